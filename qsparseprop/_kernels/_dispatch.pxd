@@ -1,0 +1,112 @@
+from libc.stdint cimport int8_t, int32_t, int64_t, uint64_t
+
+
+cdef extern from "kernels.h" nogil:
+    enum:
+        QSP_UNIT
+        QSP_GROUP
+        QSP_F32
+        QSP_BF16
+
+    ctypedef struct qsp_grid:
+        int64_t images
+        int64_t lane_b
+        int64_t lane_y
+        int64_t lane_x
+        int64_t planes
+        int64_t pitch
+        int64_t front
+        int64_t block
+
+    ctypedef struct qsp_view:
+        int64_t plane
+        int64_t channels
+        int64_t origin
+        int64_t rows
+        int64_t cols
+        int64_t elem
+        int64_t elem_b
+        int64_t elem_c
+        int64_t elem_y
+        int64_t elem_x
+        int64_t index
+        int64_t index_b
+        int64_t index_c
+        int64_t index_y
+        int64_t index_x
+
+    ctypedef struct qsp_list:
+        int64_t rows
+        const int32_t *group_ptr
+        const int32_t *offset
+
+    ctypedef struct qsp_spmm:
+        qsp_grid grid
+        qsp_list list
+        const void *planes
+        const void *weights
+        const float *scale
+        const int32_t *correction
+        int64_t correction_factor
+        float scale_factor
+        const float *bias
+        float *out
+        qsp_view view
+        int64_t images
+        int64_t row_chunks
+
+    ctypedef struct qsp_sddmm:
+        qsp_grid grid
+        qsp_grid dy_grid
+        qsp_list list
+        const void *planes
+        const void *dy
+        const int32_t *index
+        const int32_t *zero_point
+        int64_t zero_stride
+        const int32_t *plane
+        const float *scale_x
+        int64_t scale_x_stride
+        const float *scale_dy
+        int64_t scale_dy_stride
+        void *sums
+        float *out
+        qsp_view view
+        int64_t images
+        int64_t row_chunks
+
+    ctypedef struct qsp_pack:
+        qsp_grid grid
+        qsp_view view
+        int64_t images
+        int dtype
+        const void *tensor
+        void *planes
+        const float *inverse
+        const int32_t *zero_point
+        int64_t stride
+        int stochastic
+        uint64_t seed
+
+    ctypedef struct qsp_range:
+        float absmax
+        float min
+        float max
+
+    ctypedef struct qsp_kernels:
+        const char *name
+        void (*spmm_u8)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
+        void (*spmm_f32)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
+        void (*sddmm_u8)(const qsp_sddmm *, int64_t) noexcept nogil
+        void (*sddmm_f32)(const qsp_sddmm *, int64_t) noexcept nogil
+        void (*pack_u8)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
+        void (*pack_f32)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
+        void (*range)(const void *, int, int64_t, int64_t, qsp_range *) noexcept nogil
+        void (*quantize_rows)(const qsp_list *, const float *, const int32_t *, int64_t, int64_t,
+                              int8_t *, float *, int32_t *) noexcept nogil
+
+    int64_t qsp_count_units(const qsp_grid *, const qsp_view *, int64_t)
+    int64_t qsp_cut_rows(const qsp_list *, int64_t, int64_t)
+
+
+cdef const qsp_kernels *active_kernels() noexcept nogil

@@ -1,0 +1,80 @@
+"""Which instruction set the kernels use: found at import, overridable by ``QSPARSEPROP_ISA``."""
+
+import os
+
+cdef extern from "cpu.h" nogil:
+    const qsp_kernels *qsp_built[]
+    enum:
+        QSP_BUILT
+    int qsp_supported(int)
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #define QSP_HAVE_OPENMP 1
+    #else
+    #define QSP_HAVE_OPENMP 0
+    #endif
+    """
+    enum:
+        QSP_HAVE_OPENMP
+
+cdef const qsp_kernels *_active = NULL
+
+have_openmp = bool(QSP_HAVE_OPENMP)
+
+
+cdef const qsp_kernels *active_kernels() noexcept nogil:
+    return _active
+
+
+def built_isas():
+    """Names of the instruction sets in this build, from the simplest to the widest."""
+    return [qsp_built[i].name.decode() for i in range(QSP_BUILT)]
+
+
+def supported_isas():
+    """Names of those that this machine can run."""
+    return [qsp_built[i].name.decode() for i in range(QSP_BUILT) if qsp_supported(i)]
+
+
+def active_isa():
+    """Name of the one in use."""
+    return _active.name.decode()
+
+
+def set_isa(str name):
+    """Use the instruction set `name` from now on, in every thread; returns the name of the one before.
+
+    Raises
+    ------
+    ValueError
+        If it is not built, or this machine cannot run it.
+    """
+    global _active
+    previous = None if _active is NULL else active_isa()
+    cdef int i
+    for i in range(QSP_BUILT):
+        if qsp_built[i].name.decode() == name:
+            if not qsp_supported(i):
+                raise ValueError(
+                    f"this processor cannot run the {name!r} kernels; it supports {', '.join(supported_isas())}"
+                )
+            _active = qsp_built[i]
+            return previous
+    raise ValueError(f"no kernels named {name!r} in this build; there are {', '.join(built_isas())}")
+
+
+def _choose():
+    wanted = os.environ.get("QSPARSEPROP_ISA", "").strip().lower()
+    if not wanted:
+        *_, widest = supported_isas()
+        set_isa(widest)
+        return
+    try:
+        set_isa(wanted)
+    except ValueError as error:
+        raise ImportError(f"QSPARSEPROP_ISA={wanted}: {error}") from None
+
+
+_choose()

@@ -1,0 +1,266 @@
+"""The two products of every layer, gather-SpMM and gather-SDDMM, and the quantiser of their weights."""
+
+import torch
+
+from cython.parallel cimport prange
+from libc.stdint cimport int8_t, int32_t, int64_t
+from libc.string cimport memset
+
+from qsparseprop._kernels._dispatch cimport (
+    QSP_UNIT,
+    active_kernels,
+    qsp_count_units,
+    qsp_cut_rows,
+    qsp_grid,
+    qsp_kernels,
+    qsp_list,
+    qsp_sddmm,
+    qsp_spmm,
+    qsp_view,
+)
+from qsparseprop._kernels._tensor cimport check_lanes, numel, optional_pointer, pointer, read_grid, read_views
+
+cdef enum:
+    MAX_VIEWS = 64
+    # multiply-adds below which starting threads costs more than it gives
+    SERIAL_WORK = 1 << 20
+    # a row of 2**31 - 1 bytes of planes is where int32 offsets end
+    MAX_ROWS = 0x7ffffff0
+
+cdef object _float32 = torch.float32
+cdef object _int32 = torch.int32
+cdef object _int8 = torch.int8
+cdef object _uint8 = torch.uint8
+cdef object _int64 = torch.int64
+
+cdef extern from *:
+    """
+    static void qsp_extent(const int32_t *v, int64_t n, int32_t *low, int32_t *high)
+    {
+        int32_t a = 0x7fffffff, b = -0x7fffffff - 1;
+        for (int64_t i = 0; i < n; i++) {
+            a = v[i] < a ? v[i] : a;
+            b = v[i] > b ? v[i] : b;
+        }
+        *low = a;
+        *high = b;
+    }
+
+    static int qsp_ascending(const int32_t *v, int64_t n)
+    {
+        int ok = 1;
+        for (int64_t i = 1; i < n; i++)
+            ok &= v[i] >= v[i - 1];
+        return ok;
+    }
+    """
+    void qsp_extent(const int32_t *v, int64_t n, int32_t *low, int32_t *high) noexcept nogil
+    int qsp_ascending(const int32_t *v, int64_t n) noexcept nogil
+
+
+cdef int64_t _read_list(object group_ptr, object offset, qsp_list *out, int32_t *low, int32_t *high) except -1:
+    """Check a list as a whole, so that the kernels need not; returns its number of slots."""
+    cdef int64_t rows = numel(group_ptr) - 1, slots
+    if not 0 <= rows < MAX_ROWS:
+        raise ValueError(f"group_ptr must have 1 to {MAX_ROWS} elements, got {rows + 1}")
+    out.rows = rows
+    out.group_ptr = <const int32_t *> pointer(group_ptr, _int32, rows + 1, "group_ptr")
+    slots = 4 * <int64_t> out.group_ptr[rows]
+    if out.group_ptr[0] != 0 or not qsp_ascending(out.group_ptr, rows + 1):
+        raise ValueError("group_ptr must ascend from 0")
+    out.offset = <const int32_t *> pointer(offset, _int32, slots, "offset")
+    qsp_extent(out.offset, slots, low, high)
+    if slots and low[0] < 0:
+        raise ValueError(f"offset must not be negative, got {low[0]}")
+    return slots
+
+
+cdef void _check_index(const int32_t *v, int64_t n, int64_t low, int64_t high, str name) except *:
+    cdef int32_t least = 0, most = 0
+    if n == 0:
+        return
+    qsp_extent(v, n, &least, &most)
+    if least < low or most >= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}), got {least} to {most}")
+
+
+cdef int64_t _chunks(const qsp_list *rows, int64_t units, int threads):
+    """Parts into which the rows are cut, so that every thread has some four tasks."""
+    if threads == 1 or units >= 4 * threads:
+        return 1
+    return max(1, min((4 * threads + units - 1) // max(units, 1), rows.rows // 16))
+
+
+def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_point, bias, out, grid, views,
+         int threads):
+    """out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane], unpacked into `out`.
+
+    `planes` and `weights` are uint8 and int8 (then `scale`, `correction`, the sums of a row's codes, `x_scale` and
+    `x_zero_point` are given) or both float32. `out` is float32 (images, channels, height, width) of any strides that do
+    not overlap; rows are the channels of all views, one view after the other.
+    """
+    cdef bint codes = planes.dtype is _uint8
+    cdef qsp_spmm a
+    cdef qsp_spmm each[MAX_VIEWS]
+    cdef qsp_view view[MAX_VIEWS]
+    cdef const qsp_kernels *kernels = active_kernels()
+    cdef int32_t low = 0, high = 0
+    cdef int64_t count, i, row = 0, blocks, units, chunks, slots, end, task
+    cdef const qsp_spmm *args
+    memset(&a, 0, sizeof(a))
+    threads = max(threads, 1)
+    read_grid(grid, &a.grid, "grid")
+    slots = _read_list(group_ptr, offset, &a.list, &low, &high)
+    a.planes = pointer(planes, _uint8 if codes else _float32, 1, "planes")
+    a.weights = pointer(weights, _int8 if codes else _float32, slots, "weights")
+    a.bias = <const float *> optional_pointer(bias, _float32, a.list.rows, "bias")
+    a.scale_factor = 1
+    if codes:
+        a.scale = <const float *> pointer(scale, _float32, a.list.rows, "scale")
+        a.correction = <const int32_t *> pointer(correction, _int32, a.list.rows, "correction")
+        a.scale_factor = (<const float *> pointer(x_scale, _float32, 1, "x_scale"))[0]
+        a.correction_factor = -(<const int32_t *> pointer(x_zero_point, _int32, 1, "x_zero_point"))[0]
+    if out.dtype is not _float32 or not out.is_cpu:
+        raise TypeError(f"out must be of dtype torch.float32 on the CPU, got {out.dtype} on {out.device}")
+    # planes of the output are numbered by the rows of the list
+    cdef qsp_grid rows_grid = a.grid
+    rows_grid.planes = a.list.rows if a.list.rows > 0 else 1
+    count = read_views(views, &rows_grid, out.shape, out.stride(), view, "out")
+    a.images = out.shape[0]
+    if out.numel() == 0:
+        return
+    a.out = <float *> pointer(out.as_strided((out.numel(),), (1,)), _float32, out.numel(), "out")
+    blocks = (a.images + a.grid.images - 1) // a.grid.images
+    for i in range(count):
+        row += view[i].channels
+        end = check_lanes(&a.grid, &view[i], a.images, "out")
+        if slots and (blocks - 1) * a.grid.block + end + high > numel(planes):
+            raise ValueError(f"offset {high} leads past the end of planes, which has {numel(planes)} lanes")
+    if row != a.list.rows:
+        raise ValueError(f"the views of out have {row} channels, group_ptr has {a.list.rows} rows")
+    for i in range(count):
+        each[i] = a
+        args = &each[i]
+        each[i].view = view[i]
+        row = view[i].plane
+        each[i].list.rows = view[i].channels
+        each[i].list.group_ptr = a.list.group_ptr + row
+        if codes:
+            each[i].scale, each[i].correction = a.scale + row, a.correction + row
+        if a.bias != NULL:
+            each[i].bias = a.bias + row
+        units = qsp_count_units(&a.grid, &view[i], a.images)
+        chunks = _chunks(&args.list, units, threads)
+        each[i].row_chunks = chunks
+        if codes:
+            for task in prange(units * chunks, nogil=True, num_threads=threads, schedule="dynamic",
+                               use_threads_if=threads > 1 and slots * units * QSP_UNIT > SERIAL_WORK):
+                kernels.spmm_u8(args, task // chunks, task % chunks)
+        else:
+            for task in prange(units * chunks, nogil=True, num_threads=threads, schedule="dynamic",
+                               use_threads_if=threads > 1 and slots * units * QSP_UNIT > SERIAL_WORK):
+                kernels.spmm_f32(args, task // chunks, task % chunks)
+
+
+def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy_scale, out, grid, dy_grid, views,
+          shape, int threads):
+    """out[index[slot]] = sum_lane dy[row, lane] * planes[offset[slot] + lane] for the slots of every row.
+
+    `planes` and `dy` are both uint8 (`dy` around 128, scales given) or both float32; `shape` is that of dy's tensor
+    (images, rows, height, width), `views` its single view, `plane` the plane of x that a slot reads.
+    """
+    cdef bint codes = planes.dtype is _uint8
+    cdef qsp_sddmm a
+    cdef qsp_view view[MAX_VIEWS]
+    cdef const qsp_kernels *kernels = active_kernels()
+    cdef int32_t low = 0, high = 0
+    cdef int64_t slots, blocks, units, end, dy_end, values, chunks, chunk, lanes
+    memset(&a, 0, sizeof(a))
+    threads = max(threads, 1)
+    read_grid(grid, &a.grid, "grid")
+    read_grid(dy_grid, &a.dy_grid, "dy_grid")
+    slots = _read_list(group_ptr, offset, &a.list, &low, &high)
+    values = numel(out)
+    a.out = <float *> pointer(out, _float32, 0, "out") if values else NULL
+    a.index = <const int32_t *> pointer(index, _int32, slots, "index")
+    a.plane = <const int32_t *> pointer(plane, _int32, slots, "plane")
+    _check_index(a.index, slots, -1, values, "index")
+    _check_index(a.plane, slots, 0, a.grid.planes, "plane")
+    a.images = shape[0]
+    if slots == 0 or a.images == 0:
+        out.zero_()
+        return
+    if read_views(views, &a.dy_grid, shape, (0, 0, 0, 0), view, "dy") != 1:
+        raise ValueError("dy must have one view")
+    a.view = view[0]
+    if a.list.rows != a.view.channels or a.view.plane != 0:
+        raise ValueError(f"dy has {a.view.channels} channels, group_ptr has {a.list.rows} rows")
+    if (a.grid.lane_b != a.dy_grid.lane_b or a.grid.lane_y != a.dy_grid.lane_y or a.grid.lane_x != a.dy_grid.lane_x
+            or a.grid.images != a.dy_grid.images):
+        raise ValueError("grid and dy_grid must have the same lanes")
+    blocks = (a.images + a.grid.images - 1) // a.grid.images
+    end = check_lanes(&a.dy_grid, &a.view, a.images, "dy")
+    a.planes = pointer(planes, _uint8 if codes else _float32, 1, "planes")
+    a.dy = pointer(dy, _uint8 if codes else _float32, blocks * a.dy_grid.block, "dy")
+    if (blocks - 1) * a.grid.block + end + high > numel(planes):
+        raise ValueError(f"offset {high} leads past the end of planes, which has {numel(planes)} lanes")
+    # the last unit of a plane must not see the next plane
+    lanes = (end - QSP_UNIT - a.view.origin + QSP_UNIT - 1) // QSP_UNIT * QSP_UNIT
+    if a.dy_grid.front + a.view.origin + lanes > a.dy_grid.pitch:
+        raise ValueError(f"planes of dy must hold {a.dy_grid.front + a.view.origin + lanes} lanes, "
+                         f"got {a.dy_grid.pitch}")
+    if codes:
+        a.scale_x = <const float *> pointer(x_scale, _float32, 1, "x_scale")
+        a.zero_point = <const int32_t *> pointer(x_zero_point, _int32, 1, "x_zero_point")
+        a.scale_dy = <const float *> pointer(dy_scale, _float32, 1, "dy_scale")
+        a.scale_x_stride = _per_channel(x_scale, a.grid.planes, "x_scale")
+        a.zero_stride = _per_channel(x_zero_point, a.grid.planes, "x_zero_point")
+        a.scale_dy_stride = _per_channel(dy_scale, a.list.rows, "dy_scale")
+    scratch = torch.empty(slots + a.list.rows, dtype=_int64)
+    a.sums = pointer(scratch, _int64, slots + a.list.rows, "scratch")
+    units = qsp_count_units(&a.dy_grid, &a.view, a.images)
+    if threads == 1 or slots * units * QSP_UNIT <= SERIAL_WORK:
+        threads = 1
+    chunks = 1 if threads == 1 else max(1, min(4 * threads, a.list.rows))
+    a.row_chunks = chunks
+    cdef const qsp_sddmm *args = &a
+    if codes:
+        for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic", use_threads_if=threads > 1):
+            kernels.sddmm_u8(args, chunk)
+    else:
+        for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic", use_threads_if=threads > 1):
+            kernels.sddmm_f32(args, chunk)
+
+
+cdef int64_t _per_channel(object tensor, int64_t channels, str name) except -1:
+    cdef int64_t n = numel(tensor)
+    if n != 1 and n != channels:
+        raise ValueError(f"{name} must have 1 or {channels} elements, got {n}")
+    return 0 if n == 1 else 1
+
+
+def quantize_weight(values, index, group_ptr, codes, scale, total, int threads):
+    """Symmetric codes of the slots of a list, one scale a row (scale, float32) and the sum of its codes (total, int32).
+    """
+    cdef qsp_list rows
+    cdef const qsp_kernels *kernels = active_kernels()
+    cdef int64_t n = numel(values), count = numel(group_ptr) - 1, slots, chunk, chunks
+    if not 0 <= count < MAX_ROWS:
+        raise ValueError(f"group_ptr must have 1 to {MAX_ROWS} elements, got {count + 1}")
+    rows.rows, rows.offset = count, NULL
+    rows.group_ptr = <const int32_t *> pointer(group_ptr, _int32, count + 1, "group_ptr")
+    slots = 4 * <int64_t> rows.group_ptr[count]
+    if rows.group_ptr[0] != 0 or not qsp_ascending(rows.group_ptr, count + 1):
+        raise ValueError("group_ptr must ascend from 0")
+    cdef const float *values_p = <const float *> pointer(values, _float32, 0, "values") if n else NULL
+    cdef const int32_t *index_p = <const int32_t *> pointer(index, _int32, slots, "index") if slots else NULL
+    _check_index(index_p, slots, -1, n, "index")
+    cdef int8_t *codes_p = <int8_t *> pointer(codes, _int8, slots, "codes") if slots else NULL
+    cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale") if count else NULL
+    cdef int32_t *total_p = <int32_t *> pointer(total, _int32, count, "total") if count else NULL
+    threads = max(threads, 1)
+    chunks = 1 if threads == 1 or slots < 1 << 15 else min(4 * threads, count)
+    cdef const qsp_list *rows_p = &rows
+    for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
+        kernels.quantize_rows(rows_p, values_p, index_p, qsp_cut_rows(rows_p, chunk, chunks),
+                              qsp_cut_rows(rows_p, chunk + 1, chunks), codes_p, scale_p, total_p)

@@ -1,0 +1,19 @@
+"""Checked access to the memory of a tensor.
+
+A typed memoryview of a tensor costs about a microsecond (NumPy array, buffer request) and does not exist for bfloat16;
+a layer's forward and backward pass would spend some forty of them. So the kernels take the tensor, check its type,
+dtype, device, contiguity and size here, and read its pointer.
+"""
+
+from libc.stdint cimport int64_t, uintptr_t
+
+from qsparseprop._kernels._dispatch cimport QSP_UNIT, qsp_grid, qsp_view
+
+
+cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? NULL
+cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name) except? NULL
+cdef int64_t numel(object tensor) except -1
+cdef void read_grid(object numbers, qsp_grid *grid, str name) except *
+cdef int64_t read_views(object numbers, const qsp_grid *grid, object shape, object stride, qsp_view *views,
+                        str name) except -1
+cdef int64_t check_lanes(const qsp_grid *grid, const qsp_view *view, int64_t images, str name) except -1

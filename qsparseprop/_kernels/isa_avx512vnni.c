@@ -1,0 +1,20 @@
+#include "simd/common.h"
+
+#ifdef QSP_X86
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+
+#define ISA_NAME avx512vnni
+#include "simd/avx512vnni.h"
+
+#include "simd/isa.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

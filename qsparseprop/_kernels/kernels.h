@@ -1,0 +1,208 @@
+/* What every instruction set provides: one table of functions, and the records they take.
+ *
+ * Vocabulary (docs/design.md has pictures):
+ *   plane   all lanes of one feature (linear) or of one channel and stride phase (convolution)
+ *   lane    one position that the weights do not distinguish: a batch element, or a pixel of an image
+ *   grid    how (image, row, column) become lanes, and how planes and blocks of images follow each other
+ *   view    a strided part of a tensor and the lanes that it occupies on a grid
+ *   unit    QSP_UNIT neighbouring lanes, what one micro-kernel call works on
+ */
+#ifndef QSPARSEPROP_KERNELS_H
+#define QSPARSEPROP_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define QSP_UNIT 64       /* lanes of one unit */
+#define QSP_GROUP 4       /* nonzeros that one step of gather-SpMM takes */
+#define QSP_ROW_BLOCK 64  /* rows whose sums wait in a buffer before they are unpacked */
+#define QSP_MAX_EXACT 65536 /* u8 x s8 products that an int32 holds exactly: 255 * 127 * 65536 < 2^31 */
+
+enum { QSP_F32 = 0, QSP_BF16 = 1 }; /* element type of a tensor that is packed */
+
+typedef struct {
+    int64_t images;                 /* in one block */
+    int64_t lane_b, lane_y, lane_x; /* lanes from one image, row, column to the next */
+    int64_t planes, pitch, front;   /* of one block; lanes from plane to plane; lanes before a plane's first one */
+    int64_t block;                  /* lanes from block to block */
+} qsp_grid;
+
+typedef struct {
+    int64_t plane, channels;  /* the first plane and how many */
+    int64_t origin;           /* lane of the first pixel of the first image */
+    int64_t rows, cols;
+    int64_t elem;             /* elements from the tensor's start to that pixel's first channel */
+    int64_t elem_b, elem_c, elem_y, elem_x; /* elements from one image, channel, row, column to the next */
+    int64_t index, index_b, index_c, index_y, index_x; /* the same for the element's logical number (random numbers) */
+} qsp_view;
+
+/* Lists of (offset, weight): row r owns the groups group_ptr[r] .. group_ptr[r + 1]. */
+typedef struct {
+    int64_t rows;
+    const int32_t *group_ptr; /* [rows + 1] */
+    const int32_t *offset;    /* [groups * 4] lanes from a block's start, the unit's own lane not included */
+} qsp_list;
+
+typedef struct {
+    qsp_grid grid;
+    qsp_list list;
+    const void *planes;      /* u8 (codes) or float */
+    const void *weights;     /* int8 [groups * 4], or float [groups * 4] */
+    const float *scale;      /* [rows], codes only */
+    const int32_t *correction; /* [rows], codes only: what the sums start from, before the factor below */
+    int64_t correction_factor;
+    float scale_factor;
+    const float *bias;       /* [rows] or NULL */
+    float *out;
+    qsp_view view;           /* where row `view.plane + i` goes: channel i of the view */
+    int64_t images;          /* of the whole tensor */
+    int64_t row_chunks;      /* parts into which the rows are cut; tasks = units * row_chunks */
+} qsp_spmm;
+
+typedef struct {
+    qsp_grid grid, dy_grid;
+    qsp_list list;
+    const void *planes, *dy;  /* u8 and u8 around 128, or float and float */
+    const int32_t *index;     /* [groups * 4]: which value a slot belongs to, -1 for padding */
+    const int32_t *zero_point; /* per plane of x, or one value (zero_stride 0) */
+    int64_t zero_stride;
+    const int32_t *plane;     /* [groups * 4] plane of a slot; only read where zero_stride is 1 */
+    const float *scale_x;     /* one, or per plane (scale_x_stride 1) */
+    int64_t scale_x_stride;
+    const float *scale_dy;    /* one, or per row */
+    int64_t scale_dy_stride;
+    void *sums;               /* [groups * 4] int64 or float, scratch */
+    float *out;               /* [values] */
+    qsp_view view;            /* of dy: which lanes count */
+    int64_t images;
+    int64_t row_chunks;
+} qsp_sddmm;
+
+typedef struct {
+    qsp_grid grid;
+    qsp_view view;
+    int64_t images;
+    int dtype;
+    const void *tensor;
+    void *planes;            /* u8 or float */
+    const float *inverse;    /* 1 / scale, one or per channel */
+    const int32_t *zero_point;
+    int64_t stride;          /* 0: one scale for the tensor; 1: one per channel */
+    int stochastic;
+    uint64_t seed;
+} qsp_pack;
+
+typedef struct {
+    float absmax, min, max;  /* absmax is NaN where any element is */
+} qsp_range;
+
+typedef struct {
+    const char *name;
+    /* Units of 64 lanes that a task list has to cover for a view. */
+    void (*spmm_u8)(const qsp_spmm *, int64_t unit, int64_t chunk);
+    void (*spmm_f32)(const qsp_spmm *, int64_t unit, int64_t chunk);
+    void (*sddmm_u8)(const qsp_sddmm *, int64_t chunk);
+    void (*sddmm_f32)(const qsp_sddmm *, int64_t chunk);
+    /* Planes [first, last) of one block, gaps included. */
+    void (*pack_u8)(const qsp_pack *, int64_t block, int64_t first, int64_t last);
+    void (*pack_f32)(const qsp_pack *, int64_t block, int64_t first, int64_t last);
+    /* n elements `step` apart. */
+    void (*range)(const void *x, int dtype, int64_t n, int64_t step, qsp_range *out);
+    /* Quantise the slots of rows [first, last): nearest even, symmetric, one scale a row. */
+    void (*quantize_rows)(const qsp_list *, const float *values, const int32_t *index, int64_t first, int64_t last,
+                          int8_t *codes, float *scale, int32_t *sum);
+} qsp_kernels;
+
+extern const qsp_kernels qsp_kernels_scalar;
+#if defined(__x86_64__) || defined(_M_X64)
+#define QSP_X86 1
+extern const qsp_kernels qsp_kernels_avx2;
+extern const qsp_kernels qsp_kernels_avxvnni;
+extern const qsp_kernels qsp_kernels_avx512vl;
+extern const qsp_kernels qsp_kernels_avx512vnni;
+#endif
+
+/* Where the units of a view lie. A plane's lanes are three nested loops; where whole units fit into the outermost
+ * one's stride and skipping the gaps between its turns saves units, they are walked turn by turn. */
+typedef struct {
+    int64_t size[3], lane[3], elem[3]; /* outermost first; lane[2] is the smallest */
+    int64_t turns, units_per_turn;     /* units of one block = turns * units_per_turn */
+} qsp_walk;
+
+static inline void qsp_walk_init(qsp_walk *w, const qsp_grid *g, const qsp_view *v, int64_t images)
+{
+    const int batch_inner = g->lane_b < g->lane_x;
+    const int64_t n[3] = {images, v->rows, v->cols}, l[3] = {g->lane_b, g->lane_y, g->lane_x},
+                  e[3] = {v->elem_b, v->elem_y, v->elem_x};
+    for (int i = 0; i < 3; i++) {
+        const int j = batch_inner ? (i + 1) % 3 : i;
+        w->size[i] = n[j];
+        w->lane[i] = l[j];
+        w->elem[i] = e[j];
+    }
+    const int64_t run = (w->size[1] - 1) * w->lane[1] + (w->size[2] - 1) * w->lane[2] + 1;
+    const int64_t span = (w->size[0] - 1) * w->lane[0] + run;
+    const int64_t run_units = (run + QSP_UNIT - 1) / QSP_UNIT, span_units = (span + QSP_UNIT - 1) / QSP_UNIT;
+    if (run_units * QSP_UNIT <= w->lane[0] && run_units * w->size[0] < span_units) {
+        w->turns = w->size[0];
+        w->units_per_turn = run_units;
+    } else {
+        w->turns = 1;
+        w->units_per_turn = span_units;
+    }
+}
+
+static inline int64_t qsp_walk_units(const qsp_walk *w) { return w->turns * w->units_per_turn; }
+
+static inline int64_t qsp_walk_lane(const qsp_walk *w, int64_t unit)
+{
+    return w->turns == 1 ? unit * QSP_UNIT
+                         : unit / w->units_per_turn * w->lane[0] + unit % w->units_per_turn * QSP_UNIT;
+}
+
+static inline int64_t qsp_images_in_block(int64_t images, const qsp_grid *g, int64_t block)
+{
+    const int64_t left = images - block * g->images;
+    return left < g->images ? left : g->images;
+}
+
+/* Units of all blocks: whole ones first, then the last, perhaps shorter one. */
+static inline int64_t qsp_count_units(const qsp_grid *g, const qsp_view *v, int64_t images)
+{
+    if (images <= 0 || v->rows <= 0 || v->cols <= 0)
+        return 0;
+    qsp_walk w;
+    const int64_t whole = images / g->images, rest = images % g->images;
+    int64_t units = 0;
+    if (whole) {
+        qsp_walk_init(&w, g, v, g->images);
+        units = whole * qsp_walk_units(&w);
+    }
+    if (rest) {
+        qsp_walk_init(&w, g, v, rest);
+        units += qsp_walk_units(&w);
+    }
+    return units;
+}
+
+/* The rows of part `chunk` of `chunks`, cut where the work (groups, and a little for every row) is equal. */
+static inline int64_t qsp_cut_rows(const qsp_list *l, int64_t chunk, int64_t chunks)
+{
+    const int64_t per_row = 2;
+    if (chunk <= 0)
+        return 0;
+    if (chunk >= chunks)
+        return l->rows;
+    const int64_t total = l->group_ptr[l->rows] + per_row * l->rows, goal = total * chunk / chunks;
+    int64_t low = 0, high = l->rows;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (l->group_ptr[middle] + per_row * middle < goal)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+#endif

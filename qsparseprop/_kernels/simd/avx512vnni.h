@@ -1,0 +1,238 @@
+/* Primitives in 512-bit vectors: AVX-512 F, BW, DQ, VL and VNNI. */
+#define ISA_UNIT_VECTORS 1 /* vectors of codes in one unit */
+#define ISA_SDDMM_UNITS 4  /* units whose gradient stays in registers */
+
+/* gcc copies the accumulator of the intrinsic around; as an operand of asm it stays where it is. */
+#if defined(__GNUC__)
+#define DOT(sum, x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w))
+#define KEEP(x) __asm__("" : "+v"(x))
+#else
+#define DOT(sum, x, w) ((sum) = _mm512_dpbusd_epi32((sum), (x), (w)))
+#define KEEP(x) ((void)0)
+#endif
+
+/* ---- 16 floats ---- */
+typedef __m512 f16x;
+
+QSP_INLINE __mmask16 first_n(int n) { return (__mmask16)((1u << n) - 1u); }
+QSP_INLINE f16x f16_set1(float v) { return _mm512_set1_ps(v); }
+QSP_INLINE f16x f16_zero(void) { return _mm512_setzero_ps(); }
+QSP_INLINE f16x f16_load(const float *p) { return _mm512_loadu_ps(p); }
+QSP_INLINE f16x f16_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(first_n(n), p); }
+QSP_INLINE f16x f16_load_bf16_n(const uint16_t *p, int n)
+{
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_n(n), p)), 16));
+}
+QSP_INLINE f16x f16_load_sums(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+QSP_INLINE void f16_store(float *p, f16x v) { _mm512_storeu_ps(p, v); }
+QSP_INLINE void f16_store_n(float *p, f16x v, int n) { _mm512_mask_storeu_ps(p, first_n(n), v); }
+QSP_INLINE f16x f16_mul(f16x a, f16x b) { return _mm512_mul_ps(a, b); }
+QSP_INLINE f16x f16_add(f16x a, f16x b) { return _mm512_add_ps(a, b); }
+QSP_INLINE f16x f16_sub(f16x a, f16x b) { return _mm512_sub_ps(a, b); }
+QSP_INLINE f16x f16_fma(f16x a, f16x b, f16x c) { return _mm512_fmadd_ps(a, b, c); }
+QSP_INLINE f16x f16_min(f16x a, f16x b) { return _mm512_min_ps(a, b); }
+QSP_INLINE f16x f16_max(f16x a, f16x b) { return _mm512_max_ps(a, b); }
+QSP_INLINE float f16_sum(f16x v) { return _mm512_reduce_add_ps(v); }
+QSP_INLINE float f16_least(f16x v) { return _mm512_reduce_min_ps(v); }
+QSP_INLINE float f16_greatest(f16x v) { return _mm512_reduce_max_ps(v); }
+QSP_INLINE f16x f16_gather(const float *base, const int32_t *index, int n)
+{
+    const __m512i i = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), first_n(n), index);
+    const __mmask16 used = _mm512_cmpge_epi32_mask(i, _mm512_setzero_si512());
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), used, i, base, 4);
+}
+
+/* ---- absolute values as integers, which lets a NaN win every comparison ---- */
+typedef __m512i u32x16;
+QSP_INLINE u32x16 u32_zero(void) { return _mm512_setzero_si512(); }
+QSP_INLINE u32x16 u32_max_abs(u32x16 m, f16x v)
+{
+    return _mm512_max_epu32(m, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
+}
+QSP_INLINE uint32_t u32_greatest(u32x16 v) { return _mm512_reduce_max_epu32(v); }
+
+/* ---- 16 codes ---- */
+typedef __m128i u8x16;
+QSP_INLINE f16x f16_floor(f16x v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+/* Nearest even; the caller has clamped v. */
+QSP_INLINE u8x16 codes_from(f16x v) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)); }
+QSP_INLINE int32_t codes_sum(f16x v) { return _mm512_reduce_add_epi32(_mm512_cvtps_epi32(v)); }
+QSP_INLINE void codes_store(uint8_t *p, u8x16 v) { _mm_storeu_si128((__m128i *)p, v); }
+QSP_INLINE void codes_store_n(uint8_t *p, u8x16 v, int n) { _mm_mask_storeu_epi8(p, first_n(n), v); }
+/* Nearest even, still a float. */
+QSP_INLINE f16x f16_nearest(f16x v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+QSP_INLINE f16x f16_load_i32_n(const int32_t *p, int n)
+{
+    return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(first_n(n), p));
+}
+
+/* Dither of 16 elements whose numbers follow each other from an even one on. */
+QSP_INLINE f16x dither_run(uint64_t seed, uint64_t index)
+{
+    const uint64_t pair = index >> 1;
+    const __m256i high = _mm256_set1_epi32((int)((uint32_t)(seed >> 32) ^ (uint32_t)(pair >> 32)));
+    __m256i x = _mm256_add_epi32(_mm256_set1_epi32((int)(uint32_t)pair), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    x = _mm256_xor_si256(x, _mm256_set1_epi32((int)(uint32_t)seed));
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7feb352d));
+    x = _mm256_xor_si256(x, high);
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
+    x = _mm256_mullo_epi32(x, _mm256_set1_epi32((int)0x846ca68bU));
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(x)), _mm512_set1_ps(QSP_DITHER_STEP),
+                           _mm512_set1_ps(QSP_DITHER_HALF));
+}
+
+QSP_INLINE void f16_transpose(f16x *r)
+{
+    f16x t[16];
+    QSP_UNROLL
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[4 * i]), _mm512_castps_pd(t[4 * i + 2])));
+        r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[4 * i]), _mm512_castps_pd(t[4 * i + 2])));
+        r[4 * i + 2] =
+            _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[4 * i + 1]), _mm512_castps_pd(t[4 * i + 3])));
+        r[4 * i + 3] =
+            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[4 * i + 1]), _mm512_castps_pd(t[4 * i + 3])));
+    }
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+/* ---- gather-SpMM on codes: 64 lanes, four nonzeros a step ---- */
+typedef struct {
+    __m512i sum[4];
+} quad;
+
+QSP_INLINE void quad_set(quad *q, int32_t v)
+{
+    q->sum[0] = q->sum[1] = q->sum[2] = q->sum[3] = _mm512_set1_epi32(v);
+}
+
+QSP_INLINE void quad_dot(quad *q, const uint8_t *x, const int32_t *offset, const int8_t *weight)
+{
+    int32_t four;
+    memcpy(&four, weight, 4);
+    const __m512i w = _mm512_set1_epi32(four);
+    __m512i a = _mm512_loadu_si512(x + offset[0]), b = _mm512_loadu_si512(x + offset[1]);
+    __m512i c = _mm512_loadu_si512(x + offset[2]), d = _mm512_loadu_si512(x + offset[3]);
+    KEEP(a);
+    KEEP(c);
+    const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+    const __m512i l0 = _mm512_unpacklo_epi16(ab_low, cd_low), l1 = _mm512_unpackhi_epi16(ab_low, cd_low);
+    const __m512i l2 = _mm512_unpacklo_epi16(ab_high, cd_high), l3 = _mm512_unpackhi_epi16(ab_high, cd_high);
+    DOT(q->sum[0], l0, w);
+    DOT(q->sum[1], l1, w);
+    DOT(q->sum[2], l2, w);
+    DOT(q->sum[3], l3, w);
+}
+
+QSP_INLINE void quad_store(int32_t *p, const quad *even, const quad *odd)
+{
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++)
+        _mm512_storeu_si512(p + 16 * i, _mm512_add_epi32(even->sum[i], odd->sum[i]));
+}
+
+/* Interleaving leaves lane 16 L + 4 k + i of a vector at place i of 128-bit part L of sum k. */
+QSP_INLINE int quad_lane(int place) { return 16 * (place >> 2 & 3) + 4 * (place >> 4) + (place & 3); }
+
+/* The sums of one row as floats in the order of their lanes, times scale plus bias. */
+QSP_INLINE void quad_unpack(float *out, const int32_t *sums, float scale, float bias)
+{
+    const __m512 s = _mm512_set1_ps(scale), b = _mm512_set1_ps(bias);
+    __m512 v[4];
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = _mm512_add_ps(_mm512_mul_ps(f16_load_sums(sums + 16 * i), s), b);
+    const __m512 t0 = _mm512_shuffle_f32x4(v[0], v[1], 0x44), t1 = _mm512_shuffle_f32x4(v[2], v[3], 0x44);
+    const __m512 t2 = _mm512_shuffle_f32x4(v[0], v[1], 0xee), t3 = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+    _mm512_storeu_ps(out, _mm512_shuffle_f32x4(t0, t1, 0x88));
+    _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(t0, t1, 0xdd));
+    _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(t2, t3, 0x88));
+    _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(t2, t3, 0xdd));
+}
+
+/* ---- gather-SDDMM on codes ---- */
+typedef __m512i dots; /* partial sums of one dot product */
+typedef __m512i grad; /* one vector of the gradient, signed */
+
+QSP_INLINE grad grad_load(const uint8_t *p)
+{
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8((char)0x80));
+}
+QSP_INLINE dots dots_zero(void) { return _mm512_setzero_si512(); }
+QSP_INLINE dots dots_add(dots a, dots b) { return _mm512_add_epi32(a, b); }
+QSP_INLINE dots dots_step(dots sum, const uint8_t *x, grad g)
+{
+    const __m512i v = _mm512_loadu_si512(x);
+    DOT(sum, v, g);
+    return sum;
+}
+QSP_INLINE int32_t dots_total(dots v) { return _mm512_reduce_add_epi32(v); }
+/* sum of a vector of the gradient */
+QSP_INLINE dots grad_sum(dots sum, grad g)
+{
+    const __m512i ones = _mm512_set1_epi8(1);
+    DOT(sum, ones, g);
+    return sum;
+}
+/* What dots_step adds beyond the product: nothing here. */
+QSP_INLINE dots grad_excess(dots sum, grad g)
+{
+    (void)g;
+    return sum;
+}
+
+/* sums[j] += total of d[j], j < n, n in {4, 8, 12, 16} */
+QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n, int32_t excess)
+{
+    dots s[4];
+    QSP_UNROLL
+    for (int k = 0; k < 4; k++) {
+        if (4 * k < n) {
+            const dots *c = d + 4 * k;
+            const dots x = _mm512_add_epi32(_mm512_unpacklo_epi32(c[0], c[1]), _mm512_unpackhi_epi32(c[0], c[1]));
+            const dots y = _mm512_add_epi32(_mm512_unpacklo_epi32(c[2], c[3]), _mm512_unpackhi_epi32(c[2], c[3]));
+            s[k] = _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+        } else {
+            s[k] = _mm512_setzero_si512();
+        }
+    }
+    const dots p =
+        _mm512_add_epi32(_mm512_shuffle_i32x4(s[0], s[1], 0x88), _mm512_shuffle_i32x4(s[0], s[1], 0xdd));
+    const dots q =
+        _mm512_add_epi32(_mm512_shuffle_i32x4(s[2], s[3], 0x88), _mm512_shuffle_i32x4(s[2], s[3], 0xdd));
+    dots r = _mm512_add_epi32(_mm512_shuffle_i32x4(p, q, 0x88), _mm512_shuffle_i32x4(p, q, 0xdd));
+    r = _mm512_sub_epi32(r, _mm512_set1_epi32(excess));
+    const __mmask16 used = first_n(n);
+    const __mmask8 low = (__mmask8)used, high = (__mmask8)(used >> 8);
+    _mm512_mask_storeu_epi64(
+        sums, low,
+        _mm512_add_epi64(_mm512_maskz_loadu_epi64(low, sums), _mm512_cvtepi32_epi64(_mm512_castsi512_si256(r))));
+    if (n > 8)
+        _mm512_mask_storeu_epi64(sums + 8, high,
+                                 _mm512_add_epi64(_mm512_maskz_loadu_epi64(high, sums + 8),
+                                                  _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(r, 1))));
+}
+
+#include "codes_sse.h"

@@ -1,0 +1,70 @@
+/* Helpers that do not depend on the instruction set. Included once by every isa_*.c, before its target is switched on. */
+#ifndef QSPARSEPROP_COMMON_H
+#define QSPARSEPROP_COMMON_H
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(_MSC_VER)
+#define QSP_INLINE static __forceinline
+#define QSP_ALIGNED(n) __declspec(align(n))
+#define QSP_UNROLL
+#else
+#define QSP_INLINE static inline __attribute__((always_inline, unused))
+#define QSP_ALIGNED(n) __attribute__((aligned(n)))
+#define QSP_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+QSP_INLINE int64_t qsp_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Gaps are mostly a byte or two, for which a call of memset is dear. */
+QSP_INLINE void qsp_fill(uint8_t *p, uint8_t value, int64_t n)
+{
+    if (n >= 32) {
+        memset(p, value, (size_t)n);
+        return;
+    }
+    for (; n > 0; n--)
+        *p++ = value;
+}
+
+QSP_INLINE float qsp_bf16_to_float(uint16_t bits)
+{
+    const uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+/* The scale that maps [-absmax, absmax] to [-levels, levels]. Never below the smallest normal number, whose inverse is
+ * finite, so that tiny tensors keep |x - q * scale| <= scale / 2; NaN and Inf stay what they are and reach the output. */
+QSP_INLINE float qsp_symmetric_scale(float absmax, float levels)
+{
+    const float scale = absmax / levels;
+    return scale < FLT_MIN ? FLT_MIN : scale;
+}
+
+/* Counter-based random numbers: two rounds of a multiply-xorshift mixer (constants: C. Wellons, "lowbias32", public
+ * domain) with the 64-bit seed entering before and between them. One call serves two neighbouring elements with 16
+ * bits each: of `index`, the low half of the result where it is even and the high half where it is odd. */
+QSP_INLINE uint32_t qsp_random_bits(uint64_t seed, uint64_t index)
+{
+    const uint64_t pair = index >> 1;
+    uint32_t x = (uint32_t)pair ^ (uint32_t)seed;
+    x ^= x >> 16;
+    x *= 0x7feb352dU;
+    x ^= (uint32_t)(seed >> 32) ^ (uint32_t)(pair >> 32);
+    x ^= x >> 15;
+    x *= 0x846ca68bU;
+    x ^= x >> 16;
+    return index & 1 ? x >> 16 : x & 0xffff;
+}
+
+/* The 16 random bits as a float in (0, 1), symmetric around 1/2. */
+#define QSP_DITHER_STEP (1.0f / 65536.0f)
+#define QSP_DITHER_HALF (0.5f / 65536.0f)
+
+#endif

@@ -1,0 +1,19 @@
+/* The loops of every path, written once over the primitives of the ISA header that was included before. */
+#include "unpack.h"
+
+#include "spmm.h"
+
+#include "sddmm.h"
+
+#include "pack.h"
+
+#include "rows.h"
+
+#define QSP_PASTE_(a, b) a##b
+#define QSP_PASTE(a, b) QSP_PASTE_(a, b)
+#define QSP_TEXT_(a) #a
+#define QSP_TEXT(a) QSP_TEXT_(a)
+
+const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
+    QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, pack_u8, pack_f32, range, quantize_rows,
+};

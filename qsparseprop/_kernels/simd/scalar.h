@@ -1,0 +1,223 @@
+/* Primitives in portable C: what every other path is compared with, and what runs where nothing better exists. */
+#define ISA_UNIT_VECTORS 4 /* vectors of 16 codes in one unit */
+#define ISA_SDDMM_UNITS 1
+
+/* ---- 16 floats ---- */
+typedef struct {
+    float v[16];
+} f16x;
+
+#define EACH16(expression)             \
+    f16x r;                            \
+    for (int i = 0; i < 16; i++)       \
+        r.v[i] = (expression);         \
+    return r
+
+QSP_INLINE f16x f16_set1(float v) { EACH16(v); }
+QSP_INLINE f16x f16_zero(void) { EACH16(0.0f); }
+QSP_INLINE f16x f16_load(const float *p) { EACH16(p[i]); }
+QSP_INLINE f16x f16_load_n(const float *p, int n) { EACH16(i < n ? p[i] : 0.0f); }
+QSP_INLINE f16x f16_load_bf16_n(const uint16_t *p, int n) { EACH16(i < n ? qsp_bf16_to_float(p[i]) : 0.0f); }
+QSP_INLINE f16x f16_load_sums(const int32_t *p) { EACH16((float)p[i]); }
+QSP_INLINE f16x f16_mul(f16x a, f16x b) { EACH16(a.v[i] * b.v[i]); }
+QSP_INLINE f16x f16_add(f16x a, f16x b) { EACH16(a.v[i] + b.v[i]); }
+QSP_INLINE f16x f16_sub(f16x a, f16x b) { EACH16(a.v[i] - b.v[i]); }
+QSP_INLINE f16x f16_fma(f16x a, f16x b, f16x c) { EACH16(a.v[i] * b.v[i] + c.v[i]); }
+QSP_INLINE f16x f16_min(f16x a, f16x b) { EACH16(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+QSP_INLINE f16x f16_max(f16x a, f16x b) { EACH16(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+QSP_INLINE f16x f16_floor(f16x v) { EACH16(floorf(v.v[i])); }
+QSP_INLINE f16x f16_load_i32_n(const int32_t *p, int n) { EACH16(i < n ? (float)p[i] : 0.0f); }
+QSP_INLINE f16x f16_gather(const float *base, const int32_t *index, int n)
+{
+    EACH16(i < n && index[i] >= 0 ? base[index[i]] : 0.0f);
+}
+QSP_INLINE void f16_store(float *p, f16x v) { memcpy(p, v.v, sizeof v.v); }
+QSP_INLINE void f16_store_n(float *p, f16x v, int n) { memcpy(p, v.v, (size_t)n * sizeof *p); }
+QSP_INLINE float f16_sum(f16x v)
+{
+    float s = 0.0f;
+    for (int i = 0; i < 16; i++)
+        s += v.v[i];
+    return s;
+}
+QSP_INLINE float f16_least(f16x v)
+{
+    float s = v.v[0];
+    for (int i = 1; i < 16; i++)
+        s = v.v[i] < s ? v.v[i] : s;
+    return s;
+}
+QSP_INLINE float f16_greatest(f16x v)
+{
+    float s = v.v[0];
+    for (int i = 1; i < 16; i++)
+        s = v.v[i] > s ? v.v[i] : s;
+    return s;
+}
+QSP_INLINE void f16_transpose(f16x *r)
+{
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < i; j++) {
+            const float t = r[i].v[j];
+            r[i].v[j] = r[j].v[i];
+            r[j].v[i] = t;
+        }
+}
+
+/* ---- absolute values as integers, which lets a NaN win every comparison ---- */
+typedef struct {
+    uint32_t v[16];
+} u32x16;
+QSP_INLINE u32x16 u32_zero(void)
+{
+    u32x16 r;
+    memset(&r, 0, sizeof r);
+    return r;
+}
+QSP_INLINE u32x16 u32_max_abs(u32x16 m, f16x x)
+{
+    for (int i = 0; i < 16; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x.v[i], 4);
+        bits &= 0x7fffffffU;
+        m.v[i] = bits > m.v[i] ? bits : m.v[i];
+    }
+    return m;
+}
+QSP_INLINE uint32_t u32_greatest(u32x16 m)
+{
+    uint32_t s = 0;
+    for (int i = 0; i < 16; i++)
+        s = m.v[i] > s ? m.v[i] : s;
+    return s;
+}
+
+/* ---- 16 codes ---- */
+typedef struct {
+    uint8_t v[16];
+} u8x16;
+/* Nearest even for |v| < 2^22, whatever rounding function the compiler's target has. */
+QSP_INLINE int32_t nearest(float v)
+{
+    const float shifted = v + 12582912.0f;
+    return (int32_t)(shifted - 12582912.0f);
+}
+QSP_INLINE f16x f16_nearest(f16x v) { EACH16((float)nearest(v.v[i])); }
+QSP_INLINE u8x16 codes_from(f16x v)
+{
+    u8x16 r;
+    for (int i = 0; i < 16; i++)
+        r.v[i] = (uint8_t)nearest(v.v[i]);
+    return r;
+}
+QSP_INLINE int32_t codes_sum(f16x v)
+{
+    int32_t s = 0;
+    for (int i = 0; i < 16; i++)
+        s += nearest(v.v[i]);
+    return s;
+}
+QSP_INLINE void codes_store(uint8_t *p, u8x16 v) { memcpy(p, v.v, 16); }
+QSP_INLINE void codes_store_n(uint8_t *p, u8x16 v, int n) { memcpy(p, v.v, (size_t)n); }
+QSP_INLINE void codes_transpose(u8x16 *r)
+{
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < i; j++) {
+            const uint8_t t = r[i].v[j];
+            r[i].v[j] = r[j].v[i];
+            r[j].v[i] = t;
+        }
+}
+/* Dither of 16 elements whose numbers follow each other from an even one on. */
+QSP_INLINE f16x dither_run(uint64_t seed, uint64_t index)
+{
+    EACH16((float)qsp_random_bits(seed, index + (uint64_t)i) * QSP_DITHER_STEP + QSP_DITHER_HALF);
+}
+
+/* ---- gather-SpMM on codes: 16 lanes, four nonzeros a step ---- */
+typedef struct {
+    int32_t sum[16];
+} quad;
+
+QSP_INLINE void quad_set(quad *q, int32_t v)
+{
+    for (int i = 0; i < 16; i++)
+        q->sum[i] = v;
+}
+QSP_INLINE void quad_dot(quad *q, const uint8_t *x, const int32_t *offset, const int8_t *weight)
+{
+    for (int k = 0; k < QSP_GROUP; k++) {
+        const uint8_t *p = x + offset[k];
+        const int32_t w = weight[k];
+        for (int i = 0; i < 16; i++)
+            q->sum[i] += w * p[i];
+    }
+}
+QSP_INLINE void quad_store(int32_t *p, const quad *even, const quad *odd)
+{
+    for (int i = 0; i < 16; i++)
+        p[i] = even->sum[i] + odd->sum[i];
+}
+QSP_INLINE int quad_lane(int place) { return place; }
+QSP_INLINE void quad_unpack(float *out, const int32_t *sums, float scale, float bias)
+{
+    for (int i = 0; i < QSP_UNIT; i++)
+        out[i] = (float)sums[i] * scale + bias;
+}
+
+/* ---- gather-SDDMM on codes ---- */
+typedef struct {
+    int32_t v[16];
+} dots;
+typedef struct {
+    int8_t v[16];
+} grad;
+
+QSP_INLINE grad grad_load(const uint8_t *p)
+{
+    grad g;
+    for (int i = 0; i < 16; i++)
+        g.v[i] = (int8_t)(p[i] - 128);
+    return g;
+}
+QSP_INLINE dots dots_zero(void)
+{
+    dots d;
+    memset(&d, 0, sizeof d);
+    return d;
+}
+QSP_INLINE dots dots_add(dots a, dots b)
+{
+    for (int i = 0; i < 16; i++)
+        a.v[i] += b.v[i];
+    return a;
+}
+QSP_INLINE dots dots_step(dots sum, const uint8_t *x, grad g)
+{
+    for (int i = 0; i < 16; i++)
+        sum.v[i] += (int32_t)x[i] * g.v[i];
+    return sum;
+}
+QSP_INLINE int32_t dots_total(dots d)
+{
+    int32_t s = 0;
+    for (int i = 0; i < 16; i++)
+        s += d.v[i];
+    return s;
+}
+QSP_INLINE dots grad_sum(dots sum, grad g)
+{
+    for (int i = 0; i < 16; i++)
+        sum.v[i] += g.v[i];
+    return sum;
+}
+QSP_INLINE dots grad_excess(dots sum, grad g)
+{
+    (void)g;
+    return sum;
+}
+QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n, int32_t excess)
+{
+    for (int j = 0; j < n; j++)
+        sums[j] += dots_total(d[j]) - excess;
+}

@@ -1,0 +1,131 @@
+/* Gather-SDDMM: dvalue[row, k] = sum_lane dy[row, lane] * x[offset[row, k] + lane], at the nonzeros only.
+ *
+ * The gradient of a few units stays in registers while all nonzeros of its row pass. Sums are kept per slot in 64 bits
+ * (codes) or in double (floats), so that no number of lanes overflows or loses digits. */
+
+typedef struct {
+    const uint8_t *x[ISA_SDDMM_UNITS], *dy[ISA_SDDMM_UNITS];
+} unit_set;
+
+/* `n` slots, the gradient of `units` units: both constants at every call. */
+QSP_INLINE void sddmm_slots_u8(const unit_set *u, const grad *g, const int32_t *offset, int64_t *sums, const int n,
+                               const int units, int32_t excess)
+{
+    const int width = QSP_UNIT / ISA_UNIT_VECTORS;
+    dots d[16];
+    QSP_UNROLL
+    for (int j = 0; j < n; j++) {
+        const int64_t o = offset[j];
+        dots even = dots_zero(), odd = dots_zero();
+        QSP_UNROLL
+        for (int v = 0; v < units * ISA_UNIT_VECTORS; v++) {
+            const uint8_t *x = u->x[v / ISA_UNIT_VECTORS] + o + v % ISA_UNIT_VECTORS * width;
+            if (v & 1)
+                odd = dots_step(odd, x, g[v]);
+            else
+                even = dots_step(even, x, g[v]);
+        }
+        d[j] = units * ISA_UNIT_VECTORS > 1 ? dots_add(even, odd) : even;
+    }
+    dots_flush(sums, d, n, excess);
+}
+
+QSP_INLINE void sddmm_row_u8(const qsp_sddmm *a, const unit_set *u, int64_t row, int64_t *sums, int64_t *dy_sum,
+                             const int units)
+{
+    const int width = QSP_UNIT / ISA_UNIT_VECTORS;
+    const int64_t plane = row * a->dy_grid.pitch;
+    grad g[ISA_SDDMM_UNITS * ISA_UNIT_VECTORS];
+    dots total = dots_zero(), excess = dots_zero();
+    QSP_UNROLL
+    for (int v = 0; v < units * ISA_UNIT_VECTORS; v++) {
+        g[v] = grad_load(u->dy[v / ISA_UNIT_VECTORS] + plane + v % ISA_UNIT_VECTORS * width);
+        total = grad_sum(total, g[v]);
+        excess = grad_excess(excess, g[v]);
+    }
+    *dy_sum += dots_total(total);
+    const int32_t extra = dots_total(excess);
+    int64_t k = 4 * (int64_t)a->list.group_ptr[row];
+    const int64_t end = 4 * (int64_t)a->list.group_ptr[row + 1];
+    for (; k + 16 <= end; k += 16)
+        sddmm_slots_u8(u, g, a->list.offset + k, sums + k, 16, units, extra);
+    if (k + 8 <= end) {
+        sddmm_slots_u8(u, g, a->list.offset + k, sums + k, 8, units, extra);
+        k += 8;
+    }
+    if (k < end)
+        sddmm_slots_u8(u, g, a->list.offset + k, sums + k, 4, units, extra);
+}
+
+QSP_INLINE void sddmm_row_f32(const qsp_sddmm *a, const float *x, const float *dy, int64_t row, double *sums)
+{
+    f16x g[4];
+    QSP_UNROLL
+    for (int v = 0; v < 4; v++)
+        g[v] = f16_load(dy + row * a->dy_grid.pitch + 16 * v);
+    const int64_t end = 4 * (int64_t)a->list.group_ptr[row + 1];
+    for (int64_t k = 4 * (int64_t)a->list.group_ptr[row]; k < end; k++) {
+        const float *p = x + a->list.offset[k];
+        f16x even = f16_mul(g[0], f16_load(p)), odd = f16_mul(g[1], f16_load(p + 16));
+        even = f16_fma(g[2], f16_load(p + 32), even);
+        odd = f16_fma(g[3], f16_load(p + 48), odd);
+        sums[k] += (double)f16_sum(f16_add(even, odd));
+    }
+}
+
+/* One task: all units for the rows of part `chunk`. */
+QSP_INLINE void sddmm_task(const qsp_sddmm *a, int64_t chunk, const int codes)
+{
+    const int64_t first = qsp_cut_rows(&a->list, chunk, a->row_chunks);
+    const int64_t last = qsp_cut_rows(&a->list, chunk + 1, a->row_chunks);
+    const int64_t slots = 4 * (int64_t)a->list.group_ptr[a->list.rows];
+    const int64_t units = qsp_count_units(&a->dy_grid, &a->view, a->images);
+    int64_t *sums = (int64_t *)a->sums, *dy_sums = sums + slots; /* scratch: one for a slot, one for a row */
+    for (int64_t k = 4 * (int64_t)a->list.group_ptr[first]; k < 4 * (int64_t)a->list.group_ptr[last]; k++)
+        sums[k] = 0; /* all bits zero is 0.0 as well */
+    for (int64_t row = first; row < last; row++)
+        dy_sums[row] = 0;
+
+    const int64_t size = codes ? 1 : (int64_t)sizeof(float);
+    for (int64_t unit = 0; unit < units;) {
+        unit_set u;
+        const int n = codes ? (int)qsp_min(ISA_SDDMM_UNITS, units - unit) : 1;
+        for (int i = 0; i < n; i++) {
+            qsp_unit where;
+            locate_unit(&where, &a->dy_grid, &a->view, a->images, unit + i);
+            u.x[i] = (const uint8_t *)a->planes + size * (where.block * a->grid.block + a->view.origin + where.lane);
+            u.dy[i] = (const uint8_t *)a->dy + size * (where.block * a->dy_grid.block + a->dy_grid.front + a->view.origin + where.lane);
+        }
+        unit += n;
+        if (!codes)
+            for (int64_t row = first; row < last; row++)
+                sddmm_row_f32(a, (const float *)u.x[0], (const float *)u.dy[0], row, (double *)a->sums);
+        else if (n == ISA_SDDMM_UNITS)
+            for (int64_t row = first; row < last; row++)
+                sddmm_row_u8(a, &u, row, sums, dy_sums + row, ISA_SDDMM_UNITS);
+        else
+            for (int i = 0; i < n; i++) {
+                const unit_set one = {{u.x[i]}, {u.dy[i]}};
+                for (int64_t row = first; row < last; row++)
+                    sddmm_row_u8(a, &one, row, sums, dy_sums + row, 1);
+            }
+    }
+
+    for (int64_t row = first; row < last; row++) {
+        const float scale_dy = codes ? a->scale_dy[row * a->scale_dy_stride] : 1.0f;
+        for (int64_t k = 4 * (int64_t)a->list.group_ptr[row]; k < 4 * (int64_t)a->list.group_ptr[row + 1]; k++) {
+            if (a->index[k] < 0)
+                continue;
+            if (!codes) {
+                a->out[a->index[k]] = (float)((double *)a->sums)[k];
+                continue;
+            }
+            const int64_t plane = a->plane[k];
+            const int64_t exact = sums[k] - a->zero_point[plane * a->zero_stride] * dy_sums[row];
+            a->out[a->index[k]] = (float)exact * (a->scale_x[plane * a->scale_x_stride] * scale_dy);
+        }
+    }
+}
+
+static void sddmm_u8(const qsp_sddmm *a, int64_t chunk) { sddmm_task(a, chunk, 1); }
+static void sddmm_f32(const qsp_sddmm *a, int64_t chunk) { sddmm_task(a, chunk, 0); }

@@ -1,0 +1,146 @@
+/* The unpacker: sums of up to QSP_ROW_BLOCK rows and one unit of lanes -> scale, bias -> the tensor of a view. */
+
+typedef struct {
+    int64_t block, lane; /* lane counted from the view's origin in that block */
+    int64_t images;      /* in that block */
+    int64_t end;         /* lanes from here on belong to the next turn of the walk */
+} qsp_unit;
+
+static void locate_unit(qsp_unit *u, const qsp_grid *g, const qsp_view *v, int64_t images, int64_t unit)
+{
+    qsp_walk w;
+    const int64_t whole = images / g->images;
+    u->block = 0;
+    u->images = g->images;
+    if (whole) {
+        qsp_walk_init(&w, g, v, g->images);
+        u->block = qsp_min(unit / qsp_walk_units(&w), whole);
+        unit -= u->block * qsp_walk_units(&w);
+    }
+    if (u->block == whole) {
+        u->images = images - whole * g->images;
+        qsp_walk_init(&w, g, v, u->images);
+    }
+    u->lane = qsp_walk_lane(&w, unit);
+    u->end = w.turns == 1 ? INT64_MAX : (unit / w.units_per_turn + 1) * w.lane[0];
+}
+
+/* The runs of lanes of a unit that lie in the tensor. */
+typedef struct {
+    int runs;
+    int64_t step;                 /* elements from lane to lane */
+    uint8_t first[QSP_UNIT], size[QSP_UNIT];
+    int64_t elem[QSP_UNIT];
+    float *column[QSP_UNIT];      /* where channel 0 of a lane is; only where channels are neighbours in memory */
+} unit_target;
+
+static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, const qsp_unit *u, float *out)
+{
+    qsp_walk w;
+    qsp_walk_init(&w, g, v, u->images);
+    int64_t i0 = u->lane / w.lane[0], rest = u->lane % w.lane[0], i1 = rest / w.lane[1], i2 = rest % w.lane[1];
+    const int64_t base = v->elem + u->block * g->images * v->elem_b;
+    const int64_t end = qsp_min(QSP_UNIT, u->end - u->lane);
+    t->runs = 0;
+    t->step = w.elem[2];
+    for (int64_t place = 0; place < end && i0 < w.size[0];) {
+        if (i1 < w.size[1] && i2 < w.size[2]) {
+            t->first[t->runs] = (uint8_t)place;
+            t->size[t->runs] = (uint8_t)qsp_min(w.size[2] - i2, end - place);
+            t->elem[t->runs++] = base + i0 * w.elem[0] + i1 * w.elem[1] + i2 * w.elem[2];
+        }
+        place += w.lane[1] - i2;
+        i2 = 0;
+        if (++i1 * w.lane[1] >= w.lane[0]) {
+            i1 = 0;
+            i0++;
+        }
+    }
+    if (v->elem_c != 1)
+        return;
+    for (int i = 0; i < QSP_UNIT; i++)
+        t->column[i] = NULL;
+    for (int k = 0; k < t->runs; k++)
+        for (int j = 0; j < t->size[k]; j++)
+            t->column[t->first[k] + j] = out + t->elem[k] + j * t->step;
+}
+
+QSP_INLINE int unit_lane(int place)
+{
+    const int width = QSP_UNIT / ISA_UNIT_VECTORS;
+    return place / width * width + quad_lane(place % width);
+}
+
+/* Channels are neighbours in memory: 16 rows x 16 lanes at a time, transposed. */
+static void unpack_columns(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const int32_t *sums,
+                           int as_float)
+{
+    QSP_ALIGNED(64) float scale[QSP_ROW_BLOCK], bias[QSP_ROW_BLOCK];
+    for (int i = 0; i < n; i++) {
+        scale[i] = a->scale ? a->scale[row + i] * a->scale_factor : 1.0f;
+        bias[i] = a->bias ? a->bias[row + i] : 0.0f;
+    }
+    for (int r = 0; r < n; r += 16) {
+        const int m = n - r < 16 ? n - r : 16;
+        const f16x s = f16_load_n(scale + r, m), b = f16_load_n(bias + r, m);
+        for (int p = 0; p < QSP_UNIT; p += 16) {
+            f16x tile[16];
+            const int32_t *from = sums + r * QSP_UNIT + p;
+            QSP_UNROLL
+            for (int i = 0; i < 16; i++) {
+                /* rows past m hold what is left of earlier ones; their columns are not stored */
+                const int32_t *line = from + (i < m ? i : 0) * QSP_UNIT;
+                tile[i] = as_float ? f16_load((const float *)line) : f16_load_sums(line);
+            }
+            f16_transpose(tile);
+            QSP_UNROLL
+            for (int i = 0; i < 16; i++) {
+                float *to = t->column[as_float ? p + i : unit_lane(p + i)];
+                if (to) {
+                    const f16x v = f16_add(f16_mul(tile[i], s), b);
+                    if (m == 16)
+                        f16_store(to + row + r, v);
+                    else
+                        f16_store_n(to + row + r, v, m);
+                }
+            }
+        }
+    }
+}
+
+static void unpack_rows(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const int32_t *sums, int as_float)
+{
+    if (a->view.elem_c == 1 && !(t->step == 1 && a->view.channels == 1)) {
+        unpack_columns(a, t, row, n, sums, as_float);
+        return;
+    }
+    QSP_ALIGNED(64) float line[QSP_UNIT];
+    for (int i = 0; i < n; i++) {
+        float *to = a->out + (row + i) * a->view.elem_c;
+        const float scale = a->scale ? a->scale[row + i] * a->scale_factor : 1.0f;
+        const float bias = a->bias ? a->bias[row + i] : 0.0f;
+        const int32_t *from = sums + i * QSP_UNIT;
+        const int direct = t->step == 1 && t->runs == 1 && t->size[0] == QSP_UNIT;
+        float *values = direct ? to + t->elem[0] : line;
+        if (as_float)
+            for (int p = 0; p < QSP_UNIT; p += 16)
+                f16_store(values + p, f16_add(f16_mul(f16_load((const float *)from + p), f16_set1(scale)),
+                                              f16_set1(bias)));
+        else
+            quad_unpack(values, from, scale, bias);
+        for (int k = 0; !direct && k < t->runs; k++) {
+            float *p = to + t->elem[k];
+            const float *q = line + t->first[k];
+            if (t->step == 1) {
+                int j = 0;
+                for (; j + 16 <= t->size[k]; j += 16)
+                    f16_store(p + j, f16_load(q + j));
+                if (j < t->size[k])
+                    f16_store_n(p + j, f16_load_n(q + j, t->size[k] - j), t->size[k] - j);
+            } else {
+                for (int j = 0; j < t->size[k]; j++)
+                    p[j * t->step] = q[j];
+            }
+        }
+    }
+}
