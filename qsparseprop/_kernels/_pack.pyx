@@ -28,6 +28,7 @@ cdef enum:
 
 cdef extern from "simd/common.h" nogil:
     float qsp_symmetric_scale(float absmax, float levels)
+    float qsp_affine_scale(float low, float high, int32_t *zero_point)
 
 cdef object _float32 = torch.float32
 cdef object _bfloat16 = torch.bfloat16
@@ -187,16 +188,14 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, int scheme, uint64_
         # codes mean nothing; a scale that is not finite keeps the result from looking like a number
         s, zero, inverse = r.absmax, 128, 0
     elif scheme == AFFINE:
-        r.min, r.max = min(r.min, <float> 0), max(r.max, <float> 0)
-        s = qsp_symmetric_scale(r.max / 255 - r.min / 255, 1)
-        inverse = 1 / s
-        zero = <int32_t> max(0, min(255, round(-r.min * inverse)))
+        s = qsp_affine_scale(r.min, r.max, &zero)
+        inverse = <float> 1 / s
     elif scheme == ABSMAX and r.min >= 0:
         s, zero = qsp_symmetric_scale(r.absmax, 255), 0
-        inverse = 1 / s
+        inverse = <float> 1 / s
     elif scheme == ABSMAX or scheme == STOCHASTIC:
         s, zero = qsp_symmetric_scale(r.absmax, 127), 128
-        inverse = 1 / s
+        inverse = <float> 1 / s
     else:
         raise ValueError(f"unknown scheme {scheme}")
     a.inverse, a.zero_point, a.stride = &inverse, &zero, 0

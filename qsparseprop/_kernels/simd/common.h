@@ -47,6 +47,17 @@ QSP_INLINE float qsp_symmetric_scale(float absmax, float levels)
     return scale < FLT_MIN ? FLT_MIN : scale;
 }
 
+/* Scale and zero point that map [low, high], widened to hold 0, to 0..255. */
+QSP_INLINE float qsp_affine_scale(float low, float high, int32_t *zero_point)
+{
+    low = low < 0.0f ? low : 0.0f;
+    high = high > 0.0f ? high : 0.0f;
+    const float scale = qsp_symmetric_scale(high / 255.0f - low / 255.0f, 1.0f);
+    const float zero = rintf(-low * (1.0f / scale));
+    *zero_point = (int32_t)(zero < 255.0f ? zero : 255.0f);
+    return scale;
+}
+
 /* Counter-based random numbers: two rounds of a multiply-xorshift mixer (constants: C. Wellons, "lowbias32", public
  * domain) with the 64-bit seed entering before and between them. One call serves two neighbouring elements with 16
  * bits each: of `index`, the low half of the result where it is even and the high half where it is odd. */

@@ -1,0 +1,303 @@
+"""The three-way comparison behind ``python -m qsparseprop finetune``.
+
+A network is trained dense, pruned, and then fine-tuned three times from the same point on the same batches: dense in
+fp32 with masks, dense with masks in the fastest precision and memory layout that torch has on this machine, and swapped
+to qsparseprop. Each of the three lives in a process of its own, so that peak memory is its own; they take turns of a
+few steps, so that a slow minute of the machine hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .compare_worker import RunHandle, RunSpec, TrainingMode, make_finetuner, make_loaders, make_network
+from .data import load_digits_data
+from .finetuner import Finetuner
+from .measurement_utils import environment, interleaved_medians
+from .pruning_utils import (
+    collect_masks,
+    global_magnitude_prune,
+    layer_sparsity,
+    layerwise_magnitude_prune,
+    make_pruning_permanent,
+)
+
+__all__ = ["RUN_LABELS", "CompareConfig", "ConfigurationError", "Reporter", "compare"]
+
+#: Keys of the runs in the result, in the order of the table, with their names for people.
+RUN_LABELS = {"dense_fp32": "dense fp32", "dense_best": "dense best", "qsparseprop": "qsparseprop"}
+
+DENSE_MODES = (
+    TrainingMode(bf16=False, channels_last=False),
+    TrainingMode(bf16=False, channels_last=True),
+    TrainingMode(bf16=True, channels_last=False),
+    TrainingMode(bf16=True, channels_last=True),
+)
+
+#: What the swapped network runs in. channels_last is the layout in which torch's own batch normalisation is fastest.
+SPARSE_MODE = TrainingMode(bf16=False, channels_last=True)
+
+_PRUNERS = {"global": global_magnitude_prune, "layer": layerwise_magnitude_prune}
+
+# A turn is long enough that its first step, which finds cold caches and sleeping threads and is not timed, is a small
+# part of it, and short enough that the runs see the same state of the machine.
+_STEPS_PER_TURN = 4
+
+
+class ConfigurationError(ValueError):
+    """What was asked for makes no sense; the message says why."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What `compare` does.
+
+    Attributes
+    ----------
+    model : {"resnet18", "resnet20"}
+        Network, see `qsparseprop.utils.models`.
+    width : int or None
+        Channels of its first stage; ``None`` for the network's own.
+    sparsity : float
+        Share of the pruned layers' weights that become zero, in (0, 1).
+    scope : {"global", "layer"}
+        One magnitude threshold for the whole network, or the same sparsity in every layer.
+    epochs, pretrain_epochs : int
+        Passes over the training images of each fine-tuning, and of the dense training before it.
+    batch_size : int
+        Images in a step.
+    learning_rate : float
+        Peak of AdamW's one-cycle schedule, in all trainings.
+    threads : int or None
+        torch's threads; ``None`` for torch's own choice.
+    seed : int
+        Of the initial weights, the test split, the order of the batches and the stochastic rounding.
+    image_size : int
+        Height and width of the images, in pixels.
+    """
+
+    model: str = "resnet18"
+    width: int | None = None
+    sparsity: float = 0.9
+    scope: str = "global"
+    epochs: int = 1
+    pretrain_epochs: int = 1
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    threads: int | None = None
+    seed: int = 0
+    image_size: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise ConfigurationError(f"sparsity must be between 0 and 1, got {self.sparsity}")
+        if self.scope not in _PRUNERS:
+            raise ConfigurationError(f"unknown scope {self.scope!r}, choose from {', '.join(_PRUNERS)}")
+        for name in ("epochs", "pretrain_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Reporter(Protocol):
+    """Where `compare` tells how far it is."""
+
+    def message(self, text: str) -> None:
+        """Show one or more lines."""
+
+    def progress(self, name: str, total: int) -> Callable[[float], None]:
+        """Start a progress bar of `total` steps; the returned function is called with the loss after each."""
+
+    def close(self) -> None:
+        """Finish all progress bars."""
+
+
+class _Silent:
+    def message(self, text: str) -> None:
+        pass
+
+    def progress(self, name: str, total: int) -> Callable[[float], None]:
+        return lambda loss: None
+
+    def close(self) -> None:
+        pass
+
+
+def compare(config: CompareConfig | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Run the whole comparison.
+
+    The three runs are processes started by ``multiprocessing`` with the ``spawn`` method: a script that calls this
+    function needs the usual ``if __name__ == "__main__":``.
+
+    Parameters
+    ----------
+    config : CompareConfig, optional
+        What to do.
+    reporter : Reporter, optional
+        Where to tell about progress; silent by default.
+
+    Returns
+    -------
+    dict
+        What ``result.json`` holds. Times are in s or, where the key says so, ms; memory in MB of 10**6 bytes;
+        accuracies in percent; sparsities are shares in [0, 1].
+
+        - ``runs``: one entry each for ``dense_fp32``, ``dense_best`` and ``qsparseprop``, see below;
+        - ``speedup_vs_dense_fp32``, ``speedup_vs_dense_best``: ratios of ``step_ms``;
+        - ``sparsity`` as asked for, ``layer_sparsity`` as reached in each pruned layer;
+        - ``dense_top1``, ``pruned_top1``: accuracy before pruning and right after it;
+        - ``dense_modes_step_ms``: the timing that chose ``dense_best``;
+        - ``config``, ``data``, ``environment``; ``total_s`` of all.
+
+        A run has
+
+        - ``config``: its precision and layout; ``top1``; ``losses`` and ``evaluations``;
+        - ``step_ms``: the median of the ``timed_steps`` steps that did not open a turn; ``mean_to_median_step`` of the
+          same, about 1 on a quiet machine; ``step_s`` of every step and their sum ``train_s``;
+        - ``saved_mb``: kept for the backward pass in one step;
+        - ``peak_rss_mb``: the largest resident memory of the run's process during what ``peak_rss_of`` says: its
+          ``training`` or, where the system cannot restart the count, the whole ``process``;
+          ``rss_before_training_mb``: what of it was there already;
+        - ``setup_s``: the time to attach masks, or to measure and swap layers; ``replaced_layers`` and ``swap_table``.
+
+    Raises
+    ------
+    ImportError
+        If scikit-learn is missing.
+    ConfigurationError
+        If the batch size is larger than the training set.
+    FloatingPointError
+        If the dense training diverges.
+    RuntimeError
+        If one of the three processes fails; the message holds its traceback.
+    """
+    config = config or CompareConfig()
+    reporter = reporter or _Silent()
+    began = time.perf_counter()
+    data = load_digits_data(config.image_size, seed=config.seed)
+    if config.batch_size > len(data.train_labels):
+        raise ConfigurationError(
+            f"the batch size must be at most the number of training images, {len(data.train_labels)}, "
+            f"got {config.batch_size}"
+        )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    config = replace(config, threads=torch.get_num_threads())
+    torch.manual_seed(config.seed)
+    train_loader, test_loader = make_loaders(data, config.batch_size, config.seed)
+    model = make_network(config.model, config.width, data.num_classes)
+
+    reporter.message(f"Timing {len(DENSE_MODES)} ways to train the dense network ...")
+    mode_seconds = _time_dense_modes(model, *next(iter(train_loader)))
+    best = min(DENSE_MODES, key=lambda mode: mode_seconds[mode.name])
+    listed = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in mode_seconds.items())
+    reporter.message(f"  ms a step: {listed}. Best: {best.name}.")
+
+    steps = config.pretrain_epochs * len(train_loader)
+    reporter.message(f"Training dense for {steps} steps ...")
+    trainer = make_finetuner(model, best, config.learning_rate, steps)
+    on_step = reporter.progress("dense", steps)
+    for _ in range(config.pretrain_epochs):
+        trainer.train(train_loader, on_step=on_step)
+    reporter.close()
+    dense_top1 = trainer.evaluate(test_loader)
+    pruned = _prune(model, config)
+    pruned_top1 = trainer.evaluate(test_loader)
+    reporter.message(
+        f"  top-1 {dense_top1:.1f} %. Pruned {len(pruned['masks'])} layers to {100 * pruned['sparsity']:.1f} % zeros: "
+        f"top-1 {pruned_top1:.1f} %."
+    )
+
+    specs = {
+        "dense_fp32": RunSpec(mode=DENSE_MODES[0]),
+        "dense_best": RunSpec(mode=best),
+        # Pruning globally leaves some layers much denser than others; which are worth it is for the stopwatch to say.
+        "qsparseprop": RunSpec(mode=SPARSE_MODE, swap=True, min_sparsity=min(0.5, config.sparsity)),
+    }
+    start = {"model": model.state_dict(), "masks": pruned["masks"], "data": vars(data), "config": asdict(config)}
+    runs = _finetune_all(specs, start, reporter)
+
+    for name, run in runs.items():
+        run["evaluations"].insert(0, {"step": 0, "train_s": 0.0, "top1": pruned_top1})
+        run["config"] = specs[name].mode.name
+    sparse_ms = runs["qsparseprop"]["step_ms"]
+    return {
+        "sparsity": config.sparsity,
+        "runs": runs,
+        "speedup_vs_dense_fp32": runs["dense_fp32"]["step_ms"] / sparse_ms,
+        "speedup_vs_dense_best": runs["dense_best"]["step_ms"] / sparse_ms,
+        "dense_top1": dense_top1,
+        "pruned_top1": pruned_top1,
+        "dense_modes_step_ms": {name: 1e3 * seconds for name, seconds in mode_seconds.items()},
+        "layer_sparsity": pruned["layers"],
+        "config": asdict(config),
+        "data": {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)},
+        "environment": environment(),
+        "total_s": time.perf_counter() - began,
+    }
+
+
+def _time_dense_modes(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """Seconds of a training step of a copy of the model in each mode, by the mode's name."""
+    # Copies, because each step changes weights and statistics; one a layout, because converting is not to be timed.
+    copies = {channels_last: copy.deepcopy(model) for channels_last in (False, True)}
+    trainers = {mode.name: make_finetuner(copies[mode.channels_last], mode, 1e-4, 100) for mode in DENSE_MODES}
+
+    def step(trainer: Finetuner) -> Callable[[], float]:
+        return lambda: trainer.train_step(inputs, targets)
+
+    return interleaved_medians({name: step(trainer) for name, trainer in trainers.items()}, repeats=2)
+
+
+def _prune(model: nn.Module, config: CompareConfig) -> dict[str, Any]:
+    modules = _PRUNERS[config.scope](model, config.sparsity)
+    masks = collect_masks(model)
+    make_pruning_permanent(model)
+    return {
+        "masks": masks,
+        "layers": layer_sparsity(model, modules),
+        "sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values()),
+    }
+
+
+def _finetune_all(specs: dict[str, RunSpec], start: dict[str, Any], reporter: Reporter) -> dict[str, dict[str, Any]]:
+    """Fine-tune in one process a run, taking turns, and return what each measured."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qsparseprop-"))
+        path = os.path.join(folder, "start.pt")
+        torch.save(start, path)
+        handles = {name: stack.enter_context(RunHandle(name, spec, path)) for name, spec in specs.items()}
+        reporter.message("Starting the three runs, each in a process of its own ...")
+        prepared = {name: handle.call("prepare") for name, handle in handles.items()}
+        if prepared["qsparseprop"]["swap_table"]:
+            reporter.message(prepared["qsparseprop"]["swap_table"])
+        steps = prepared["qsparseprop"]["steps"]
+        reporter.message(f"Fine-tuning for {steps} steps each, in turns of {_STEPS_PER_TURN} ...")
+        bars = {name: reporter.progress(RUN_LABELS[name], steps) for name in handles}
+        done = 0
+        evaluate_at = {steps, *itertools.islice(_turn_ends(steps), 1, None, 2)}
+        for end in _turn_ends(steps):
+            for name, handle in handles.items():
+                handle.call("train", end - done, on_step=bars[name])
+                if end in evaluate_at:
+                    handle.call("evaluate")
+            done = end
+        reporter.close()
+        runs = {name: handle.call("summary") for name, handle in handles.items()}
+    for name, run in runs.items():
+        run.update(prepared[name])
+    return runs
+
+
+def _turn_ends(steps: int) -> list[int]:
+    return [*range(_STEPS_PER_TURN, steps, _STEPS_PER_TURN), steps]

@@ -1,0 +1,172 @@
+"""The result of `qsparseprop.utils.compare` as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .compare import RUN_LABELS
+
+__all__ = ["format_table", "write_json", "write_plot"]
+
+# Okabe and Ito's colours stay apart for all kinds of colour blindness, and the line styles on a black and white print.
+_STYLES = {
+    "dense_fp32": {"color": "#000000", "linestyle": ":", "marker": "s"},
+    "dense_best": {"color": "#0072B2", "linestyle": "--", "marker": "^"},
+    "qsparseprop": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
+}
+
+# Steps do equal work, so that on a quiet machine mean and median differ by a few percent.
+_BUSY = 1.25
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """Return the table that the ``finetune`` command prints, with a line on what its columns mean.
+
+    Parameters
+    ----------
+    result : dict
+        What `qsparseprop.utils.compare.compare` returns.
+
+    Returns
+    -------
+    str
+        Several lines, without a newline at the end.
+    """
+    header = ("run", "top-1 %", "ms/step", "saved MB", "peak RSS MB", "vs fp32", "vs best")
+    runs = result["runs"]
+    rows = [header]
+    for name, label in RUN_LABELS.items():
+        run = runs[name]
+        rows.append(
+            (
+                f"{label} ({run['config']})",
+                f"{run['top1']:.1f}",
+                f"{run['step_ms']:.1f}",
+                f"{run['saved_mb']:.1f}",
+                f"{run['peak_rss_mb']:.0f}",
+                f"{runs['dense_fp32']['step_ms'] / run['step_ms']:.2f}x",
+                f"{runs['dense_best']['step_ms'] / run['step_ms']:.2f}x",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    lines.insert(1, "-" * len(lines[0]))
+    timed = runs["qsparseprop"]["timed_steps"]
+    lines.append("")
+    lines.append(f"ms/step: median of {timed} whole training steps. saved MB: kept from forward to backward in a step.")
+    scope = "while it trained" if runs["qsparseprop"]["peak_rss_of"] == "training" else "since its start"
+    lines.append(f"peak RSS MB: largest resident memory of the run's own process {scope}, torch itself included.")
+    lines.append(
+        f"Not in ms/step: {runs['qsparseprop']['setup_s']:.1f} s, once, to measure and swap "
+        f"{len(runs['qsparseprop']['replaced_layers'])} layers."
+    )
+    busy = _busy(result)
+    if busy:
+        lines.append(f"{busy}. Better measure again.")
+    return "\n".join(lines)
+
+
+def _busy(result: dict[str, Any]) -> str:
+    """Return a warning if something else kept the machine busy meanwhile."""
+    ratio = max(run["mean_to_median_step"] for run in result["runs"].values())
+    return f"The machine was busy: a mean step took up to {ratio:.1f} times the median one" if ratio > _BUSY else ""
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` that takes its place at the end, or vanishes if anything goes wrong."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write the result as JSON; the file appears complete or not at all.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    with _replacing(Path(path)) as temporary:
+        temporary.write_text(json.dumps(_without_nan(result), indent=1) + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON knows no NaN: a figure that the system does not tell becomes null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw loss and accuracy against training time as a PNG; the file appears complete or not at all.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    OSError
+        If it cannot be written.
+    """
+    # Not pyplot, which would look for a display and keep the figure.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for name, label in RUN_LABELS.items():
+        run, style = result["runs"][name], _STYLES[name]
+        ends = _running_sum(run["step_s"])
+        plain = {key: value for key, value in style.items() if key != "marker"}
+        loss_axes.plot(ends, _smooth(run["losses"]), linewidth=2, **plain)
+        seconds = [evaluation["train_s"] for evaluation in run["evaluations"]]
+        top1 = [evaluation["top1"] for evaluation in run["evaluations"]]
+        caption = f"{label}: {run['step_ms']:.0f} ms/step"
+        if name == "dense_best":
+            caption = f"{label} ({run['config']}): {run['step_ms']:.0f} ms/step"
+        accuracy_axes.plot(seconds, top1, linewidth=2, markersize=6, label=caption, **style)
+    loss_axes.set(ylabel="training loss (mean of 3 steps)")
+    loss_axes.set_ylim(bottom=0)
+    accuracy_axes.set(ylabel="test accuracy, top-1 (%)", ylim=(0, 103))
+    for axes in (loss_axes, accuracy_axes):
+        axes.set_xlabel("training time (s)")
+        axes.set_xlim(left=0)
+        axes.grid(True, alpha=0.3)
+    figure.suptitle("\n".join(filter(None, (_title(result), _busy(result)))), fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=10, frameon=False)
+    with _replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _title(result: dict[str, Any]) -> str:
+    config = result["config"]
+    return (
+        f"Fine-tuning {config['model']} at {100 * result['sparsity']:g} % sparsity, batch {config['batch_size']}, "
+        f"{config['threads']} thread{'s' if config['threads'] > 1 else ''}: same start, same batches, same steps"
+    )
+
+
+def _running_sum(values: list[float]) -> list[float]:
+    total, sums = 0.0, []
+    for value in values:
+        total += value
+        sums.append(total)
+    return sums
+
+
+def _smooth(values: list[float], window: int = 3) -> list[float]:
+    """Mean of each value and the ones before it, `window` at most."""
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]

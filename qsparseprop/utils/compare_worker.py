@@ -1,0 +1,295 @@
+"""One run of the comparison in its own process, and the parent's handle on it. See `qsparseprop.utils.compare`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import multiprocessing
+import signal
+import statistics
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .data import ImageData, evaluation_loader, training_loader
+from .finetuner import Finetuner
+from .measurement_utils import (
+    current_rss_mb,
+    peak_rss_mb,
+    release_free_memory,
+    reset_peak_rss,
+    saved_for_backward_bytes,
+)
+from .models import build_model
+from .pruning_utils import make_mask_enforcer
+
+__all__ = ["RunHandle", "RunSpec", "TrainingMode", "make_finetuner", "make_loaders", "make_network"]
+
+
+@dataclass(frozen=True)
+class TrainingMode:
+    """Precision and memory layout of a training.
+
+    Attributes
+    ----------
+    bf16 : bool
+        Run under bfloat16 autocast.
+    channels_last : bool
+        Lay out images and convolution weights channels_last.
+    """
+
+    bf16: bool
+    channels_last: bool
+
+    @property
+    def name(self) -> str:
+        """For reports, like ``bf16 channels_last``."""
+        return f"{'bf16' if self.bf16 else 'fp32'} {'channels_last' if self.channels_last else 'contiguous'}"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What distinguishes one run from another.
+
+    Attributes
+    ----------
+    mode : TrainingMode
+        Precision and layout.
+    swap : bool
+        Train the network swapped to qsparseprop; otherwise dense, with masks.
+    min_sparsity : float
+        Passed on to ``swap_modules_with_sparse``.
+    """
+
+    mode: TrainingMode
+    swap: bool = False
+    min_sparsity: float = 0.5
+
+
+def make_finetuner(
+    model: nn.Module,
+    mode: TrainingMode,
+    learning_rate: float,
+    steps: int,
+    after_step: Callable[[], None] | None = None,
+) -> Finetuner:
+    """Return a `Finetuner` with the optimizer and the schedule that all trainings of the comparison share."""
+    memory_format = torch.channels_last if mode.channels_last else torch.contiguous_format
+    model.to(memory_format=memory_format)
+    # The fused AdamW is the fastest of torch's; anything else would slow down the dense network, which has ten times as
+    # many weights to update.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
+    return Finetuner(
+        model,
+        optimizer,
+        scheduler=torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, learning_rate, total_steps=steps, pct_start=0.25, cycle_momentum=False
+        ),
+        autocast_dtype=torch.bfloat16 if mode.bf16 else None,
+        memory_format=memory_format,
+        after_step=after_step,
+    )
+
+
+def make_network(name: str, width: int | None, num_classes: int) -> nn.Module:
+    """Return the randomly initialised network of the comparison; `width` as in `CompareConfig`."""
+    model = build_model(name, num_classes=num_classes, **({} if width is None else {"width": width}))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # In so few steps torch's 0.1 would leave the running statistics far behind the weights.
+            module.momentum = 0.3
+    return model
+
+
+def make_loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
+    """Return the loader of the training images, shuffled by `seed`, and that of the test images."""
+    return (
+        training_loader(data.train_images, data.train_labels, batch_size, seed),
+        evaluation_loader(data.test_images, data.test_labels, batch_size),
+    )
+
+
+class _Run:
+    """The work of the child process; every public method answers one command of the parent."""
+
+    def __init__(self, spec: RunSpec, start_path: str, send_loss: Callable[[float], None]) -> None:
+        self.spec = spec
+        self.send_loss = send_loss
+        start = torch.load(start_path, weights_only=True)
+        data = ImageData(**start["data"])
+        self.masks = start["masks"]
+        self.config = start["config"]
+        self.model = make_network(self.config["model"], self.config["width"], data.num_classes)
+        self.model.load_state_dict(start["model"])
+        torch.set_num_threads(self.config["threads"])
+        torch.manual_seed(self.config["seed"])
+        # The same order of batches in all runs, but not that of the dense training again.
+        self.train_loader, self.test_loader = make_loaders(data, self.config["batch_size"], self.config["seed"] + 1)
+        self.batches = self._endless_batches()
+
+    def _endless_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while True:
+            yield from self.train_loader
+
+    def prepare(self) -> dict[str, Any]:
+        steps = self.config["epochs"] * len(self.train_loader)
+        began = time.perf_counter()
+        replaced: list[str] = []
+        table = ""
+        after_step = None
+        if self.spec.swap:
+            replaced, table = self._swap()
+        else:
+            after_step = make_mask_enforcer(self.model, self.masks)
+        setup_seconds = time.perf_counter() - began
+        self.trainer = make_finetuner(self.model, self.spec.mode, self.config["learning_rate"], steps, after_step)
+        release_free_memory()
+        self.rss_before = current_rss_mb()
+        peak_is_of_training = reset_peak_rss()
+        return {
+            "steps": steps,
+            "setup_s": setup_seconds,
+            "replaced_layers": replaced,
+            "swap_table": table,
+            "peak_rss_of": "training" if peak_is_of_training else "process",
+        }
+
+    def _swap(self) -> tuple[list[str], str]:
+        from .network_utils import swap_modules_with_sparse
+
+        before = {name: type(module) for name, module in self.model.named_modules()}
+        shape = (self.config["batch_size"], *self.train_loader.dataset.tensors[0].shape[1:])
+        if self.spec.mode.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        table = io.StringIO()
+        with contextlib.redirect_stdout(table):
+            self.model = swap_modules_with_sparse(self.model, shape, min_sparsity=self.spec.min_sparsity, verbose=True)
+        after = {name: type(module) for name, module in self.model.named_modules()}
+        return [name for name, kind in before.items() if after.get(name) is not kind], table.getvalue().rstrip()
+
+    def train(self, steps: int) -> None:
+        self.trainer.train(itertools.islice(self.batches, steps), warmup=1, on_step=self.send_loss)
+
+    def evaluate(self) -> float:
+        return self.trainer.evaluate(self.test_loader)
+
+    def summary(self) -> dict[str, Any]:
+        # First of all: counting the saved tensors is another forward pass.
+        peak = peak_rss_mb()
+        history = self.trainer.history
+        timed = history.timed_seconds()
+        inputs, targets = next(iter(self.train_loader))
+        self.model.train()
+        saved = saved_for_backward_bytes(lambda: self.trainer.loss(inputs, targets), self.model)
+        return {
+            "top1": history.evaluations[-1].top1,
+            "step_ms": 1e3 * history.median_step_seconds(),
+            "saved_mb": saved / 1e6,
+            "peak_rss_mb": peak,
+            "rss_before_training_mb": self.rss_before,
+            "train_s": history.train_seconds,
+            "losses": history.losses,
+            "step_s": history.step_seconds,
+            "timed_steps": len(timed),
+            "mean_to_median_step": statistics.fmean(timed) / statistics.median(timed),
+            "evaluations": [{"step": e.step, "train_s": e.train_seconds, "top1": e.top1} for e in history.evaluations],
+        }
+
+
+def _serve(connection: Connection, spec: RunSpec, start_path: str) -> None:
+    """Answer the parent's commands until it hangs up."""
+    # Ctrl-C reaches the whole process group; the parent alone decides what happens.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent is gone, or has closed its end: nobody is left to tell.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            run = _Run(spec, start_path, lambda loss: connection.send(("loss", loss)))
+            while True:
+                command, arguments = connection.recv()
+                connection.send(("result", getattr(run, command)(*arguments)))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except FloatingPointError as error:
+            connection.send(("error", str(error)))
+        except Exception:
+            connection.send(("error", traceback.format_exc()))
+
+
+class RunHandle:
+    """The parent's end of a run; a context manager that starts the process and ends it whatever happens.
+
+    Parameters
+    ----------
+    name : str
+        For error messages.
+    spec : RunSpec
+        What to run.
+    start_path : str
+        File with the common starting point.
+    """
+
+    def __init__(self, name: str, spec: RunSpec, start_path: str) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._connection, self._child_end = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(self._child_end, spec, start_path), name=f"qsparseprop {name}", daemon=True
+        )
+
+    def __enter__(self) -> RunHandle:
+        with _sigint_ignored():
+            self._process.start()
+        # Without our copy of it, the end of the child is the end of the pipe, and recv() does not wait forever.
+        self._child_end.close()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
+    def call(self, command: str, *arguments: Any, on_step: Callable[[float], None] | None = None) -> Any:
+        """Run a command in the child and return its result.
+
+        Raises
+        ------
+        RuntimeError
+            If the command fails or the process ends; the message tells what the child said.
+        """
+        try:
+            self._connection.send((command, arguments))
+            while True:
+                kind, value = self._connection.recv()
+                if kind == "result":
+                    return value
+                if kind == "error":
+                    raise RuntimeError(f"the run {self.name} failed: {value}")
+                if on_step is not None:
+                    on_step(value)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join(timeout=5)
+            code = self._process.exitcode
+            raise RuntimeError(f"the process of the run {self.name} ended unexpectedly (exit code {code})") from None
+
+
+@contextlib.contextmanager
+def _sigint_ignored() -> Iterator[None]:
+    """Let a child inherit that Ctrl-C is ignored: pressed while the child still imports, it would print a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        # None stands for a handler that was not installed from Python.
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)

@@ -1,0 +1,355 @@
+"""Conversion of whole models: dense layers that are sparse enough, and faster so, are replaced."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
+from qsparseprop.nn._base import SparseModule, dense_weight
+from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils.measurement_utils import interleaved_medians
+
+#: Forward + backward passes of each kind from which a layer's median is taken where three do not tell.
+TIMED_STEPS = 9
+
+#: (dense type, quantised) -> sparse type
+_REPLACEMENTS: dict[tuple[type[nn.Module], bool], type[SparseModule]] = {
+    (nn.Linear, False): SparseLinear,
+    (nn.Linear, True): QuantizedSparseLinear,
+    (nn.Conv2d, False): SparseConv2d,
+    (nn.Conv2d, True): QuantizedSparseConv2d,
+}
+
+
+@dataclass
+class SwapDecision:
+    """What was decided for one layer, and why.
+
+    Attributes
+    ----------
+    name, kind : str
+        Qualified name in the model and type of the dense layer.
+    shape : tuple of int
+        Shape of its weight.
+    input_shape : tuple of int or None
+        Shape of its input in the recorded forward pass.
+    sparsity : float
+        Fraction of zeros.
+    dense_ms, sparse_ms : float or None
+        Forward + backward, medians in milliseconds; None where nothing was timed.
+    swapped : bool
+    reason : str
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    input_shape: tuple[int, ...] | None
+    sparsity: float
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    swapped: bool = False
+    reason: str = ""
+
+
+class SwapReport(list):
+    """Decisions of `swap_modules_with_sparse`, one `SwapDecision` a layer; prints as a table."""
+
+    @property
+    def swapped(self) -> list[SwapDecision]:
+        """Those that were replaced."""
+        return [d for d in self if d.swapped]
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """For JSON."""
+        return [asdict(d) for d in self]
+
+    def __str__(self) -> str:
+        head = ("layer", "type", "weight", "input", "sparsity", "dense ms", "sparse ms", "decision")
+        rows = [head]
+        for d in self:
+            rows.append((
+                d.name, d.kind, "x".join(map(str, d.shape)),
+                "-" if d.input_shape is None else "x".join(map(str, d.input_shape)), f"{100 * d.sparsity:.1f} %",
+                "-" if d.dense_ms is None else f"{d.dense_ms:.2f}",
+                "-" if d.sparse_ms is None else f"{d.sparse_ms:.2f}",
+                ("sparse" if d.swapped else "dense") + (f": {d.reason}" if d.reason else ""),
+            ))  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join(lines)
+
+
+def sparsity(model: nn.Module) -> float:
+    """Fraction of zeros in the weights of a model's Linear, Conv and sparse layers, biases not counted.
+
+    Masks of torch.nn.utils.prune that are still attached count. 0.0 for a model without such layers.
+    """
+    zeros = total = 0
+    for module in model.modules():
+        if isinstance(module, SparseModule):
+            size = torch.Size(module.weight_shape).numel()
+            zeros, total = zeros + size - module.nonzeros, total + size
+        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            weight, mask = dense_weight(module)
+            zeros, total = zeros + weight.numel() - int((mask & (weight != 0)).sum()), total + weight.numel()
+    return zeros / total if total else 0.0
+
+
+def _example_input(model: nn.Module, input_shape: Any) -> Tensor:
+    if isinstance(input_shape, Tensor):
+        return input_shape
+    shape = tuple(input_shape)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+        raise ValueError(f"input_shape must be positive integers, batch included, got {input_shape!r}")
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    # neither values nor the state of torch's generator should depend on a conversion
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter.dtype)
+
+
+def _copy_model(model: nn.Module) -> nn.Module:
+    """Deep copy that also takes models with prune's masks attached.
+
+    Prune keeps the masked weight as a plain attribute, which after a forward pass is part of a graph and as such refused
+    by deepcopy; for the time of the copy a detached view stands in.
+    """
+    attributes = [
+        (module, key, value)
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    try:
+        for module, key, value in attributes:
+            vars(module)[key] = value.detach()
+        return copy.deepcopy(model)
+    finally:
+        for module, key, value in attributes:
+            vars(module)[key] = value
+
+
+def _record_inputs(model: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, tuple[Tensor, bool]]:
+    """Run the model once on a copy and keep what every named layer gets: its input and whether that needs a gradient.
+
+    A copy, so that batch statistics, random state of modules and hooks of the model stay untouched.
+    """
+    probe = _copy_model(model)
+    probe.train(model.training)
+    seen: dict[str, tuple[Tensor, bool]] = {}
+
+    def keep(name: str):
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(x, Tensor):
+                seen[name] = (x.detach().clone(memory_format=torch.preserve_format), x.requires_grad)
+
+        return hook
+
+    for name in names:
+        probe.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
+    state = torch.get_rng_state()
+    try:
+        with torch.enable_grad():
+            probe(example)
+    finally:
+        torch.set_rng_state(state)
+    return seen
+
+
+def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
+    x = x.detach().requires_grad_(x_grad)
+    with torch.enable_grad():
+        grad = torch.ones_like(module(x))
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def step() -> None:
+        x.grad = None
+        for p in parameters:
+            p.grad = None
+        with torch.enable_grad():
+            module(x).backward(grad)
+
+    return step if x_grad or parameters else lambda: module(x)
+
+
+def _plain_dense(module: nn.Module) -> nn.Module:
+    """A copy of a dense layer without prune's bookkeeping and without hooks, for timing."""
+    weight, _ = dense_weight(module)
+    plain = copy.copy(module)
+    plain.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        plain.__dict__[hooks] = type(plain.__dict__[hooks])()
+    for name in ("weight_orig", "weight"):
+        plain._parameters.pop(name, None)
+    plain._buffers.pop("weight_mask", None)
+    plain.__dict__.pop("weight", None)
+    # a clone may lose the memory format that makes the dense layer fast
+    plain.register_parameter("weight", nn.Parameter(weight.clone(memory_format=torch.preserve_format)))
+    return plain
+
+
+def _unsupported(module: nn.Module, quantize: bool) -> str | None:
+    """Why a layer cannot be replaced, or None."""
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__qualname__} is a subclass with a behaviour of its own"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"padding_mode={module.padding_mode!r}"
+    weight, _ = dense_weight(module)
+    if weight.device.type != "cpu":
+        return f"on device {weight.device}"
+    if not weight.is_floating_point():
+        return f"weight of dtype {weight.dtype}"
+    if not torch.isfinite(weight).all():
+        return "weight has NaN or Inf"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "has a parametrization"
+    return None
+
+
+def _own_hooks(module: nn.Module) -> bool:
+    """Whether a layer has hooks other than prune's."""
+    prune = nn.utils.prune.BasePruningMethod
+    pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, prune)]
+    return bool(pre or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def swap_modules_with_sparse(
+    model: nn.Module,
+    input_shape: Sequence[int] | Tensor,
+    inplace: bool = True,
+    verbose: bool = True,
+    prototype: bool = False,
+    quantize: bool = True,
+    skip_modules: Iterable[str | nn.Module] | None = None,
+    min_sparsity: float = 0.8,
+    include_dense: bool = True,
+    qconfig: QuantConfig | None = None,
+    fuse: bool = False,
+) -> nn.Module:
+    """Replace the Linear and Conv2d layers of a model that are sparse enough, and faster so.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On the CPU, with zeros in its weights or pruned by torch.nn.utils.prune (masks attached or removed).
+    input_shape : sequence of int, or Tensor
+        Shape of the model's input, batch included, or an example input: it decides the sizes (and the memory format)
+        at which layers are timed.
+    inplace : bool
+        Change `model`; otherwise a deep copy.
+    verbose : bool
+        Print the table of decisions.
+    prototype : bool
+        Dense modules with simulated quantisation instead (not available yet).
+    quantize : bool
+        8-bit integers; otherwise sparse float32 modules.
+    skip_modules : iterable of str or Module, optional
+        Layers to leave alone, by qualified name or as objects.
+    min_sparsity : float
+        Layers with a smaller fraction of zeros stay dense.
+    include_dense : bool
+        Time each layer, dense and sparse, forward and backward, at its real input, and leave it dense where that is
+        faster. Otherwise every layer that is sparse enough is replaced.
+    qconfig : QuantConfig, optional
+        For the quantised modules.
+    fuse : bool
+        Fuse convolution, BatchNorm and ReLU (not available yet).
+
+    Returns
+    -------
+    torch.nn.Module
+        The model (or its copy), with the decisions in `model.swap_report`. A module that appears in several places is
+        replaced by one sparse module in all of them. Parameters of replaced layers are new ones: create the optimizer
+        afterwards.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that make no sense, or a name in `skip_modules` that the model does not have. The model is
+        unchanged then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not 0.0 <= min_sparsity <= 1.0:
+        raise ValueError(f"min_sparsity must be a fraction between 0 and 1, got {min_sparsity!r}")
+    if qconfig is not None and not quantize:
+        raise ValueError("qconfig only goes with quantize=True")
+    for name, value in (("prototype", prototype), ("fuse", fuse)):
+        if value:
+            raise NotImplementedError(f"{name}=True is not available yet")
+    example = _example_input(model, input_shape)
+    named = dict(model.named_modules())
+    skipped: set[int] = set()
+    for item in skip_modules or ():
+        module = item if isinstance(item, nn.Module) else named.get(item)
+        if module is None:
+            raise ValueError(f"skip_modules names {item!r}, which the model does not have")
+        skipped.update(id(m) for m in module.modules())
+    if not inplace:
+        kept = [name for name, module in named.items() if id(module) in skipped]
+        model = _copy_model(model)
+        named = dict(model.named_modules())
+        skipped = {id(named[name]) for name in kept}
+
+    report, replacements = SwapReport(), {}
+    layers = {n: m for n, m in named.items() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    candidates = {}
+    for name, module in layers.items():
+        weight, mask = dense_weight(module)
+        zeros = 1.0 - int((mask & (weight != 0)).sum()) / max(weight.numel(), 1)
+        decision = SwapDecision(name, type(module).__name__, tuple(weight.shape), None, zeros)
+        report.append(decision)
+        if id(module) in skipped:
+            decision.reason = "in skip_modules"
+        elif (why := _unsupported(module, quantize)) is not None:
+            decision.reason = why
+        elif zeros < min_sparsity:
+            decision.reason = f"below min_sparsity={min_sparsity:g}"
+        elif name == "":
+            decision.reason = "it is the model itself: use from_dense"
+        elif _own_hooks(module):
+            decision.reason = "has hooks"
+        else:
+            candidates[name] = decision
+
+    recorded = _record_inputs(model, candidates, example) if candidates else {}
+    for name, decision in candidates.items():
+        dense = layers[name]
+        sparse = _REPLACEMENTS[type(dense), quantize].from_dense(dense, **({"qconfig": qconfig} if quantize else {}))
+        if name in recorded:
+            x, x_grad = recorded[name]
+            decision.input_shape = tuple(x.shape)
+            if include_dense:
+                steps = {
+                    "dense": _training_step(_plain_dense(dense), x, x_grad),
+                    "sparse": _training_step(copy.deepcopy(sparse), x, x_grad),
+                }
+                seconds = interleaved_medians(steps, repeats=3, warmup=2)
+                if 0.5 < seconds["sparse"] / seconds["dense"] < 1.5:  # too close to be settled by three
+                    seconds = interleaved_medians(steps, repeats=TIMED_STEPS)
+                decision.dense_ms, decision.sparse_ms = 1e3 * seconds["dense"], 1e3 * seconds["sparse"]
+                if decision.dense_ms <= decision.sparse_ms:
+                    decision.reason = "faster dense"
+                    continue
+        elif include_dense:
+            decision.reason = "not reached by the example input, so not timed"
+            continue
+        decision.swapped = True
+        replacements[id(dense)] = sparse
+
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+    model.swap_report = report
+    if verbose:
+        sys.stdout.write(f"{report}\n")
+    return model

@@ -1,0 +1,48 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from qsparseprop._kernels import _dispatch
+
+# Timings of a shared machine must not fail a test, and a failing example must be found again.
+hypothesis.settings.register_profile(
+    "qsparseprop", deadline=None, derandomize=True, print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+hypothesis.settings.load_profile("qsparseprop")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test starts from the same random numbers and leaves threads as they were."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=_dispatch.built_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each instruction set that this machine can run."""
+    if request.param not in _dispatch.supported_isas():
+        pytest.skip(f"this processor cannot run the {request.param} kernels")
+    previous = _dispatch.set_isa(request.param)
+    yield request.param
+    _dispatch.set_isa(previous)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder with data and weights that are not part of the project; tests that want it skip where it is missing."""
+    path = Path(os.environ.get("QSPARSEPROP_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"needs the folder of shared data, looked for at {path} (QSPARSEPROP_SHARED names another)")
+    return path
