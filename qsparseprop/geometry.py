@@ -120,6 +120,19 @@ class Geometry:
     tap_shift: tuple[int, ...]
 
 
+def prefer_batch_innermost(batch: int, input_size: tuple[int, int], channels_last: bool) -> bool:
+    """Whether neighbouring lanes had better be images than pixels.
+
+    Images side by side waste no lanes on padding and keep every load aligned, which counts for small images. But a run of
+    them is far apart in memory: where neighbours in memory are the pixels of a row, collecting it is slow, where they are
+    channels it makes no difference.
+    """
+    pixels = input_size[0] * input_size[1]
+    if channels_last:
+        return batch >= UNIT or (batch >= 16 and pixels <= 256)
+    return batch >= UNIT and pixels <= 64
+
+
 @functools.lru_cache(maxsize=1024)
 def conv_geometry(
     in_channels: int,

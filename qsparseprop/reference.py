@@ -11,36 +11,34 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-_TINY = torch.finfo(torch.float32).tiny
+MIN_SCALE = 2.0**-111
 
 
 def random_bits(seed: int, index: Tensor) -> Tensor:
     """The 16 random bits of elements `index` (int64) of the call with `seed` (64 bits), as int64.
 
-    Two rounds of a multiply-xorshift mixer (constants: C. Wellons, "lowbias32", public domain), with the seed's halves
-    entering before and between them. Elements 2 i and 2 i + 1 share a result, of which they take the low and high half.
+    A multiply-xorshift mixer of two rounds (multipliers: C. Wellons, "lowbias32", public domain), with the seed's
+    halves entering before and between them. Elements 2 i and 2 i + 1 share a result, of which they take the low and the
+    high half.
     """
     pair = index >> 1
     mask = 0xFFFFFFFF
-    x = (pair & mask) ^ (seed & mask)
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & mask
-    x = x ^ (((seed >> 32) & mask) ^ (pair >> 32))
-    x = x ^ (x >> 15)
+    x = (((pair & mask) ^ (seed & mask)) * 0x7FEB352D) & mask
+    x = x ^ (x >> 15) ^ ((seed >> 32) & mask) ^ (pair >> 32)
     x = (x * 0x846CA68B) & mask
     x = x ^ (x >> 16)
     return torch.where((index & 1).bool(), x >> 16, x & 0xFFFF)
 
 
-def dither(seed: int, index: Tensor) -> Tensor:
-    """The random bits as float32 in (0, 1), symmetric around 1/2."""
-    return (random_bits(seed, index).to(torch.float32) + 0.5) / 65536.0
+def stochastic_round(value: Tensor, seed: int, index: Tensor) -> Tensor:
+    """floor(value + u), u uniform in [0, 1), in fixed point of 16 fractional bits."""
+    return ((value * 65536.0).round().to(torch.int64) + random_bits(seed, index)) >> 16
 
 
 def symmetric_scale(absmax: Tensor, levels: float) -> Tensor:
-    """Scale that maps [-absmax, absmax] to [-levels, levels]: at least the smallest normal float32."""
+    """Scale that maps [-absmax, absmax] to [-levels, levels]: at least 2**-111, so that 2**16 / scale is finite."""
     scale = absmax / levels
-    return torch.where(scale < _TINY, _TINY, scale)
+    return torch.where(scale < MIN_SCALE, MIN_SCALE, scale)
 
 
 def _lanes(grid: Sequence[int], view: Sequence[int], images: int) -> Tensor:
@@ -79,9 +77,9 @@ def quantize_pack(
     x = x.to(torch.float32)
     absmax = x.abs().amax() if x.numel() else x.new_zeros(())
     zero_point = 128
-    if not torch.isfinite(absmax):
-        scale, inverse = absmax, torch.zeros(())
-    elif scheme == "standard":
+    if not torch.isfinite(absmax):  # every element a zero; the scale keeps the result from looking like a number
+        return torch.full((lanes,), 128, dtype=torch.uint8), absmax.reshape(1), torch.tensor([128], dtype=torch.int32)
+    if scheme == "standard":
         low, high = x.amin().clamp(max=0) if x.numel() else absmax, x.amax().clamp(min=0) if x.numel() else absmax
         scale = symmetric_scale(high / 255 - low / 255, 1)
         inverse = 1 / scale
@@ -92,17 +90,16 @@ def quantize_pack(
     else:
         scale = symmetric_scale(absmax, 127)
         inverse = 1 / scale
-    low, high = max(-zero_point, -127), 255 - zero_point
+    low, high = -zero_point if scheme == "standard" else max(-zero_point, -127), 255 - zero_point
     value = x * inverse
     if scheme == "stochastic":
         channels_innermost = torch.arange(x.numel()).reshape(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-        value = (value + dither(int(seed) & 0xFFFFFFFFFFFFFFFF, channels_innermost)).floor().clamp(low, high)
+        value = stochastic_round(value, int(seed) & 0xFFFFFFFFFFFFFFFF, channels_innermost).clamp(low, high)
     else:
-        value = value.clamp(low, high).round()
-    codes = torch.nan_to_num(value, nan=float(high)) + zero_point
+        value = value.round().clamp(low, high)
     planes = torch.full((lanes,), zero_point, dtype=torch.uint8)
     planes[_end(grid, x.shape[0]) :] = 0
-    _fill(planes, codes.to(torch.uint8), grid, views)
+    _fill(planes, (value + zero_point).to(torch.uint8), grid, views)
     return planes, scale.reshape(1), torch.tensor([zero_point], dtype=torch.int32)
 
 
@@ -124,7 +121,9 @@ def quantize_weight(values: Tensor, index: Tensor, group_ptr: Tensor) -> tuple[T
     slots = torch.cat([values, values.new_zeros(1)])[index.to(torch.int64)]
     absmax = torch.zeros(rows).scatter_reduce(0, row, slots.abs(), "amax")
     scale = symmetric_scale(absmax, 127)
-    codes = torch.nan_to_num((slots * (1 / scale)[row]).clamp(-127, 127).round(), nan=127.0)
+    inverse = torch.where(torch.isfinite(absmax), 1 / scale, 0.0)
+    codes = (slots * inverse[row]).round().clamp(-127, 127)
+    codes = torch.where(torch.isfinite(slots), codes, -127.0)
     total = torch.zeros(rows, dtype=torch.int64).index_add(0, row, codes.to(torch.int64))
     return codes.to(torch.int8), scale, total.to(torch.int32)
 

@@ -101,7 +101,7 @@ cdef extern from "kernels.h" nogil:
         void (*sddmm_f32)(const qsp_sddmm *, int64_t) noexcept nogil
         void (*pack_u8)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*pack_f32)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
-        void (*range)(const void *, int, int64_t, int64_t, qsp_range *) noexcept nogil
+        void (*range)(const void *, int, int64_t, int64_t, int, qsp_range *) noexcept nogil
         void (*quantize_rows)(const qsp_list *, const float *, const int32_t *, int64_t, int64_t,
                               int8_t *, float *, int32_t *) noexcept nogil
 

@@ -18,7 +18,15 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_spmm,
     qsp_view,
 )
-from qsparseprop._kernels._tensor cimport check_lanes, numel, optional_pointer, pointer, read_grid, read_views
+from qsparseprop._kernels._tensor cimport (
+    check_lanes,
+    numel,
+    optional_pointer,
+    pointer,
+    qsp_prefer_huge_pages,
+    read_grid,
+    read_views,
+)
 
 cdef enum:
     MAX_VIEWS = 64
@@ -130,6 +138,7 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     if out.numel() == 0:
         return
     a.out = <float *> pointer(out.as_strided((out.numel(),), (1,)), _float32, out.numel(), "out")
+    qsp_prefer_huge_pages(a.out, sizeof(float) * out.numel())
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     for i in range(count):
         row += view[i].channels

@@ -17,12 +17,19 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_range,
     qsp_view,
 )
-from qsparseprop._kernels._tensor cimport check_lanes, numel, pointer, read_grid, read_views
+from qsparseprop._kernels._tensor cimport (
+    check_lanes,
+    numel,
+    pointer,
+    qsp_prefer_huge_pages,
+    read_grid,
+    read_views,
+)
 
 cdef enum:
     MAX_VIEWS = 64
     MAX_PARTS = 256
-    PLANES_PER_TASK = 64
+    PLANES_PER_TASK = 1024
     # elements below which starting threads costs more than it gives
     SERIAL_ELEMENTS = 1 << 15
 
@@ -55,7 +62,7 @@ cdef const void *_input(object x, int *dtype, str name) except? NULL:
     return <const void *> <uintptr_t> x.data_ptr()
 
 
-cdef void _range_of(object x, const void *data, int dtype, qsp_range *out, int threads) except *:
+cdef void _range_of(object x, const void *data, int dtype, bint whole, qsp_range *out, int threads) except *:
     """Range of all elements of `x`, each read once, in the order of its memory."""
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t size[8]
@@ -84,7 +91,8 @@ cdef void _range_of(object x, const void *data, int dtype, qsp_range *out, int t
     for part in range(parts):
         ranges[part].absmax, ranges[part].min, ranges[part].max = 0, INFINITY, -INFINITY
     for part in prange(parts, nogil=True, num_threads=threads, schedule="static", use_threads_if=parts > 1):
-        _range_part(kernels, <const char *> data, dtype, width, dims, size, stride, outer, part, parts, &ranges[part])
+        _range_part(kernels, <const char *> data, dtype, whole, width, dims, size, stride, outer, part, parts,
+                    &ranges[part])
     for part in range(parts):
         if not ranges[part].absmax <= out.absmax:
             out.absmax = ranges[part].absmax
@@ -93,20 +101,20 @@ cdef void _range_of(object x, const void *data, int dtype, qsp_range *out, int t
         out.min, out.max = min(out.min, ranges[part].min), max(out.max, ranges[part].max)
 
 
-cdef void _range_part(const qsp_kernels *kernels, const char *data, int dtype, int64_t width, int64_t dims,
+cdef void _range_part(const qsp_kernels *kernels, const char *data, int dtype, bint whole, int64_t width, int64_t dims,
                       const int64_t *size, const int64_t *stride, int64_t outer, int64_t part, int64_t parts,
                       qsp_range *out) noexcept nogil:
     cdef int64_t first, last, i, rest, offset, d
     if outer == 1:
         first, last = size[0] * part // parts, size[0] * (part + 1) // parts
-        kernels.range(data + width * first * stride[0], dtype, last - first, stride[0], out)
+        kernels.range(data + width * first * stride[0], dtype, last - first, stride[0], whole, out)
         return
     for i in range(outer * part // parts, outer * (part + 1) // parts):
         rest, offset = i, 0
         for d in range(1, dims):
             offset += rest % size[d] * stride[d]
             rest //= size[d]
-        kernels.range(data + width * offset, dtype, size[0], stride[0], out)
+        kernels.range(data + width * offset, dtype, size[0], stride[0], whole, out)
 
 
 def tensor_range(x, int threads):
@@ -119,7 +127,7 @@ def tensor_range(x, int threads):
     cdef const void *data = _input(x, &dtype, "x")
     if x.numel() == 0:
         return 0.0, 0.0, 0.0
-    _range_of(x, data, dtype, &r, max(threads, 1))
+    _range_of(x, data, dtype, True, &r, max(threads, 1))
     return r.absmax, r.min, r.max
 
 
@@ -135,6 +143,7 @@ cdef int64_t _pack(qsp_pack *a, object x, object planes, object grid, object vie
     a.images = x.shape[0]
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     a.planes = pointer(planes, planes_dtype, blocks * a.grid.block, "planes")
+    qsp_prefer_huge_pages(a.planes, size * numel(planes))
     for i in range(count):
         each[i] = a[0]
         each[i].view = all_views[i]
@@ -183,10 +192,13 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, int scheme, uint64_
     if x.numel() == 0:
         r.absmax, r.min, r.max = 0, 0, 0
     else:
-        _range_of(x, a.tensor, a.dtype, &r, threads)
+        _range_of(x, a.tensor, a.dtype, scheme == AFFINE, &r, threads)
     if not isfinite(r.absmax):
-        # codes mean nothing; a scale that is not finite keeps the result from looking like a number
-        s, zero, inverse = r.absmax, 128, 0
+        # every element becomes a zero: the scale that is not finite keeps the result from looking like a number
+        pointer(planes, _uint8, 0, "planes")
+        planes.fill_(128)
+        scale_p[0], zero_p[0] = r.absmax, 128
+        return
     elif scheme == AFFINE:
         s = qsp_affine_scale(r.min, r.max, &zero)
         inverse = <float> 1 / s

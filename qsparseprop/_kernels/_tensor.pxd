@@ -10,6 +10,10 @@ from libc.stdint cimport int64_t, uintptr_t
 from qsparseprop._kernels._dispatch cimport QSP_UNIT, qsp_grid, qsp_view
 
 
+cdef extern from "memory.h" nogil:
+    void qsp_prefer_huge_pages(void *start, int64_t size)
+
+
 cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef int64_t numel(object tensor) except -1

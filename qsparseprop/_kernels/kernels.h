@@ -88,7 +88,7 @@ typedef struct {
     const float *inverse;    /* 1 / scale, one or per channel */
     const int32_t *zero_point;
     int64_t stride;          /* 0: one scale for the tensor; 1: one per channel */
-    int stochastic;
+    int stochastic;          /* otherwise nearest even */
     uint64_t seed;
 } qsp_pack;
 
@@ -106,8 +106,8 @@ typedef struct {
     /* Planes [first, last) of one block, gaps included. */
     void (*pack_u8)(const qsp_pack *, int64_t block, int64_t first, int64_t last);
     void (*pack_f32)(const qsp_pack *, int64_t block, int64_t first, int64_t last);
-    /* n elements `step` apart. */
-    void (*range)(const void *x, int dtype, int64_t n, int64_t step, qsp_range *out);
+    /* n elements `step` apart, added to *out; its maximum only if `whole`. */
+    void (*range)(const void *x, int dtype, int64_t n, int64_t step, int whole, qsp_range *out);
     /* Quantise the slots of rows [first, last): nearest even, symmetric, one scale a row. */
     void (*quantize_rows)(const qsp_list *, const float *values, const int32_t *index, int64_t first, int64_t last,
                           int8_t *codes, float *scale, int32_t *sum);

@@ -153,8 +153,15 @@ class _Terminal:
     def progress(self, name: str, total: int) -> Callable[[float], None]:
         from tqdm import tqdm
 
-        # disable=None: no bars in a log file.
-        bar = tqdm(total=total, desc=name.ljust(11), unit="step", position=len(self._bars), disable=None)
+        bar = tqdm(
+            total=total,
+            desc=name.ljust(11),
+            position=len(self._bars),
+            # No bars in a log file.
+            disable=None,
+            # Without tqdm's rate: that would count the time in which the other runs have their turn.
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
         self._bars.append(bar)
 
         def advance(loss: float) -> None:

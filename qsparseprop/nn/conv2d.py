@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qsparseprop.geometry import conv_geometry
+from qsparseprop.geometry import conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._base import SparseModule, trains_weight
 from qsparseprop.nn.functional import sparse_product
 from qsparseprop.quantization import QuantConfig
@@ -129,9 +129,13 @@ class SparseConv2d(SparseModule):
                              f"({self.in_channels}, height, width), got shape {tuple(x.shape)}")
         x, dtype = self._cast_input(x)
         images = x if x.ndim == 4 else x[None]
+        batch, size = images.shape[0], tuple(images.shape[2:])
+        batch_innermost = self.vectorizing_over_on
+        if batch_innermost is None:
+            batch_innermost = prefer_batch_innermost(batch, size, images.stride(1) == 1)
         geometry = conv_geometry(
-            self.in_channels, self.out_channels, tuple(images.shape[2:]), self.kernel_size, self.stride, self._pads,
-            self.dilation, images.shape[0], bool(self.vectorizing_over_on),
+            self.in_channels, self.out_channels, size, self.kernel_size, self.stride, self._pads, self.dilation, batch,
+            batch_innermost,
         )  # fmt: skip
         y = sparse_product(images, self.weight, self.bias, self._plan(geometry, self.groups), self.qconfig)
         return (y if x.ndim == 4 else y[0]).to(dtype)

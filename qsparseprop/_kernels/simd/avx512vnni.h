@@ -19,6 +19,11 @@ QSP_INLINE f16x f16_set1(float v) { return _mm512_set1_ps(v); }
 QSP_INLINE f16x f16_zero(void) { return _mm512_setzero_ps(); }
 QSP_INLINE f16x f16_load(const float *p) { return _mm512_loadu_ps(p); }
 QSP_INLINE f16x f16_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(first_n(n), p); }
+QSP_INLINE f16x f16_load_bf16(const uint16_t *p)
+{
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
 QSP_INLINE f16x f16_load_bf16_n(const uint16_t *p, int n)
 {
     return _mm512_castsi512_ps(
@@ -39,6 +44,11 @@ QSP_INLINE float f16_greatest(f16x v) { return _mm512_reduce_max_ps(v); }
 QSP_INLINE f16x f16_gather(const float *base, const int32_t *index, int n)
 {
     const __m512i i = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), first_n(n), index);
+    /* an ascending run of sixteen, as most of the forward list is, needs no gather */
+    const __m512i run = _mm512_add_epi32(_mm512_set1_epi32(index[0]), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                                                                       11, 12, 13, 14, 15));
+    if (index[0] >= 0 && _mm512_cmpeq_epi32_mask(i, run) == 0xffff)
+        return _mm512_loadu_ps(base + index[0]);
     const __mmask16 used = _mm512_cmpge_epi32_mask(i, _mm512_setzero_si512());
     return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), used, i, base, 4);
 }
@@ -52,36 +62,87 @@ QSP_INLINE u32x16 u32_max_abs(u32x16 m, f16x v)
 }
 QSP_INLINE uint32_t u32_greatest(u32x16 v) { return _mm512_reduce_max_epu32(v); }
 
-/* ---- 16 codes ---- */
+/* ---- 16 integers, 16 codes ---- */
+typedef __m512i i32x16;
 typedef __m128i u8x16;
-QSP_INLINE f16x f16_floor(f16x v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-/* Nearest even; the caller has clamped v. */
-QSP_INLINE u8x16 codes_from(f16x v) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)); }
-QSP_INLINE int32_t codes_sum(f16x v) { return _mm512_reduce_add_epi32(_mm512_cvtps_epi32(v)); }
+QSP_INLINE i32x16 i32_set1(int32_t v) { return _mm512_set1_epi32(v); }
+QSP_INLINE i32x16 i32_load_n(const int32_t *p, int n) { return _mm512_maskz_loadu_epi32(first_n(n), p); }
+QSP_INLINE i32x16 i32_nearest(f16x v) { return _mm512_cvtps_epi32(v); }
+QSP_INLINE i32x16 i32_fixed_floor(i32x16 v) { return _mm512_srai_epi32(v, QSP_FIXED_BITS); }
+QSP_INLINE i32x16 i32_add(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
+QSP_INLINE i32x16 i32_sub(i32x16 a, i32x16 b) { return _mm512_sub_epi32(a, b); }
+QSP_INLINE i32x16 i32_min(i32x16 a, i32x16 b) { return _mm512_min_epi32(a, b); }
+QSP_INLINE i32x16 i32_max(i32x16 a, i32x16 b) { return _mm512_max_epi32(a, b); }
+QSP_INLINE int32_t i32_sum(i32x16 v) { return _mm512_reduce_add_epi32(v); }
+/* Bytes of v in [-128, 127], saturated: weights, and codes minus 128. */
+QSP_INLINE u8x16 codes_signed(i32x16 v) { return _mm512_cvtsepi32_epi8(v); }
+QSP_INLINE u8x16 codes_from(i32x16 v) { return _mm_xor_si128(codes_signed(v), _mm_set1_epi8((char)0x80)); }
 QSP_INLINE void codes_store(uint8_t *p, u8x16 v) { _mm_storeu_si128((__m128i *)p, v); }
 QSP_INLINE void codes_store_n(uint8_t *p, u8x16 v, int n) { _mm_mask_storeu_epi8(p, first_n(n), v); }
-/* Nearest even, still a float. */
-QSP_INLINE f16x f16_nearest(f16x v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-QSP_INLINE f16x f16_load_i32_n(const int32_t *p, int n)
-{
-    return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(first_n(n), p));
-}
 
-/* Dither of 16 elements whose numbers follow each other from an even one on. */
-QSP_INLINE f16x dither_run(uint64_t seed, uint64_t index)
+/* ---- random numbers, see qsp_random_bits ---- */
+
+/* Of 16 elements whose indices follow each other from an even one on: eight pairs. */
+QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index)
 {
     const uint64_t pair = index >> 1;
     const __m256i high = _mm256_set1_epi32((int)((uint32_t)(seed >> 32) ^ (uint32_t)(pair >> 32)));
     __m256i x = _mm256_add_epi32(_mm256_set1_epi32((int)(uint32_t)pair), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     x = _mm256_xor_si256(x, _mm256_set1_epi32((int)(uint32_t)seed));
-    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
     x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7feb352d));
-    x = _mm256_xor_si256(x, high);
-    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
+    x = _mm256_ternarylogic_epi32(x, _mm256_srli_epi32(x, 15), high, 0x96);
     x = _mm256_mullo_epi32(x, _mm256_set1_epi32((int)0x846ca68bU));
     x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(x)), _mm512_set1_ps(QSP_DITHER_STEP),
-                           _mm512_set1_ps(QSP_DITHER_HALF));
+    return _mm512_cvtepu16_epi32(x);
+}
+
+/* Of 16 elements whose indices are `step` apart. */
+QSP_INLINE i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
+{
+    const __m512i at = _mm512_set1_epi64((long long)index), by = _mm512_set1_epi64(step);
+    const __m512i a = _mm512_add_epi64(at, _mm512_mullo_epi64(by, _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)));
+    const __m512i b = _mm512_add_epi64(a, _mm512_slli_epi64(by, 3));
+#define BOTH(shift)                                                                                \
+    _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_srli_epi64(a, shift))), \
+                       _mm512_cvtepi64_epi32(_mm512_srli_epi64(b, shift)), 1)
+    __m512i x = _mm512_xor_si512(BOTH(1), _mm512_set1_epi32((int)(uint32_t)seed));
+    const __m512i high = _mm512_xor_si512(BOTH(33), _mm512_set1_epi32((int)(uint32_t)(seed >> 32)));
+    const __mmask16 odd = _mm512_test_epi32_mask(BOTH(0), _mm512_set1_epi32(1));
+#undef BOTH
+    x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
+    x = _mm512_ternarylogic_epi32(x, _mm512_srli_epi32(x, 15), high, 0x96);
+    x = _mm512_mullo_epi32(x, _mm512_set1_epi32((int)0x846ca68bU));
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+    return _mm512_mask_srli_epi32(_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), odd, x, 16);
+}
+
+/* 16 lanes (rows) x 16 channels of codes minus 128 -> codes, a channel's lanes together. */
+QSP_INLINE void codes_tile_store(uint8_t *p, int64_t pitch, const i32x16 *rows)
+{
+    const __m512i by_channel = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i t[4], u[4];
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++) { /* dword c: four lanes of channel c */
+        const __m512i low = _mm512_packs_epi32(rows[4 * i], rows[4 * i + 1]);
+        const __m512i high = _mm512_packs_epi32(rows[4 * i + 2], rows[4 * i + 3]);
+        t[i] = _mm512_xor_si512(_mm512_shuffle_epi8(_mm512_packs_epi16(low, high), by_channel),
+                                _mm512_set1_epi8((char)0x80));
+    }
+    u[0] = _mm512_unpacklo_epi32(t[0], t[1]);
+    u[1] = _mm512_unpackhi_epi32(t[0], t[1]);
+    u[2] = _mm512_unpacklo_epi32(t[2], t[3]);
+    u[3] = _mm512_unpackhi_epi32(t[2], t[3]);
+    t[0] = _mm512_unpacklo_epi64(u[0], u[2]);
+    t[1] = _mm512_unpackhi_epi64(u[0], u[2]);
+    t[2] = _mm512_unpacklo_epi64(u[1], u[3]);
+    t[3] = _mm512_unpackhi_epi64(u[1], u[3]);
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++) { /* 128-bit part L: channel 4 L + i */
+        codes_store(p + i * pitch, _mm512_castsi512_si128(t[i]));
+        codes_store(p + (4 + i) * pitch, _mm512_extracti32x4_epi32(t[i], 1));
+        codes_store(p + (8 + i) * pitch, _mm512_extracti32x4_epi32(t[i], 2));
+        codes_store(p + (12 + i) * pitch, _mm512_extracti32x4_epi32(t[i], 3));
+    }
 }
 
 QSP_INLINE void f16_transpose(f16x *r)

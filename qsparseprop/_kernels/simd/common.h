@@ -39,12 +39,14 @@ QSP_INLINE float qsp_bf16_to_float(uint16_t bits)
     return value;
 }
 
-/* The scale that maps [-absmax, absmax] to [-levels, levels]. Never below the smallest normal number, whose inverse is
- * finite, so that tiny tensors keep |x - q * scale| <= scale / 2; NaN and Inf stay what they are and reach the output. */
+/* The scale that maps [-absmax, absmax] to [-levels, levels]. Never below 2^-111, so that 2^16 / scale is finite: tiny
+ * tensors keep |x - q * scale| <= scale / 2. NaN and Inf stay what they are and reach the output. */
+#define QSP_MIN_SCALE 0x1p-111f
+
 QSP_INLINE float qsp_symmetric_scale(float absmax, float levels)
 {
     const float scale = absmax / levels;
-    return scale < FLT_MIN ? FLT_MIN : scale;
+    return scale < QSP_MIN_SCALE ? QSP_MIN_SCALE : scale;
 }
 
 /* Scale and zero point that map [low, high], widened to hold 0, to 0..255. */
@@ -58,24 +60,21 @@ QSP_INLINE float qsp_affine_scale(float low, float high, int32_t *zero_point)
     return scale;
 }
 
-/* Counter-based random numbers: two rounds of a multiply-xorshift mixer (constants: C. Wellons, "lowbias32", public
- * domain) with the 64-bit seed entering before and between them. One call serves two neighbouring elements with 16
- * bits each: of `index`, the low half of the result where it is even and the high half where it is odd. */
+/* Counter-based random numbers: a multiply-xorshift mixer of two rounds (multipliers: C. Wellons, "lowbias32", public
+ * domain) with the 64-bit seed entering before and between them. One result serves two neighbouring elements with 16
+ * bits each: the low half where `index` is even, the high half where it is odd. */
 QSP_INLINE uint32_t qsp_random_bits(uint64_t seed, uint64_t index)
 {
     const uint64_t pair = index >> 1;
-    uint32_t x = (uint32_t)pair ^ (uint32_t)seed;
-    x ^= x >> 16;
-    x *= 0x7feb352dU;
-    x ^= (uint32_t)(seed >> 32) ^ (uint32_t)(pair >> 32);
-    x ^= x >> 15;
+    uint32_t x = ((uint32_t)pair ^ (uint32_t)seed) * 0x7feb352dU;
+    x ^= x >> 15 ^ (uint32_t)(seed >> 32) ^ (uint32_t)(pair >> 32);
     x *= 0x846ca68bU;
     x ^= x >> 16;
     return index & 1 ? x >> 16 : x & 0xffff;
 }
 
-/* The 16 random bits as a float in (0, 1), symmetric around 1/2. */
-#define QSP_DITHER_STEP (1.0f / 65536.0f)
-#define QSP_DITHER_HALF (0.5f / 65536.0f)
+/* Stochastic rounding in fixed point: floor((x / scale * 2^16 + random) / 2^16). */
+#define QSP_FIXED_BITS 16
+#define QSP_FIXED_ONE 65536.0f
 
 #endif

@@ -1,57 +1,58 @@
 /* The packer: a strided tensor -> planes of lanes, quantised to codes or as floats, with every gap filled. */
 
-QSP_INLINE f16x load_elements(const qsp_pack *a, int64_t element, int64_t step, int n)
+/* 16 neighbouring elements. */
+QSP_INLINE f16x load16(const void *tensor, const int dtype, int64_t element)
 {
-    if (a->dtype == QSP_F32) {
-        const float *p = (const float *)a->tensor + element;
+    return dtype == QSP_F32 ? f16_load((const float *)tensor + element)
+                            : f16_load_bf16((const uint16_t *)tensor + element);
+}
+
+/* n elements, `step` apart; zeros behind them. */
+QSP_INLINE f16x load_n(const void *tensor, const int dtype, int64_t element, int64_t step, int n)
+{
+    QSP_ALIGNED(64) float line[16] = {0};
+    if (dtype == QSP_F32) {
+        const float *p = (const float *)tensor + element;
         if (step == 1)
-            return n == 16 ? f16_load(p) : f16_load_n(p, n);
-        QSP_ALIGNED(64) float line[16] = {0};
+            return f16_load_n(p, n);
         for (int i = 0; i < n; i++)
             line[i] = p[i * step];
-        return f16_load_n(line, n);
+    } else {
+        const uint16_t *p = (const uint16_t *)tensor + element;
+        if (step == 1)
+            return f16_load_bf16_n(p, n);
+        for (int i = 0; i < n; i++)
+            line[i] = qsp_bf16_to_float(p[i * step]);
     }
-    const uint16_t *p = (const uint16_t *)a->tensor + element;
-    if (step == 1)
-        return f16_load_bf16_n(p, n);
-    QSP_ALIGNED(64) uint16_t line[16] = {0};
-    for (int i = 0; i < n; i++)
-        line[i] = p[i * step];
-    return f16_load_bf16_n(line, n);
+    return f16_load(line);
 }
 
-/* Dither of n elements whose logical numbers are `step` apart. */
-QSP_INLINE f16x dither(uint64_t seed, uint64_t index, int64_t step, int n)
-{
-    if (step == 1 && !(index & 1))
-        return dither_run(seed, index);
-    QSP_ALIGNED(64) float line[16] = {0};
-    for (int i = 0; i < n; i++)
-        line[i] = (float)qsp_random_bits(seed, index + (uint64_t)(i * step)) * QSP_DITHER_STEP + QSP_DITHER_HALF;
-    return f16_load_n(line, n);
-}
+enum { NEAREST, STOCHASTIC };
 
-/* Where codes may lie before the zero point is added: -128 never appears, so a code around 128 starts at 1. */
 typedef struct {
-    f16x zero, low, high;
-} code_range;
+    f16x inverse;
+    i32x16 zero; /* minus 128 */
+} quantizer;
 
-QSP_INLINE code_range code_range_of(f16x zero)
+/* Of channels [channel, channel + n), or for n = 0 of one channel. */
+QSP_INLINE quantizer quantizer_of(const qsp_pack *a, int64_t channel, int n, const int rounding)
 {
-    const code_range r = {zero, f16_max(f16_sub(f16_zero(), zero), f16_set1(-127.0f)),
-                          f16_sub(f16_set1(255.0f), zero)};
-    return r;
+    quantizer q;
+    const int64_t i = channel * a->stride;
+    q.inverse = n && a->stride ? f16_load_n(a->inverse + i, n) : f16_set1(a->inverse[i]);
+    q.zero = i32_sub(n && a->stride ? i32_load_n(a->zero_point + i, n) : i32_set1(a->zero_point[i]), i32_set1(128));
+    if (rounding == STOCHASTIC)
+        q.inverse = f16_mul(q.inverse, f16_set1(QSP_FIXED_ONE));
+    return q;
 }
 
-/* q = clamp(nearest(x / scale)) + zero point, or with u in (0, 1): clamp(floor(x / scale + u)) + zero point. */
-QSP_INLINE u8x16 quantize16(f16x x, f16x inverse, code_range r)
+/* Codes minus 128, to be saturated when they become bytes. Stochastic ones never become -128: they are symmetric. */
+QSP_INLINE i32x16 quantize16(f16x x, const quantizer *q, const int rounding, i32x16 random)
 {
-    return codes_from(f16_add(f16_nearest(f16_max(f16_min(f16_mul(x, inverse), r.high), r.low)), r.zero));
-}
-
-QSP_INLINE u8x16 quantize16_stochastic(f16x x, f16x inverse, code_range r, f16x u)
-{
-    return codes_from(f16_add(f16_max(f16_min(f16_floor(f16_add(f16_mul(x, inverse), u)), r.high), r.low), r.zero));
+    i32x16 c = i32_nearest(f16_mul(x, q->inverse));
+    if (rounding == STOCHASTIC)
+        c = i32_max(i32_fixed_floor(i32_add(c, random)), i32_set1(-127));
+    return i32_add(c, q->zero);
 }
 
 /* Everything of planes [first, last) that is not an element: gaps between images and rows, front, tail. */
@@ -76,8 +77,112 @@ static void fill_gaps(const qsp_pack *a, const qsp_walk *w, int64_t block, int64
     }
 }
 
+/* Where the first element of a run of lanes is, in the tensor, in its logical numbers and in the planes. */
+typedef struct {
+    int64_t element, element_step;
+    int64_t number, number_step;
+    int64_t lane, lanes;
+} lane_run;
+
+/* 16 channels of 16 lanes, transposed: channels are neighbours in memory. `even`: all elements' numbers start a pair. */
+QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, const int codes, const int dtype,
+                          const int rounding, const int even)
+{
+    const int64_t pitch = a->grid.pitch, to = r->lane + (a->view.plane + c) * pitch + k;
+    int64_t element = r->element + k * r->element_step + c;
+    if (!codes) {
+        f16x tile[16];
+        QSP_UNROLL
+        for (int j = 0; j < 16; j++, element += r->element_step)
+            tile[j] = load16(a->tensor, dtype, element);
+        f16_transpose(tile);
+        QSP_UNROLL
+        for (int j = 0; j < 16; j++)
+            f16_store((float *)a->planes + to + j * pitch, tile[j]);
+        return;
+    }
+    const quantizer q = quantizer_of(a, c, 16, rounding);
+    uint64_t number = (uint64_t)(r->number + k * r->number_step + c);
+    i32x16 tile[16];
+    QSP_UNROLL
+    for (int j = 0; j < 16; j++, element += r->element_step, number += (uint64_t)r->number_step)
+        tile[j] = quantize16(load16(a->tensor, dtype, element), &q, rounding,
+                             rounding == NEAREST ? i32_set1(0)
+                             : even              ? random_run(a->seed, number)
+                                                 : random_any(a->seed, number, 1));
+    codes_tile_store((uint8_t *)a->planes + to, pitch, tile);
+}
+
+/* The same for n channels of fewer lanes. */
+static inline void pack_partial_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int codes,
+                                     const int dtype, const int rounding)
+{
+    const int lanes = (int)qsp_min(16, r->lanes - k);
+    const int64_t pitch = a->grid.pitch, to = r->lane + (a->view.plane + c) * pitch + k;
+    const quantizer q = codes ? quantizer_of(a, c, n, rounding) : (quantizer){0};
+    f16x floats[16];
+    u8x16 bytes[16];
+    for (int j = 0; j < 16; j++) {
+        const int64_t lane = k + (j < lanes ? j : lanes - 1);
+        const f16x x = load_n(a->tensor, dtype, r->element + lane * r->element_step + c, 1, n);
+        if (codes)
+            bytes[j] = codes_from(
+                quantize16(x, &q, rounding,
+                           rounding == NEAREST
+                               ? i32_set1(0)
+                               : random_any(a->seed, (uint64_t)(r->number + lane * r->number_step + c), 1)));
+        else
+            floats[j] = x;
+    }
+    if (codes) {
+        codes_transpose(bytes);
+        for (int j = 0; j < n; j++)
+            codes_store_n((uint8_t *)a->planes + to + j * pitch, bytes[j], lanes);
+    } else {
+        f16_transpose(floats);
+        for (int j = 0; j < n; j++)
+            f16_store_n((float *)a->planes + to + j * pitch, floats[j], lanes);
+    }
+}
+
+/* All lanes of a run for one channel. */
+QSP_INLINE void pack_line(const qsp_pack *a, const lane_run *r, int64_t c, const int codes, const int dtype,
+                          const int rounding)
+{
+    const quantizer q = codes ? quantizer_of(a, c, 0, rounding) : (quantizer){0};
+    const int64_t to = r->lane + (a->view.plane + c) * a->grid.pitch;
+    const int64_t element = r->element + c * a->view.elem_c;
+    const uint64_t number = (uint64_t)(r->number + c * a->view.index_c);
+    for (int64_t k = 0; k < r->lanes; k += 16) {
+        const int n = (int)qsp_min(16, r->lanes - k);
+        const f16x x = n == 16 && r->element_step == 1
+                           ? load16(a->tensor, dtype, element + k)
+                           : load_n(a->tensor, dtype, element + k * r->element_step, r->element_step, n);
+        if (!codes) {
+            f16_store_n((float *)a->planes + to + k, x, n);
+            continue;
+        }
+        const i32x16 random =
+            rounding == NEAREST ? i32_set1(0)
+                                : random_any(a->seed, number + (uint64_t)(k * r->number_step), r->number_step);
+        codes_store_n((uint8_t *)a->planes + to + k, codes_from(quantize16(x, &q, rounding, random)), n);
+    }
+}
+
+QSP_INLINE void pack_run(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int codes,
+                         const int dtype, const int rounding, const int even)
+{
+    for (int64_t k = 0; k < r->lanes; k += 16) {
+        int64_t c = first;
+        for (; r->lanes - k >= 16 && c + 16 <= last; c += 16)
+            pack_tile(a, r, k, c, codes, dtype, rounding, even);
+        for (; c < last; c += 16)
+            pack_partial_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding);
+    }
+}
+
 QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64_t last, const int codes,
-                          const int stochastic)
+                          const int dtype, const int rounding)
 {
     const qsp_grid *g = &a->grid;
     const qsp_view *v = &a->view;
@@ -85,136 +190,108 @@ QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64
     qsp_walk_init(&w, g, v, qsp_images_in_block(a->images, g, block));
     fill_gaps(a, &w, block, first, last, codes);
     const int batch_inner = g->lane_b < g->lane_x;
-    const int64_t numbers[3] = {v->index_b, v->index_y, v->index_x};
-    const int64_t number0 = numbers[batch_inner ? 1 : 0], number1 = numbers[batch_inner ? 2 : 1],
-                  number2 = numbers[batch_inner ? 0 : 2];
+    const int64_t number0 = batch_inner ? v->index_y : v->index_b, number1 = batch_inner ? v->index_x : v->index_y,
+                  number2 = batch_inner ? v->index_b : v->index_x;
+    const int64_t image = block * g->images;
     const int transposed = v->elem_c == 1 && w.elem[2] != 1;
 
     for (int64_t i0 = 0; i0 < w.size[0]; i0++)
         for (int64_t i1 = 0; i1 < w.size[1]; i1++) {
-            const int64_t image = block * g->images;
-            const int64_t element = v->elem + image * v->elem_b + i0 * w.elem[0] + i1 * w.elem[1];
-            const int64_t number = v->index + image * v->index_b + i0 * number0 + i1 * number1;
-            const int64_t lane = block * g->block + g->front + v->origin + i0 * w.lane[0] + i1 * w.lane[1];
-            for (int64_t k = 0; transposed && k < w.size[2]; k += 16) {
-                const int lanes = (int)qsp_min(16, w.size[2] - k);
-                for (int64_t c = first; c < last; c += 16) {
-                    const int n = (int)qsp_min(16, last - c);
-                    const int64_t to = lane + (v->plane + c) * g->pitch + k;
-                    if (codes) {
-                        const f16x inverse = a->stride ? f16_load_n(a->inverse + c, n) : f16_set1(a->inverse[0]);
-                        const f16x zero = a->stride ? f16_load_i32_n(a->zero_point + c, n)
-                                                    : f16_set1((float)a->zero_point[0]);
-                        const code_range r = code_range_of(zero);
-                        u8x16 tile[16];
-                        for (int j = 0; j < 16; j++) {
-                            const int64_t i2 = k + (j < lanes ? j : lanes - 1);
-                            const f16x x = load_elements(a, element + i2 * w.elem[2] + c, 1, n);
-                            tile[j] = stochastic
-                                          ? quantize16_stochastic(x, inverse, r,
-                                                                  dither(a->seed, (uint64_t)(number + i2 * number2 + c),
-                                                                         1, n))
-                                          : quantize16(x, inverse, r);
-                        }
-                        codes_transpose(tile);
-                        uint8_t *p = (uint8_t *)a->planes + to;
-                        if (n == 16 && lanes == 16) {
-                            QSP_UNROLL
-                            for (int j = 0; j < 16; j++)
-                                codes_store(p + j * g->pitch, tile[j]);
-                        } else {
-                            for (int j = 0; j < n; j++)
-                                codes_store_n(p + j * g->pitch, tile[j], lanes);
-                        }
-                    } else {
-                        f16x tile[16];
-                        for (int j = 0; j < 16; j++)
-                            tile[j] = load_elements(a, element + (k + (j < lanes ? j : lanes - 1)) * w.elem[2] + c, 1, n);
-                        f16_transpose(tile);
-                        float *p = (float *)a->planes + to;
-                        for (int j = 0; j < n; j++)
-                            f16_store_n(p + j * g->pitch, tile[j], lanes);
-                    }
-                }
-            }
-            for (int64_t c = first; !transposed && c < last; c++) {
-                const f16x inverse = f16_set1(codes ? a->inverse[c * a->stride] : 1.0f);
-                const f16x zero = f16_set1(codes ? (float)a->zero_point[c * a->stride] : 0.0f);
-                const code_range r = code_range_of(zero);
-                const int64_t to = lane + (v->plane + c) * g->pitch;
-                for (int64_t k = 0; k < w.size[2]; k += 16) {
-                    const int n = (int)qsp_min(16, w.size[2] - k);
-                    const f16x x = load_elements(a, element + c * v->elem_c + k * w.elem[2], w.elem[2], n);
-                    if (!codes) {
-                        f16_store_n((float *)a->planes + to + k, x, n);
-                        continue;
-                    }
-                    const u8x16 q =
-                        stochastic ? quantize16_stochastic(
-                                         x, inverse, r,
-                                         dither(a->seed, (uint64_t)(number + c * v->index_c + k * number2), number2, n))
-                                   : quantize16(x, inverse, r);
-                    codes_store_n((uint8_t *)a->planes + to + k, q, n);
-                }
-            }
+            const lane_run r = {
+                .element = v->elem + image * v->elem_b + i0 * w.elem[0] + i1 * w.elem[1],
+                .element_step = w.elem[2],
+                .number = v->index + image * v->index_b + i0 * number0 + i1 * number1,
+                .number_step = number2,
+                .lane = block * g->block + g->front + v->origin + i0 * w.lane[0] + i1 * w.lane[1],
+                .lanes = w.size[2],
+            };
+            if (!transposed)
+                for (int64_t c = first; c < last; c++)
+                    pack_line(a, &r, c, codes, dtype, rounding);
+            else if ((r.number | r.number_step | first) & 1)
+                pack_run(a, &r, first, last, codes, dtype, rounding, 0);
+            else
+                pack_run(a, &r, first, last, codes, dtype, rounding, 1);
         }
 }
 
 static void pack_u8(const qsp_pack *a, int64_t block, int64_t first, int64_t last)
 {
-    if (a->stochastic)
-        pack_task(a, block, first, last, 1, 1);
+    if (a->dtype == QSP_F32 && a->stochastic)
+        pack_task(a, block, first, last, 1, QSP_F32, STOCHASTIC);
+    else if (a->dtype == QSP_F32)
+        pack_task(a, block, first, last, 1, QSP_F32, NEAREST);
+    else if (a->stochastic)
+        pack_task(a, block, first, last, 1, QSP_BF16, STOCHASTIC);
     else
-        pack_task(a, block, first, last, 1, 0);
+        pack_task(a, block, first, last, 1, QSP_BF16, NEAREST);
 }
 
 static void pack_f32(const qsp_pack *a, int64_t block, int64_t first, int64_t last)
 {
-    pack_task(a, block, first, last, 0, 0);
+    if (a->dtype == QSP_F32)
+        pack_task(a, block, first, last, 0, QSP_F32, NEAREST);
+    else
+        pack_task(a, block, first, last, 0, QSP_BF16, NEAREST);
 }
 
-/* Range of n elements: the absolute maximum over bit patterns, so that a NaN anywhere is the result. */
-static void range(const void *x, int dtype, int64_t n, int64_t step, qsp_range *out)
+typedef struct {
+    u32x16 bits;
+    f16x low, high;
+} range16;
+
+QSP_INLINE void range_step(range16 *r, f16x v, const int whole)
 {
-    const qsp_pack a = {.dtype = dtype, .tensor = x};
-    if (n <= 0)
-        return;
-    u32x16 bits[4];
-    f16x low[4], high[4];
+    r->bits = u32_max_abs(r->bits, v);
+    r->low = f16_min(r->low, v);
+    if (whole)
+        r->high = f16_max(r->high, v);
+}
+
+/* Range of n elements: the absolute maximum over bit patterns, so that a NaN anywhere is the result. The maximum
+ * follows from it where no element is negative, and is looked for only where `whole` says so. */
+QSP_INLINE void range_of(const void *x, const int dtype, int64_t n, int64_t step, qsp_range *out, const int whole)
+{
+    range16 r[4];
     for (int i = 0; i < 4; i++) {
-        bits[i] = u32_zero();
-        low[i] = f16_set1(out->min);
-        high[i] = f16_set1(out->max);
+        r[i].bits = u32_zero();
+        r[i].low = f16_set1(out->min);
+        r[i].high = f16_set1(out->max);
     }
     int64_t k = 0;
     for (; step == 1 && k + 64 <= n; k += 64) {
         QSP_UNROLL
-        for (int i = 0; i < 4; i++) {
-            const f16x v = load_elements(&a, k + 16 * i, 1, 16);
-            bits[i] = u32_max_abs(bits[i], v);
-            low[i] = f16_min(low[i], v);
-            high[i] = f16_max(high[i], v);
-        }
+        for (int i = 0; i < 4; i++)
+            range_step(&r[i], load16(x, dtype, k + 16 * i), whole);
     }
     for (; k < n; k += 16) {
         const int m = (int)qsp_min(16, n - k);
-        QSP_ALIGNED(64) float line[16] = {0};
-        f16_store(line, load_elements(&a, k * step, step, m));
+        QSP_ALIGNED(64) float line[16];
+        f16_store(line, load_n(x, dtype, k * step, step, m));
         for (int i = m; i < 16; i++) /* not zeros, which may lie outside of the range */
             line[i] = line[0];
-        const f16x v = f16_load(line);
-        bits[0] = u32_max_abs(bits[0], v);
-        low[0] = f16_min(low[0], v);
-        high[0] = f16_max(high[0], v);
+        range_step(&r[0], f16_load(line), whole);
     }
     for (int i = 0; i < 4; i++) {
-        const uint32_t greatest = u32_greatest(bits[i]);
+        const uint32_t greatest = u32_greatest(r[i].bits);
         float absmax;
         memcpy(&absmax, &greatest, 4);
         if (!(absmax <= out->absmax) && out->absmax == out->absmax)
             out->absmax = absmax;
-        const float least = f16_least(low[i]), most = f16_greatest(high[i]);
+        const float least = f16_least(r[i].low), most = f16_greatest(r[i].high);
         out->min = least < out->min ? least : out->min;
         out->max = most > out->max ? most : out->max;
     }
+}
+
+static void range(const void *x, int dtype, int64_t n, int64_t step, int whole, qsp_range *out)
+{
+    if (n <= 0)
+        return;
+    if (dtype == QSP_BF16)
+        range_of(x, QSP_BF16, n, step, out, 1);
+    else if (whole)
+        range_of(x, QSP_F32, n, step, out, 1);
+    else
+        range_of(x, QSP_F32, n, step, out, 0);
 }

@@ -17,6 +17,7 @@ QSP_INLINE f16x f16_set1(float v) { EACH16(v); }
 QSP_INLINE f16x f16_zero(void) { EACH16(0.0f); }
 QSP_INLINE f16x f16_load(const float *p) { EACH16(p[i]); }
 QSP_INLINE f16x f16_load_n(const float *p, int n) { EACH16(i < n ? p[i] : 0.0f); }
+QSP_INLINE f16x f16_load_bf16(const uint16_t *p) { EACH16(qsp_bf16_to_float(p[i])); }
 QSP_INLINE f16x f16_load_bf16_n(const uint16_t *p, int n) { EACH16(i < n ? qsp_bf16_to_float(p[i]) : 0.0f); }
 QSP_INLINE f16x f16_load_sums(const int32_t *p) { EACH16((float)p[i]); }
 QSP_INLINE f16x f16_mul(f16x a, f16x b) { EACH16(a.v[i] * b.v[i]); }
@@ -25,8 +26,6 @@ QSP_INLINE f16x f16_sub(f16x a, f16x b) { EACH16(a.v[i] - b.v[i]); }
 QSP_INLINE f16x f16_fma(f16x a, f16x b, f16x c) { EACH16(a.v[i] * b.v[i] + c.v[i]); }
 QSP_INLINE f16x f16_min(f16x a, f16x b) { EACH16(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 QSP_INLINE f16x f16_max(f16x a, f16x b) { EACH16(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-QSP_INLINE f16x f16_floor(f16x v) { EACH16(floorf(v.v[i])); }
-QSP_INLINE f16x f16_load_i32_n(const int32_t *p, int n) { EACH16(i < n ? (float)p[i] : 0.0f); }
 QSP_INLINE f16x f16_gather(const float *base, const int32_t *index, int n)
 {
     EACH16(i < n && index[i] >= 0 ? base[index[i]] : 0.0f);
@@ -92,30 +91,55 @@ QSP_INLINE uint32_t u32_greatest(u32x16 m)
     return s;
 }
 
-/* ---- 16 codes ---- */
+/* ---- 16 integers, 16 codes ---- */
+typedef struct {
+    int32_t v[16];
+} i32x16;
 typedef struct {
     uint8_t v[16];
 } u8x16;
-/* Nearest even for |v| < 2^22, whatever rounding function the compiler's target has. */
+
+#define EACH16I(expression)            \
+    i32x16 r;                          \
+    for (int i = 0; i < 16; i++)       \
+        r.v[i] = (expression);         \
+    return r
+
+/* Nearest even for |v| < 2^22, whatever rounding function the compiler's target has; NaN as x86 converts it. */
 QSP_INLINE int32_t nearest(float v)
 {
     const float shifted = v + 12582912.0f;
-    return (int32_t)(shifted - 12582912.0f);
+    return shifted == shifted ? (int32_t)(shifted - 12582912.0f) : INT32_MIN;
 }
-QSP_INLINE f16x f16_nearest(f16x v) { EACH16((float)nearest(v.v[i])); }
-QSP_INLINE u8x16 codes_from(f16x v)
-{
-    u8x16 r;
-    for (int i = 0; i < 16; i++)
-        r.v[i] = (uint8_t)nearest(v.v[i]);
-    return r;
-}
-QSP_INLINE int32_t codes_sum(f16x v)
+QSP_INLINE i32x16 i32_set1(int32_t v) { EACH16I(v); }
+QSP_INLINE i32x16 i32_load_n(const int32_t *p, int n) { EACH16I(i < n ? p[i] : 0); }
+QSP_INLINE i32x16 i32_nearest(f16x v) { EACH16I(nearest(v.v[i])); }
+QSP_INLINE i32x16 i32_fixed_floor(i32x16 v) { EACH16I(v.v[i] >> QSP_FIXED_BITS); }
+QSP_INLINE i32x16 i32_add(i32x16 a, i32x16 b) { EACH16I(a.v[i] + b.v[i]); }
+QSP_INLINE i32x16 i32_sub(i32x16 a, i32x16 b) { EACH16I(a.v[i] - b.v[i]); }
+QSP_INLINE i32x16 i32_min(i32x16 a, i32x16 b) { EACH16I(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+QSP_INLINE i32x16 i32_max(i32x16 a, i32x16 b) { EACH16I(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+QSP_INLINE int32_t i32_sum(i32x16 v)
 {
     int32_t s = 0;
     for (int i = 0; i < 16; i++)
-        s += nearest(v.v[i]);
+        s += v.v[i];
     return s;
+}
+/* Bytes of v in [-128, 127], saturated: weights, and codes minus 128. */
+QSP_INLINE u8x16 codes_signed(i32x16 v)
+{
+    u8x16 r;
+    for (int i = 0; i < 16; i++)
+        r.v[i] = (uint8_t)(v.v[i] < -128 ? -128 : v.v[i] > 127 ? 127 : v.v[i]);
+    return r;
+}
+QSP_INLINE u8x16 codes_from(i32x16 v)
+{
+    u8x16 r = codes_signed(v);
+    for (int i = 0; i < 16; i++)
+        r.v[i] ^= 0x80;
+    return r;
 }
 QSP_INLINE void codes_store(uint8_t *p, u8x16 v) { memcpy(p, v.v, 16); }
 QSP_INLINE void codes_store_n(uint8_t *p, u8x16 v, int n) { memcpy(p, v.v, (size_t)n); }
@@ -128,10 +152,24 @@ QSP_INLINE void codes_transpose(u8x16 *r)
             r[j].v[i] = t;
         }
 }
-/* Dither of 16 elements whose numbers follow each other from an even one on. */
-QSP_INLINE f16x dither_run(uint64_t seed, uint64_t index)
+/* Random numbers of 16 elements whose indices follow each other from an even one on, or are `step` apart. */
+QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index)
 {
-    EACH16((float)qsp_random_bits(seed, index + (uint64_t)i) * QSP_DITHER_STEP + QSP_DITHER_HALF);
+    EACH16I((int32_t)qsp_random_bits(seed, index + (uint64_t)i));
+}
+QSP_INLINE i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
+{
+    EACH16I((int32_t)qsp_random_bits(seed, index + (uint64_t)(i * step)));
+}
+/* 16 lanes (rows) x 16 channels of codes minus 128 -> codes, a channel's lanes together. */
+QSP_INLINE void codes_tile_store(uint8_t *p, int64_t pitch, const i32x16 *rows)
+{
+    u8x16 tile[16];
+    for (int j = 0; j < 16; j++)
+        tile[j] = codes_from(rows[j]);
+    codes_transpose(tile);
+    for (int j = 0; j < 16; j++)
+        codes_store(p + j * pitch, tile[j]);
 }
 
 /* ---- gather-SpMM on codes: 16 lanes, four nonzeros a step ---- */

@@ -1,0 +1,186 @@
+"""The extension modules and the check of the compiler; all the rest of the packaging is in pyproject.toml.
+
+Environment variables, read at build time:
+
+``QSPARSEPROP_NO_OPENMP=1``  build single-threaded, with a compiler that has no OpenMP
+``QSPARSEPROP_WERROR=1``     warnings of Cython and, under -Wall -Wextra, of the C compiler are errors (CI)
+``CC``, ``CFLAGS``, ``LDFLAGS``  as everywhere
+
+No ``-march``/``-m`` flag appears here: each ``isa_*.c`` switches its own instruction set on by pragma and is chosen at
+import, so that one build runs on every CPU of the architecture.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+KERNELS = Path("qsparseprop", "_kernels")
+
+CYTHON_DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "cdivision": True,
+    "initializedcheck": False,
+    "embedsignature": True,
+}
+
+# -ffp-contract=off: otherwise gcc fuses a*b+c (intrinsics too) where the instruction set has FMA and nowhere else, and
+# the instruction sets round, and so quantise, differently. Where a fused multiply-add is wanted the source says so.
+FLAGS = {
+    "unix": ["-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"],
+    "msvc": ["/O2", "/std:c11"],
+}
+# Cython's output is clean under these too (gcc 12, clang 14), so there are no exceptions for it.
+STRICT = ["-Wall", "-Wextra", "-Werror"]
+
+HELLO = "int main(void) { return 0; }\n"
+PYTHON_H = "#include <Python.h>\nint main(void) { return 0; }\n"
+OPENMP = """\
+#include <omp.h>
+int main(void) {
+    int i, sum = 0;
+    #pragma omp parallel for reduction(+:sum)
+    for (i = 0; i < 100; i++) sum += i;
+    return omp_get_max_threads() >= 1 && sum == 4950 ? 0 : 1;
+}
+"""
+
+
+def enabled(variable):
+    """Whether an environment variable is set to anything but 0."""
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+class Flags(NamedTuple):
+    """What one way of using OpenMP adds to the two command lines."""
+
+    compile: list[str]
+    link: list[str]
+
+
+NO_FLAGS = Flags([], [])
+
+
+def openmp_candidates(compiler_type):
+    """The ways to try, in this order."""
+    if compiler_type == "msvc":
+        return [Flags(["/openmp"], [])]
+    candidates = [Flags(["-fopenmp"], ["-fopenmp"])]
+    if sys.platform == "darwin":
+        # Apple's clang has the pragmas but no runtime, and Homebrew installs its libomp where no compiler looks.
+        for prefix in ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp"):
+            if os.path.isdir(prefix):
+                compile_flags = ["-Xpreprocessor", "-fopenmp", f"-I{prefix}/include"]
+                candidates.append(Flags(compile_flags, [f"-L{prefix}/lib", "-lomp"]))
+        candidates.append(Flags(["-Xpreprocessor", "-fopenmp"], ["-lomp"]))
+    return candidates
+
+
+class BuildKernels(build_ext):
+    """Asks the compiler first, so that what is missing is said in a sentence instead of a page of errors.
+
+    All of it happens here and not at module level: `sdist`, `egg_info` and the like need neither compiler nor Cython.
+    """
+
+    def build_extensions(self):
+        """Probe, translate the .pyx files, then build as usual."""
+        unix = self.compiler.compiler_type != "msvc"
+        self.strict = unix and enabled("QSPARSEPROP_WERROR")
+        openmp = self.openmp_flags()
+        compile_flags = [*FLAGS["unix" if unix else "msvc"], *(STRICT if self.strict else []), *openmp.compile]
+
+        # Timestamps alone would keep a module that was built with other flags.
+        settings = repr([CYTHON_DIRECTIVES, compile_flags, openmp])
+        stamp = Path(self.build_temp, "settings.txt")
+        self.force = self.force or not stamp.is_file() or stamp.read_text() != settings
+        stamp.unlink(missing_ok=True)
+
+        for ext in self.extensions:
+            ext.extra_compile_args = compile_flags
+            ext.extra_link_args = openmp.link
+            ext.define_macros = [("QSPARSEPROP_OPENMP", "1" if openmp.compile else "0")]
+            ext.sources = [self.translated(ext, source) for source in ext.sources]
+        super().build_extensions()
+        stamp.write_text(settings)
+
+    def openmp_flags(self):
+        """Flags with which the compiler builds a working OpenMP program; exits with one sentence where none does."""
+        if not self.works(HELLO):
+            command = getattr(self.compiler, "compiler_so", ["cl"])[0]
+            raise SystemExit(
+                f"error: qsparseprop needs a C compiler, and {command!r} is missing or does not work: install one "
+                "(`apt install gcc`, `xcode-select --install`, or the Microsoft C++ Build Tools) or name another in CC."
+            )
+        if not self.works(PYTHON_H):
+            raise SystemExit(
+                f"error: qsparseprop needs the C headers of Python {sys.version_info.major}.{sys.version_info.minor}, "
+                "and Python.h was not found: install them (`apt install python3-dev`, `dnf install python3-devel`)."
+            )
+        if enabled("QSPARSEPROP_NO_OPENMP"):
+            return NO_FLAGS
+        for flags in openmp_candidates(self.compiler.compiler_type):
+            if self.works(OPENMP, flags):
+                return flags
+        raise SystemExit(
+            "error: this C compiler cannot build and run an OpenMP program: install its OpenMP runtime "
+            "(`apt install libgomp1` for gcc, `apt install libomp-dev` for clang, `brew install libomp` on macOS), or "
+            "set QSPARSEPROP_NO_OPENMP=1 to build qsparseprop single-threaded."
+        )
+
+    def works(self, program, flags=NO_FLAGS):
+        """Whether the C program compiles, links, runs and returns 0."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "probe.c")
+            Path(source).write_text(program)
+            try:
+                objects = self.compiler.compile([source], output_dir=folder, extra_postargs=flags.compile)
+                self.compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=flags.link)
+                executable = os.path.join(folder, self.compiler.executable_filename("probe"))
+                subprocess.run([executable], check=True, timeout=60)
+            except (BaseError, CCompilerError, OSError, subprocess.SubprocessError):
+                return False
+        return True
+
+    def translated(self, ext, source):
+        """The C file of a .pyx file, made in the build directory: the source tree holds only what people wrote."""
+        if not source.endswith(".pyx"):
+            return source
+        from Cython.Build import cythonize
+        from Cython.Compiler import Options
+
+        Options.warning_errors = self.strict
+        # An Extension without `depends`: cythonize would copy those into the build directory as well.
+        (c_extension,) = cythonize(
+            [Extension(ext.name, [source])],
+            build_dir=self.build_temp,
+            compiler_directives=CYTHON_DIRECTIVES,
+            force=self.force,
+        )
+        return c_extension.sources[0]
+
+
+def extensions():
+    """One module for each .pyx file; the instruction sets are compiled into `_dispatch`, which hands them out."""
+    headers = sorted(path.as_posix() for path in KERNELS.rglob("*.h"))
+    definitions = sorted(path.as_posix() for path in KERNELS.glob("*.pxd"))
+    isa_sources = sorted(path.as_posix() for path in KERNELS.glob("isa_*.c"))
+    return [
+        Extension(
+            f"qsparseprop._kernels.{pyx.stem}",
+            [pyx.as_posix(), *(isa_sources if pyx.stem == "_dispatch" else [])],
+            include_dirs=[KERNELS.as_posix(), (KERNELS / "simd").as_posix()],
+            depends=[*headers, *definitions],
+        )
+        for pyx in sorted(KERNELS.glob("*.pyx"))
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

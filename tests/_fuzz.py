@@ -1,0 +1,200 @@
+"""Calls the operators with random nonsense, every tensor ending at the edge of memory that must not be touched.
+
+Run by test_ops in a process of its own: an access beyond a tensor ends it. Arguments: seed, number of calls.
+"""
+
+import ctypes
+import faulthandler
+import mmap
+import random
+import sys
+
+import torch
+
+from qsparseprop import ops
+from qsparseprop._kernels import _dispatch, _matmul, _pack
+from qsparseprop.geometry import conv_geometry, linear_geometry
+from qsparseprop.pattern import dense_pattern, make_plan
+
+PAGE = mmap.PAGESIZE
+LARGEST = 1 << 24  # bytes; what asks for more counts as refused
+INTEGERS = [0, 1, -1, 2, 3, 4, 5, 63, 64, 65, 128, 1 << 16, 1 << 20, (1 << 31) - 1, 1 << 31, -(1 << 31), 1 << 34, 1 << 39,
+            (1 << 40) - 1, 1 << 40, (1 << 62) + 64, (1 << 63) - 1, -(1 << 63)]  # fmt: skip
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class TooLarge(RuntimeError):
+    pass
+
+
+def guarded(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
+    """An uninitialised tensor whose last byte is the last one that may be touched, or whose first byte is the first."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if any(n < 0 for n in shape):
+        raise RuntimeError(f"negative size {shape}")
+    numel = torch.Size(shape).numel()
+    size = numel * dtype.itemsize
+    if size > LARGEST:
+        raise TooLarge(f"{size} bytes")
+    pages = max(-(-size // PAGE), 1)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for edge in (address, address + (pages + 1) * PAGE):
+        if libc.mprotect(edge, PAGE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    if numel == 0:
+        return torch.empty(shape, dtype=dtype)
+    start = PAGE if random.random() < 0.3 else (pages + 1) * PAGE - size
+    flat = torch.frombuffer(memory, dtype=dtype, count=numel, offset=start)
+    like = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+    return flat.as_strided(shape, like.stride())
+
+
+def guarded_copy(tensor):
+    """The same values and, where they do not overlap, strides."""
+    dims = sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))
+    out = guarded(tuple(tensor.shape[d] for d in dims), tensor.dtype)
+    return out.permute(*(dims.index(d) for d in range(tensor.ndim))).copy_(tensor) if tensor.ndim else tensor.clone()
+
+
+class GuardedTorch:
+    """`torch` as the operators see it: what they allocate is guarded as well."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*shape, dtype=torch.float32, memory_format=torch.contiguous_format):
+        return guarded(shape[0] if len(shape) == 1 else shape, dtype, memory_format)
+
+
+def valid_calls():
+    for number in range(5):
+        if number == 0:
+            g, shape, groups = linear_geometry(20, 30), (70, 20, 1, 1), 1
+        else:
+            size, kernel, stride, inner = [((6, 5), (3, 3), (2, 1), False), ((9, 9), (3, 3), (1, 1), True),
+                                           ((4, 7), (1, 1), (3, 2), False), ((12, 3), (5, 2), (2, 2), True)][number - 1]
+            batch, groups = (5, 37, 3, 18)[number - 1], 1 + (number == 2)
+            shape = (batch, 4, *size)
+            g = conv_geometry(4, 18, size, kernel, stride, (1, 1, 1, 1), (1, 1), batch, inner)
+        outputs = g.output_grid.planes if number else 30
+        taps = len(g.tap_shift)
+        mask = torch.rand(outputs, shape[1] // groups * taps) < 0.3
+        plan = make_plan(*dense_pattern(mask)[:2], g, groups)
+        values = torch.randn(int(mask.sum()))
+        x, dy = torch.randn(shape), torch.randn(shape[0], outputs, *g.output_size)
+        x_lanes, y_lanes = g.input_grid.lanes(shape[0]), g.output_grid.lanes(shape[0])
+        seed = torch.tensor(1)
+        grid, dy_grid = g.input_grid.numbers, g.output_grid.numbers
+        in_views, out_views = list(g.input_views), list(g.output_views)
+        for tensor in (x, x.contiguous(memory_format=torch.channels_last), x.bfloat16()):
+            yield ops.pack, [tensor, grid, in_views, x_lanes]
+            for scheme in ("absmax", "standard", "stochastic"):
+                yield ops.quantize_pack, [tensor, grid, in_views, x_lanes, scheme, seed]
+        for codes in (True, False):
+            for rows, from_, to, views, tensor, out_shape, lanes in (
+                (plan.forward, grid, in_views, out_views, x, dy.shape, x_lanes),
+                (plan.backward, dy_grid, out_views, in_views, dy, x.shape, y_lanes),
+            ):
+                if codes:
+                    yield ops.quantize_weight, [values, rows.index, rows.group_ptr]
+                    planes, s, z = ops.quantize_pack(tensor, from_, to, lanes, "absmax", None)
+                    weights, scale, total = ops.quantize_weight(values, rows.index, rows.group_ptr)
+                else:
+                    planes, s, z = ops.pack(tensor, from_, to, lanes), None, None
+                    weights, scale, total = torch.randn(rows.index.numel()), None, None
+                bias = torch.randn(out_shape[1]) if tensor is x else None
+                for channels_last in (False, True):
+                    yield ops.spmm, [planes, weights, rows.group_ptr, rows.offset, scale, total, s, z, bias, from_, views,
+                                     list(out_shape), channels_last, True]
+            if codes:
+                px, sx, zx = ops.quantize_pack(x, grid, in_views, x_lanes, "absmax", None)
+                py, sy, _ = ops.quantize_pack(dy, dy_grid, out_views, y_lanes, "stochastic", seed)
+            else:
+                px, sx, zx = ops.pack(x, grid, in_views, x_lanes), None, None
+                py, sy = ops.pack(dy, dy_grid, out_views, y_lanes), None
+            rows = plan.forward
+            yield ops.sddmm, [px, py, rows.group_ptr, rows.offset, rows.index, rows.plane, sx, zx, sy, grid, dy_grid,
+                              out_views, list(dy.shape), values.numel()]  # fmt: skip
+
+
+def corrupt_integer(value):
+    return random.choice([*INTEGERS, value + 1, value - 1, 2 * value, -value, value + 64, value - 64, value // 2])
+
+
+def corrupt(argument):
+    if isinstance(argument, bool) or argument is None or isinstance(argument, str):
+        return argument
+    if isinstance(argument, int):
+        return corrupt_integer(argument)
+    if isinstance(argument, list):
+        new = list(argument)
+        for _ in range(random.choice([1, 1, 2, 3])):
+            place = random.randrange(len(new))
+            new[place] = corrupt_integer(new[place])
+        return random.choice([new, new, new, new, new[:-1], new + new[:9]])
+    if argument.numel() == 0 or argument.ndim == 0:
+        return argument
+    if argument.dtype == torch.int32 and random.random() < 0.8:
+        new = argument.clone()
+        for _ in range(random.choice([1, 1, 2])):
+            place = random.randrange(new.numel())
+            value = corrupt_integer(int(new[place]))
+            new[place] = max(-(2**31), min(2**31 - 1, value))
+        return new
+    return random.choice([
+        lambda t: t[: random.randrange(t.shape[0] + 1)],
+        lambda t: t[: max(t.shape[0] - random.choice([1, 2, 4, 16, 64, 100]), 0)],
+        lambda t: t.transpose(0, -1),
+        lambda t: t[..., None],
+        lambda t: t.double(),
+        lambda t: t.expand(3, *t.shape),
+        lambda t: torch.cat([t, t]),
+    ])(argument)  # fmt: skip
+
+
+def describe(argument):
+    if not isinstance(argument, torch.Tensor):
+        return repr(argument)
+    values = f" {argument.tolist()}" if argument.dtype == torch.int32 and argument.numel() < 200 else ""
+    return f"<{argument.dtype} {tuple(argument.shape)} {argument.stride()}{values}>"
+
+
+def main():
+    seed, calls = int(sys.argv[1]), int(sys.argv[2])
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(200, exit=True)
+    torch.set_num_threads(1 + seed % 2)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    ops.torch = _matmul.torch = _pack.torch = GuardedTorch()
+    valid = list(valid_calls())
+    refused = accepted = 0
+    for isa in _dispatch.supported_isas():
+        _dispatch.set_isa(isa)
+        for op, arguments in valid:
+            op(*(guarded_copy(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        for _ in range(calls):
+            op, arguments = random.choice(valid)
+            arguments = list(arguments)
+            for _ in range(random.choice([1, 1, 1, 2])):
+                place = random.randrange(len(arguments))
+                arguments[place] = corrupt(arguments[place])
+            print(isa, op, *map(describe, arguments), sep="\n  ", flush=True)
+            arguments = [guarded_copy(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            try:
+                op(*arguments)
+            except (TypeError, ValueError, TooLarge):
+                refused += 1
+            except RuntimeError as error:  # by torch itself: sizes, types of Python
+                refused += 1
+                print("RuntimeError", error)
+            else:
+                accepted += 1
+    print(f"done: {refused} refused, {accepted} accepted")
+    assert refused > calls // 4
+
+
+main()

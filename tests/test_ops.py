@@ -1,0 +1,785 @@
+"""The compiled operators, on every instruction set, against `qsparseprop.reference`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qsparseprop import ops, reference
+from qsparseprop._kernels import _dispatch
+from qsparseprop.geometry import UNIT, conv_geometry, linear_geometry
+from qsparseprop.pattern import dense_pattern, make_plan
+
+from ._helpers import (
+    LAYOUTS,
+    TINY,
+    VALUES,
+    conv_cases,
+    generator,
+    laid_out,
+    random_mask,
+    random_values,
+    run_python,
+)
+
+SCHEMES = tuple(ops.SCHEMES)
+DTYPES = (torch.float32, torch.bfloat16)
+SEEDS = st.integers(-(2**63), 2**63 - 1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded):
+    """Small tensors only: on a busy machine a team of threads costs more than the work. Some tests set their own."""
+    torch.set_num_threads(1)
+
+
+@st.composite
+def linear_cases(draw):
+    """A linear layer seen as a convolution of single pixels, with what `ConvCase` has."""
+    inputs, outputs = draw(st.integers(1, 90)), draw(st.sampled_from([1, 2, 15, 16, 17, 64, 67, 130]))
+    batch, seed = draw(st.sampled_from([0, 1, 7, 63, 64, 65, 130])), draw(st.integers(0, 1000))
+    density = draw(st.sampled_from([0.0, 0.1, 0.4, 1.0]))
+
+    def plan():
+        weight = torch.randn(outputs, inputs, generator=generator(seed))
+        crow, col, flat = dense_pattern(random_mask(weight.shape, density, seed))
+        return make_plan(crow, col, linear_geometry(inputs, outputs)), weight.view(-1)[flat]
+
+    return SimpleNamespace(shape=(batch, inputs, 1, 1), out_channels=outputs, bias=draw(st.booleans()), seed=seed,
+                           geometry=lambda: linear_geometry(inputs, outputs), plan=plan)
+
+
+CASES = st.one_of(conv_cases(), linear_cases())
+
+
+def assert_same(actual, expected):
+    """Bit for bit, NaN of whatever bits included."""
+    for a, e in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (actual, expected)), strict=True):
+        assert a.dtype == e.dtype
+        assert a.shape == e.shape
+        assert torch.equal(a.nan_to_num(nan=0.5), e.nan_to_num(nan=0.5))
+        assert torch.equal(a.isnan(), e.isnan())
+
+
+def seed_for(scheme, seed=0):
+    return torch.tensor(seed) if scheme == "stochastic" else None
+
+
+def sides(case):
+    """Layout of the input and of the output: grid, views, shape of the tensor."""
+    g = case.geometry()
+    return ((g.input_grid, g.input_views, case.shape),
+            (g.output_grid, g.output_views, (case.shape[0], case.out_channels, *g.output_size)))
+
+
+# ---- packing ----
+
+
+@given(case=CASES, side=st.booleans(), scheme=st.sampled_from(SCHEMES), kind=st.sampled_from(VALUES),
+       layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES), seed=SEEDS)  # fmt: skip
+@settings(max_examples=150)
+def test_quantize_pack_is_the_reference(isa, case, side, scheme, kind, layout, dtype, seed):
+    grid, views, shape = sides(case)[side]
+    x = laid_out(random_values(shape, kind, case.seed).to(dtype), layout)
+    arguments = (x, grid.numbers, views, grid.lanes(shape[0]), scheme, seed_for(scheme, seed))
+    planes, scale, zero_point = ops.quantize_pack(*arguments)
+    assert_same((planes, scale, zero_point), reference.quantize_pack(*arguments))
+
+
+@given(case=CASES, side=st.booleans(), scheme=st.sampled_from(SCHEMES))
+@settings(max_examples=60)
+def test_gaps_stand_for_zero(isa, case, side, scheme):
+    """They are what a convolution pads with, those behind the last plane included."""
+    hypothesis.assume(case.shape[0])
+    grid, views, shape = sides(case)[side]
+    x = random_values(shape, "skewed", case.seed)
+    planes, _, zero = ops.quantize_pack(x, grid.numbers, views, grid.lanes(shape[0]), scheme, seed_for(scheme))
+    gap = torch.ones(planes.shape, dtype=torch.bool)
+    for view, _ in reference._views(views):
+        lanes = reference._lanes(grid.numbers, view, shape[0]) + grid.front
+        gap[(lanes + (view[0] + torch.arange(view[1]))[:, None, None, None] * grid.pitch).view(-1)] = False
+    gap[-UNIT:] = False  # no tap leads there, only whole units do
+    assert (planes[gap] == zero).all()
+
+
+@given(case=CASES, side=st.booleans(), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=80)
+def test_pack_is_the_reference(isa, case, side, layout, dtype):
+    grid, views, shape = sides(case)[side]
+    x = laid_out(random_values(shape, "normal", case.seed).to(dtype), layout)
+    arguments = (x, grid.numbers, views, grid.lanes(shape[0]))
+    assert_same(ops.pack(*arguments), reference.pack(*arguments))
+
+
+@given(case=CASES, side=st.booleans(), scheme=st.sampled_from(SCHEMES), layout=st.sampled_from(LAYOUTS), seed=SEEDS)
+@settings(max_examples=60)
+def test_strides_do_not_change_codes(isa, case, side, scheme, layout, seed):
+    grid, views, shape = sides(case)[side]
+    x = laid_out(random_values(shape, "normal", case.seed), layout)
+    rest = (grid.numbers, views, grid.lanes(shape[0]))
+    seed = seed_for(scheme, seed)
+    assert_same(ops.quantize_pack(x, *rest, scheme, seed), ops.quantize_pack(x.contiguous(), *rest, scheme, seed))
+    assert_same(ops.pack(x, *rest), ops.pack(x.contiguous(), *rest))
+
+
+def quantize(x, scheme, seed=None):
+    """Codes of a 1-D tensor, scale and zero point."""
+    g = linear_geometry(x.numel(), 1)
+    planes, scale, zero = ops.quantize_pack(
+        x.view(1, -1, 1, 1), g.input_grid.numbers, g.input_views, g.input_grid.lanes(1), scheme, seed
+    )
+    return planes[g.input_grid.front :: g.input_grid.pitch][: x.numel()].clone(), scale.item(), zero.item()
+
+
+EXTREMES = {
+    "denormal": lambda: torch.linspace(-1, 1, 63) * 1e-40,
+    "smallest": lambda: torch.tensor([0.0, 1e-45, -1e-45]),
+    "around the smallest normal": lambda: torch.tensor([TINY, -TINY, TINY * 100, -TINY * 126.5]),
+    "largest": lambda: torch.linspace(-1, 1, 63) * torch.finfo(torch.float32).max,
+    "largest of one sign": lambda: torch.linspace(-1, 0, 63) * torch.finfo(torch.float32).max,
+    "constant": lambda: torch.full((17,), 3.7),
+    "negative constant": lambda: torch.full((17,), -3.7),
+    "zero": lambda: torch.zeros(5),
+    "negative zero": lambda: -torch.zeros(5),
+    "one": lambda: torch.tensor([-2.5]),
+    "outlier": lambda: torch.cat([torch.linspace(-1e-3, 1e-3, 40), torch.tensor([100.0])]),
+    "mostly negative": lambda: torch.linspace(-1, 0.2, 61),
+    "negative": lambda: torch.linspace(-5, -4, 61),
+    "mostly positive": lambda: torch.linspace(-0.2, 1, 61),
+    "ties": lambda: torch.arange(-127, 128) / 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_quantisation_error_is_within_its_guarantee(isa, scheme, kind):
+    x = EXTREMES[kind]()
+    codes, scale, zero = quantize(x, scheme, seed_for(scheme, 5))
+    assert 0 < scale < float("inf")
+    assert 0 <= zero <= 255
+    error = (codes.double() - zero) * scale - x.double()
+    # half a step, or a whole one where rounding is random; plus the rounding of x / scale itself
+    bound = scale * (1.0 if scheme == "stochastic" else 0.5) + 1e-5 * scale
+    assert error.abs().max() <= bound
+    if scheme != "standard":
+        assert zero in (0, 128)
+        if zero == 128:
+            assert codes.min() >= 1, "-128 must not appear"
+    # the scale is as small as the range allows
+    if scheme == "standard":
+        assert scale == pytest.approx(max((x.max().clamp(min=0) - x.min().clamp(max=0)).item() / 255, TINY), rel=1e-5)
+    else:
+        levels = 255 if scheme == "absmax" and x.min() >= 0 else 127
+        assert scale == pytest.approx(max(x.abs().max().item() / levels, TINY), rel=1e-5)
+    assert codes[x == 0].eq(zero).all(), "zero must stay zero"
+
+
+@given(x=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40),
+       scheme=st.sampled_from(SCHEMES))  # fmt: skip
+def test_quantisation_error_of_any_values(isa, x, scheme):
+    x = torch.tensor(x)
+    codes, scale, zero = quantize(x, scheme, seed_for(scheme, 3))
+    error = (codes.double() - zero) * scale - x.double()
+    assert error.abs().max() <= scale * (1.0 if scheme == "stochastic" else 0.5) + 1e-5 * scale
+    if scheme == "stochastic":
+        assert codes.min() >= 1
+
+
+@given(count=st.integers(1, 200), scale=st.sampled_from([1e-42, 1e-3, 1.0, 3e37]), seed=SEEDS)
+def test_minus_128_never_appears(isa, count, scale, seed):
+    x = torch.randn(count, generator=generator(count)).mul_(scale)
+    x[0] = -x.abs().max()
+    for scheme in ("absmax", "stochastic"):
+        codes, _, zero = quantize(x, scheme, seed_for(scheme, seed))
+        assert zero == 128 or x.min() >= 0
+        assert codes.min() >= 1 or zero == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(case=conv_cases(most_channels=3), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES),
+       place=st.integers(0, 10**6), kind=st.sampled_from(["normal", "positive", "zero"]))  # fmt: skip
+@settings(max_examples=20)
+def test_one_bad_element_anywhere_makes_the_scale_not_finite(isa, bad, scheme, case, layout, dtype, place, kind):
+    grid, views, shape = sides(case)[0]
+    x = random_values(shape, kind, case.seed).to(dtype)
+    x.view(-1)[0 if layout == "expanded" else place % x.numel()] = bad
+    x = laid_out(x, layout)
+    arguments = (x, grid.numbers, views, grid.lanes(shape[0]), scheme, seed_for(scheme))
+    planes, scale, zero = ops.quantize_pack(*arguments)
+    assert not torch.isfinite(scale).any()
+    assert_same((planes, scale, zero), reference.quantize_pack(*arguments))
+
+
+# ---- random rounding ----
+
+
+def test_the_seed_decides_the_codes(isa):
+    x = torch.randn(4001)
+    first = quantize(x, "stochastic", torch.tensor(12345))[0]
+    assert torch.equal(first, quantize(x, "stochastic", torch.tensor(12345))[0])
+    for other in (12346, 12345 + (1 << 33), 12345 - (1 << 63)):  # every bit of the seed counts
+        share = (first != quantize(x, "stochastic", torch.tensor(other))[0]).double().mean()
+        assert 0.2 < share < 0.45  # E[2 p (1 - p)] = 1/3
+
+
+def test_draw_seed_follows_manual_seed():
+    torch.manual_seed(3)
+    seeds = [int(ops.draw_seed()) for _ in range(4)]
+    torch.manual_seed(3)
+    assert seeds == [int(ops.draw_seed()) for _ in range(4)]
+    assert len(set(seeds)) == 4
+    assert max(seeds) > 2**40
+
+
+def test_random_rounding_is_unbiased(isa):
+    """For each element over seeds, and over the elements of one seed: within five standard errors of x."""
+    x = torch.cat([torch.rand(500, generator=generator(1)) * 2 - 1, torch.tensor([1.0, -1.0, 0.0, 0.5, -0.5])])
+    seeds = torch.randint(2**63 - 1, (600,), generator=generator(2)).tolist()
+    values = torch.stack([quantize(x, "stochastic", torch.tensor(s))[0].double() - 128 for s in seeds])
+    wanted = x.double() * 127
+    p = wanted - wanted.floor()
+    error = values.mean(0) - wanted
+    # 16 random bits: a probability is off by 2**-17 at most
+    assert (error.abs() <= 5 * (p * (1 - p) / len(seeds)).sqrt() + 2**-16).all()
+    assert abs(error.mean()) <= 5 * ((p * (1 - p)).mean() / values.numel()).sqrt() + 2**-16
+    residual = values - wanted
+    assert (residual.mean(1).abs() <= 5 * ((p * (1 - p)).mean() / x.numel()).sqrt()).all()
+    # neither neighbours nor successive seeds share their random numbers
+    for shift, dim in ((1, 1), (2, 1), (16, 1), (1, 0)):
+        n = residual.shape[dim] - shift
+        product = residual.narrow(dim, 0, n) * residual.narrow(dim, shift, n)
+        assert abs(product.mean()) <= 5 * (p * (1 - p)).mean() / product.numel() ** 0.5
+
+
+def test_neighbouring_seeds_are_unrelated(isa):
+    x = torch.full((4096,), 0.3)
+    x[0] = 1.0
+    codes = torch.stack([quantize(x, "stochastic", torch.tensor(s << 32))[0] for s in range(64)]).double()[:, 1:]
+    correlation = torch.corrcoef(codes) - torch.eye(64)
+    assert correlation.abs().max() < 6 / 4095**0.5
+
+
+# ---- weights ----
+
+
+@given(case=CASES, kind=st.sampled_from(["normal", "small", "large", "zero", "bad"]))
+@settings(max_examples=100)
+def test_quantize_weight_is_the_reference(isa, case, kind):
+    plan, values = case.plan()
+    if kind == "bad" and values.numel():
+        place = torch.randint(values.numel(), (3,), generator=generator(case.seed))
+        values[place] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    else:
+        values = values * {"small": 1e-41, "large": 1e37, "zero": 0.0}.get(kind, 1.0)
+    for rows in (plan.forward, plan.backward):
+        arguments = (values, rows.index, rows.group_ptr)
+        codes, scale, total = ops.quantize_weight(*arguments)
+        assert_same((codes, scale, total), reference.quantize_weight(*arguments))
+        assert codes.numel() == 0 or codes.min() >= -127
+        assert (codes[rows.index < 0] == 0).all()
+        slot_row = torch.repeat_interleave(torch.arange(scale.numel()), 4 * rows.group_ptr.diff().long())
+        sums = torch.zeros(scale.numel(), dtype=torch.int64).index_add(0, slot_row, codes.long())
+        assert torch.equal(sums, total.long())
+        slots = torch.cat([values, torch.zeros(1)])[rows.index.long()]
+        finite = torch.ones(scale.numel(), dtype=torch.bool)
+        finite[slot_row[~slots.isfinite()]] = False
+        assert torch.equal(scale.isfinite(), finite)  # a bad value spoils its own row, and no other
+        slot_row, codes, slots = (t[finite[slot_row]] for t in (slot_row, codes, slots))
+        assert (codes * scale[slot_row].double() - slots).abs().le(0.50001 * scale[slot_row].double()).all()
+
+
+def test_long_rows_of_weights(isa):
+    """More nonzeros than fit into any buffer of a row, in one row and as one of many."""
+    counts = [0, 3, 300_001, 17]
+    ptr = torch.tensor([0, *counts]).cumsum(0).add(3).div(4, rounding_mode="floor").tolist()
+    groups = [(n + 3) // 4 for n in counts]
+    ptr = torch.tensor([0, *groups]).cumsum(0).to(torch.int32)
+    index = torch.full((int(ptr[-1]) * 4,), -1, dtype=torch.int32)
+    start = 0
+    for r, n in enumerate(counts):
+        index[4 * ptr[r] : 4 * ptr[r] + n] = torch.arange(start, start + n, dtype=torch.int32)
+        start += n
+    values = torch.randn(start)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert_same(ops.quantize_weight(values, index, ptr), reference.quantize_weight(values, index, ptr))
+
+
+# ---- products ----
+
+
+def weights_of(values, rows, codes):
+    if codes:
+        return ops.quantize_weight(values, rows.index, rows.group_ptr)
+    return torch.cat([values, values.new_zeros(1)])[rows.index.long()], None, None
+
+
+def operand(x, grid, views, scheme, seed=0):
+    lanes = grid.lanes(x.shape[0])
+    if scheme is None:
+        return ops.pack(x, grid.numbers, views, lanes), None, None
+    return ops.quantize_pack(x, grid.numbers, views, lanes, scheme, seed_for(scheme, seed))
+
+
+def spmm_arguments(case, scheme, backward, channels_last=False, bias=None, kind="normal"):
+    plan, values = case.plan()
+    g = plan.geometry
+    (in_grid, in_views, in_shape), (out_grid, out_views, out_shape) = sides(case)
+    if backward:
+        in_grid, in_views, in_shape, out_views, out_shape = out_grid, out_views, out_shape, in_views, in_shape
+    rows = plan.backward if backward else plan.forward
+    planes, x_scale, zero = operand(random_values(in_shape, kind, case.seed), in_grid, in_views, scheme)
+    weights, scale, total = weights_of(values, rows, scheme is not None)
+    return (planes, weights, rows.group_ptr, rows.offset, scale, total, x_scale, zero, bias, in_grid.numbers, out_views,
+            out_shape, channels_last, backward and not g.covers_input)
+
+
+@given(case=CASES, backward=st.booleans(), scheme=st.sampled_from(SCHEMES), channels_last=st.booleans(),
+       kind=st.sampled_from(["normal", "positive", "skewed"]))  # fmt: skip
+@settings(max_examples=150)
+def test_spmm_on_codes_is_the_reference(isa, case, backward, scheme, channels_last, kind):
+    bias = torch.randn(case.out_channels) if case.bias and not backward else None
+    arguments = spmm_arguments(case, scheme, backward, channels_last, bias, kind)
+    out = ops.spmm(*arguments)
+    expected = reference.spmm(*arguments)
+    if bias is None:
+        assert_same(out, expected)
+    else:  # whether product and bias are rounded together is the kernels' own business
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+        arguments = (*arguments[:8], None, *arguments[9:])
+        assert_same(ops.spmm(*arguments), reference.spmm(*arguments))
+    assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@given(case=CASES, backward=st.booleans(), channels_last=st.booleans())
+@settings(max_examples=80)
+def test_spmm_on_floats_is_close_to_float64(isa, case, backward, channels_last):
+    bias = torch.randn(case.out_channels) if case.bias and not backward else None
+    arguments = spmm_arguments(case, None, backward, channels_last, bias)
+    out = ops.spmm(*arguments)
+    planes, weights, *rest = arguments
+    magnitude = reference.spmm(planes.abs(), weights.abs(), *rest[:6], None, *rest[7:]).double()
+    assert ((out.double() - reference.spmm(*arguments)).abs() <= 3e-6 * magnitude + 1e-6).all()
+
+
+def sddmm_arguments(case, input_scheme, grad_scheme, kind="normal"):
+    plan, values = case.plan()
+    g, rows = plan.geometry, plan.forward
+    (in_grid, in_views, in_shape), (out_grid, out_views, out_shape) = sides(case)
+    x, x_scale, zero = operand(random_values(in_shape, kind, case.seed), in_grid, in_views, input_scheme)
+    dy, dy_scale, _ = operand(random_values(out_shape, "normal", case.seed + 1), out_grid, out_views, grad_scheme)
+    if grad_scheme == "absmax" and dy_scale is not None:  # the gradient's zero point is always 128
+        dy, dy_scale, _ = operand(random_values(out_shape, "normal", case.seed + 1), out_grid, out_views, "stochastic")
+    return (x, dy, rows.group_ptr, rows.offset, rows.index, rows.plane, x_scale, zero, dy_scale, g.input_grid.numbers,
+            g.output_grid.numbers, g.output_views, out_shape, values.numel())
+
+
+@given(case=CASES, scheme=st.sampled_from(SCHEMES), kind=st.sampled_from(["normal", "positive", "skewed"]))
+@settings(max_examples=150)
+def test_sddmm_on_codes_is_the_reference(isa, case, scheme, kind):
+    arguments = sddmm_arguments(case, scheme, "stochastic", kind)
+    assert_same(ops.sddmm(*arguments), reference.sddmm(*arguments))
+
+
+@given(case=CASES)
+@settings(max_examples=80)
+def test_sddmm_on_floats_is_close_to_float64(isa, case):
+    arguments = sddmm_arguments(case, None, None)
+    planes, dy, *rest = arguments
+    magnitude = reference.sddmm(planes.abs(), dy.abs(), *rest).double()
+    difference = ops.sddmm(*arguments).double() - reference.sddmm(*arguments)
+    assert (difference.abs() <= 1e-6 * magnitude).all()
+
+
+def test_a_gradient_without_negative_values(isa):
+    """The packed gradient is signed around 128; nothing may turn it into codes around 0."""
+    from qsparseprop.nn import QuantizedSparseLinear
+
+    layer = QuantizedSparseLinear.from_dense(torch.nn.Linear(6, 5))
+    x = torch.randn(9, 6)
+    layer(x).sum().backward()
+    expected = x.sum(0).expand(5, 6).reshape(-1)
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=0.0, atol=9 * x.abs().max().item() / 127)
+
+
+# ---- threads ----
+
+
+def _large(kind):
+    if kind == "linear":
+        shape, outputs, g = (200, 256, 1, 1), 256, linear_geometry(256, 256)
+        taps, groups = 1, 1
+    else:
+        shape, outputs, groups, taps = (9, 16, 19, 17), 48, 2, 9
+        g = conv_geometry(16, 48, (19, 17), (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 9, kind == "conv, batch innermost")
+    weight = torch.randn(outputs, shape[1] // groups * taps, generator=generator(5))
+    weight[3] = 0
+    crow, col, flat = dense_pattern(torch.rand(weight.shape, generator=generator(6)) * (weight != 0) > 0.5)
+    return SimpleNamespace(shape=shape, out_channels=outputs, seed=7, geometry=lambda: g,
+                           plan=lambda: (make_plan(crow, col, g, groups), weight.view(-1)[flat]))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv, batch innermost"])
+def test_the_number_of_threads_does_not_change_a_bit(isa, kind):
+    case = _large(kind)
+    results = []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        all_of = []
+        for scheme in (*SCHEMES, None):
+            x = random_values(case.shape, "normal", 1)
+            for layout in ("contiguous", "channels_last", "reversed"):
+                all_of += [t for t in operand(laid_out(x, layout), *sides(case)[0][:2], scheme) if t is not None]
+            for backward in (False, True):
+                arguments = spmm_arguments(case, scheme, backward)
+                all_of += [t for t in (arguments[1], arguments[4], arguments[5]) if t is not None]
+                all_of += [ops.spmm(*arguments), ops.spmm(*arguments[:12], True, arguments[13])]
+            all_of.append(ops.sddmm(*sddmm_arguments(case, scheme, scheme and "stochastic")))
+        results.append(all_of)
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+def test_instruction_sets_agree_on_large_tensors():
+    """What the small drawn shapes do not reach: many blocks of rows, units and planes."""
+    before = _dispatch.active_isa()
+    try:
+        for kind in ("linear", "conv"):
+            case, first = _large(kind), None
+            for name in _dispatch.supported_isas():
+                _dispatch.set_isa(name)
+                results = [ops.spmm(*spmm_arguments(case, "absmax", backward)) for backward in (False, True)]
+                results.append(ops.sddmm(*sddmm_arguments(case, "absmax", "stochastic")))
+                first = first or results
+                assert_same(results, first)
+    finally:
+        _dispatch.set_isa(before)
+
+
+# ---- sums that do not fit into 32 bits ----
+
+
+def _rows_of(counts, columns):
+    """A list whose rows read the first `count` planes of a linear layer with `columns` features, and its grid."""
+    mask = torch.arange(columns) < torch.tensor(counts)[:, None]
+    g = linear_geometry(columns, len(counts))
+    return make_plan(*dense_pattern(mask)[:2], g), g
+
+
+@pytest.mark.parametrize("batch", [1, 70])
+def test_spmm_is_exact_beyond_32_bits(isa, batch):
+    """255 * 127 * 70,000 = 2.27e9 is more than an int32 holds; also rows at the bound, and short and empty ones."""
+    counts = [70_000, 140_000, 5, 0, 65_536, 65_537, 65_540, 66_311, 66_312, 131_072, 131_076]
+    plan, g = _rows_of(counts, max(counts))
+    rows = plan.forward
+    lanes = g.input_grid.lanes(batch)
+    planes = {"largest": torch.full((lanes,), 255, dtype=torch.uint8), "zeros": torch.zeros(lanes, dtype=torch.uint8)}
+    planes["random"] = torch.randint(256, (lanes,), dtype=torch.uint8)
+    sign = torch.randint(2, rows.index.shape) * 2 - 1
+    for name, x in planes.items():
+        for weights in (torch.full(rows.index.shape, 127), torch.full(rows.index.shape, -127), 127 * sign):
+            weights = torch.where(rows.index < 0, 0, weights).to(torch.int8)
+            slot_row = torch.repeat_interleave(torch.arange(len(counts)), 4 * rows.group_ptr.diff().long())
+            total = torch.zeros(len(counts), dtype=torch.int64).index_add(0, slot_row, weights.long())
+            # int64 sums of the lanes that are elements
+            element = x[: -(-batch // 64) * g.input_grid.block].view(-1, g.input_grid.block)[:, : max(counts) * 64]
+            element = element.view(-1, max(counts), 64).transpose(0, 1).reshape(max(counts), -1)[:, :batch]
+            products = torch.zeros(len(counts), batch, dtype=torch.int64)
+            for r in range(len(counts)):
+                own = weights[4 * rows.group_ptr[r] : 4 * rows.group_ptr[r + 1]][: counts[r]]
+                products[r] = (own.double() @ element[: counts[r]].double()).to(torch.int64)  # below 2**53
+            for zero in (0, 128, 255):
+                out = ops.spmm(x, weights, rows.group_ptr, rows.offset, torch.ones(len(counts)), total.to(torch.int32),
+                               torch.ones(1), torch.tensor([zero], dtype=torch.int32), None, g.input_grid.numbers,
+                               g.output_views, (batch, len(counts), 1, 1), False, False)
+                expected = (products - zero * total[:, None]).T.to(torch.float32)
+                assert torch.equal(out[:, :, 0, 0], expected), (name, zero)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv", "conv, batch innermost"])
+def test_sddmm_is_exact_beyond_32_bits(isa, layer):
+    """More than 66,311 lanes of the largest codes."""
+    if layer == "linear":
+        shape, g = (70_001, 3, 1, 1), linear_geometry(3, 2)
+    else:
+        shape = (2, 3, 280, 251) if layer == "conv" else (300, 3, 17, 15)
+        g = conv_geometry(3, 2, shape[2:], (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), shape[0],
+                          layer == "conv, batch innermost")
+    lanes = shape[0] * shape[2] * shape[3]
+    assert lanes > 66_311
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    rows = make_plan(*dense_pattern(mask)[:2], g).forward
+    # positive inputs have codes 0..255; of the two gradients the first is always the largest, the second the smallest
+    x = torch.ones(shape)
+    dy = torch.ones(shape[0], 2, *shape[2:])
+    dy[:, 1] = -1
+    packed = operand(x, g.input_grid, g.input_views, "absmax")
+    packed_dy, _, _ = operand(dy, g.output_grid, g.output_views, "stochastic")
+    assert packed[0].max() == 255
+    one = torch.ones(1)
+    for zero in (0, 128, 255):
+        out = ops.sddmm(packed[0], packed_dy, rows.group_ptr, rows.offset, rows.index, rows.plane, one,
+                        torch.tensor([zero], dtype=torch.int32), one, g.input_grid.numbers, g.output_grid.numbers,
+                        g.output_views, dy.shape, 4)
+        exact = 127 * (255 - zero) * lanes
+        assert zero or exact > 2**31
+        assert torch.equal(out, torch.tensor([exact, exact, -exact, -exact]).to(torch.float32))
+
+
+# ---- what torch knows of the operators ----
+
+
+def _samples():
+    conv = conv_geometry(2, 3, (5, 4), (3, 2), (2, 1), (1, 1, 0, 0), (1, 1), 3, False)
+    mask = torch.rand(3, 12) < 0.5
+    plan = make_plan(*dense_pattern(mask)[:2], conv)
+    values = torch.randn(int(mask.sum()))
+    case = SimpleNamespace(shape=(3, 2, 5, 4), out_channels=3, seed=0, geometry=lambda: conv, plan=lambda: (plan, values))
+    x = torch.randn(case.shape)
+    for scheme in SCHEMES:
+        for layout in ("contiguous", "channels_last", "sliced"):
+            yield ops.quantize_pack, (laid_out(x, layout), conv.input_grid.numbers, list(conv.input_views),
+                                      conv.input_grid.lanes(3), scheme, seed_for(scheme))
+    yield ops.pack, (x, conv.input_grid.numbers, list(conv.input_views), conv.input_grid.lanes(3))
+    yield ops.quantize_weight, (values, plan.forward.index, plan.forward.group_ptr)
+    for scheme in ("absmax", None):
+        for channels_last in (False, True):
+            for backward in (False, True):
+                bias = None if backward else torch.randn(3)
+                yield ops.spmm, spmm_arguments(case, scheme, backward, channels_last, bias)
+        yield ops.sddmm, sddmm_arguments(case, scheme, scheme)
+
+
+@pytest.mark.parametrize("number", range(len(list(_samples()))))
+# torch's own tracing warns of itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_opcheck(number):
+    op, arguments = list(_samples())[number]
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("number", range(len(list(_samples()))))
+def test_fake_results_look_like_real_ones(number):
+    op, arguments = list(_samples())[number]
+    real = op(*arguments)
+    fake = op(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+    for r, f in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (real, fake)), strict=True):
+        assert f.is_meta
+        assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+@pytest.mark.parametrize("op", [ops.quantize_pack, ops.pack, ops.quantize_weight, ops.spmm, ops.sddmm])
+def test_operators_have_documentation(op):
+    assert "See `qsparseprop" not in op.__doc__
+    assert len(op.__doc__) > 100
+
+
+# ---- arguments that make no sense ----
+
+
+def _valid(op, codes=True):
+    """Arguments by name of a small call that works."""
+    g = conv_geometry(3, 5, (6, 5), (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 4, False)
+    plan = make_plan(*dense_pattern(torch.rand(5, 27, generator=generator(1)) < 0.5)[:2], g)
+    rows = plan.forward
+    nonzeros = int((rows.index >= 0).sum())
+    values = torch.randn(nonzeros)
+    x, dy = torch.randn(4, 3, 6, 5), torch.randn(4, 5, *g.output_size)
+    lanes = g.input_grid.lanes(4)
+    packing = {"x": x, "grid": g.input_grid.numbers, "views": list(g.input_views), "lanes": lanes}
+    scheme = "absmax" if codes else None
+    planes, x_scale, zero = operand(x, g.input_grid, g.input_views, scheme)
+    weights, scale, total = weights_of(values, rows, codes)
+    grad, dy_scale, _ = operand(dy, g.output_grid, g.output_views, codes and "stochastic" or None)
+    return {
+        "quantize_pack": {**packing, "scheme": "absmax", "seed": None},
+        "pack": packing,
+        "quantize_weight": {"values": values, "index": rows.index, "group_ptr": rows.group_ptr},
+        "spmm": {"planes": planes, "weights": weights, "group_ptr": rows.group_ptr, "offset": rows.offset,
+                 "scale": scale, "total": total, "x_scale": x_scale, "x_zero_point": zero, "bias": torch.randn(5),
+                 "grid": g.input_grid.numbers, "views": list(g.output_views), "shape": list(dy.shape),
+                 "channels_last": False, "zeros": False},
+        "sddmm": {"planes": planes, "dy": grad, "group_ptr": rows.group_ptr, "offset": rows.offset, "index": rows.index,
+                  "plane": rows.plane, "x_scale": x_scale, "x_zero_point": zero, "dy_scale": dy_scale,
+                  "grid": g.input_grid.numbers, "dy_grid": g.output_grid.numbers, "views": list(g.output_views),
+                  "shape": list(dy.shape), "nonzeros": nonzeros},
+    }[op]  # fmt: skip
+
+
+def _set(place, value):
+    def change(old):
+        new = old.clone() if isinstance(old, torch.Tensor) else list(old)
+        new[place] = value
+        return new
+
+    return change
+
+
+def _gapped(t):
+    return torch.stack([t, t], -1)[..., 0]
+
+
+def _short(t):
+    return t[:-1]
+
+
+def _grid(**numbers):
+    names = ("images", "lane_b", "lane_y", "lane_x", "planes", "pitch", "front", "block")
+
+    def change(old):
+        return [numbers.get(name, value) for name, value in zip(names, old, strict=True)]
+
+    return change
+
+
+GRIDS = {
+    "7 numbers": _short,
+    "no numbers": lambda g: [],
+    "no images": _grid(images=0),
+    "negative images": _grid(images=-4),
+    "no lanes": _grid(lane_b=0),
+    "negative row": _grid(lane_y=-6),
+    "lanes of pixels overlap": _grid(lane_x=2),
+    "lanes of rows overlap": _grid(lane_y=1),
+    "lanes of images overlap": _grid(lane_b=7),
+    "no planes": _grid(planes=0),
+    "pitch not of whole units": _grid(pitch=130),
+    "pitch smaller than front": _grid(front=2**20),
+    "planes larger than their block": _grid(planes=1000),
+    "blocks overlap": _grid(block=64),
+    "beyond 64 bits as a product": _grid(planes=2**34, pitch=2**30, block=0),
+    "beyond 64 bits as a product, again": _grid(planes=2**30, pitch=2**34, block=64),
+    "enormous": _grid(pitch=2**62),
+}  # fmt: skip
+VIEWS = {
+    "none": lambda v: [],
+    "8 numbers": lambda v: v[:8],
+    "too many": lambda v: v[:9] * 65,
+    "other channels": _set(1, 2),
+    "negative plane": _set(0, -1),
+    "plane too large": _set(0, 1000),
+    "negative origin": _set(2, -1),
+    "origin outside of the plane": _set(2, 2**20),
+    "negative rows": _set(3, -1),
+    "more rows than the tensor has": _set(3, 40),
+    "more columns than the tensor has": _set(4, 40),
+    "first row outside": _set(5, 30),
+    "negative first row": _set(5, -1),
+    "negative first column": _set(6, -1),
+    "no row step": _set(7, 0),
+    "negative column step": _set(8, -1),
+    "enormous row step": _set(7, 2**62),
+    "enormous plane": _set(0, 2**62),
+    "enormous origin": _set(2, 2**62),
+    "enormous first row": _set(5, 2**63 - 1),
+}  # fmt: skip
+GROUP_PTRS = {
+    "int64": lambda t: t.long(),
+    "float": lambda t: t.float(),
+    "empty": lambda t: t[:0],
+    "not from 0": _set(0, 1),
+    "negative": _set(0, -1),
+    "descending": _set(2, 1000),
+    "past the slots": lambda t: t * 2,
+    "largest": _set(-1, 2**31 - 1),
+    "not contiguous": lambda t: torch.stack([t, t], 1)[:, 0],
+}  # fmt: skip
+CORRUPTIONS = {
+    "quantize_pack": {
+        "x": {"int": lambda t: t.int(), "double": lambda t: t.double(), "half": lambda t: t.half(),
+              "complex": lambda t: t.to(torch.complex64), "3-D": lambda t: t[0], "5-D": lambda t: t[None],
+              "fewer channels": lambda t: t[:, :2], "sparse": lambda t: t.to_sparse()},
+        "grid": GRIDS, "views": VIEWS,
+        "lanes": {"too few": lambda n: n // 2, "none": lambda n: 0},
+        "scheme": {"unknown": lambda s: "int4", "without its seed": lambda s: "stochastic"},
+    },
+    "quantize_weight": {
+        "values": {"double": lambda t: t.double(), "bfloat16": lambda t: t.bfloat16(), "short": lambda t: t[:-1],
+                   "empty": lambda t: t[:0], "not contiguous": _gapped},
+        "index": {"int64": lambda t: t.long(), "short": _short, "empty": lambda t: t[:0], "not contiguous": _gapped,
+                  "too large": _set(0, 10**6), "-2": _set(1, -2), "smallest": _set(3, -(2**31)),
+                  "largest": _set(3, 2**31 - 1)},
+        "group_ptr": GROUP_PTRS,
+    },
+    "spmm": {
+        "planes": {"signed": lambda t: t.to(torch.int8), "double": lambda t: t.double(), "short": lambda t: t[:-300],
+                   "empty": lambda t: t[:0], "not contiguous": _gapped, "float among codes": lambda t: t.float()},
+        "weights": {"unsigned": lambda t: t.to(torch.uint8), "int32": lambda t: t.int(), "short": _short,
+                    "not contiguous": _gapped, "float among codes": lambda t: t.float()},
+        "group_ptr": {**GROUP_PTRS, "fewer rows": _short},
+        "offset": {"int64": lambda t: t.long(), "short": _short, "not contiguous": _gapped, "-1": _set(0, -1),
+                   "smallest": _set(2, -(2**31)), "past the end": _set(2, 10**6), "largest": _set(-1, 2**31 - 1)},
+        "scale": {"missing": lambda t: None, "short": _short, "double": lambda t: t.double()},
+        "total": {"missing": lambda t: None, "short": _short, "int64": lambda t: t.long()},
+        "x_scale": {"missing": lambda t: None, "empty": lambda t: t[:0], "double": lambda t: t.double()},
+        "x_zero_point": {"missing": lambda t: None, "empty": lambda t: t[:0], "int64": lambda t: t.long()},
+        "bias": {"short": _short, "double": lambda t: t.double(), "not contiguous": _gapped},
+        "grid": GRIDS, "views": VIEWS,
+        "shape": {"other channels": _set(1, 4), "3-D": lambda s: s[1:], "fewer rows": _set(2, 1),
+                  "more images": _set(0, 4000)},
+    },
+    "sddmm": {
+        "planes": {"signed": lambda t: t.to(torch.int8), "short": lambda t: t[:-300], "empty": lambda t: t[:0],
+                   "not contiguous": _gapped, "float among codes": lambda t: t.float()},
+        "dy": {"signed": lambda t: t.to(torch.int8), "short": lambda t: t[:-300], "empty": lambda t: t[:0],
+               "not contiguous": _gapped, "float among codes": lambda t: t.float()},
+        "group_ptr": {**GROUP_PTRS, "fewer rows": _short},
+        "offset": {"int64": lambda t: t.long(), "short": _short, "not contiguous": _gapped, "-1": _set(0, -1),
+                   "smallest": _set(2, -(2**31)), "past the end": _set(2, 10**6), "largest": _set(-1, 2**31 - 1)},
+        "index": {"int64": lambda t: t.long(), "short": _short, "not contiguous": _gapped, "too large": _set(0, 10**6),
+                  "-2": _set(1, -2), "largest": _set(3, 2**31 - 1)},
+        "plane": {"int64": lambda t: t.long(), "short": _short, "-1": _set(0, -1), "too large": _set(0, 10**6)},
+        "x_scale": {"missing": lambda t: None, "empty": lambda t: t[:0], "two": lambda t: t.repeat(2)},
+        "x_zero_point": {"missing": lambda t: None, "empty": lambda t: t[:0], "float": lambda t: t.float()},
+        "dy_scale": {"missing": lambda t: None, "empty": lambda t: t[:0], "two": lambda t: t.repeat(2)},
+        "grid": {k: v for k, v in GRIDS.items() if k != "no planes"} | {"other lanes": _grid(lane_b=128)},
+        "dy_grid": GRIDS,
+        "views": {**VIEWS, "two": lambda v: v * 2},
+        "shape": {"other channels": _set(1, 4), "3-D": lambda s: s[1:], "fewer rows": _set(2, 1),
+                  "more images": _set(0, 4000), "negative images": _set(0, -4), "enormous": _set(0, 2**62)},
+        "nonzeros": {"fewer": lambda n: n - 1, "none": lambda n: 0},
+    },
+}  # fmt: skip
+CORRUPTIONS["pack"] = {k: v for k, v in CORRUPTIONS["quantize_pack"].items() if k != "scheme"}
+
+
+@pytest.mark.parametrize("op", CORRUPTIONS)
+@pytest.mark.parametrize("codes", [True, False])
+def test_what_is_to_be_corrupted_works(op, codes):
+    getattr(ops, op)(*_valid(op, codes).values())
+
+
+def _cases():
+    for op, arguments in CORRUPTIONS.items():
+        for argument, changes in arguments.items():
+            for name in changes:
+                yield op, argument, name
+
+
+@pytest.mark.parametrize(("op", "argument", "change"), list(_cases()))
+def test_corrupted_arguments_are_refused(op, argument, change):
+    arguments = _valid(op)
+    arguments[argument] = CORRUPTIONS[op][argument][change](arguments[argument])
+    with pytest.raises((TypeError, ValueError)) as error:
+        getattr(ops, op)(*arguments.values())
+    assert str(error.value)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_random_corruptions_do_not_touch_memory_that_is_not_theirs(number):
+    """In a process of its own, with every tensor at the edge of memory that may not be touched."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the guarded memory is made by calls of Linux")
+    script = Path(__file__).with_name("_fuzz.py").read_text()
+    process = run_python(script, str(number), "400")
+    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-3000:]}"
+    assert "done" in process.stdout
+
