@@ -123,9 +123,9 @@ class Geometry:
 def prefer_batch_innermost(batch: int, input_size: tuple[int, int], channels_last: bool) -> bool:
     """Whether neighbouring lanes had better be images than pixels.
 
-    Images side by side waste no lanes on padding and keep every load aligned, which counts for small images. But a run of
-    them is far apart in memory: where neighbours in memory are the pixels of a row, collecting it is slow, where they are
-    channels it makes no difference.
+    Images side by side waste no lanes on padding and keep every load aligned, which counts for small images. But a run
+    of them is far apart in memory: where neighbours in memory are the pixels of a row, collecting it is slow, where
+    they are channels it makes no difference.
     """
     pixels = input_size[0] * input_size[1]
     if channels_last:

@@ -183,7 +183,7 @@ def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy
     cdef qsp_view view[MAX_VIEWS]
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int32_t low = 0, high = 0
-    cdef int64_t slots, blocks, units, end, dy_end, values, chunks, chunk, lanes
+    cdef int64_t slots, blocks, units, end, values, chunks, chunk, lanes
     memset(&a, 0, sizeof(a))
     threads = max(threads, 1)
     read_grid(grid, &a.grid, "grid")

@@ -11,7 +11,6 @@ from qsparseprop._kernels._dispatch cimport (
     QSP_BF16,
     QSP_F32,
     active_kernels,
-    qsp_grid,
     qsp_kernels,
     qsp_pack,
     qsp_range,
@@ -67,7 +66,7 @@ cdef void _range_of(object x, const void *data, int dtype, bint whole, qsp_range
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t size[8]
     cdef int64_t stride[8]
-    cdef int64_t dims = 0, i, part, parts, n, step, outer, width = 4 if dtype == QSP_F32 else 2
+    cdef int64_t dims = 0, i, part, parts, outer, width = 4 if dtype == QSP_F32 else 2
     cdef qsp_range ranges[MAX_PARTS]
     shape, strides = x.shape, x.stride()
     if len(shape) > 8:
@@ -85,9 +84,8 @@ cdef void _range_of(object x, const void *data, int dtype, bint whole, qsp_range
     outer = 1
     for i in range(1, dims):
         outer *= size[i]
-    n, step = size[0], stride[0]
     # one long run is cut into parts, many short ones are dealt out
-    parts = 1 if n * outer < SERIAL_ELEMENTS else min(<int64_t> MAX_PARTS, <int64_t> threads * 2)
+    parts = 1 if size[0] * outer < SERIAL_ELEMENTS else min(<int64_t> MAX_PARTS, <int64_t> threads * 2)
     for part in range(parts):
         ranges[part].absmax, ranges[part].min, ranges[part].max = 0, INFINITY, -INFINITY
     for part in prange(parts, nogil=True, num_threads=threads, schedule="static", use_threads_if=parts > 1):

@@ -17,7 +17,7 @@ KEPT_PLANS = 8
 
 
 def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight of a dense module and the mask of the entries to keep, whether or not it is pruned by torch.nn.utils.prune.
+    """Weight of a dense module and the mask of the entries to keep.
 
     With prune's mask attached the mask decides (a kept weight may be zero), and the weight is ``weight_orig *
     weight_mask``, since prune refreshes ``module.weight`` only in a forward pass.
@@ -189,8 +189,8 @@ class SparseModule(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"{type(self).__name__} expects a tensor, got {type(x).__name__}")
         if x.device.type != "cpu" or self.weight.device.type != "cpu":
-            raise ValueError(f"{type(self).__name__} computes on the CPU, got an input on device {x.device} and weights "
-                             f"on device {self.weight.device}")
+            raise ValueError(f"{type(self).__name__} computes on the CPU, got an input on device {x.device} and "
+                             f"weights on device {self.weight.device}")
         if not x.is_floating_point():
             raise TypeError(f"{type(self).__name__} expects a floating-point input (float32, bfloat16, ...), "
                             f"got {x.dtype}")

@@ -101,6 +101,7 @@ class SparseConv2d(SparseModule):
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the dense weight."""
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,6 +142,7 @@ class SparseConv2d(SparseModule):
         return (y if x.ndim == 4 else y[0]).to(dtype)
 
     def extra_repr(self) -> str:
+        """What the module prints of itself."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         if self._pads != (0, 0, 0, 0):
             parts.append(f"padding={self.padding!r}")

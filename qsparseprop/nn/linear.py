@@ -66,6 +66,7 @@ class SparseLinear(SparseModule):
 
     @property
     def weight_shape(self) -> tuple[int, int]:
+        """Shape of the dense weight."""
         return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ class SparseLinear(SparseModule):
         return y.reshape(*x.shape[:-1], self.out_features).to(dtype)
 
     def extra_repr(self) -> str:
+        """What the module prints of itself."""
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
                 f"sparsity={self.sparsity:.4f}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
 from qsparseprop.nn._base import SparseModule, dense_weight
@@ -118,8 +119,8 @@ def _example_input(model: nn.Module, input_shape: Any) -> Tensor:
 def _copy_model(model: nn.Module) -> nn.Module:
     """Deep copy that also takes models with prune's masks attached.
 
-    Prune keeps the masked weight as a plain attribute, which after a forward pass is part of a graph and as such refused
-    by deepcopy; for the time of the copy a detached view stands in.
+    Prune keeps the masked weight as a plain attribute, which after a forward pass is part of a graph and as such
+    refused by deepcopy; for the time of the copy a detached view stands in.
     """
     attributes = [
         (module, key, value)
@@ -209,15 +210,14 @@ def _unsupported(module: nn.Module, quantize: bool) -> str | None:
         return f"weight of dtype {weight.dtype}"
     if not torch.isfinite(weight).all():
         return "weight has NaN or Inf"
-    if nn.utils.parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module):
         return "has a parametrization"
     return None
 
 
 def _own_hooks(module: nn.Module) -> bool:
     """Whether a layer has hooks other than prune's."""
-    prune = nn.utils.prune.BasePruningMethod
-    pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, prune)]
+    pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, prune.BasePruningMethod)]
     return bool(pre or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
