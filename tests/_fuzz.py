@@ -138,12 +138,12 @@ def corrupt(argument):
     if argument.numel() == 0 or argument.ndim == 0:
         return argument
     if argument.dtype == torch.int32 and random.random() < 0.8:
-        new = argument.clone()
+        new = argument.reshape(-1).clone()
         for _ in range(random.choice([1, 1, 2])):
             place = random.randrange(new.numel())
             value = corrupt_integer(int(new[place]))
             new[place] = max(-(2**31), min(2**31 - 1, value))
-        return new
+        return new.view(argument.shape)
     return random.choice([
         lambda t: t[: random.randrange(t.shape[0] + 1)],
         lambda t: t[: max(t.shape[0] - random.choice([1, 2, 4, 16, 64, 100]), 0)],
@@ -166,7 +166,7 @@ def main():
     seed, calls = int(sys.argv[1]), int(sys.argv[2])
     faulthandler.enable()
     faulthandler.dump_traceback_later(200, exit=True)
-    torch.set_num_threads(1 + seed % 2)
+    torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)
     ops.torch = _matmul.torch = _pack.torch = GuardedTorch()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -538,40 +540,47 @@ def test_sddmm_is_exact_beyond_32_bits(isa, layer):
 # ---- what torch knows of the operators ----
 
 
-def _samples():
-    conv = conv_geometry(2, 3, (5, 4), (3, 2), (2, 1), (1, 1, 0, 0), (1, 1), 3, False)
+SAMPLES = [
+    *(("quantize_pack", scheme, layout) for scheme in SCHEMES for layout in ("contiguous", "channels_last", "sliced")),
+    ("pack", None, "channels_last"),
+    ("quantize_weight", "absmax", None),
+    *(("spmm", scheme, side) for scheme in ("absmax", None) for side in ("forward", "backward", "channels_last")),
+    ("sddmm", "absmax", None),
+    ("sddmm", None, None),
+]
+
+
+def sample(op, scheme, variant):
+    """Arguments of a small call."""
+    g = conv_geometry(2, 3, (5, 4), (3, 2), (2, 1), (1, 1, 0, 0), (1, 1), 3, False)
     mask = torch.rand(3, 12) < 0.5
-    plan = make_plan(*dense_pattern(mask)[:2], conv)
+    plan = make_plan(*dense_pattern(mask)[:2], g)
     values = torch.randn(int(mask.sum()))
-    case = SimpleNamespace(shape=(3, 2, 5, 4), out_channels=3, seed=0, geometry=lambda: conv, plan=lambda: (plan, values))
-    x = torch.randn(case.shape)
-    for scheme in SCHEMES:
-        for layout in ("contiguous", "channels_last", "sliced"):
-            yield ops.quantize_pack, (laid_out(x, layout), conv.input_grid.numbers, list(conv.input_views),
-                                      conv.input_grid.lanes(3), scheme, seed_for(scheme))
-    yield ops.pack, (x, conv.input_grid.numbers, list(conv.input_views), conv.input_grid.lanes(3))
-    yield ops.quantize_weight, (values, plan.forward.index, plan.forward.group_ptr)
-    for scheme in ("absmax", None):
-        for channels_last in (False, True):
-            for backward in (False, True):
-                bias = None if backward else torch.randn(3)
-                yield ops.spmm, spmm_arguments(case, scheme, backward, channels_last, bias)
-        yield ops.sddmm, sddmm_arguments(case, scheme, scheme)
+    case = SimpleNamespace(shape=(3, 2, 5, 4), out_channels=3, seed=0, geometry=lambda: g, plan=lambda: (plan, values))
+    if op in ("quantize_pack", "pack"):
+        packing = (laid_out(torch.randn(case.shape), variant), g.input_grid.numbers, list(g.input_views),
+                   g.input_grid.lanes(3))
+        return packing if op == "pack" else (*packing, scheme, seed_for(scheme))
+    if op == "quantize_weight":
+        return values, plan.forward.index, plan.forward.group_ptr
+    if op == "sddmm":
+        return sddmm_arguments(case, scheme, scheme)
+    backward = variant == "backward"
+    return spmm_arguments(case, scheme, backward, variant == "channels_last", None if backward else torch.randn(3))
 
 
-@pytest.mark.parametrize("number", range(len(list(_samples()))))
+@pytest.mark.parametrize(("op", "scheme", "variant"), SAMPLES)
 # torch's own tracing warns of itself
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_opcheck(number):
-    op, arguments = list(_samples())[number]
-    torch.library.opcheck(op, arguments)
+def test_opcheck(op, scheme, variant):
+    torch.library.opcheck(getattr(ops, op), sample(op, scheme, variant))
 
 
-@pytest.mark.parametrize("number", range(len(list(_samples()))))
-def test_fake_results_look_like_real_ones(number):
-    op, arguments = list(_samples())[number]
-    real = op(*arguments)
-    fake = op(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+@pytest.mark.parametrize(("op", "scheme", "variant"), SAMPLES)
+def test_fake_results_look_like_real_ones(op, scheme, variant):
+    arguments = sample(op, scheme, variant)
+    real = getattr(ops, op)(*arguments)
+    fake = getattr(ops, op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
     for r, f in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (real, fake)), strict=True):
         assert f.is_meta
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
@@ -691,7 +700,7 @@ CORRUPTIONS = {
     "quantize_pack": {
         "x": {"int": lambda t: t.int(), "double": lambda t: t.double(), "half": lambda t: t.half(),
               "complex": lambda t: t.to(torch.complex64), "3-D": lambda t: t[0], "5-D": lambda t: t[None],
-              "fewer channels": lambda t: t[:, :2], "sparse": lambda t: t.to_sparse()},
+              "fewer channels": lambda t: t[:, :2]},
         "grid": GRIDS, "views": VIEWS,
         "lanes": {"too few": lambda n: n // 2, "none": lambda n: 0},
         "scheme": {"unknown": lambda s: "int4", "without its seed": lambda s: "stochastic"},
@@ -752,27 +761,65 @@ def test_what_is_to_be_corrupted_works(op, codes):
     getattr(ops, op)(*_valid(op, codes).values())
 
 
-def _cases():
-    for op, arguments in CORRUPTIONS.items():
-        for argument, changes in arguments.items():
-            for name in changes:
-                yield op, argument, name
+def _is_harmful(change):
+    """Whether products of the numbers leave 64 bits: where such a call is not refused, it ends the process."""
+    return change.startswith(("enormous", "beyond"))
 
 
-@pytest.mark.parametrize(("op", "argument", "change"), list(_cases()))
-def test_corrupted_arguments_are_refused(op, argument, change):
+def _corruptions(harmful):
+    return [(op, argument, change) for op, arguments in CORRUPTIONS.items() for argument, changes in arguments.items()
+            for change in changes if _is_harmful(change) == harmful]  # fmt: skip
+
+
+def corrupted_call(op, argument, change):
     arguments = _valid(op)
     arguments[argument] = CORRUPTIONS[op][argument][change](arguments[argument])
+    getattr(ops, op)(*arguments.values())
+
+
+@pytest.mark.parametrize(("op", "argument", "change"), _corruptions(harmful=False))
+def test_corrupted_arguments_are_refused(op, argument, change):
     with pytest.raises((TypeError, ValueError)) as error:
-        getattr(ops, op)(*arguments.values())
+        corrupted_call(op, argument, change)
     assert str(error.value)
 
 
+_IN_A_PROCESS = """
+import json, os, sys, types
+package = types.ModuleType("tests")
+package.__path__ = [sys.argv[1]]
+sys.modules["tests"] = package
+import torch
+torch.set_num_threads(1)  # no team of threads, so that a fork is harmless
+from tests import test_ops
+for case in json.loads(sys.argv[2]):
+    if not os.fork():
+        try:
+            test_ops.corrupted_call(*case)
+        except (TypeError, ValueError):
+            os._exit(0)
+        except BaseException as error:
+            print(case, repr(error), flush=True)
+        os._exit(1)
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    if status:
+        print(*case, "accepted" if status == 1 else f"crashed: {status}", sep=": ", flush=True)
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_enormous_numbers_are_refused():
+    cases = _corruptions(harmful=True)
+    assert len(cases) > 20
+    process = run_python(_IN_A_PROCESS, str(Path(__file__).parent), json.dumps(cases))
+    assert (process.stdout, process.returncode) == ("done\n", 0), process.stderr
+
+
 @pytest.mark.parametrize("number", range(2))
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="guards memory by calls of Linux")
 def test_random_corruptions_do_not_touch_memory_that_is_not_theirs(number):
-    """In a process of its own, with every tensor at the edge of memory that may not be touched."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the guarded memory is made by calls of Linux")
+    """In a process of its own, with every tensor at the edge of memory that must not be touched."""
     script = Path(__file__).with_name("_fuzz.py").read_text()
     process = run_python(script, str(number), "400")
     assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-3000:]}"

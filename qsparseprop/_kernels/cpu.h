@@ -8,20 +8,49 @@
 static const qsp_kernels *const qsp_built[] = {
     &qsp_kernels_scalar,
 #ifdef QSP_X86
+    &qsp_kernels_avx2,
+#ifdef QSP_AVXVNNI
+    &qsp_kernels_avxvnni,
+#endif
+    &qsp_kernels_avx512vl,
     &qsp_kernels_avx512vnni,
 #endif
 };
 enum { QSP_BUILT = sizeof qsp_built / sizeof qsp_built[0] };
 
+/* AVX-VNNI is the one that __builtin_cpu_supports of older compilers does not know: leaf 7.1, EAX, bit 4. */
+#if defined(QSP_X86) && defined(__GNUC__)
+#include <cpuid.h>
+
+static int qsp_has_avxvnni(void)
+{
+    unsigned int eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1;
+}
+#endif
+
+/* Whether this machine runs the i-th, by exactly the features that its file switches on. */
 static int qsp_supported(int i)
 {
+    const qsp_kernels *const k = qsp_built[i];
+    if (k == &qsp_kernels_scalar)
+        return 1;
 #if defined(QSP_X86) && defined(__GNUC__)
-    if (qsp_built[i] == &qsp_kernels_avx512vnni)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vnni");
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const int avx512vl =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    if (k == &qsp_kernels_avx2)
+        return avx2;
+#ifdef QSP_AVXVNNI
+    if (k == &qsp_kernels_avxvnni)
+        return avx2 && qsp_has_avxvnni();
 #endif
-    return qsp_built[i] == &qsp_kernels_scalar;
+    if (k == &qsp_kernels_avx512vl)
+        return avx512vl;
+    if (k == &qsp_kernels_avx512vnni)
+        return avx512vl && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+#endif
+    return 0;
 }
 
 #endif

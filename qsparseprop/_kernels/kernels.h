@@ -117,9 +117,12 @@ extern const qsp_kernels qsp_kernels_scalar;
 #if defined(__x86_64__) || defined(_M_X64)
 #define QSP_X86 1
 extern const qsp_kernels qsp_kernels_avx2;
-extern const qsp_kernels qsp_kernels_avxvnni;
 extern const qsp_kernels qsp_kernels_avx512vl;
 extern const qsp_kernels qsp_kernels_avx512vnni;
+#if defined(__clang__) ? __clang_major__ >= 12 : !defined(__GNUC__) || __GNUC__ >= 11
+#define QSP_AVXVNNI 1 /* older compilers and assemblers do not know it */
+extern const qsp_kernels qsp_kernels_avxvnni;
+#endif
 #endif
 
 /* Where the units of a view lie. A plane's lanes are three nested loops; where whole units fit into the outermost

@@ -1,6 +1,7 @@
 /* Primitives in 512-bit vectors: AVX-512 F, BW, DQ, VL and VNNI. */
 #define ISA_UNIT_VECTORS 1 /* vectors of codes in one unit */
 #define ISA_SDDMM_UNITS 4  /* units whose gradient stays in registers */
+#define ISA_QUADS 2        /* independent sums of one row, for the latency of a dot product */
 
 /* gcc copies the accumulator of the intrinsic around; as an operand of asm it stays where it is. */
 #if defined(__GNUC__)
@@ -34,7 +35,6 @@ QSP_INLINE void f16_store(float *p, f16x v) { _mm512_storeu_ps(p, v); }
 QSP_INLINE void f16_store_n(float *p, f16x v, int n) { _mm512_mask_storeu_ps(p, first_n(n), v); }
 QSP_INLINE f16x f16_mul(f16x a, f16x b) { return _mm512_mul_ps(a, b); }
 QSP_INLINE f16x f16_add(f16x a, f16x b) { return _mm512_add_ps(a, b); }
-QSP_INLINE f16x f16_sub(f16x a, f16x b) { return _mm512_sub_ps(a, b); }
 QSP_INLINE f16x f16_fma(f16x a, f16x b, f16x c) { return _mm512_fmadd_ps(a, b, c); }
 QSP_INLINE f16x f16_min(f16x a, f16x b) { return _mm512_min_ps(a, b); }
 QSP_INLINE f16x f16_max(f16x a, f16x b) { return _mm512_max_ps(a, b); }
@@ -250,10 +250,10 @@ QSP_INLINE dots dots_step(dots sum, const uint8_t *x, grad g)
     return sum;
 }
 QSP_INLINE int32_t dots_total(dots v) { return _mm512_reduce_add_epi32(v); }
-/* sum of a vector of the gradient */
-QSP_INLINE dots grad_sum(dots sum, grad g)
+/* Sum of a vector of the gradient. */
+QSP_INLINE dots grad_sum(dots sum, const uint8_t *p)
 {
-    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i ones = _mm512_set1_epi8(1), g = grad_load(p);
     DOT(sum, ones, g);
     return sum;
 }

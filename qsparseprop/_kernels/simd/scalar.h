@@ -1,6 +1,7 @@
 /* Primitives in portable C: what every other path is compared with, and what runs where nothing better exists. */
 #define ISA_UNIT_VECTORS 4 /* vectors of 16 codes in one unit */
 #define ISA_SDDMM_UNITS 1
+#define ISA_QUADS 1
 
 /* ---- 16 floats ---- */
 typedef struct {
@@ -22,7 +23,6 @@ QSP_INLINE f16x f16_load_bf16_n(const uint16_t *p, int n) { EACH16(i < n ? qsp_b
 QSP_INLINE f16x f16_load_sums(const int32_t *p) { EACH16((float)p[i]); }
 QSP_INLINE f16x f16_mul(f16x a, f16x b) { EACH16(a.v[i] * b.v[i]); }
 QSP_INLINE f16x f16_add(f16x a, f16x b) { EACH16(a.v[i] + b.v[i]); }
-QSP_INLINE f16x f16_sub(f16x a, f16x b) { EACH16(a.v[i] - b.v[i]); }
 QSP_INLINE f16x f16_fma(f16x a, f16x b, f16x c) { EACH16(a.v[i] * b.v[i] + c.v[i]); }
 QSP_INLINE f16x f16_min(f16x a, f16x b) { EACH16(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 QSP_INLINE f16x f16_max(f16x a, f16x b) { EACH16(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
@@ -193,8 +193,9 @@ QSP_INLINE void quad_dot(quad *q, const uint8_t *x, const int32_t *offset, const
 }
 QSP_INLINE void quad_store(int32_t *p, const quad *even, const quad *odd)
 {
+    (void)odd; /* ISA_QUADS is 1 */
     for (int i = 0; i < 16; i++)
-        p[i] = even->sum[i] + odd->sum[i];
+        p[i] = even->sum[i];
 }
 QSP_INLINE int quad_lane(int place) { return place; }
 QSP_INLINE void quad_unpack(float *out, const int32_t *sums, float scale, float bias)
@@ -243,10 +244,10 @@ QSP_INLINE int32_t dots_total(dots d)
         s += d.v[i];
     return s;
 }
-QSP_INLINE dots grad_sum(dots sum, grad g)
+QSP_INLINE dots grad_sum(dots sum, const uint8_t *p)
 {
     for (int i = 0; i < 16; i++)
-        sum.v[i] += g.v[i];
+        sum.v[i] += p[i] - 128;
     return sum;
 }
 QSP_INLINE dots grad_excess(dots sum, grad g)

@@ -39,8 +39,9 @@ QSP_INLINE void sddmm_row_u8(const qsp_sddmm *a, const unit_set *u, int64_t row,
     dots total = dots_zero(), excess = dots_zero();
     QSP_UNROLL
     for (int v = 0; v < units * ISA_UNIT_VECTORS; v++) {
-        g[v] = grad_load(u->dy[v / ISA_UNIT_VECTORS] + plane + v % ISA_UNIT_VECTORS * width);
-        total = grad_sum(total, g[v]);
+        const uint8_t *dy = u->dy[v / ISA_UNIT_VECTORS] + plane + v % ISA_UNIT_VECTORS * width;
+        g[v] = grad_load(dy);
+        total = grad_sum(total, dy);
         excess = grad_excess(excess, g[v]);
     }
     *dy_sum += dots_total(total);

@@ -10,11 +10,11 @@ QSP_INLINE void spmm_row_u8(const uint8_t *x, const int32_t *offset, const int8_
         quad_set(&even, start);
         quad_set(&odd, 0);
         int64_t g = 0;
-        for (; g + 2 <= groups; g += 2) {
+        for (; ISA_QUADS == 2 && g + 2 <= groups; g += 2) {
             quad_dot(&even, lane, offset + 4 * g, weight + 4 * g);
             quad_dot(&odd, lane, offset + 4 * g + 4, weight + 4 * g + 4);
         }
-        if (g < groups)
+        for (; g < groups; g++)
             quad_dot(&even, lane, offset + 4 * g, weight + 4 * g);
         quad_store(out + v * (QSP_UNIT / ISA_UNIT_VECTORS), &even, &odd);
     }

@@ -1,0 +1,392 @@
+/* Primitives in 256-bit vectors. The dot product of bytes is chosen by ISA_DOT:
+ *
+ *   DOT_MADDUBS  AVX2 alone: vpmaddubsw saturates at 16 bits, so x is moved to [-128, 127] first, where two products
+ *                with a magnitude of at most 127 fit: 2 * 127 * 128 = 32512
+ *   DOT_VEX      AVX-VNNI
+ *   DOT_EVEX     AVX-512 VL + VNNI: for processors on which 512-bit vectors lower the clock
+ */
+#define ISA_UNIT_VECTORS 2 /* vectors of codes in one unit */
+#define ISA_SDDMM_UNITS 2  /* units whose gradient stays in registers */
+#define ISA_QUADS 1        /* independent sums of one row: sixteen registers hold no second one */
+
+/* ---- 16 floats ---- */
+typedef struct {
+    __m256 a, b;
+} f16x;
+
+QSP_INLINE __m256i first8(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+QSP_INLINE f16x f16_of(__m256 a, __m256 b)
+{
+    const f16x r = {a, b};
+    return r;
+}
+QSP_INLINE f16x f16_set1(float v) { return f16_of(_mm256_set1_ps(v), _mm256_set1_ps(v)); }
+QSP_INLINE f16x f16_zero(void) { return f16_of(_mm256_setzero_ps(), _mm256_setzero_ps()); }
+QSP_INLINE f16x f16_load(const float *p) { return f16_of(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+QSP_INLINE f16x f16_load_n(const float *p, int n)
+{
+    return f16_of(_mm256_maskload_ps(p, first8(n)), _mm256_maskload_ps(p + 8, first8(n - 8)));
+}
+QSP_INLINE __m256 bf16_8(const uint16_t *p)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+QSP_INLINE f16x f16_load_bf16(const uint16_t *p) { return f16_of(bf16_8(p), bf16_8(p + 8)); }
+QSP_INLINE f16x f16_load_bf16_n(const uint16_t *p, int n)
+{
+    uint16_t line[16] = {0};
+    memcpy(line, p, (size_t)n * sizeof *p);
+    return f16_load_bf16(line);
+}
+QSP_INLINE __m256 sums8(const int32_t *p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)p)); }
+QSP_INLINE f16x f16_load_sums(const int32_t *p) { return f16_of(sums8(p), sums8(p + 8)); }
+QSP_INLINE void f16_store(float *p, f16x v)
+{
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+}
+QSP_INLINE void f16_store_n(float *p, f16x v, int n)
+{
+    _mm256_maskstore_ps(p, first8(n), v.a);
+    _mm256_maskstore_ps(p + 8, first8(n - 8), v.b);
+}
+QSP_INLINE f16x f16_mul(f16x x, f16x y) { return f16_of(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
+QSP_INLINE f16x f16_add(f16x x, f16x y) { return f16_of(_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)); }
+QSP_INLINE f16x f16_fma(f16x x, f16x y, f16x z)
+{
+    return f16_of(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b));
+}
+QSP_INLINE f16x f16_min(f16x x, f16x y) { return f16_of(_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)); }
+QSP_INLINE f16x f16_max(f16x x, f16x y) { return f16_of(_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)); }
+QSP_INLINE float f16_sum(f16x v)
+{
+    const __m256 s = _mm256_add_ps(v.a, v.b);
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+QSP_INLINE float f16_least(f16x v)
+{
+    float line[16], s;
+    f16_store(line, v);
+    s = line[0];
+    for (int i = 1; i < 16; i++)
+        s = line[i] < s ? line[i] : s;
+    return s;
+}
+QSP_INLINE float f16_greatest(f16x v)
+{
+    float line[16], s;
+    f16_store(line, v);
+    s = line[0];
+    for (int i = 1; i < 16; i++)
+        s = line[i] > s ? line[i] : s;
+    return s;
+}
+QSP_INLINE __m256 gather8(const float *base, const int32_t *index, int n)
+{
+    const __m256i here = first8(n), i = _mm256_maskload_epi32(index, here);
+    const __m256i used = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_setzero_si256(), i), here);
+    return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), base, i, _mm256_castsi256_ps(used), 4);
+}
+QSP_INLINE f16x f16_gather(const float *base, const int32_t *index, int n)
+{
+    return f16_of(gather8(base, index, n), gather8(base, index + 8, n - 8));
+}
+
+/* 8 x 8 floats: rows 0..7 of r, halves `from`, into t */
+QSP_INLINE void transpose8(__m256 *r)
+{
+    __m256 t[8];
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    QSP_UNROLL
+    for (int i = 0; i < 2; i++) {
+        r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+        r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+        r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+        r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+    }
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    QSP_UNROLL
+    for (int i = 0; i < 8; i++)
+        r[i] = t[i];
+}
+QSP_INLINE void f16_transpose(f16x *r)
+{
+    __m256 t[8], u[8];
+    QSP_UNROLL
+    for (int i = 0; i < 8; i++)
+        t[i] = r[i].a;
+    transpose8(t);
+    QSP_UNROLL
+    for (int i = 0; i < 8; i++)
+        u[i] = r[i + 8].b;
+    transpose8(u);
+    __m256 right[8], down[8];
+    QSP_UNROLL
+    for (int i = 0; i < 8; i++) {
+        right[i] = r[i].b;
+        down[i] = r[i + 8].a;
+    }
+    transpose8(right);
+    transpose8(down);
+    QSP_UNROLL
+    for (int i = 0; i < 8; i++) {
+        r[i] = f16_of(t[i], down[i]);
+        r[i + 8] = f16_of(right[i], u[i]);
+    }
+}
+
+/* ---- 16 integers, absolute values as integers, 16 codes ---- */
+typedef struct {
+    __m256i a, b;
+} i32x16;
+typedef i32x16 u32x16;
+typedef __m128i u8x16;
+
+QSP_INLINE i32x16 i32_of(__m256i a, __m256i b)
+{
+    const i32x16 r = {a, b};
+    return r;
+}
+#define EACH_HALF(f, x, y) i32_of(f((x).a, (y).a), f((x).b, (y).b))
+QSP_INLINE i32x16 i32_set1(int32_t v) { return i32_of(_mm256_set1_epi32(v), _mm256_set1_epi32(v)); }
+QSP_INLINE i32x16 i32_load_n(const int32_t *p, int n)
+{
+    return i32_of(_mm256_maskload_epi32(p, first8(n)), _mm256_maskload_epi32(p + 8, first8(n - 8)));
+}
+QSP_INLINE i32x16 i32_nearest(f16x v) { return i32_of(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)); }
+QSP_INLINE i32x16 i32_fixed_floor(i32x16 v)
+{
+    return i32_of(_mm256_srai_epi32(v.a, QSP_FIXED_BITS), _mm256_srai_epi32(v.b, QSP_FIXED_BITS));
+}
+QSP_INLINE i32x16 i32_add(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_add_epi32, x, y); }
+QSP_INLINE i32x16 i32_sub(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_sub_epi32, x, y); }
+QSP_INLINE i32x16 i32_min(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_min_epi32, x, y); }
+QSP_INLINE i32x16 i32_max(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_max_epi32, x, y); }
+QSP_INLINE int32_t total8(__m256i v)
+{
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+QSP_INLINE int32_t i32_sum(i32x16 v) { return total8(_mm256_add_epi32(v.a, v.b)); }
+QSP_INLINE u32x16 u32_zero(void) { return i32_set1(0); }
+QSP_INLINE u32x16 u32_max_abs(u32x16 m, f16x v)
+{
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    return i32_of(_mm256_max_epu32(m.a, _mm256_and_si256(_mm256_castps_si256(v.a), magnitude)),
+                  _mm256_max_epu32(m.b, _mm256_and_si256(_mm256_castps_si256(v.b), magnitude)));
+}
+QSP_INLINE uint32_t u32_greatest(u32x16 v)
+{
+    uint32_t line[8], s = 0;
+    _mm256_storeu_si256((__m256i *)line, _mm256_max_epu32(v.a, v.b));
+    for (int i = 0; i < 8; i++)
+        s = line[i] > s ? line[i] : s;
+    return s;
+}
+
+/* Bytes of v in [-128, 127], saturated: weights, and codes minus 128. */
+QSP_INLINE u8x16 codes_signed(i32x16 v)
+{
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
+    return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+QSP_INLINE u8x16 codes_from(i32x16 v) { return _mm_xor_si128(codes_signed(v), _mm_set1_epi8((char)0x80)); }
+QSP_INLINE void codes_store(uint8_t *p, u8x16 v) { _mm_storeu_si128((__m128i *)p, v); }
+QSP_INLINE void codes_store_n(uint8_t *p, u8x16 v, int n)
+{
+    uint8_t line[16];
+    codes_store(line, v);
+    memcpy(p, line, (size_t)n);
+}
+
+#include "codes_sse.h"
+
+/* 16 lanes (rows) x 16 channels of codes minus 128 -> codes, a channel's lanes together. */
+QSP_INLINE void codes_tile_store(uint8_t *p, int64_t pitch, const i32x16 *rows)
+{
+    u8x16 tile[16];
+    QSP_UNROLL
+    for (int j = 0; j < 16; j++)
+        tile[j] = codes_from(rows[j]);
+    codes_transpose(tile);
+    QSP_UNROLL
+    for (int j = 0; j < 16; j++)
+        codes_store(p + j * pitch, tile[j]);
+}
+
+/* ---- random numbers, see qsp_random_bits ---- */
+
+/* Of 16 elements whose indices follow each other from an even one on: eight pairs. */
+QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index)
+{
+    const uint64_t pair = index >> 1;
+    const __m256i high = _mm256_set1_epi32((int)((uint32_t)(seed >> 32) ^ (uint32_t)(pair >> 32)));
+    __m256i x = _mm256_add_epi32(_mm256_set1_epi32((int)(uint32_t)pair), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    x = _mm256_xor_si256(x, _mm256_set1_epi32((int)(uint32_t)seed));
+    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7feb352d));
+    x = _mm256_xor_si256(_mm256_xor_si256(x, high), _mm256_srli_epi32(x, 15));
+    x = _mm256_mullo_epi32(x, _mm256_set1_epi32((int)0x846ca68bU));
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+    return i32_of(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
+}
+
+/* Of 16 elements whose indices are `step` apart. */
+QSP_INLINE i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
+{
+    int32_t line[16];
+    for (int i = 0; i < 16; i++)
+        line[i] = (int32_t)qsp_random_bits(seed, index + (uint64_t)(i * step));
+    return i32_load_n(line, 16);
+}
+
+/* ---- dot products of bytes ---- */
+#define DOT_MADDUBS 0
+#define DOT_VEX 1
+#define DOT_EVEX 2
+
+#if ISA_DOT == DOT_MADDUBS
+/* A signed operand as magnitude, and what x is xored with: x - 128 where it is positive, 127 - x where negative. */
+typedef struct {
+    __m256i magnitude, flip;
+} factor;
+
+QSP_INLINE factor factor_of(__m256i s)
+{
+    const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), s);
+    const factor f = {_mm256_abs_epi8(s), _mm256_xor_si256(negative, _mm256_set1_epi8((char)0x80))};
+    return f;
+}
+QSP_INLINE __m256i dot_magnitude(__m256i sum, const factor *f, __m256i x)
+{
+    return _mm256_add_epi32(
+        sum, _mm256_madd_epi16(_mm256_maddubs_epi16(f->magnitude, x), _mm256_set1_epi16(1)));
+}
+QSP_INLINE __m256i dot(__m256i sum, __m256i x, const factor *f)
+{
+    return dot_magnitude(sum, f, _mm256_xor_si256(x, f->flip));
+}
+/* What `dot` adds beyond the product: x was moved by 128 or -127, which is what `flip` is as a signed byte. */
+QSP_INLINE __m256i dot_excess(__m256i sum, const factor *f) { return dot_magnitude(sum, f, f->flip); }
+#else
+typedef __m256i factor;
+
+QSP_INLINE factor factor_of(__m256i s) { return s; }
+QSP_INLINE __m256i dot(__m256i sum, __m256i x, const factor *f)
+{
+#if ISA_DOT == DOT_EVEX && defined(__GNUC__)
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(*f));
+    return sum;
+#elif ISA_DOT == DOT_EVEX
+    return _mm256_dpbusd_epi32(sum, x, *f);
+#elif defined(__GNUC__)
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(*f));
+    return sum;
+#else
+    return _mm256_dpbusd_avx_epi32(sum, x, *f);
+#endif
+}
+QSP_INLINE __m256i dot_excess(__m256i sum, const factor *f)
+{
+    (void)f;
+    return sum;
+}
+#endif
+
+/* ---- gather-SpMM on codes: 32 lanes, four nonzeros a step ---- */
+typedef struct {
+    __m256i sum[4], excess;
+} quad;
+
+QSP_INLINE void quad_set(quad *q, int32_t v)
+{
+    q->sum[0] = q->sum[1] = q->sum[2] = q->sum[3] = _mm256_set1_epi32(v);
+    q->excess = _mm256_setzero_si256();
+}
+
+QSP_INLINE __m256i codes_load(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+
+QSP_INLINE void quad_dot(quad *q, const uint8_t *x, const int32_t *offset, const int8_t *weight)
+{
+    int32_t four;
+    memcpy(&four, weight, 4);
+    const factor w = factor_of(_mm256_set1_epi32(four));
+    const __m256i a = codes_load(x + offset[0]), b = codes_load(x + offset[1]);
+    const __m256i c = codes_load(x + offset[2]), d = codes_load(x + offset[3]);
+    const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
+    const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
+    q->sum[0] = dot(q->sum[0], _mm256_unpacklo_epi16(ab_low, cd_low), &w);
+    q->sum[1] = dot(q->sum[1], _mm256_unpackhi_epi16(ab_low, cd_low), &w);
+    q->sum[2] = dot(q->sum[2], _mm256_unpacklo_epi16(ab_high, cd_high), &w);
+    q->sum[3] = dot(q->sum[3], _mm256_unpackhi_epi16(ab_high, cd_high), &w);
+    q->excess = dot_excess(q->excess, &w);
+}
+
+QSP_INLINE void quad_store(int32_t *p, const quad *even, const quad *odd)
+{
+    (void)odd; /* ISA_QUADS is 1 */
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++)
+        _mm256_storeu_si256((__m256i *)(p + 8 * i), _mm256_sub_epi32(even->sum[i], even->excess));
+}
+
+/* Interleaving leaves lane 16 L + 4 k + i of a vector at place i of 128-bit part L of sum k. */
+QSP_INLINE int quad_lane(int place) { return 16 * (place >> 2 & 1) + 4 * (place >> 3) + (place & 3); }
+
+/* The sums of one row as floats in the order of their lanes, times scale plus bias. */
+QSP_INLINE void quad_unpack(float *out, const int32_t *sums, float scale, float bias)
+{
+    const __m256 s = _mm256_set1_ps(scale), b = _mm256_set1_ps(bias);
+    for (int h = 0; h < QSP_UNIT; h += 32) {
+        __m256 v[4];
+        QSP_UNROLL
+        for (int i = 0; i < 4; i++)
+            v[i] = _mm256_add_ps(_mm256_mul_ps(sums8(sums + h + 8 * i), s), b);
+        _mm256_storeu_ps(out + h, _mm256_permute2f128_ps(v[0], v[1], 0x20));
+        _mm256_storeu_ps(out + h + 8, _mm256_permute2f128_ps(v[2], v[3], 0x20));
+        _mm256_storeu_ps(out + h + 16, _mm256_permute2f128_ps(v[0], v[1], 0x31));
+        _mm256_storeu_ps(out + h + 24, _mm256_permute2f128_ps(v[2], v[3], 0x31));
+    }
+}
+
+/* ---- gather-SDDMM on codes ---- */
+typedef __m256i dots; /* partial sums of one dot product */
+typedef factor grad;  /* one vector of the gradient */
+
+QSP_INLINE __m256i grad_bytes(const uint8_t *p) { return _mm256_xor_si256(codes_load(p), _mm256_set1_epi8((char)0x80)); }
+QSP_INLINE grad grad_load(const uint8_t *p) { return factor_of(grad_bytes(p)); }
+QSP_INLINE dots dots_zero(void) { return _mm256_setzero_si256(); }
+QSP_INLINE dots dots_add(dots a, dots b) { return _mm256_add_epi32(a, b); }
+QSP_INLINE dots dots_step(dots sum, const uint8_t *x, grad g) { return dot(sum, codes_load(x), &g); }
+QSP_INLINE int32_t dots_total(dots v) { return total8(v); }
+/* Sum of a vector of the gradient. */
+QSP_INLINE dots grad_sum(dots sum, const uint8_t *p)
+{
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), grad_bytes(p));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+/* What dots_step adds beyond the product. */
+QSP_INLINE dots grad_excess(dots sum, grad g) { return dot_excess(sum, &g); }
+
+/* sums[j] += total of d[j], j < n, n a multiple of 4 */
+QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n, int32_t excess)
+{
+    QSP_UNROLL
+    for (int j = 0; j < n; j += 4) {
+        const __m256i h = _mm256_hadd_epi32(_mm256_hadd_epi32(d[j], d[j + 1]), _mm256_hadd_epi32(d[j + 2], d[j + 3]));
+        const __m128i r = _mm_sub_epi32(_mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)),
+                                        _mm_set1_epi32(excess));
+        __m256i *p = (__m256i *)(sums + j);
+        _mm256_storeu_si256(p, _mm256_add_epi64(_mm256_loadu_si256(p), _mm256_cvtepi32_epi64(r)));
+    }
+}
