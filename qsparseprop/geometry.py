@@ -129,7 +129,7 @@ def prefer_batch_innermost(batch: int, input_size: tuple[int, int], channels_las
     """
     pixels = input_size[0] * input_size[1]
     if channels_last:
-        return batch >= UNIT or (batch >= 16 and pixels <= 256)
+        return batch >= UNIT or (batch >= 16 and pixels <= 64)
     return batch >= UNIT and pixels <= 64
 
 

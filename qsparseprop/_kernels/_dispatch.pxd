@@ -104,6 +104,7 @@ cdef extern from "kernels.h" nogil:
         void (*range)(const void *, int, int64_t, int64_t, int, qsp_range *) noexcept nogil
         void (*quantize_rows)(const qsp_list *, const float *, const int32_t *, int64_t, int64_t,
                               int8_t *, float *, int32_t *) noexcept nogil
+        void (*extent)(const int32_t *, int64_t, int32_t *, int32_t *) noexcept nogil
 
     int64_t qsp_count_units(const qsp_grid *, const qsp_view *, int64_t)
     int64_t qsp_cut_rows(const qsp_list *, int64_t, int64_t)

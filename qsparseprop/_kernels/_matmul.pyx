@@ -43,17 +43,6 @@ cdef object _int64 = torch.int64
 
 cdef extern from *:
     """
-    static void qsp_extent(const int32_t *v, int64_t n, int32_t *low, int32_t *high)
-    {
-        int32_t a = 0x7fffffff, b = -0x7fffffff - 1;
-        for (int64_t i = 0; i < n; i++) {
-            a = v[i] < a ? v[i] : a;
-            b = v[i] > b ? v[i] : b;
-        }
-        *low = a;
-        *high = b;
-    }
-
     static int qsp_ascending(const int32_t *v, int64_t n)
     {
         int ok = 1;
@@ -62,7 +51,6 @@ cdef extern from *:
         return ok;
     }
     """
-    void qsp_extent(const int32_t *v, int64_t n, int32_t *low, int32_t *high) noexcept nogil
     int qsp_ascending(const int32_t *v, int64_t n) noexcept nogil
 
 
@@ -77,7 +65,7 @@ cdef int64_t _read_list(object group_ptr, object offset, qsp_list *out, int32_t 
     if out.group_ptr[0] != 0 or not qsp_ascending(out.group_ptr, rows + 1):
         raise ValueError("group_ptr must ascend from 0")
     out.offset = <const int32_t *> pointer(offset, _int32, slots, "offset")
-    qsp_extent(out.offset, slots, low, high)
+    active_kernels().extent(out.offset, slots, low, high)
     if slots and low[0] < 0:
         raise ValueError(f"offset must not be negative, got {low[0]}")
     return slots
@@ -87,7 +75,7 @@ cdef void _check_index(const int32_t *v, int64_t n, int64_t low, int64_t high, s
     cdef int32_t least = 0, most = 0
     if n == 0:
         return
-    qsp_extent(v, n, &least, &most)
+    active_kernels().extent(v, n, &least, &most)
     if least < low or most >= high:
         raise ValueError(f"{name} must lie in [{low}, {high}), got {least} to {most}")
 

@@ -98,7 +98,6 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    /* Units of 64 lanes that a task list has to cover for a view. */
     void (*spmm_u8)(const qsp_spmm *, int64_t unit, int64_t chunk);
     void (*spmm_f32)(const qsp_spmm *, int64_t unit, int64_t chunk);
     void (*sddmm_u8)(const qsp_sddmm *, int64_t chunk);
@@ -111,6 +110,7 @@ typedef struct {
     /* Quantise the slots of rows [first, last): nearest even, symmetric, one scale a row. */
     void (*quantize_rows)(const qsp_list *, const float *values, const int32_t *index, int64_t first, int64_t last,
                           int8_t *codes, float *scale, int32_t *sum);
+    void (*extent)(const int32_t *, int64_t n, int32_t *least, int32_t *most);
 } qsp_kernels;
 
 extern const qsp_kernels qsp_kernels_scalar;

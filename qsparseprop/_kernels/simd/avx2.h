@@ -203,6 +203,11 @@ QSP_INLINE u8x16 codes_signed(i32x16 v)
 }
 QSP_INLINE u8x16 codes_from(i32x16 v) { return _mm_xor_si128(codes_signed(v), _mm_set1_epi8((char)0x80)); }
 QSP_INLINE void codes_store(uint8_t *p, u8x16 v) { _mm_storeu_si128((__m128i *)p, v); }
+QSP_INLINE void codes_copy_n(uint8_t *p, const uint8_t *from, int n)
+{
+    for (int i = 0; i < n; i++) /* fewer than 16: a call would cost more */
+        p[i] = from[i];
+}
 QSP_INLINE void codes_store_n(uint8_t *p, u8x16 v, int n)
 {
     uint8_t line[16];

@@ -79,6 +79,10 @@ QSP_INLINE u8x16 codes_signed(i32x16 v) { return _mm512_cvtsepi32_epi8(v); }
 QSP_INLINE u8x16 codes_from(i32x16 v) { return _mm_xor_si128(codes_signed(v), _mm_set1_epi8((char)0x80)); }
 QSP_INLINE void codes_store(uint8_t *p, u8x16 v) { _mm_storeu_si128((__m128i *)p, v); }
 QSP_INLINE void codes_store_n(uint8_t *p, u8x16 v, int n) { _mm_mask_storeu_epi8(p, first_n(n), v); }
+QSP_INLINE void codes_copy_n(uint8_t *p, const uint8_t *from, int n)
+{
+    codes_store_n(p, _mm_loadu_si128((const __m128i *)from), n);
+}
 
 /* ---- random numbers, see qsp_random_bits ---- */
 

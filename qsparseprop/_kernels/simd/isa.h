@@ -15,5 +15,5 @@
 #define QSP_TEXT(a) QSP_TEXT_(a)
 
 const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
-    QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, pack_u8, pack_f32, range, quantize_rows,
+    QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, pack_u8, pack_f32, range, quantize_rows, extent,
 };

@@ -84,65 +84,52 @@ typedef struct {
     int64_t lane, lanes;
 } lane_run;
 
-/* 16 channels of 16 lanes, transposed: channels are neighbours in memory. `even`: all elements' numbers start a pair. */
-QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, const int codes, const int dtype,
-                          const int rounding, const int even)
+/* n channels of up to 16 lanes, transposed: channels are neighbours in memory. `whole`: sixteen of both. `even`: every
+ * lane's numbers start with the first of a pair. */
+QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int codes,
+                          const int dtype, const int rounding, const int even, const int whole)
 {
+    const int lanes = whole ? 16 : (int)qsp_min(16, r->lanes - k);
     const int64_t pitch = a->grid.pitch, to = r->lane + (a->view.plane + c) * pitch + k;
-    int64_t element = r->element + k * r->element_step + c;
-    if (!codes) {
-        f16x tile[16];
-        QSP_UNROLL
-        for (int j = 0; j < 16; j++, element += r->element_step)
-            tile[j] = load16(a->tensor, dtype, element);
-        f16_transpose(tile);
-        QSP_UNROLL
-        for (int j = 0; j < 16; j++)
-            f16_store((float *)a->planes + to + j * pitch, tile[j]);
-        return;
-    }
-    const quantizer q = quantizer_of(a, c, 16, rounding);
-    uint64_t number = (uint64_t)(r->number + k * r->number_step + c);
-    i32x16 tile[16];
-    QSP_UNROLL
-    for (int j = 0; j < 16; j++, element += r->element_step, number += (uint64_t)r->number_step)
-        tile[j] = quantize16(load16(a->tensor, dtype, element), &q, rounding,
-                             rounding == NEAREST ? i32_set1(0)
-                             : even              ? random_run(a->seed, number)
-                                                 : random_any(a->seed, number, 1));
-    codes_tile_store((uint8_t *)a->planes + to, pitch, tile);
-}
-
-/* The same for n channels of fewer lanes. */
-static inline void pack_partial_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int codes,
-                                     const int dtype, const int rounding)
-{
-    const int lanes = (int)qsp_min(16, r->lanes - k);
-    const int64_t pitch = a->grid.pitch, to = r->lane + (a->view.plane + c) * pitch + k;
+    const int64_t element = r->element + k * r->element_step + c, number = r->number + k * r->number_step + c;
     const quantizer q = codes ? quantizer_of(a, c, n, rounding) : (quantizer){0};
     f16x floats[16];
-    u8x16 bytes[16];
+    i32x16 tile[16];
+    QSP_UNROLL
     for (int j = 0; j < 16; j++) {
-        const int64_t lane = k + (j < lanes ? j : lanes - 1);
-        const f16x x = load_n(a->tensor, dtype, r->element + lane * r->element_step + c, 1, n);
-        if (codes)
-            bytes[j] = codes_from(
-                quantize16(x, &q, rounding,
-                           rounding == NEAREST
-                               ? i32_set1(0)
-                               : random_any(a->seed, (uint64_t)(r->number + lane * r->number_step + c), 1)));
-        else
+        const int64_t lane = whole || j < lanes ? j : lanes - 1; /* lanes that do not exist repeat the last one */
+        const int64_t at = element + lane * r->element_step;
+        const f16x x = whole ? load16(a->tensor, dtype, at) : load_n(a->tensor, dtype, at, 1, n);
+        if (!codes) {
             floats[j] = x;
+            continue;
+        }
+        const uint64_t index = (uint64_t)(number + lane * r->number_step);
+        tile[j] = quantize16(x, &q, rounding,
+                             rounding == NEAREST ? i32_set1(0)
+                             : even              ? random_run(a->seed, index)
+                                                 : random_any(a->seed, index, 1));
     }
-    if (codes) {
-        codes_transpose(bytes);
-        for (int j = 0; j < n; j++)
-            codes_store_n((uint8_t *)a->planes + to + j * pitch, bytes[j], lanes);
-    } else {
+    if (!codes) {
         f16_transpose(floats);
-        for (int j = 0; j < n; j++)
-            f16_store_n((float *)a->planes + to + j * pitch, floats[j], lanes);
+        float *p = (float *)a->planes + to;
+        QSP_UNROLL
+        for (int j = 0; j < 16; j++)
+            if (whole)
+                f16_store(p + j * pitch, floats[j]);
+            else if (j < n)
+                f16_store_n(p + j * pitch, floats[j], lanes);
+        return;
     }
+    uint8_t *p = (uint8_t *)a->planes + to;
+    if (whole) {
+        codes_tile_store(p, pitch, tile);
+        return;
+    }
+    QSP_ALIGNED(64) uint8_t bytes[16 * 16];
+    codes_tile_store(bytes, 16, tile);
+    for (int j = 0; j < n; j++)
+        codes_copy_n(p + j * pitch, bytes + 16 * j, lanes);
 }
 
 /* All lanes of a run for one channel. */
@@ -175,9 +162,9 @@ QSP_INLINE void pack_run(const qsp_pack *a, const lane_run *r, int64_t first, in
     for (int64_t k = 0; k < r->lanes; k += 16) {
         int64_t c = first;
         for (; r->lanes - k >= 16 && c + 16 <= last; c += 16)
-            pack_tile(a, r, k, c, codes, dtype, rounding, even);
+            pack_tile(a, r, k, c, 16, codes, dtype, rounding, even, 1);
         for (; c < last; c += 16)
-            pack_partial_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding);
+            pack_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding, even, 0);
     }
 }
 

@@ -1,5 +1,17 @@
 /* Weights: slots of a list -> int8 codes with one scale a row, and the sum of a row's codes. */
 
+/* Least and greatest of n integers; plain loops here and below, which the compiler turns into vectors of the ISA. */
+static void extent(const int32_t *v, int64_t n, int32_t *least, int32_t *most)
+{
+    int32_t low = INT32_MAX, high = INT32_MIN;
+    for (int64_t i = 0; i < n; i++) {
+        low = v[i] < low ? v[i] : low;
+        high = v[i] > high ? v[i] : high;
+    }
+    *least = low;
+    *most = high;
+}
+
 enum { KEPT_SLOTS = 2048 }; /* slots whose values wait on the stack between the two passes */
 
 static void quantize_rows(const qsp_list *l, const float *values, const int32_t *index, int64_t first, int64_t last,

@@ -142,6 +142,11 @@ QSP_INLINE u8x16 codes_from(i32x16 v)
     return r;
 }
 QSP_INLINE void codes_store(uint8_t *p, u8x16 v) { memcpy(p, v.v, 16); }
+QSP_INLINE void codes_copy_n(uint8_t *p, const uint8_t *from, int n)
+{
+    for (int i = 0; i < n; i++) /* fewer than 16: a call would cost more */
+        p[i] = from[i];
+}
 QSP_INLINE void codes_store_n(uint8_t *p, u8x16 v, int n) { memcpy(p, v.v, (size_t)n); }
 QSP_INLINE void codes_transpose(u8x16 *r)
 {

@@ -74,6 +74,41 @@ QSP_INLINE void sddmm_row_f32(const qsp_sddmm *a, const float *x, const float *d
     }
 }
 
+/* Sums of a row -> values: minus the zero point's share, times the scales. */
+QSP_INLINE void sddmm_finish_u8(const qsp_sddmm *a, int64_t row, const int64_t *sums, int64_t dy_sum)
+{
+    const float scale_dy = a->scale_dy[row * a->scale_dy_stride];
+    const int64_t begin = 4 * (int64_t)a->list.group_ptr[row], end = 4 * (int64_t)a->list.group_ptr[row + 1];
+    int64_t n = end - begin;
+    while (n && a->index[begin + n - 1] < 0)
+        n--;
+    const int32_t *index = a->index + begin;
+    sums += begin;
+    if (a->zero_stride || a->scale_x_stride) {
+        for (int64_t k = 0; k < n; k++) {
+            const int64_t plane = a->plane[begin + k];
+            const int64_t exact = sums[k] - a->zero_point[plane * a->zero_stride] * dy_sum;
+            if (index[k] >= 0)
+                a->out[index[k]] = (float)exact * (a->scale_x[plane * a->scale_x_stride] * scale_dy);
+        }
+        return;
+    }
+    const int64_t excess = a->zero_point[0] * dy_sum;
+    const float scale = a->scale_x[0] * scale_dy;
+    int ascending = n > 0 && index[0] >= 0;
+    for (int64_t k = 0; k < n; k++)
+        ascending &= index[k] - index[0] == k;
+    if (ascending) { /* as in every list sorted by row: one run of values */
+        float *out = a->out + index[0];
+        for (int64_t k = 0; k < n; k++)
+            out[k] = (float)(sums[k] - excess) * scale;
+    } else {
+        for (int64_t k = 0; k < n; k++)
+            if (index[k] >= 0)
+                a->out[index[k]] = (float)(sums[k] - excess) * scale;
+    }
+}
+
 /* One task: all units for the rows of part `chunk`. */
 QSP_INLINE void sddmm_task(const qsp_sddmm *a, int64_t chunk, const int codes)
 {
@@ -90,7 +125,8 @@ QSP_INLINE void sddmm_task(const qsp_sddmm *a, int64_t chunk, const int codes)
     const int64_t size = codes ? 1 : (int64_t)sizeof(float);
     for (int64_t unit = 0; unit < units;) {
         unit_set u;
-        const int n = codes ? (int)qsp_min(ISA_SDDMM_UNITS, units - unit) : 1;
+        const int64_t left = units - unit;
+        const int n = !codes ? 1 : left >= ISA_SDDMM_UNITS ? ISA_SDDMM_UNITS : left >= 2 && ISA_SDDMM_UNITS > 2 ? 2 : 1;
         for (int i = 0; i < n; i++) {
             qsp_unit where;
             locate_unit(&where, &a->dy_grid, &a->view, a->images, unit + i);
@@ -104,28 +140,21 @@ QSP_INLINE void sddmm_task(const qsp_sddmm *a, int64_t chunk, const int codes)
         else if (n == ISA_SDDMM_UNITS)
             for (int64_t row = first; row < last; row++)
                 sddmm_row_u8(a, &u, row, sums, dy_sums + row, ISA_SDDMM_UNITS);
+        else if (ISA_SDDMM_UNITS > 2 && n == 2)
+            for (int64_t row = first; row < last; row++)
+                sddmm_row_u8(a, &u, row, sums, dy_sums + row, 2);
         else
-            for (int i = 0; i < n; i++) {
-                const unit_set one = {{u.x[i]}, {u.dy[i]}};
-                for (int64_t row = first; row < last; row++)
-                    sddmm_row_u8(a, &one, row, sums, dy_sums + row, 1);
-            }
+            for (int64_t row = first; row < last; row++)
+                sddmm_row_u8(a, &u, row, sums, dy_sums + row, 1);
     }
 
-    for (int64_t row = first; row < last; row++) {
-        const float scale_dy = codes ? a->scale_dy[row * a->scale_dy_stride] : 1.0f;
-        for (int64_t k = 4 * (int64_t)a->list.group_ptr[row]; k < 4 * (int64_t)a->list.group_ptr[row + 1]; k++) {
-            if (a->index[k] < 0)
-                continue;
-            if (!codes) {
-                a->out[a->index[k]] = (float)((double *)a->sums)[k];
-                continue;
-            }
-            const int64_t plane = a->plane[k];
-            const int64_t exact = sums[k] - a->zero_point[plane * a->zero_stride] * dy_sums[row];
-            a->out[a->index[k]] = (float)exact * (a->scale_x[plane * a->scale_x_stride] * scale_dy);
-        }
-    }
+    for (int64_t row = first; row < last; row++)
+        if (codes)
+            sddmm_finish_u8(a, row, sums, dy_sums[row]);
+        else
+            for (int64_t k = 4 * (int64_t)a->list.group_ptr[row]; k < 4 * (int64_t)a->list.group_ptr[row + 1]; k++)
+                if (a->index[k] >= 0)
+                    a->out[a->index[k]] = (float)((double *)a->sums)[k];
 }
 
 static void sddmm_u8(const qsp_sddmm *a, int64_t chunk) { sddmm_task(a, chunk, 1); }

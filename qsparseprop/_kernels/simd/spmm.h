@@ -80,6 +80,10 @@ QSP_INLINE void spmm_task(const qsp_spmm *a, int64_t unit, int64_t chunk, const 
             const int64_t first = a->list.group_ptr[row + i], groups = a->list.group_ptr[row + i + 1] - first;
             const int32_t *offset = a->list.offset + 4 * first;
             int32_t *out = sums + i * QSP_UNIT;
+            /* what the unpacker will write: fetched while the products are computed */
+            if (target.columns && target.column[i])
+                for (int k = 0; k < n; k += 16)
+                    QSP_PREFETCH_WRITE(target.column[i] + row + k);
             if (!codes) {
                 spmm_row_f32((const float *)a->planes + lane, offset, (const float *)a->weights + 4 * first, groups,
                              (float *)out);

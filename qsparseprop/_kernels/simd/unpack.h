@@ -27,11 +27,12 @@ static void locate_unit(qsp_unit *u, const qsp_grid *g, const qsp_view *v, int64
 
 /* The runs of lanes of a unit that lie in the tensor. */
 typedef struct {
-    int runs;
+    int runs, lanes;
+    int columns;                  /* whether channels are neighbours in memory, and `column` is set */
     int64_t step;                 /* elements from lane to lane */
     uint8_t first[QSP_UNIT], size[QSP_UNIT];
     int64_t elem[QSP_UNIT];
-    float *column[QSP_UNIT];      /* where channel 0 of a lane is; only where channels are neighbours in memory */
+    float *column[QSP_UNIT];      /* where channel 0 of a lane is, NULL where there is none */
 } unit_target;
 
 static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, const qsp_unit *u, float *out)
@@ -41,12 +42,13 @@ static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, co
     int64_t i0 = u->lane / w.lane[0], rest = u->lane % w.lane[0], i1 = rest / w.lane[1], i2 = rest % w.lane[1];
     const int64_t base = v->elem + u->block * g->images * v->elem_b;
     const int64_t end = qsp_min(QSP_UNIT, u->end - u->lane);
-    t->runs = 0;
+    t->runs = t->lanes = 0;
     t->step = w.elem[2];
     for (int64_t place = 0; place < end && i0 < w.size[0];) {
         if (i1 < w.size[1] && i2 < w.size[2]) {
             t->first[t->runs] = (uint8_t)place;
             t->size[t->runs] = (uint8_t)qsp_min(w.size[2] - i2, end - place);
+            t->lanes += t->size[t->runs];
             t->elem[t->runs++] = base + i0 * w.elem[0] + i1 * w.elem[1] + i2 * w.elem[2];
         }
         place += w.lane[1] - i2;
@@ -56,7 +58,8 @@ static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, co
             i0++;
         }
     }
-    if (v->elem_c != 1)
+    t->columns = v->elem_c == 1 && !(t->step == 1 && v->channels == 1);
+    if (!t->columns)
         return;
     for (int i = 0; i < QSP_UNIT; i++)
         t->column[i] = NULL;
@@ -71,46 +74,69 @@ QSP_INLINE int unit_lane(int place)
     return place / width * width + quad_lane(place % width);
 }
 
-/* Channels are neighbours in memory: 16 rows x 16 lanes at a time, transposed. */
-static void unpack_columns(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const int32_t *sums,
-                           int as_float)
+/* 16 lanes of up to 16 rows, transposed. `whole`: of 16 rows, and all lanes exist. */
+QSP_INLINE void unpack_tile(const unit_target *t, int64_t row, int rows, const int32_t *sums, int place, f16x scale,
+                            f16x bias, const int as_float, const int has_bias, const int whole)
 {
-    QSP_ALIGNED(64) float scale[QSP_ROW_BLOCK], bias[QSP_ROW_BLOCK];
-    for (int i = 0; i < n; i++) {
-        scale[i] = a->scale ? a->scale[row + i] * a->scale_factor : 1.0f;
-        bias[i] = a->bias ? a->bias[row + i] : 0.0f;
+    f16x tile[16];
+    QSP_UNROLL
+    for (int i = 0; i < 16; i++) {
+        /* rows that do not exist repeat the first one; their columns are not stored */
+        const int32_t *line = sums + (whole || i < rows ? i : 0) * QSP_UNIT + place;
+        tile[i] = as_float ? f16_load((const float *)line) : f16_load_sums(line);
     }
-    for (int r = 0; r < n; r += 16) {
-        const int m = n - r < 16 ? n - r : 16;
-        const f16x s = f16_load_n(scale + r, m), b = f16_load_n(bias + r, m);
-        for (int p = 0; p < QSP_UNIT; p += 16) {
-            f16x tile[16];
-            const int32_t *from = sums + r * QSP_UNIT + p;
-            QSP_UNROLL
-            for (int i = 0; i < 16; i++) {
-                /* rows past m hold what is left of earlier ones; their columns are not stored */
-                const int32_t *line = from + (i < m ? i : 0) * QSP_UNIT;
-                tile[i] = as_float ? f16_load((const float *)line) : f16_load_sums(line);
-            }
-            f16_transpose(tile);
-            QSP_UNROLL
-            for (int i = 0; i < 16; i++) {
-                float *to = t->column[as_float ? p + i : unit_lane(p + i)];
-                if (to) {
-                    const f16x v = f16_add(f16_mul(tile[i], s), b);
-                    if (m == 16)
-                        f16_store(to + row + r, v);
-                    else
-                        f16_store_n(to + row + r, v, m);
-                }
-            }
-        }
+    f16_transpose(tile);
+    QSP_UNROLL
+    for (int i = 0; i < 16; i++) {
+        float *to = t->column[as_float ? place + i : unit_lane(place + i)];
+        f16x v = as_float ? tile[i] : f16_mul(tile[i], scale);
+        if (has_bias)
+            v = f16_add(v, bias);
+        if (whole)
+            f16_store(to + row, v);
+        else if (to)
+            f16_store_n(to + row, v, rows);
     }
 }
 
-static void unpack_rows(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const int32_t *sums, int as_float)
+QSP_INLINE void unpack_columns_of(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const int32_t *sums,
+                                  const int as_float, const int has_bias)
 {
-    if (a->view.elem_c == 1 && !(t->step == 1 && a->view.channels == 1)) {
+    QSP_ALIGNED(64) float scale[QSP_ROW_BLOCK] = {0};
+    for (int i = 0; i < n && !as_float; i++)
+        scale[i] = a->scale[row + i] * a->scale_factor;
+    for (int r = 0; r < n; r += 16) {
+        const int rows = n - r < 16 ? n - r : 16;
+        const f16x s = f16_load(scale + r), b = has_bias ? f16_load_n(a->bias + row + r, rows) : f16_zero();
+        const int32_t *from = sums + r * QSP_UNIT;
+        for (int p = 0; p < QSP_UNIT; p += 16)
+            if (rows == 16 && t->lanes == QSP_UNIT)
+                unpack_tile(t, row + r, 16, from, p, s, b, as_float, has_bias, 1);
+            else
+                unpack_tile(t, row + r, rows, from, p, s, b, as_float, has_bias, 0);
+    }
+}
+
+/* Channels are neighbours in memory. Sums that are floats already (float planes, long rows) are in the order of lanes. */
+static void unpack_columns(const qsp_spmm *a, const unit_target *t, int64_t row, int n, int32_t *sums, int as_float)
+{
+    if (as_float && a->scale) /* long rows: floats that still want their scale */
+        for (int i = 0; i < n; i++)
+            for (int p = 0; p < QSP_UNIT; p++)
+                ((float *)sums)[i * QSP_UNIT + p] *= a->scale[row + i] * a->scale_factor;
+    if (as_float && a->bias)
+        unpack_columns_of(a, t, row, n, sums, 1, 1);
+    else if (as_float)
+        unpack_columns_of(a, t, row, n, sums, 1, 0);
+    else if (a->bias)
+        unpack_columns_of(a, t, row, n, sums, 0, 1);
+    else
+        unpack_columns_of(a, t, row, n, sums, 0, 0);
+}
+
+static void unpack_rows(const qsp_spmm *a, const unit_target *t, int64_t row, int n, int32_t *sums, int as_float)
+{
+    if (t->columns) {
         unpack_columns(a, t, row, n, sums, as_float);
         return;
     }
