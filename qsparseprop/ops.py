@@ -21,11 +21,24 @@ _library = torch.library.Library("qsparseprop", "DEF")
 SCHEMES = {"absmax": _pack.ABSMAX, "stochastic": _pack.STOCHASTIC, "standard": _pack.AFFINE}
 
 
+#: The implementations behind the operators. A layer's operator calls them directly: a call through the dispatcher costs
+#: as much as the kernels of a small layer.
+_direct: dict[str, Callable] = {}
+
+
+def _inner(name: str) -> Callable:
+    """An operator as a part of another one: through the dispatcher only where a profiler wants to see it."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        return getattr(torch.ops.qsparseprop, name).default
+    return _direct[name]
+
+
 def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Register a function as the CPU implementation of an operator."""
 
     def register(function: Callable) -> Callable:
         name = schema.partition("(")[0]
+        _direct[name] = function
         _library.define(schema)
         _library.impl(name, function, "CPU")
         torch.library.register_fake(f"qsparseprop::{name}", fake, lib=_library)
@@ -239,3 +252,168 @@ def sddmm(
     _matmul.sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy_scale, out, grid, dy_grid,
                   views, shape, torch.get_num_threads())
     return out
+
+
+def _gather_weights(values: Tensor, index: Tensor) -> Tensor:
+    """Slots of a float list: values, and zero where the index is -1."""
+    return torch.cat([values, values.new_zeros(1)])[index]
+
+
+def _weights(values: Tensor, rows: Sequence[Tensor], codes: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    master = values if values.dtype == torch.float32 else values.to(torch.float32)
+    if codes:
+        return _inner("quantize_weight")(master, rows[2], rows[0])
+    return _gather_weights(master, rows[2]), None, None
+
+
+def _packed(
+    x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int, scheme: str | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if scheme is None:
+        return _inner("pack")(x, grid, views, lanes), None, None
+    return _inner("quantize_pack")(x, grid, views, lanes, scheme, seed)
+
+
+def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, scheme, seed):
+    out = _spmm_fake(x, None, None, None, None, None, None, None, None, None, None, shape, is_channels_last(x), False)
+    size = 0 if scheme is None else 1
+    planes = x.new_empty(lanes_of(grid, x.shape[0]), dtype=torch.float32 if scheme is None else torch.uint8)
+    return out, planes, x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int32)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether channels are what is innermost in the memory of an (images, channels, height, width) tensor."""
+    return x.stride(1) == 1 and not x.is_contiguous()
+
+
+def lanes_of(grid: Sequence[int], images: int) -> int:
+    """Size of the planes' buffer for a batch: whole blocks, and what the kernels read past the last one."""
+    return -(-images // grid[0]) * grid[7] + grid[6] + 64
+
+
+@_operator(
+    "layer_forward(Tensor x, Tensor values, Tensor? bias, Tensor[] rows, int[] grid, int[] views, int[] out_views, "
+    "SymInt[] shape, str? scheme, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    _layer_forward_fake,
+)
+def layer_forward(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    rows: Sequence[Tensor],
+    grid: Sequence[int],
+    views: Sequence[int],
+    out_views: Sequence[int],
+    shape: Sequence[int],
+    scheme: str | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A layer's forward pass: pack the input, quantise the weight, multiply.
+
+    Parameters
+    ----------
+    x, values, bias : Tensor
+        (images, channels, height, width), (nonzeros,), (out_channels,) or None.
+    rows : sequence of Tensor
+        The forward `GatherList`.
+    grid, views, out_views
+        Layout of the input, and of the output on the same lanes.
+    shape : sequence of int
+        Of the output.
+    scheme, seed
+        Of the input; without a scheme everything is float32.
+
+    Returns
+    -------
+    out : Tensor
+        float32; channels_last where x is.
+    planes, scale, zero_point : Tensor
+        The packed input; scale and zero point are empty without a scheme.
+    """
+    packed, x_scale, x_zero_point = _packed(x, grid, views, lanes_of(grid, x.shape[0]), scheme, seed)
+    weights, scale, total = _weights(values, rows, scheme is not None)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.to(torch.float32)
+    out = _inner("spmm")(packed, weights, rows[0], rows[1], scale, total, x_scale, x_zero_point, bias, grid, out_views,
+                         shape, is_channels_last(x), False)
+    if scheme is None:
+        x_scale, x_zero_point = torch.empty(0), torch.empty(0, dtype=torch.int32)
+    return out, packed, x_scale, x_zero_point
+
+
+def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views,
+                         x_shape, complete, scheme, seed, grads):
+    make = torch.float32
+    dx = dy.new_empty(x_shape, dtype=make,
+                      memory_format=torch.channels_last if is_channels_last(dy) else torch.contiguous_format)
+    return (
+        dx if grads[0] else dy.new_empty(0, dtype=make),
+        dy.new_empty(values.shape if grads[1] else 0, dtype=make),
+        dy.new_empty(dy.shape[1] if grads[2] else 0, dtype=make),
+    )
+
+
+@_operator(
+    "layer_backward(Tensor dy, Tensor values, Tensor? planes, Tensor? x_scale, Tensor? x_zero_point, Tensor[] rows, "
+    "Tensor[] columns, int[] grid, int[] dy_grid, int[] views, int[] dy_views, SymInt[] x_shape, bool complete, "
+    "str? scheme, Tensor? seed, bool[] grads) -> (Tensor, Tensor, Tensor)",
+    _layer_backward_fake,
+)
+def layer_backward(
+    dy: Tensor,
+    values: Tensor,
+    planes: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    grid: Sequence[int],
+    dy_grid: Sequence[int],
+    views: Sequence[int],
+    dy_views: Sequence[int],
+    x_shape: Sequence[int],
+    complete: bool,
+    scheme: str | None,
+    seed: Tensor | None,
+    grads: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's backward pass: pack the output's gradient once, for the input's and the weight's.
+
+    Parameters
+    ----------
+    dy, values : Tensor
+        (images, out_channels, height, width), (nonzeros,).
+    planes, x_scale, x_zero_point : Tensor or None
+        The packed input; only read for the weight gradient.
+    rows, columns : sequence of Tensor
+        The forward and the backward `GatherList`.
+    grid, dy_grid, views, dy_views
+        Layouts of input and output.
+    x_shape : sequence of int
+    complete : bool
+        Whether the views cover the input; the gradient of the rest is zero.
+    scheme, seed
+        Of the gradient; without a scheme everything is float32.
+    grads : sequence of bool
+        Which gradients are wanted: of the input, the values, the bias.
+
+    Returns
+    -------
+    dx, dvalues, dbias : Tensor
+        float32; empty where not wanted.
+    """
+    dx, dvalues, dbias = (torch.empty(0) for _ in range(3))
+    if grads[0] or grads[1]:
+        packed, dy_scale, dy_zero_point = _packed(dy, dy_grid, dy_views, lanes_of(dy_grid, dy.shape[0]), scheme, seed)
+    if grads[0]:
+        weights, scale, total = _weights(values, columns, scheme is not None)
+        dx = _inner("spmm")(packed, weights, columns[0], columns[1], scale, total, dy_scale, dy_zero_point, None,
+                            dy_grid, views, x_shape, is_channels_last(dy), not complete)
+    if grads[1]:
+        if scheme is None:
+            x_scale = x_zero_point = None
+        dvalues = _inner("sddmm")(planes, packed, *rows, x_scale, x_zero_point, dy_scale, grid, dy_grid, dy_views,
+                                  dy.shape, values.shape[0])
+    if grads[2]:
+        dbias = dy.sum((0, 2, 3), dtype=torch.float32)
+    return dx, dvalues, dbias

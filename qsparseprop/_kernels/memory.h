@@ -18,7 +18,7 @@ static inline void qsp_prefer_huge_pages(void *start, int64_t bytes)
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t first = ((uintptr_t)start + QSP_HUGE_PAGE - 1) & ~(uintptr_t)(QSP_HUGE_PAGE - 1);
     const uintptr_t last = ((uintptr_t)start + (uintptr_t)bytes) & ~(uintptr_t)(QSP_HUGE_PAGE - 1);
-    if (last > first && last - first >= 2 * (uintptr_t)QSP_HUGE_PAGE)
+    if (last > first)
         (void)madvise((void *)first, last - first, MADV_HUGEPAGE);
 #else
     (void)start, (void)bytes;

@@ -12,6 +12,8 @@ from qsparseprop.geometry import Geometry
 from qsparseprop.pattern import Plan, check_pattern, dense_pattern, make_plan, row_indices
 from qsparseprop.quantization import QuantConfig
 
+_READ_AS_THEY_ARE = (torch.float32, torch.bfloat16)
+
 #: Input sizes whose offset tables a module keeps: training and evaluation batches, and the odd last one of each.
 KEPT_PLANS = 8
 
@@ -186,19 +188,19 @@ class SparseModule(nn.Module):
         return {k: v for k, v in super().__getstate__().items() if k not in ("_plans", "_plans_version")}
 
     def _check_input(self, x: Tensor) -> None:
+        kind = type(self).__name__
         if not isinstance(x, Tensor):
-            raise TypeError(f"{type(self).__name__} expects a tensor, got {type(x).__name__}")
-        if x.device.type != "cpu" or self.weight.device.type != "cpu":
-            raise ValueError(f"{type(self).__name__} computes on the CPU, got an input on device {x.device} and "
-                             f"weights on device {self.weight.device}")
-        if not x.is_floating_point():
-            raise TypeError(f"{type(self).__name__} expects a floating-point input (float32, bfloat16, ...), "
-                            f"got {x.dtype}")
+            raise TypeError(f"{kind} expects a tensor, got {type(x).__name__}")
+        if not (x.is_cpu and self.weight.is_cpu):
+            raise ValueError(f"{kind} computes on the CPU, got an input on device {x.device} and weights on device "
+                             f"{self.weight.device}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"{kind} expects a floating-point input (float32, bfloat16, ...), got {x.dtype}")
         if x.layout != torch.strided:
-            raise TypeError(f"{type(self).__name__} expects a strided tensor, got layout {x.layout}")
+            raise TypeError(f"{kind} expects a strided tensor, got layout {x.layout}")
 
     @staticmethod
     def _cast_input(x: Tensor) -> tuple[Tensor, torch.dtype]:
         """The input as the kernels read it, and the dtype of the output."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32), dtype
+        return x if x.dtype in _READ_AS_THEY_ARE else x.to(torch.float32), dtype

@@ -139,7 +139,8 @@ class SparseConv2d(SparseModule):
             batch_innermost,
         )  # fmt: skip
         y = sparse_product(images, self.weight, self.bias, self._plan(geometry, self.groups), self.qconfig)
-        return (y if x.ndim == 4 else y[0]).to(dtype)
+        y = y if x.ndim == 4 else y[0]
+        return y if y.dtype == dtype else y.to(dtype)
 
     def extra_repr(self) -> str:
         """What the module prints of itself."""

@@ -91,11 +91,13 @@ class SparseLinear(SparseModule):
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{type(self).__name__} expects the last dimension to be in_features={self.in_features}, "
                              f"got shape {tuple(x.shape)}")
-        x, dtype = self._cast_input(x)
-        rows = x.reshape(x.shape[:-1].numel(), self.in_features)
         plan = self._plan(linear_geometry(self.in_features, self.out_features), 1)
-        y = sparse_product(rows[:, :, None, None], self.weight, self.bias, plan, self.qconfig)
-        return y.reshape(*x.shape[:-1], self.out_features).to(dtype)
+        leading = x.shape[:-1]
+        x, dtype = self._cast_input(x)
+        rows = x if x.ndim == 2 else x.reshape(leading.numel(), self.in_features)
+        y = sparse_product(rows[..., None, None], self.weight, self.bias, plan, self.qconfig)
+        y = y.view(*leading, self.out_features)
+        return y if y.dtype == dtype else y.to(dtype)
 
     def extra_repr(self) -> str:
         """What the module prints of itself."""

@@ -1,0 +1,316 @@
+"""A training step of ResNet-18: qsparseprop against torch's dense layers.
+
+A step is forward, loss, backward, the update by SGD with momentum (torch's fused one, for all alike) and setting the
+gradients to None. Two networks: "cifar" (32x32 images, batch 64, 3x3 stem) and "imagenet" (224x224, batch 16, 7x7 stem
+of stride 2 and max-pooling). All convolutions but the first have the given fraction of zeros, at random positions, and
+are sparse modules in our network; the rest of it is torch's. Dense networks run in float32 and under bfloat16 autocast,
+contiguous and channels_last (cl); ours channels_last, with the dense rest in float32 (int8 cl) or under bfloat16
+autocast (int8 cl bf16). Dense networks do not pay for keeping their zeros.
+
+  python benchmarks/network.py --json network.json              allow a quarter of an hour
+  python benchmarks/network.py --only cifar --threads 1 --sparsity 0.9
+  python benchmarks/network.py --profile --threads 1            where our milliseconds go
+  python benchmarks/network.py --profile "bf16 cl" --threads 1  the same of a dense network
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _common import (
+    DENSE,
+    Competitor,
+    Table,
+    make_parser,
+    precision,
+    put_zeros,
+    race,
+    remark_noise,
+    say,
+    start,
+    write_json,
+)
+from torch import nn
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from qsparseprop.utils.models import resnet18
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+
+#: Layers that stay dense.
+KEPT_DENSE = ("conv1", "linear")
+#: Steps that ``--profile`` adds up.
+PROFILED_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Network:
+    """A ResNet-18 and its data.
+
+    Attributes
+    ----------
+    name : str
+    batch, size : int
+        Images of a step, and their height and width.
+    classes : int
+    width : int
+        Channels of the first stage.
+    large_stem : bool
+        7x7 convolution of stride 2 and max-pooling, in place of a 3x3 convolution of stride 1.
+    """
+
+    name: str
+    batch: int
+    size: int
+    classes: int
+    large_stem: bool
+    width: int = 64
+
+    def build(self) -> nn.Module:
+        """Randomly initialised from torch's default generator."""
+        model = resnet18(self.classes, width=self.width)
+        if self.large_stem:
+            model.conv1 = nn.Conv2d(3, self.width, 7, stride=2, padding=3, bias=False)
+            # the activation of the stem, where the pooling follows
+            model.relu = nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1))
+        return model
+
+
+NETWORKS = (Network("cifar", 64, 32, 10, False), Network("imagenet", 16, 224, 1000, True))
+QUICK_NETWORKS = (Network("cifar", 4, 16, 10, False, width=8), Network("imagenet", 4, 64, 10, True, width=8))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a network is run: memory format, autocast, and which layers replace the sparse convolutions, if any."""
+
+    name: str
+    group: str = DENSE
+    channels_last: bool = False
+    bf16: bool = False
+    quantize: bool = True
+
+    @property
+    def swapped(self) -> bool:
+        return self.group != DENSE
+
+
+SETTINGS = (
+    Setting("fp32"),
+    Setting("fp32 cl", channels_last=True),
+    Setting("bf16", bf16=True),
+    Setting("bf16 cl", channels_last=True, bf16=True),
+    Setting("int8 cl", "int8", channels_last=True),
+    Setting("int8 cl bf16", "int8", channels_last=True, bf16=True),
+)
+FLOAT_SETTING = Setting("sparse fp32 cl", "sparse fp32", channels_last=True, quantize=False)
+
+
+def sparse_network(network: Network, sparsity: float) -> nn.Module:
+    """The dense network with zeros."""
+    torch.manual_seed(0)
+    model = network.build()
+    for seed, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, nn.Conv2d) and name not in KEPT_DENSE:
+            put_zeros(module.weight, sparsity, seed)
+    return model
+
+
+def training_step(
+    network: Network, model: nn.Module, setting: Setting, sparsity: float, include_dense: bool
+) -> Callable[[], None]:
+    """Return a function that trains a copy of a network by one step, always on the same images.
+
+    Parameters
+    ----------
+    network, model
+        From `sparse_network`; `model` is not changed.
+    setting : Setting
+    sparsity : float
+        Of the layers to replace.
+    include_dense : bool
+        Replace only layers that are faster for it, as ``swap_modules_with_sparse`` does by default.
+    """
+    memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    shape = (network.batch, 3, network.size, network.size)
+    images = torch.randn(shape, generator=generator).to(memory_format=memory_format)
+    labels = torch.randint(network.classes, (network.batch,), generator=generator)
+    model = copy.deepcopy(model).to(memory_format=memory_format).train()
+    if setting.swapped:
+        swap_modules_with_sparse(
+            model, images, verbose=False, quantize=setting.quantize, skip_modules=KEPT_DENSE,
+            min_sparsity=sparsity - 0.01, include_dense=include_dense,
+        )  # fmt: skip
+    # So slow that the network is the same after any number of steps.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True)
+
+    def step() -> None:
+        with record_function("forward"), precision(setting.bf16):
+            loss = F.cross_entropy(model(images), labels)
+        with record_function("backward"):
+            loss.backward()
+        with record_function("update"):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def compare(args: argparse.Namespace, networks: Sequence[Network]) -> list[dict[str, Any]]:
+    """Race all settings for each network, thread count and sparsity."""
+    settings = [*SETTINGS, FLOAT_SETTING] if args.sparse_fp32 else SETTINGS
+    groups = list(dict.fromkeys(s.group for s in settings if s.swapped))
+    results = []
+    for network, threads in itertools.product(networks, args.threads):
+        torch.set_num_threads(threads)
+        say(f"\nResNet-18 {network.name}, {network.size}x{network.size}, batch {network.batch}: training step in ms, "
+            f"{threads} thread{'s' if threads > 1 else ''}\n")
+        table = Table(["zeros", *(s.name for s in settings), "best dense", *(f"x {group}" for group in groups)], 6)
+        for sparsity in args.sparsity:
+            model = sparse_network(network, sparsity)
+            result = race([
+                Competitor(s.name, s.group, training_step(network, model, s, sparsity, args.include_dense))
+                for s in settings
+            ], args)  # fmt: skip
+            result = {"network": network.name, "batch": network.batch, "size": network.size, "threads": threads,
+                      "sparsity": sparsity, **result}  # fmt: skip
+            result["ratio_to_fp32"] = {name: result["ms"]["fp32"] / ms for name, ms in result["ms"].items()}
+            results.append(result)
+            table.row(f"{100 * sparsity:g} %", *(result["ms"][s.name] for s in settings), result["best"][DENSE],
+                      *(result["ratio"][group] for group in groups))
+    say("\nx: time of the best dense setting / time of our best\n")
+    table = Table(["fp32 (contiguous) time / time", "zeros", "threads", *(s.name for s in settings[1:])], 30)
+    for r in results:
+        table.row(r["network"], f"{100 * r['sparsity']:g} %", str(r["threads"]),
+                  *(r["ratio_to_fp32"][s.name] for s in settings[1:]))
+    return results
+
+
+#: Row of the profile by what an event's name starts with.
+ROWS = {
+    "aten::batch_norm": "BatchNorm",
+    "aten::native_batch_norm": "BatchNorm",
+    "aten::_batch_norm": "BatchNorm",
+    "aten::relu": "ReLU",
+    "aten::clamp_min": "ReLU",
+    "aten::threshold_backward": "ReLU",
+    "aten::max_pool2d": "pooling",
+    "aten::adaptive_avg_pool2d": "pooling",
+    "aten::_adaptive_avg_pool2d": "pooling",
+    "aten::mean": "pooling",
+    "aten::conv": "dense convolution",
+    "aten::linear": "dense Linear",
+    "aten::addmm": "dense Linear",
+    "aten::mm": "dense Linear",
+    "aten::cross_entropy_loss": "loss",
+    "aten::log_softmax": "loss",
+    "aten::_log_softmax": "loss",
+    "aten::nll_loss": "loss",
+    "aten::add": "add",
+    # nodes of the backward pass
+    "NativeBatchNormBackward": "BatchNorm",
+    "ReluBackward": "ReLU",
+    "MaxPool2DWithIndicesBackward": "pooling",
+    "MeanBackward": "pooling",
+    "ConvolutionBackward": "dense convolution",
+    "AddmmBackward": "dense Linear",
+    "AddBackward": "add",
+}
+#: Events of a sparse module, and the row for what is in none of its kernels: Python, allocation, casts.
+SPARSE = ("_SparseProduct", "qsparseprop::")
+SPARSE_REST = "sparse modules, rest"
+REST = "rest"
+
+
+def _row(names: Sequence[str]) -> str:
+    """Row of an event: the outermost operator that has one, but inside of a sparse module the innermost kernel."""
+    names = [name.removeprefix("autograd::engine::evaluate_function: ") for name in names]
+    if any(name.startswith(SPARSE) for name in names):
+        kernels = (name.removeprefix("qsparseprop::") for name in names if name.startswith("qsparseprop::"))
+        return next((name for name in kernels if not name.startswith("layer_")), SPARSE_REST)
+    return next((row for name in reversed(names) for start, row in ROWS.items() if name.startswith(start)), REST)
+
+
+def _names(event: FunctionEvent) -> Iterator[str]:
+    """Names of an event and of those that it is part of, from the inside out."""
+    current: FunctionEvent | None = event
+    while current is not None:
+        yield current.name
+        current = current.cpu_parent
+
+
+def profile_step(step: Callable[[], None], steps: int) -> dict[str, dict[str, float]]:
+    """Where the milliseconds of a step go.
+
+    Returns
+    -------
+    dict
+        Milliseconds of each row (see `_row`) in the phases "forward", "backward" and "update"; together all the time
+        that the profiler saw.
+    """
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(steps):
+            step()
+    rows: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(("forward", "backward", "update"), 0.0))
+    for event in recorded.events():
+        *names, phase = _names(event)
+        if phase in ("forward", "backward", "update"):
+            rows["optimizer" if phase == "update" else _row(names)][phase] += event.self_cpu_time_total / 1e3 / steps
+    return dict(rows)
+
+
+def show_profiles(args: argparse.Namespace, networks: Sequence[Network]) -> list[dict[str, Any]]:
+    """Profile one setting for each network, thread count and sparsity."""
+    setting = next(s for s in (*SETTINGS, FLOAT_SETTING) if s.name == args.profile)
+    results = []
+    for network, threads, sparsity in itertools.product(networks, args.threads, args.sparsity):
+        torch.set_num_threads(threads)
+        model = sparse_network(network, sparsity)
+        step = training_step(network, model, setting, sparsity, args.include_dense)
+        ms = race([Competitor(setting.name, setting.group, step)], args)["ms"][setting.name]
+        rows = profile_step(step, 1 if args.quick else PROFILED_STEPS)
+        total = sum(sum(row.values()) for row in rows.values())
+        say(f"\nResNet-18 {network.name}, {setting.name}, {100 * sparsity:g} % zeros, {threads} "
+            f"thread{'s' if threads > 1 else ''}: {ms:.1f} ms a step, {total:.1f} under the profiler, of which in ms\n")
+        table = Table(["", "forward", "backward", "together", "share"], 24)
+        for name, row in sorted(rows.items(), key=lambda item: -sum(item[1].values())):
+            together = sum(row.values())
+            table.row(name, row["forward"], row["backward"], together, f"{100 * together / total:.1f} %")
+        results.append({"network": network.name, "setting": setting.name, "threads": threads, "sparsity": sparsity,
+                        "step_ms": ms, "rows_ms": rows})  # fmt: skip
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = make_parser(__doc__, repeats=9, sparsity=(0.9, 0.95, 0.98), threads=(1, 2))
+    parser.add_argument("--only", choices=[network.name for network in NETWORKS], help="one of the networks")
+    parser.add_argument("--include-dense", action="store_true",
+                        help="let swap_modules_with_sparse time each layer and leave it dense where that is faster, as "
+                             "it does by default; otherwise all convolutions but the first become sparse")
+    parser.add_argument("--sparse-fp32", action="store_true", help="also our network with float32 sparse modules")
+    parser.add_argument("--profile", nargs="?", const="int8 cl", metavar="SETTING",
+                        choices=[s.name for s in (*SETTINGS, FLOAT_SETTING)],
+                        help="instead: time by kind of operator, of this column of the table (default: %(const)s)")
+    args, document = start("network", parser, argv)
+    networks = [n for n in (QUICK_NETWORKS if args.quick else NETWORKS) if args.only in (None, n.name)]
+    if args.profile:
+        document["profiles"] = show_profiles(args, networks)
+    else:
+        document["results"] = compare(args, networks)
+        remark_noise(document["results"])
+    write_json(args.json, document)
+
+
+if __name__ == "__main__":
+    main()
