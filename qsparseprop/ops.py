@@ -143,16 +143,16 @@ def quantize_weight(values: Tensor, index: Tensor, group_ptr: Tensor) -> tuple[T
 
 
 def _spmm_fake(planes, weights, group_ptr, offset, scale, total, x_scale, x_zero_point, bias, grid, views, shape,
-               channels_last, zeros):
+               channels_last, zeros, dtype=torch.float32):
     return planes.new_empty(
-        shape, dtype=torch.float32, memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        shape, dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
 
 
 @_operator(
     "spmm(Tensor planes, Tensor weights, Tensor group_ptr, Tensor offset, Tensor? scale, Tensor? total, "
     "Tensor? x_scale, Tensor? x_zero_point, Tensor? bias, int[] grid, int[] views, SymInt[] shape, "
-    "bool channels_last, bool zeros) -> Tensor",
+    "bool channels_last, bool zeros, ScalarType dtype=float) -> Tensor",
     _spmm_fake,
 )
 def spmm(
@@ -170,6 +170,7 @@ def spmm(
     shape: Sequence[int],
     channels_last: bool,
     zeros: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Gather-SpMM and unpacking: ``out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane]``.
 
@@ -191,14 +192,16 @@ def spmm(
         Memory format of the result.
     zeros : bool
         Whether the views leave something out that must be zero.
+    dtype : torch.dtype
+        float32 or bfloat16.
 
     Returns
     -------
     Tensor
-        float32, of `shape`.
+        Of `shape` and `dtype`.
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(tuple(shape), dtype=torch.float32, memory_format=memory_format)
+    out = torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format)
     if zeros:
         out.zero_()
     _matmul.spmm(planes, weights, group_ptr, offset, scale, total, x_scale, x_zero_point, bias, out, grid, views,
@@ -274,8 +277,9 @@ def _packed(
     return _inner("quantize_pack")(x, grid, views, lanes, scheme, seed)
 
 
-def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, scheme, seed):
-    out = _spmm_fake(x, None, None, None, None, None, None, None, None, None, None, shape, is_channels_last(x), False)
+def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, scheme, seed, dtype):
+    out = _spmm_fake(x, None, None, None, None, None, None, None, None, None, None, shape, is_channels_last(x), False,
+                     dtype)
     size = 0 if scheme is None else 1
     planes = x.new_empty(lanes_of(grid, x.shape[0]), dtype=torch.float32 if scheme is None else torch.uint8)
     return out, planes, x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int32)
@@ -293,7 +297,7 @@ def lanes_of(grid: Sequence[int], images: int) -> int:
 
 @_operator(
     "layer_forward(Tensor x, Tensor values, Tensor? bias, Tensor[] rows, int[] grid, int[] views, int[] out_views, "
-    "SymInt[] shape, str? scheme, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[] shape, str? scheme, Tensor? seed, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _layer_forward_fake,
 )
 def layer_forward(
@@ -307,6 +311,7 @@ def layer_forward(
     shape: Sequence[int],
     scheme: str | None,
     seed: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A layer's forward pass: pack the input, quantise the weight, multiply.
 
@@ -322,11 +327,13 @@ def layer_forward(
         Of the output.
     scheme, seed
         Of the input; without a scheme everything is float32.
+    dtype : torch.dtype
+        Of the output, float32 or bfloat16.
 
     Returns
     -------
     out : Tensor
-        float32; channels_last where x is.
+        Of `shape` and `dtype`; channels_last where x is.
     planes, scale, zero_point : Tensor
         The packed input; scale and zero point are empty without a scheme.
     """
@@ -335,16 +342,16 @@ def layer_forward(
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
     out = _inner("spmm")(packed, weights, rows[0], rows[1], scale, total, x_scale, x_zero_point, bias, grid, out_views,
-                         shape, is_channels_last(x), False)
+                         shape, is_channels_last(x), False, dtype)
     if scheme is None:
         x_scale, x_zero_point = torch.empty(0), torch.empty(0, dtype=torch.int32)
     return out, packed, x_scale, x_zero_point
 
 
 def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views,
-                         x_shape, complete, scheme, seed, grads):
+                         x_shape, complete, scheme, seed, grads, x_dtype):
     make = torch.float32
-    dx = dy.new_empty(x_shape, dtype=make,
+    dx = dy.new_empty(x_shape, dtype=x_dtype,
                       memory_format=torch.channels_last if is_channels_last(dy) else torch.contiguous_format)
     return (
         dx if grads[0] else dy.new_empty(0, dtype=make),
@@ -356,7 +363,7 @@ def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, column
 @_operator(
     "layer_backward(Tensor dy, Tensor values, Tensor? planes, Tensor? x_scale, Tensor? x_zero_point, Tensor[] rows, "
     "Tensor[] columns, int[] grid, int[] dy_grid, int[] views, int[] dy_views, SymInt[] x_shape, bool complete, "
-    "str? scheme, Tensor? seed, bool[] grads) -> (Tensor, Tensor, Tensor)",
+    "str? scheme, Tensor? seed, bool[] grads, ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
     _layer_backward_fake,
 )
 def layer_backward(
@@ -376,6 +383,7 @@ def layer_backward(
     scheme: str | None,
     seed: Tensor | None,
     grads: Sequence[bool],
+    x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's backward pass: pack the output's gradient once, for the input's and the weight's.
 
@@ -396,11 +404,13 @@ def layer_backward(
         Of the gradient; without a scheme everything is float32.
     grads : sequence of bool
         Which gradients are wanted: of the input, the values, the bias.
+    x_dtype : torch.dtype
+        Of the input's gradient, float32 or bfloat16.
 
     Returns
     -------
     dx, dvalues, dbias : Tensor
-        float32; empty where not wanted.
+        The latter two in float32; empty where not wanted.
     """
     dx, dvalues, dbias = (torch.empty(0) for _ in range(3))
     if grads[0] or grads[1]:
@@ -408,7 +418,7 @@ def layer_backward(
     if grads[0]:
         weights, scale, total = _weights(values, columns, scheme is not None)
         dx = _inner("spmm")(packed, weights, columns[0], columns[1], scale, total, dy_scale, dy_zero_point, None,
-                            dy_grid, views, x_shape, is_channels_last(dy), not complete)
+                            dy_grid, views, x_shape, is_channels_last(dy), not complete, x_dtype)
     if grads[1]:
         if scheme is None:
             x_scale = x_zero_point = None

@@ -143,6 +143,7 @@ def spmm(
     shape: Sequence[int],
     channels_last: bool,
     zeros: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `qsparseprop.ops.spmm`."""
     codes = planes.dtype == torch.uint8
@@ -162,6 +163,7 @@ def spmm(
         if bias is not None:
             sums += bias[rows][:, None]
         out[:, :, ys, xs] = sums.reshape(channels, *lanes.shape).transpose(0, 1)
+    out = out.to(dtype)
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
 

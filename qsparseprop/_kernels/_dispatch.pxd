@@ -50,7 +50,8 @@ cdef extern from "kernels.h" nogil:
         int64_t correction_factor
         float scale_factor
         const float *bias
-        float *out
+        int dtype
+        void *out
         qsp_view view
         int64_t images
         int64_t row_chunks

@@ -7,6 +7,8 @@ from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
+    QSP_BF16,
+    QSP_F32,
     QSP_UNIT,
     active_kernels,
     qsp_count_units,
@@ -36,6 +38,7 @@ cdef enum:
     MAX_ROWS = 0x7ffffff0
 
 cdef object _float32 = torch.float32
+cdef object _bfloat16 = torch.bfloat16
 cdef object _int32 = torch.int32
 cdef object _int8 = torch.int8
 cdef object _uint8 = torch.uint8
@@ -92,7 +95,7 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     """out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane], unpacked into `out`.
 
     `planes` and `weights` are uint8 and int8 (then `scale`, `correction`, the sums of a row's codes, `x_scale` and
-    `x_zero_point` are given) or both float32. `out` is float32 (images, channels, height, width) of any strides that do
+    `x_zero_point` are given) or both float32. `out` is float32 or bfloat16 (images, channels, height, width) of any strides that do
     not overlap; rows are the channels of all views, one view after the other.
     """
     cdef bint codes = planes.dtype is _uint8
@@ -116,8 +119,9 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
         a.correction = <const int32_t *> pointer(correction, _int32, a.list.rows, "correction")
         a.scale_factor = (<const float *> pointer(x_scale, _float32, 1, "x_scale"))[0]
         a.correction_factor = -(<const int32_t *> pointer(x_zero_point, _int32, 1, "x_zero_point"))[0]
-    if out.dtype is not _float32 or not out.is_cpu:
-        raise TypeError(f"out must be of dtype torch.float32 on the CPU, got {out.dtype} on {out.device}")
+    if out.dtype is not _float32 and out.dtype is not _bfloat16:
+        raise TypeError(f"out must be of dtype torch.float32 or torch.bfloat16, got {out.dtype}")
+    a.dtype = QSP_F32 if out.dtype is _float32 else QSP_BF16
     # planes of the output are numbered by the rows of the list
     cdef qsp_grid rows_grid = a.grid
     rows_grid.planes = a.list.rows if a.list.rows > 0 else 1
@@ -125,8 +129,8 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     a.images = out.shape[0]
     if out.numel() == 0:
         return
-    a.out = <float *> pointer(out.as_strided((out.numel(),), (1,)), _float32, out.numel(), "out")
-    qsp_prefer_huge_pages(a.out, sizeof(float) * out.numel())
+    a.out = pointer(out.as_strided((out.numel(),), (1,)), out.dtype, out.numel(), "out")
+    qsp_prefer_huge_pages(a.out, (4 if a.dtype == QSP_F32 else 2) * numel(out))
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     for i in range(count):
         row += view[i].channels
@@ -157,6 +161,19 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
             for task in prange(units * chunks, nogil=True, num_threads=threads, schedule="dynamic",
                                use_threads_if=threads > 1 and slots * units * QSP_UNIT > SERIAL_WORK):
                 kernels.spmm_f32(args, task // chunks, task % chunks)
+
+
+# Sums of the last weight gradients, kept: fresh memory of this size would cost more in page faults than its use. A call
+# takes one out, so that threads never share it.
+_spare_scratch = []
+
+
+cdef object _take_scratch(int64_t size):
+    while _spare_scratch:
+        scratch = _spare_scratch.pop()
+        if scratch.numel() >= size:
+            return scratch
+    return torch.empty(size, dtype=_int64)
 
 
 def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy_scale, out, grid, dy_grid, views,
@@ -213,7 +230,7 @@ def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy
         a.scale_x_stride = _per_channel(x_scale, a.grid.planes, "x_scale")
         a.zero_stride = _per_channel(x_zero_point, a.grid.planes, "x_zero_point")
         a.scale_dy_stride = _per_channel(dy_scale, a.list.rows, "dy_scale")
-    scratch = torch.empty(slots + a.list.rows, dtype=_int64)
+    scratch = _take_scratch(slots + a.list.rows)
     a.sums = pointer(scratch, _int64, slots + a.list.rows, "scratch")
     units = qsp_count_units(&a.dy_grid, &a.view, a.images)
     if threads == 1 or slots * units * QSP_UNIT <= SERIAL_WORK:
@@ -227,6 +244,7 @@ def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy
     else:
         for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic", use_threads_if=threads > 1):
             kernels.sddmm_f32(args, chunk)
+    _spare_scratch.append(scratch)
 
 
 cdef int64_t _per_channel(object tensor, int64_t channels, str name) except -1:

@@ -53,7 +53,8 @@ typedef struct {
     int64_t correction_factor;
     float scale_factor;
     const float *bias;       /* [rows] or NULL */
-    float *out;
+    int dtype;               /* of out */
+    void *out;
     qsp_view view;           /* where row `view.plane + i` goes: channel i of the view */
     int64_t images;          /* of the whole tensor */
     int64_t row_chunks;      /* parts into which the rows are cut; tasks = units * row_chunks */

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.geometry import Geometry
+from qsparseprop.nn.functional import sparse_product
 from qsparseprop.pattern import Plan, check_pattern, dense_pattern, make_plan, row_indices
 from qsparseprop.quantization import QuantConfig
 
-_READ_AS_THEY_ARE = (torch.float32, torch.bfloat16)
+#: What the kernels read and write; other dtypes are converted.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 #: Input sizes whose offset tables a module keeps: training and evaluation batches, and the odd last one of each.
 KEPT_PLANS = 8
@@ -199,8 +201,11 @@ class SparseModule(nn.Module):
         if x.layout != torch.strided:
             raise TypeError(f"{kind} expects a strided tensor, got layout {x.layout}")
 
-    @staticmethod
-    def _cast_input(x: Tensor) -> tuple[Tensor, torch.dtype]:
-        """The input as the kernels read it, and the dtype of the output."""
+    def _multiply(self, x: Tensor, plan: Plan) -> Tensor:
+        """The product for a 4-D input, in the dtype that torch gives to such a layer: x's, or autocast's."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return x if x.dtype in _READ_AS_THEY_ARE else x.to(torch.float32), dtype
+        if x.dtype not in _KERNEL_DTYPES:
+            x = x.to(torch.float32)
+        y = sparse_product(x, self.weight, self.bias, plan, self.qconfig,
+                           dtype if dtype in _KERNEL_DTYPES else torch.float32)
+        return y if y.dtype == dtype else y.to(dtype)

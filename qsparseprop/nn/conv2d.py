@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from qsparseprop.geometry import conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._base import SparseModule, trains_weight
-from qsparseprop.nn.functional import sparse_product
 from qsparseprop.quantization import QuantConfig
 
 
@@ -128,7 +127,6 @@ class SparseConv2d(SparseModule):
         if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(f"{type(self).__name__} expects (images, {self.in_channels}, height, width) or "
                              f"({self.in_channels}, height, width), got shape {tuple(x.shape)}")
-        x, dtype = self._cast_input(x)
         images = x if x.ndim == 4 else x[None]
         batch, size = images.shape[0], tuple(images.shape[2:])
         batch_innermost = self.vectorizing_over_on
@@ -138,9 +136,8 @@ class SparseConv2d(SparseModule):
             self.in_channels, self.out_channels, size, self.kernel_size, self.stride, self._pads, self.dilation, batch,
             batch_innermost,
         )  # fmt: skip
-        y = sparse_product(images, self.weight, self.bias, self._plan(geometry, self.groups), self.qconfig)
-        y = y if x.ndim == 4 else y[0]
-        return y if y.dtype == dtype else y.to(dtype)
+        y = self._multiply(images, self._plan(geometry, self.groups))
+        return y if x.ndim == 4 else y[0]
 
     def extra_repr(self) -> str:
         """What the module prints of itself."""

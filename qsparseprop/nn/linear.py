@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from qsparseprop.geometry import linear_geometry
 from qsparseprop.nn._base import SparseModule, trains_weight
-from qsparseprop.nn.functional import sparse_product
 from qsparseprop.quantization import QuantConfig
 
 
@@ -93,11 +92,8 @@ class SparseLinear(SparseModule):
                              f"got shape {tuple(x.shape)}")
         plan = self._plan(linear_geometry(self.in_features, self.out_features), 1)
         leading = x.shape[:-1]
-        x, dtype = self._cast_input(x)
         rows = x if x.ndim == 2 else x.reshape(leading.numel(), self.in_features)
-        y = sparse_product(rows[..., None, None], self.weight, self.bias, plan, self.qconfig)
-        y = y.view(*leading, self.out_features)
-        return y if y.dtype == dtype else y.to(dtype)
+        return self._multiply(rows[..., None, None], plan).view(*leading, self.out_features)
 
     def extra_repr(self) -> str:
         """What the module prints of itself."""

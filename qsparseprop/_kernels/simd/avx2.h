@@ -50,6 +50,25 @@ QSP_INLINE void f16_store_n(float *p, f16x v, int n)
     _mm256_maskstore_ps(p, first8(n), v.a);
     _mm256_maskstore_ps(p + 8, first8(n - 8), v.b);
 }
+/* Nearest even; a NaN stays one. */
+QSP_INLINE __m256i bf16_bits8(__m256 v)
+{
+    const __m256i x = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+}
+QSP_INLINE void f16_store_bf16(uint16_t *p, f16x v)
+{
+    const __m256i words = _mm256_packus_epi32(bf16_bits8(v.a), bf16_bits8(v.b));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(words, 0xd8));
+}
+QSP_INLINE void f16_store_bf16_n(uint16_t *p, f16x v, int n)
+{
+    uint16_t line[16];
+    f16_store_bf16(line, v);
+    memcpy(p, line, (size_t)n * sizeof *p);
+}
 QSP_INLINE f16x f16_mul(f16x x, f16x y) { return f16_of(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
 QSP_INLINE f16x f16_add(f16x x, f16x y) { return f16_of(_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)); }
 QSP_INLINE f16x f16_fma(f16x x, f16x y, f16x z)

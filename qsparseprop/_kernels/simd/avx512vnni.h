@@ -33,6 +33,17 @@ QSP_INLINE f16x f16_load_bf16_n(const uint16_t *p, int n)
 QSP_INLINE f16x f16_load_sums(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 QSP_INLINE void f16_store(float *p, f16x v) { _mm512_storeu_ps(p, v); }
 QSP_INLINE void f16_store_n(float *p, f16x v, int n) { _mm512_mask_storeu_ps(p, first_n(n), v); }
+/* Nearest even; a NaN stays one. */
+QSP_INLINE __m256i bf16_from(f16x v)
+{
+    const __m512i x = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+QSP_INLINE void f16_store_bf16(uint16_t *p, f16x v) { _mm256_storeu_si256((__m256i *)p, bf16_from(v)); }
+QSP_INLINE void f16_store_bf16_n(uint16_t *p, f16x v, int n) { _mm256_mask_storeu_epi16(p, first_n(n), bf16_from(v)); }
 QSP_INLINE f16x f16_mul(f16x a, f16x b) { return _mm512_mul_ps(a, b); }
 QSP_INLINE f16x f16_add(f16x a, f16x b) { return _mm512_add_ps(a, b); }
 QSP_INLINE f16x f16_fma(f16x a, f16x b, f16x c) { return _mm512_fmadd_ps(a, b, c); }

@@ -41,6 +41,16 @@ QSP_INLINE float qsp_bf16_to_float(uint16_t bits)
     return value;
 }
 
+/* Nearest even; a NaN stays one. */
+QSP_INLINE uint16_t qsp_bf16_from_float(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value)
+        return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 /* The scale that maps [-absmax, absmax] to [-levels, levels]. Never below 2^-111, so that 2^16 / scale is finite: tiny
  * tensors keep |x - q * scale| <= scale / 2. NaN and Inf stay what they are and reach the output. */
 #define QSP_MIN_SCALE 0x1p-111f

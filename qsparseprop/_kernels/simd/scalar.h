@@ -32,6 +32,12 @@ QSP_INLINE f16x f16_gather(const float *base, const int32_t *index, int n)
 }
 QSP_INLINE void f16_store(float *p, f16x v) { memcpy(p, v.v, sizeof v.v); }
 QSP_INLINE void f16_store_n(float *p, f16x v, int n) { memcpy(p, v.v, (size_t)n * sizeof *p); }
+QSP_INLINE void f16_store_bf16_n(uint16_t *p, f16x v, int n)
+{
+    for (int i = 0; i < n; i++)
+        p[i] = qsp_bf16_from_float(v.v[i]);
+}
+QSP_INLINE void f16_store_bf16(uint16_t *p, f16x v) { f16_store_bf16_n(p, v, 16); }
 QSP_INLINE float f16_sum(f16x v)
 {
     float s = 0.0f;

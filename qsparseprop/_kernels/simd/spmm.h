@@ -67,7 +67,7 @@ QSP_INLINE void spmm_task(const qsp_spmm *a, int64_t unit, int64_t chunk, const 
     unit_target target;
     qsp_unit where;
     locate_unit(&where, &a->grid, &a->view, a->images, unit);
-    target_init(&target, &a->view, &a->grid, &where, a->out);
+    target_init(&target, &a->view, &a->grid, &where, a->dtype, a->out);
     const int64_t lane = where.block * a->grid.block + a->view.origin + where.lane;
     const int64_t last = qsp_cut_rows(&a->list, chunk + 1, a->row_chunks);
     for (int64_t row = qsp_cut_rows(&a->list, chunk, a->row_chunks); row < last; row += QSP_ROW_BLOCK) {
@@ -83,7 +83,7 @@ QSP_INLINE void spmm_task(const qsp_spmm *a, int64_t unit, int64_t chunk, const 
             /* what the unpacker will write: fetched while the products are computed */
             if (target.columns && target.column[i])
                 for (int k = 0; k < n; k += 16)
-                    QSP_PREFETCH_WRITE(target.column[i] + row + k);
+                    QSP_PREFETCH_WRITE(element_at(target.column[i], a->dtype, row + k));
             if (!codes) {
                 spmm_row_f32((const float *)a->planes + lane, offset, (const float *)a->weights + 4 * first, groups,
                              (float *)out);

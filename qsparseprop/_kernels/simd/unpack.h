@@ -32,10 +32,31 @@ typedef struct {
     int64_t step;                 /* elements from lane to lane */
     uint8_t first[QSP_UNIT], size[QSP_UNIT];
     int64_t elem[QSP_UNIT];
-    float *column[QSP_UNIT];      /* where channel 0 of a lane is, NULL where there is none */
+    void *column[QSP_UNIT];       /* where channel 0 of a lane is, NULL where there is none */
 } unit_target;
 
-static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, const qsp_unit *u, float *out)
+QSP_INLINE void *element_at(void *tensor, const int dtype, int64_t element)
+{
+    return (char *)tensor + (dtype == QSP_F32 ? 4 : 2) * element;
+}
+
+/* Neighbouring elements of a tensor. */
+QSP_INLINE void store16(void *p, const int dtype, f16x v)
+{
+    if (dtype == QSP_F32)
+        f16_store((float *)p, v);
+    else
+        f16_store_bf16((uint16_t *)p, v);
+}
+QSP_INLINE void store_n(void *p, const int dtype, f16x v, int n)
+{
+    if (dtype == QSP_F32)
+        f16_store_n((float *)p, v, n);
+    else
+        f16_store_bf16_n((uint16_t *)p, v, n);
+}
+
+static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, const qsp_unit *u, int dtype, void *out)
 {
     qsp_walk w;
     qsp_walk_init(&w, g, v, u->images);
@@ -65,7 +86,7 @@ static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, co
         t->column[i] = NULL;
     for (int k = 0; k < t->runs; k++)
         for (int j = 0; j < t->size[k]; j++)
-            t->column[t->first[k] + j] = out + t->elem[k] + j * t->step;
+            t->column[t->first[k] + j] = element_at(out, dtype, t->elem[k] + j * t->step);
 }
 
 QSP_INLINE int unit_lane(int place)
@@ -76,7 +97,7 @@ QSP_INLINE int unit_lane(int place)
 
 /* 16 lanes of up to 16 rows, transposed. `whole`: of 16 rows, and all lanes exist. */
 QSP_INLINE void unpack_tile(const unit_target *t, int64_t row, int rows, const int32_t *sums, int place, f16x scale,
-                            f16x bias, const int as_float, const int has_bias, const int whole)
+                            f16x bias, const int as_float, const int has_bias, const int dtype, const int whole)
 {
     f16x tile[16];
     QSP_UNROLL
@@ -88,19 +109,19 @@ QSP_INLINE void unpack_tile(const unit_target *t, int64_t row, int rows, const i
     f16_transpose(tile);
     QSP_UNROLL
     for (int i = 0; i < 16; i++) {
-        float *to = t->column[as_float ? place + i : unit_lane(place + i)];
+        void *to = t->column[as_float ? place + i : unit_lane(place + i)];
         f16x v = as_float ? tile[i] : f16_mul(tile[i], scale);
         if (has_bias)
             v = f16_add(v, bias);
         if (whole)
-            f16_store(to + row, v);
+            store16(element_at(to, dtype, row), dtype, v);
         else if (to)
-            f16_store_n(to + row, v, rows);
+            store_n(element_at(to, dtype, row), dtype, v, rows);
     }
 }
 
 QSP_INLINE void unpack_columns_of(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const int32_t *sums,
-                                  const int as_float, const int has_bias)
+                                  const int as_float, const int has_bias, const int dtype)
 {
     QSP_ALIGNED(64) float scale[QSP_ROW_BLOCK] = {0};
     for (int i = 0; i < n && !as_float; i++)
@@ -111,9 +132,9 @@ QSP_INLINE void unpack_columns_of(const qsp_spmm *a, const unit_target *t, int64
         const int32_t *from = sums + r * QSP_UNIT;
         for (int p = 0; p < QSP_UNIT; p += 16)
             if (rows == 16 && t->lanes == QSP_UNIT)
-                unpack_tile(t, row + r, 16, from, p, s, b, as_float, has_bias, 1);
+                unpack_tile(t, row + r, 16, from, p, s, b, as_float, has_bias, dtype, 1);
             else
-                unpack_tile(t, row + r, rows, from, p, s, b, as_float, has_bias, 0);
+                unpack_tile(t, row + r, rows, from, p, s, b, as_float, has_bias, dtype, 0);
     }
 }
 
@@ -124,14 +145,15 @@ static void unpack_columns(const qsp_spmm *a, const unit_target *t, int64_t row,
         for (int i = 0; i < n; i++)
             for (int p = 0; p < QSP_UNIT; p++)
                 ((float *)sums)[i * QSP_UNIT + p] *= a->scale[row + i] * a->scale_factor;
-    if (as_float && a->bias)
-        unpack_columns_of(a, t, row, n, sums, 1, 1);
+    const int has_bias = a->bias != NULL;
+    if (a->dtype == QSP_BF16)
+        unpack_columns_of(a, t, row, n, sums, as_float, has_bias, QSP_BF16);
     else if (as_float)
-        unpack_columns_of(a, t, row, n, sums, 1, 0);
-    else if (a->bias)
-        unpack_columns_of(a, t, row, n, sums, 0, 1);
+        unpack_columns_of(a, t, row, n, sums, 1, has_bias, QSP_F32);
+    else if (has_bias)
+        unpack_columns_of(a, t, row, n, sums, 0, 1, QSP_F32);
     else
-        unpack_columns_of(a, t, row, n, sums, 0, 0);
+        unpack_columns_of(a, t, row, n, sums, 0, 0, QSP_F32);
 }
 
 static void unpack_rows(const qsp_spmm *a, const unit_target *t, int64_t row, int n, int32_t *sums, int as_float)
@@ -142,12 +164,12 @@ static void unpack_rows(const qsp_spmm *a, const unit_target *t, int64_t row, in
     }
     QSP_ALIGNED(64) float line[QSP_UNIT];
     for (int i = 0; i < n; i++) {
-        float *to = a->out + (row + i) * a->view.elem_c;
+        void *to = element_at(a->out, a->dtype, (row + i) * a->view.elem_c);
         const float scale = a->scale ? a->scale[row + i] * a->scale_factor : 1.0f;
         const float bias = a->bias ? a->bias[row + i] : 0.0f;
         const int32_t *from = sums + i * QSP_UNIT;
-        const int direct = t->step == 1 && t->runs == 1 && t->size[0] == QSP_UNIT;
-        float *values = direct ? to + t->elem[0] : line;
+        const int direct = a->dtype == QSP_F32 && t->step == 1 && t->runs == 1 && t->size[0] == QSP_UNIT;
+        float *values = direct ? (float *)to + t->elem[0] : line;
         if (as_float)
             for (int p = 0; p < QSP_UNIT; p += 16)
                 f16_store(values + p, f16_add(f16_mul(f16_load((const float *)from + p), f16_set1(scale)),
@@ -155,17 +177,24 @@ static void unpack_rows(const qsp_spmm *a, const unit_target *t, int64_t row, in
         else
             quad_unpack(values, from, scale, bias);
         for (int k = 0; !direct && k < t->runs; k++) {
-            float *p = to + t->elem[k];
             const float *q = line + t->first[k];
-            if (t->step == 1) {
-                int j = 0;
-                for (; j + 16 <= t->size[k]; j += 16)
-                    f16_store(p + j, f16_load(q + j));
-                if (j < t->size[k])
-                    f16_store_n(p + j, f16_load_n(q + j, t->size[k] - j), t->size[k] - j);
-            } else {
-                for (int j = 0; j < t->size[k]; j++)
-                    p[j * t->step] = q[j];
+            const int size = t->size[k];
+            if (t->step != 1) {
+                for (int j = 0; j < size; j++) {
+                    void *p = element_at(to, a->dtype, t->elem[k] + j * t->step);
+                    if (a->dtype == QSP_F32)
+                        *(float *)p = q[j];
+                    else
+                        *(uint16_t *)p = qsp_bf16_from_float(q[j]);
+                }
+                continue;
+            }
+            for (int j = 0; j < size; j += 16) {
+                void *p = element_at(to, a->dtype, t->elem[k] + j);
+                if (size - j >= 16)
+                    store16(p, a->dtype, f16_load(q + j));
+                else
+                    store_n(p, a->dtype, f16_load_n(q + j, size - j), size - j);
             }
         }
     }
