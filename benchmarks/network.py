@@ -216,7 +216,7 @@ ROWS = {
     "aten::_log_softmax": "loss",
     "aten::nll_loss": "loss",
     "aten::add": "add",
-    # nodes of the backward pass
+    # nodes of the backward pass; the engine's additions of gradients happen outside of them
     "NativeBatchNormBackward": "BatchNorm",
     "ReluBackward": "ReLU",
     "MaxPool2DWithIndicesBackward": "pooling",
@@ -233,7 +233,6 @@ REST = "rest"
 
 def _row(names: Sequence[str]) -> str:
     """Row of an event: the outermost operator that has one, but inside of a sparse module the innermost kernel."""
-    names = [name.removeprefix("autograd::engine::evaluate_function: ") for name in names]
     if any(name.startswith(SPARSE) for name in names):
         kernels = (name.removeprefix("qsparseprop::") for name in names if name.startswith("qsparseprop::"))
         return next((name for name in kernels if not name.startswith("layer_")), SPARSE_REST)

@@ -133,7 +133,6 @@ def prefer_batch_innermost(batch: int, input_size: tuple[int, int], channels_las
     return batch >= UNIT and pixels <= 64
 
 
-@functools.lru_cache(maxsize=1024)
 def conv_geometry(
     in_channels: int,
     out_channels: int,
@@ -164,6 +163,23 @@ def conv_geometry(
     ValueError
         If the kernel does not fit into the padded input, or the planes are too large for 32-bit offsets.
     """
+    magnitude = min(1 << max(batch - 1, 0).bit_length(), BLOCK_LANES)
+    return _conv_geometry(in_channels, out_channels, input_size, kernel_size, stride, padding, dilation, magnitude,
+                          batch_innermost)
+
+
+@functools.lru_cache(maxsize=1024)
+def _conv_geometry(
+    in_channels: int,
+    out_channels: int,
+    input_size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    batch: int,
+    batch_innermost: bool,
+) -> Geometry:
     ys = _axis(input_size[0], kernel_size[0], stride[0], padding[:2], dilation[0])
     xs = _axis(input_size[1], kernel_size[1], stride[1], padding[2:], dilation[1])
     if ys.out < 1 or xs.out < 1:
@@ -173,7 +189,7 @@ def conv_geometry(
                          f"({reach[0]} x {reach[1]}, dilation included)")
     pixels = ys.pitch * xs.pitch
     most = UNIT if batch_innermost else max(1, BLOCK_LANES // pixels)
-    images = min(most, 1 << max(batch - 1, 0).bit_length())
+    images = min(most, batch)
     if batch_innermost:
         images = min(UNIT, max(16, images))
         lane_b, lane_x, lane_y = 1, images, xs.pitch * images

@@ -18,7 +18,12 @@ from qsparseprop._kernels import _matmul, _pack
 
 _library = torch.library.Library("qsparseprop", "DEF")
 
-SCHEMES = {"absmax": _pack.ABSMAX, "stochastic": _pack.STOCHASTIC, "standard": _pack.AFFINE}
+SCHEMES = {
+    "absmax": _pack.ABSMAX,
+    "symmetric": _pack.SYMMETRIC,
+    "stochastic": _pack.STOCHASTIC,
+    "standard": _pack.AFFINE,
+}
 
 
 #: The implementations behind the operators. A layer's operator calls them directly: a call through the dispatcher costs
@@ -73,7 +78,8 @@ def quantize_pack(
         float32 or bfloat16, (images, channels, height, width), any strides.
     grid, views, lanes
         Layout, and the size of the result.
-    scheme : {"absmax", "stochastic", "standard"}
+    scheme : {"absmax", "symmetric", "stochastic", "standard"}
+        "absmax" is "symmetric" (around 128), or unsigned (around 0) where no element is negative.
     seed : Tensor, optional
         int64 scalar; only for "stochastic".
 
@@ -135,6 +141,8 @@ def quantize_weight(values: Tensor, index: Tensor, group_ptr: Tensor) -> tuple[T
         int32, (rows,): sum of a row's codes, which the zero point of the other operand is multiplied with.
     """
     rows = group_ptr.numel() - 1
+    if rows < 0:
+        raise ValueError("group_ptr must have at least 1 element, got 0")
     codes = torch.empty(index.numel(), dtype=torch.int8)
     scale = torch.empty(rows, dtype=torch.float32)
     total = torch.empty(rows, dtype=torch.int32)
@@ -144,9 +152,8 @@ def quantize_weight(values: Tensor, index: Tensor, group_ptr: Tensor) -> tuple[T
 
 def _spmm_fake(planes, weights, group_ptr, offset, scale, total, x_scale, x_zero_point, bias, grid, views, shape,
                channels_last, zeros, dtype=torch.float32):
-    return planes.new_empty(
-        shape, dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=planes.device, memory_format=memory_format)
 
 
 @_operator(
@@ -351,8 +358,8 @@ def layer_forward(
 def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views,
                          x_shape, complete, scheme, seed, grads, x_dtype):
     make = torch.float32
-    dx = dy.new_empty(x_shape, dtype=x_dtype,
-                      memory_format=torch.channels_last if is_channels_last(dy) else torch.contiguous_format)
+    dx = _spmm_fake(dy, None, None, None, None, None, None, None, None, None, None, x_shape, is_channels_last(dy),
+                    False, x_dtype)
     return (
         dx if grads[0] else dy.new_empty(0, dtype=make),
         dy.new_empty(values.shape if grads[1] else 0, dtype=make),
@@ -413,6 +420,8 @@ def layer_backward(
         The latter two in float32; empty where not wanted.
     """
     dx, dvalues, dbias = (torch.empty(0) for _ in range(3))
+    if scheme == "absmax":
+        scheme = "symmetric"  # sddmm wants gradients around 128, whatever their signs
     if grads[0] or grads[1]:
         packed, dy_scale, dy_zero_point = _packed(dy, dy_grid, dy_views, lanes_of(dy_grid, dy.shape[0]), scheme, seed)
     if grads[0]:

@@ -66,10 +66,6 @@ def _fill(planes: Tensor, values: Tensor, grid: Sequence[int], views: Sequence[i
         planes[_lanes(grid, view, values.shape[0])[:, None] + plane[:, None, None]] = values[:, :, ys, xs]
 
 
-def _end(grid: Sequence[int], images: int) -> int:
-    return -(-images // grid[0]) * grid[7]
-
-
 def quantize_pack(
     x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int, scheme: str, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +83,7 @@ def quantize_pack(
     elif scheme == "absmax" and (x.numel() == 0 or x.amin() >= 0):
         scale, zero_point = symmetric_scale(absmax, 255), 0
         inverse = 1 / scale
-    else:
+    else:  # "symmetric", "stochastic"
         scale = symmetric_scale(absmax, 127)
         inverse = 1 / scale
     low, high = -zero_point if scheme == "standard" else max(-zero_point, -127), 255 - zero_point
@@ -98,7 +94,6 @@ def quantize_pack(
     else:
         value = value.round().clamp(low, high)
     planes = torch.full((lanes,), zero_point, dtype=torch.uint8)
-    planes[_end(grid, x.shape[0]) :] = 0
     _fill(planes, (value + zero_point).to(torch.uint8), grid, views)
     return planes, scale.reshape(1), torch.tensor([zero_point], dtype=torch.int32)
 

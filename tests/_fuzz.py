@@ -18,8 +18,8 @@ from qsparseprop.pattern import dense_pattern, make_plan
 
 PAGE = mmap.PAGESIZE
 LARGEST = 1 << 24  # bytes; what asks for more counts as refused
-INTEGERS = [0, 1, -1, 2, 3, 4, 5, 63, 64, 65, 128, 1 << 16, 1 << 20, (1 << 31) - 1, 1 << 31, -(1 << 31), 1 << 34, 1 << 39,
-            (1 << 40) - 1, 1 << 40, (1 << 62) + 64, (1 << 63) - 1, -(1 << 63)]  # fmt: skip
+INTEGERS = [0, 1, -1, 2, 3, 4, 5, 63, 64, 65, 128, 1 << 16, 1 << 20, (1 << 31) - 1, 1 << 31, -(1 << 31), 1 << 34,
+            1 << 39, (1 << 40) - 1, 1 << 40, (1 << 62) + 64, (1 << 63) - 1, -(1 << 63)]  # fmt: skip
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -107,8 +107,8 @@ def valid_calls():
                     weights, scale, total = torch.randn(rows.index.numel()), None, None
                 bias = torch.randn(out_shape[1]) if tensor is x else None
                 for channels_last in (False, True):
-                    yield ops.spmm, [planes, weights, rows.group_ptr, rows.offset, scale, total, s, z, bias, from_, views,
-                                     list(out_shape), channels_last, True]
+                    yield ops.spmm, [planes, weights, rows.group_ptr, rows.offset, scale, total, s, z, bias, from_,
+                                     views, list(out_shape), channels_last, True]  # fmt: skip
             if codes:
                 px, sx, zx = ops.quantize_pack(x, grid, in_views, x_lanes, "absmax", None)
                 py, sy, _ = ops.quantize_pack(dy, dy_grid, out_views, y_lanes, "stochastic", seed)
@@ -165,7 +165,7 @@ def describe(argument):
 def main():
     seed, calls = int(sys.argv[1]), int(sys.argv[2])
     faulthandler.enable()
-    faulthandler.dump_traceback_later(200, exit=True)
+    faulthandler.dump_traceback_later(100, exit=True)
     torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)

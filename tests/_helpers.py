@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qsparseprop
+from qsparseprop import nn as qnn
 from qsparseprop import reference
 from qsparseprop.geometry import Geometry, conv_geometry
 from qsparseprop.pattern import Plan, dense_pattern, make_plan
 
-TINY = torch.finfo(torch.float32).tiny
 #: Sums of integers are exact, so only the few float operations after them differ from float64.
 ROUNDING = 2e-6
 #: Sums of a few hundred float32 products, relative to the largest result.
@@ -109,11 +109,27 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return difference / size if size else (float("inf") if difference else 0.0)
 
 
+def gradient_of(y: Tensor, layout: str, seed: int) -> Tensor:
+    """A gradient for an output; "sum" is what `y.sum().backward()` gives."""
+    if layout == "sum":
+        return torch.ones(()).expand(y.shape).to(y.dtype)
+    return laid_out(torch.randn(y.shape, generator=generator(seed)).to(y.dtype), layout)
+
+
+def saved_for_backward(call: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
+    """What autograd keeps, the module's own parameters not counted."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call()
+    own = {p.data_ptr() for p in module.parameters()}
+    return [t for t in saved if t.data_ptr() not in own]
+
+
 # ---- operands after quantisation, by the formulas of QuantConfig, in the order of operations of the kernels ----
 
 
 def _inverse(absmax: Tensor, levels: float) -> tuple[Tensor, Tensor]:
-    scale = (absmax / levels).clamp(min=TINY)
+    scale = (absmax / levels).clamp(min=reference.MIN_SCALE)
     return scale, 1 / scale
 
 
@@ -130,7 +146,7 @@ def dequantized(x: Tensor, scheme: str, seed: Tensor | None = None) -> Tensor:
     elif scheme == "stochastic":
         scale, inverse = _inverse(x.abs().max(), 127)
         order = torch.arange(x.numel()).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-        codes = (x * inverse + reference.dither(int(seed) & 0xFFFFFFFFFFFFFFFF, order)).floor().clamp(-127, 127)
+        codes = reference.stochastic_round(x * inverse, int(seed) & 0xFFFFFFFFFFFFFFFF, order).clamp(-127, 127)
     elif x.min() >= 0:
         scale, inverse = _inverse(x.max(), 255)
         codes = (x * inverse).round()
@@ -163,6 +179,26 @@ def plane_groups(conv: nn.Conv2d) -> Tensor:
     x = torch.arange(width) * conv.dilation[1] % conv.stride[1]
     phase = y[:, None] * conv.stride[1] + x
     return channel[:, :, None, None] * (conv.stride[0] * conv.stride[1]) + phase
+
+
+# ---- modules ----
+
+KINDS = ("QuantizedSparseLinear", "SparseLinear", "QuantizedSparseConv2d", "SparseConv2d")
+
+
+def dense_example(kind: str, density: float = 0.3, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """A dense layer with zeros and an input for it."""
+    if "Linear" in kind:
+        dense, shape = nn.Linear(20, 12), (9, 20)
+    else:
+        dense, shape = nn.Conv2d(6, 8, (3, 2), (2, 1), (1, 2), groups=2), (5, 6, 9, 7)
+    return set_weight(dense, density, seed), torch.randn(shape, generator=generator(seed + 2))
+
+
+def example(kind: str, density: float = 0.3, seed: int = 0) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A sparse layer, the dense one that it was made of, and an input."""
+    dense, x = dense_example(kind, density, seed)
+    return getattr(qnn, kind).from_dense(dense), dense, x
 
 
 # ---- convolutions to draw ----

@@ -21,7 +21,6 @@ from qsparseprop.pattern import dense_pattern, make_plan
 
 from ._helpers import (
     LAYOUTS,
-    TINY,
     VALUES,
     conv_cases,
     generator,
@@ -143,7 +142,7 @@ def quantize(x, scheme, seed=None):
 EXTREMES = {
     "denormal": lambda: torch.linspace(-1, 1, 63) * 1e-40,
     "smallest": lambda: torch.tensor([0.0, 1e-45, -1e-45]),
-    "around the smallest normal": lambda: torch.tensor([TINY, -TINY, TINY * 100, -TINY * 126.5]),
+    "around the smallest normal": lambda: torch.tensor([1, -1, 100, -126.5]) * torch.finfo(torch.float32).tiny,
     "largest": lambda: torch.linspace(-1, 1, 63) * torch.finfo(torch.float32).max,
     "largest of one sign": lambda: torch.linspace(-1, 0, 63) * torch.finfo(torch.float32).max,
     "constant": lambda: torch.full((17,), 3.7),
@@ -168,7 +167,7 @@ def test_quantisation_error_is_within_its_guarantee(isa, scheme, kind):
     assert 0 <= zero <= 255
     error = (codes.double() - zero) * scale - x.double()
     # half a step, or a whole one where rounding is random; plus the rounding of x / scale itself
-    bound = scale * (1.0 if scheme == "stochastic" else 0.5) + 1e-5 * scale
+    bound = scale * (1.0 if scheme == "stochastic" else 0.5) + 2e-5 * scale
     assert error.abs().max() <= bound
     if scheme != "standard":
         assert zero in (0, 128)
@@ -177,10 +176,10 @@ def test_quantisation_error_is_within_its_guarantee(isa, scheme, kind):
     # the scale is as small as the range allows
     if scheme == "standard":
         span = x.max().clamp(min=0).double() - x.min().clamp(max=0).double()
-        assert scale == pytest.approx(max(span.item() / 255, TINY), rel=1e-5)
+        assert scale == pytest.approx(max(span.item() / 255, reference.MIN_SCALE), rel=1e-5)
     else:
         levels = 255 if scheme == "absmax" and x.min() >= 0 else 127
-        assert scale == pytest.approx(max(x.abs().max().item() / levels, TINY), rel=1e-5)
+        assert scale == pytest.approx(max(x.abs().max().item() / levels, reference.MIN_SCALE), rel=1e-5)
     assert codes[x == 0].eq(zero).all(), "zero must stay zero"
 
 
@@ -190,7 +189,7 @@ def test_quantisation_error_of_any_values(isa, x, scheme):
     x = torch.tensor(x)
     codes, scale, zero = quantize(x, scheme, seed_for(scheme, 3))
     error = (codes.double() - zero) * scale - x.double()
-    assert error.abs().max() <= scale * (1.0 if scheme == "stochastic" else 0.5) + 1e-5 * scale
+    assert error.abs().max() <= scale * (1.0 if scheme == "stochastic" else 0.5) + 2e-5 * scale
     if scheme == "stochastic":
         assert codes.min() >= 1
 
@@ -602,7 +601,7 @@ def _valid(op, codes=True):
     scheme = "absmax" if codes else None
     planes, x_scale, zero = operand(x, g.input_grid, g.input_views, scheme)
     weights, scale, total = weights_of(values, rows, codes)
-    grad, dy_scale, _ = operand(dy, g.output_grid, g.output_views, codes and "stochastic" or None)
+    grad, dy_scale, _ = operand(dy, g.output_grid, g.output_views, "stochastic" if codes else None)
     return {
         "quantize_pack": {**packing, "scheme": "absmax", "seed": None},
         "pack": packing,
@@ -785,7 +784,7 @@ def test_corrupted_arguments_are_refused(op, argument, change):
 
 
 _IN_A_PROCESS = """
-import json, os, sys, types
+import json, os, signal, sys, types
 package = types.ModuleType("tests")
 package.__path__ = [sys.argv[1]]
 sys.modules["tests"] = package
@@ -794,6 +793,7 @@ torch.set_num_threads(1)  # no team of threads, so that a fork is harmless
 from tests import test_ops
 for case in json.loads(sys.argv[2]):
     if not os.fork():
+        signal.alarm(5)  # for loops without end
         try:
             test_ops.corrupted_call(*case)
         except (TypeError, ValueError):

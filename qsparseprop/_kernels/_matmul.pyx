@@ -200,10 +200,6 @@ def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy
     a.plane = <const int32_t *> pointer(plane, _int32, slots, "plane")
     _check_index(a.index, slots, -1, values, "index")
     _check_index(a.plane, slots, 0, a.grid.planes, "plane")
-    a.images = shape[0]
-    if slots == 0 or a.images == 0:
-        out.zero_()
-        return
     if read_views(views, &a.dy_grid, shape, (0, 0, 0, 0), view, "dy") != 1:
         raise ValueError("dy must have one view")
     a.view = view[0]
@@ -212,6 +208,10 @@ def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy
     if (a.grid.lane_b != a.dy_grid.lane_b or a.grid.lane_y != a.dy_grid.lane_y or a.grid.lane_x != a.dy_grid.lane_x
             or a.grid.images != a.dy_grid.images):
         raise ValueError("grid and dy_grid must have the same lanes")
+    a.images = shape[0]
+    if slots == 0 or a.images == 0:
+        out.zero_()
+        return
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     end = check_lanes(&a.dy_grid, &a.view, a.images, "dy")
     a.planes = pointer(planes, _uint8 if codes else _float32, 1, "planes")

@@ -44,6 +44,7 @@ cdef object _uint8 = torch.uint8
 ABSMAX = 0
 STOCHASTIC = 1
 AFFINE = 2
+SYMMETRIC = 3
 
 
 cdef const void *_input(object x, int *dtype, str name) except? NULL:
@@ -158,9 +159,10 @@ cdef int64_t _pack(qsp_pack *a, object x, object planes, object grid, object vie
                                use_threads_if=blocks * a.grid.block > SERIAL_ELEMENTS):
                 kernels.pack_f32(args, task // chunks, task % chunks * PLANES_PER_TASK,
                                  min(args.view.channels, (task % chunks + 1) * PLANES_PER_TASK))
-    # kernels read a little past the last plane
+    # behind the last plane is what pads the last image
     tail = numel(planes) - blocks * a.grid.block
-    memset(<char *> a.planes + size * blocks * a.grid.block, 0, size * tail)
+    memset(<char *> a.planes + size * blocks * a.grid.block,
+           a.zero_point[(x.shape[1] - 1) * a.stride] if codes else 0, size * tail)
     return 0
 
 
@@ -175,7 +177,8 @@ def pack(x, planes, grid, views, int threads):
 def quantize_pack(x, planes, scale, zero_point, grid, views, int scheme, uint64_t seed, int threads):
     """Quantise `x` and write its codes into `planes` (uint8), its scale and zero point into one-element tensors.
 
-    ABSMAX and STOCHASTIC are symmetric around 128; ABSMAX turns to 0..255 around 0 where no element is negative.
+    ABSMAX, SYMMETRIC and STOCHASTIC are symmetric around 128; ABSMAX turns to 0..255 around 0 where no element is
+    negative.
     AFFINE maps [min, max] to 0..255.
     """
     cdef qsp_pack a
@@ -203,7 +206,7 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, int scheme, uint64_
     elif scheme == ABSMAX and r.min >= 0:
         s, zero = qsp_symmetric_scale(r.absmax, 255), 0
         inverse = <float> 1 / s
-    elif scheme == ABSMAX or scheme == STOCHASTIC:
+    elif scheme == ABSMAX or scheme == STOCHASTIC or scheme == SYMMETRIC:
         s, zero = qsp_symmetric_scale(r.absmax, 127), 128
         inverse = <float> 1 / s
     else:

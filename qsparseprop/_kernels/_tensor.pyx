@@ -7,6 +7,7 @@ cdef object _strided = torch.strided
 
 VIEW_NUMBERS = 9
 MAX_VIEWS = 64
+LIMIT = 1 << 30
 
 
 cdef int64_t numel(object tensor) except -1:
@@ -35,11 +36,11 @@ cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name)
 cdef void read_grid(object numbers, qsp_grid *grid, str name) except *:
     if len(numbers) != 8:
         raise ValueError(f"{name} must be 8 numbers, got {len(numbers)}")
-    (grid.images, grid.lane_b, grid.lane_y, grid.lane_x, grid.planes, grid.pitch, grid.front, grid.block) = numbers
-    cdef int64_t limit = <int64_t> 1 << 40
+    # below: sums of products of two fit into 64 bits, which everything that follows relies on
     for value in numbers:
-        if not 0 <= value < limit:
+        if not 0 <= value < LIMIT * (4 if value is numbers[7] else 1):
             raise ValueError(f"{name} has a number out of range: {list(numbers)}")
+    (grid.images, grid.lane_b, grid.lane_y, grid.lane_x, grid.planes, grid.pitch, grid.front, grid.block) = numbers
     if (grid.images < 1 or grid.planes < 1 or grid.lane_b < 1 or grid.lane_y < 1 or grid.lane_x < 1
             or grid.pitch < grid.front + 1 or grid.pitch % QSP_UNIT or grid.block < grid.planes * grid.pitch):
         raise ValueError(f"{name} is not a grid: {list(numbers)}")
@@ -59,6 +60,12 @@ cdef int64_t read_views(object numbers, const qsp_grid *grid, object shape, obje
     if count * VIEW_NUMBERS != len(numbers) or not 1 <= count <= MAX_VIEWS:
         raise ValueError(f"the views of {name} must be 1 to {MAX_VIEWS} times {VIEW_NUMBERS} numbers, "
                          f"got {len(numbers)}")
+    for size in shape:
+        if not 0 <= size < LIMIT:
+            raise ValueError(f"{name} has an impossible or too large shape, {tuple(shape)}")
+    for value in numbers:
+        if not -LIMIT < value < LIMIT:
+            raise ValueError(f"the views of {name} have a number out of range: {list(numbers)}")
     channels, height, width = shape[1], shape[2], shape[3]
     cdef int64_t sb = stride[0], sc = stride[1], sy = stride[2], sx = stride[3]
     cdef qsp_view *v
@@ -74,7 +81,11 @@ cdef int64_t read_views(object numbers, const qsp_grid *grid, object shape, obje
                 or (v.rows > 0 and (y0 + (v.rows - 1) * ystep >= height or x0 + (v.cols - 1) * xstep >= width))):
             raise ValueError(f"view {list(one)} does not fit {name} of shape {tuple(shape)} "
                              f"on {grid.planes} planes")
-        v.elem_b, v.elem_c, v.elem_y, v.elem_x = sb, sc, sy * ystep, sx * xstep
+        # the stride of a dimension that is not walked may be anything
+        v.elem_b = sb if shape[0] > 1 else 0
+        v.elem_c = sc if channels > 1 else 0
+        v.elem_y = sy * ystep if v.rows > 1 else 0
+        v.elem_x = sx * xstep if v.cols > 1 else 0
         v.elem = y0 * sy + x0 * sx
         # elements are numbered as if channels were innermost, whatever the memory format
         v.index_c, v.index_x, v.index_y = 1, channels * xstep, channels * width * ystep

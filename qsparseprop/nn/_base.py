@@ -34,10 +34,24 @@ def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor]:
     return weight, weight != 0
 
 
+def dense_bias(module: nn.Module) -> tuple[Tensor, bool] | None:
+    """Bias of a dense module, pruned or not, and whether it requires a gradient."""
+    parameters = dict(module.named_parameters(recurse=False))
+    mask = dict(module.named_buffers(recurse=False)).get("bias_mask")
+    if "bias_orig" in parameters and mask is not None:
+        return parameters["bias_orig"].detach() * mask, parameters["bias_orig"].requires_grad
+    return None if module.bias is None else (module.bias.detach(), module.bias.requires_grad)
+
+
 def trains_weight(module: nn.Module) -> bool:
     """Whether the weight of a dense module, pruned or not, requires a gradient."""
     parameters = dict(module.named_parameters(recurse=False))
     return parameters.get("weight_orig", parameters.get("weight")).requires_grad
+
+
+def _version(tensor: Tensor) -> int:
+    """Number of in-place changes of a tensor; those made in inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class SparseModule(nn.Module):
@@ -76,7 +90,7 @@ class SparseModule(nn.Module):
         else:
             raise TypeError(f"qconfig must be a QuantConfig, got {type(qconfig).__name__}")
 
-    def _set_weight(self, weight: Tensor, mask: Tensor, bias: Tensor | None, requires_grad: bool) -> None:
+    def _set_weight(self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool) -> None:
         rows = weight.shape[0]
         crow, col, flat = dense_pattern(mask.reshape(rows, -1))
         self.weight = nn.Parameter(weight.reshape(-1)[flat].clone(), requires_grad)
@@ -85,7 +99,7 @@ class SparseModule(nn.Module):
         if bias is None:
             self.register_parameter("bias", None)
         else:
-            self.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+            self.bias = nn.Parameter(bias[0].clone(), bias[1])
 
     @classmethod
     def _check_dense(cls, module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -160,7 +174,11 @@ class SparseModule(nn.Module):
         crow[1:] = torch.bincount(rows, minlength=crow.numel() - 1).cumsum(0)
         grad = None if self.weight.grad is None else self.weight.grad[kept]
         self.weight.grad = None
-        self.weight.data = self.weight.data[kept]
+        values = self.weight.data[kept]
+        # A graph that still exists keeps a node that accumulates gradients of the old size; torch makes a new one only
+        # when the dtype changes on the way.
+        self.weight.data = values.to(torch.float64 if values.dtype != torch.float64 else torch.float32)
+        self.weight.data = values
         self.weight.grad = grad
         self.crow_indices, self.col_indices = crow, self.col_indices[kept]
 
@@ -168,12 +186,14 @@ class SparseModule(nn.Module):
 
     def _plan(self, geometry: Geometry, groups: int) -> Plan:
         crow, col = self.crow_indices, self.col_indices
-        version = (crow.data_ptr(), crow._version, col.data_ptr(), col._version, col.numel())
+        if self.weight.ndim != 1 or self.weight.numel() != col.numel():
+            raise ValueError(f"weight must have one value for each of the {col.numel()} column indices, "
+                             f"got shape {tuple(self.weight.shape)}")
+        if self.bias is not None and self.bias.shape != (self.weight_shape[0],):
+            raise ValueError(f"bias must have shape ({self.weight_shape[0]},), got {tuple(self.bias.shape)}")
+        version = (crow.data_ptr(), _version(crow), col.data_ptr(), _version(col), col.numel())
         plans: OrderedDict[Geometry, Plan] = self.__dict__.setdefault("_plans", OrderedDict())
         if self.__dict__.get("_plans_version") != version:
-            if self.weight.ndim != 1 or self.weight.numel() != col.numel():
-                raise ValueError(f"weight must have one value per column index ({col.numel()}), "
-                                 f"got shape {tuple(self.weight.shape)}")
             rows = self.weight_shape[0]
             check_pattern(crow, col, (rows, torch.Size(self.weight_shape).numel() // max(rows, 1)))
             plans.clear()

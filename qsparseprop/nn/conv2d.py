@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.geometry import conv_geometry, prefer_batch_innermost
-from qsparseprop.nn._base import SparseModule, trains_weight
+from qsparseprop.nn._base import SparseModule, dense_bias, trains_weight
 from qsparseprop.quantization import QuantConfig
 
 
@@ -83,7 +83,7 @@ class SparseConv2d(SparseModule):
         layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
                     conv.groups, vectorizing_over_on)
         layer._configure(qconfig)
-        layer._set_weight(weight, mask, conv.bias, trains_weight(conv))
+        layer._set_weight(weight, mask, dense_bias(conv), trains_weight(conv))
         return layer.train(conv.training)
 
     def to_dense(self) -> nn.Conv2d:

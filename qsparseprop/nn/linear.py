@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.geometry import linear_geometry
-from qsparseprop.nn._base import SparseModule, trains_weight
+from qsparseprop.nn._base import SparseModule, dense_bias, trains_weight
 from qsparseprop.quantization import QuantConfig
 
 
@@ -49,7 +49,7 @@ class SparseLinear(SparseModule):
         weight, mask = cls._check_dense(linear)
         layer = cls(linear.in_features, linear.out_features)
         layer._configure(qconfig)
-        layer._set_weight(weight, mask, linear.bias, trains_weight(linear))
+        layer._set_weight(weight, mask, dense_bias(linear), trains_weight(linear))
         return layer.train(linear.training)
 
     def to_dense(self) -> nn.Linear:

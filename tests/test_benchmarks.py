@@ -1,0 +1,120 @@
+"""The benchmarks run and write what they promise. They run on tiny shapes, and nothing here looks at a time."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qsparseprop
+from qsparseprop._kernels import _dispatch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not beside the tests")
+
+
+def run(tmp_path, script, *arguments):
+    """Run a script as from a shell, with the package that is being tested; returns its JSON and what it printed."""
+    result = tmp_path / "result.json"
+    package = str(Path(qsparseprop.__file__).parents[1])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--json", str(result), *arguments]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(result.read_text())
+    assert document["arguments"]["quick"] is True
+    assert {"cpu", "torch", "qsparseprop", "date", "threads", "huge_pages"} <= set(document["environment"])
+    return document, done.stdout
+
+
+def assert_race(result, groups):
+    assert set(result["best"]) == groups
+    assert set(result["ratio"]) == groups - {"dense"}
+    assert set(result["best"].values()) <= set(result["ms"]) == set(result["quartiles_ms"])
+    assert all(math.isfinite(ms) for ms in result["ms"].values())
+
+
+def test_layers(tmp_path):
+    arguments = ("--threads", "1", "--sparsity", "0.8", "0.9", "--peers", "--huge-pages")
+    document, printed = run(tmp_path, "layers.py", *arguments)
+    assert "peers" in document
+    assert "asks for them: yes" in document["environment"]["huge_pages"]
+    results = document["results"]
+    assert [(r["kind"], r["sparsity"]) for r in results] == [
+        ("linear", 0.8), ("linear", 0.9), ("conv", 0.8), ("conv", 0.9), ("conv", 0.8), ("conv", 0.9),
+    ]  # fmt: skip
+    for result in results:
+        assert_race(result, {"dense", "int8", "sparse fp32"} | ({"SparseProp"} & set(result["ms"])))
+        assert result["layer"] in printed
+        formats = ("", " cl") if result["kind"] == "conv" else ("",)
+        for name in ("fp32", "bf16", "int8", "sparse fp32"):
+            assert {name + suffix for suffix in formats} <= set(result["ms"])
+    int8 = [s for s in document["summary"] if s["group"] == "int8"]
+    assert [(s["kind"], s["sparsity"], s["layers"]) for s in int8] == [
+        ("conv", 0.8, 2), ("conv", 0.9, 2), ("linear", 0.8, 1), ("linear", 0.9, 1),
+    ]  # fmt: skip
+    assert all(s["minimum"] <= s["geometric_mean"] * (1 + 1e-9) for s in int8)
+
+
+def test_layers_overhead_and_small_batches(tmp_path):
+    document, _ = run(tmp_path, "layers.py", "--threads", "1", "--overhead", "--small-batches")
+    assert "results" not in document
+    assert set(document["overhead"]["calls"]["1"]) == {"Linear", "QuantizedSparseLinear", "SparseLinear"}
+    assert list(document["overhead"]["import_ms"])[:2] == ["torch", "qsparseprop"]
+    assert [r["batch"] for r in document["small_batches"]] == [1, 2, 3]
+
+
+def test_layers_complains_about_an_unknown_shape(tmp_path):
+    with pytest.raises(AssertionError, match="no layer has such a name"):
+        run(tmp_path, "layers.py", "--shape", "9x9")
+
+
+def test_network(tmp_path):
+    document, printed = run(tmp_path, "network.py", "--threads", "1", "--sparsity", "0.9", "--sparse-fp32")
+    assert [r["network"] for r in document["results"]] == ["cifar", "imagenet"]
+    for result in document["results"]:
+        assert_race(result, {"dense", "int8", "sparse fp32"})
+        assert set(result["ms"]) == {"fp32", "fp32 cl", "bf16", "bf16 cl", "int8 cl", "int8 cl bf16", "sparse fp32 cl"}
+        assert result["network"] in printed
+
+
+def test_network_profile(tmp_path):
+    document, _ = run(tmp_path, "network.py", "--threads", "1", "--sparsity", "0.9", "--only", "imagenet", "--profile")
+    (profile,) = document["profiles"]
+    assert profile["setting"] == "int8 cl"
+    rows = profile["rows_ms"]
+    both_ways = {"quantize_pack", "quantize_weight", "spmm", "BatchNorm", "ReLU", "pooling", "dense convolution",
+                 "dense Linear", "loss", "add"}  # fmt: skip
+    assert {name for name, row in rows.items() if row["forward"] and row["backward"]} >= both_ways
+    assert rows["sddmm"]["backward"]
+    assert not rows["sddmm"]["forward"]
+    assert rows["optimizer"]["update"]
+
+
+def test_kernels(tmp_path):
+    document, printed = run(tmp_path, "kernels.py", "--threads", "1")
+    isas = set(_dispatch.supported_isas())
+    measured = {}
+    for result in document["results"]:
+        measured.setdefault((result["case"].split()[0], result["kernel"]), set()).add(result["isa"])
+        assert math.isfinite(result["rate"])
+        assert (result["share"] is None) == (result["of"] not in document["peaks"].get("1", {}))
+    packing = {"range", "quantize_pack absmax", "quantize_pack stochastic"}
+    products = {f"{kind} {name}" for kind in ("int8", "fp32") for name in ("spmm", "spmm, input grad", "sddmm")}
+    expected = {("packing", name) for name in packing}
+    expected |= {(case, name) for case in ("linear", "conv") for name in packing | products | {"quantize_weight"}}
+    assert measured == dict.fromkeys(expected, isas)
+    assert "peaks of 1 thread" in printed or "shares are left out" in printed
+
+
+def test_kernels_need_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    document, printed = run(tmp_path, "kernels.py", "--threads", "1", "--isa", "scalar", "--shape", "packing")
+    assert "shares are left out" in printed
+    assert document["peaks"] == {}
+    assert all(result["share"] is None for result in document["results"])
