@@ -45,8 +45,8 @@ DENSE_MODES = (
     TrainingMode(bf16=True, channels_last=True),
 )
 
-#: What the swapped network runs in. channels_last is the layout in which torch's own batch normalisation is fastest, and
-#: bfloat16 halves what it, ReLU and the additions read and write; the kernels read and write both.
+#: What the swapped network runs in. channels_last is the layout in which torch's own batch normalisation is fastest,
+#: and bfloat16 halves what it, ReLU and the additions read and write; the kernels read and write both.
 SPARSE_MODE = TrainingMode(bf16=True, channels_last=True)
 
 _PRUNERS = {"global": global_magnitude_prune, "layer": layerwise_magnitude_prune}

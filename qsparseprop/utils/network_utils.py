@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
-from qsparseprop.nn._base import SparseModule, dense_weight
+from qsparseprop.nn._base import SparseModule, dense_bias, dense_weight
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.measurement_utils import interleaved_medians
 
@@ -99,7 +100,7 @@ def sparsity(model: nn.Module) -> float:
         if isinstance(module, SparseModule):
             size = torch.Size(module.weight_shape).numel()
             zeros, total = zeros + size - module.nonzeros, total + size
-        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and _has_weight(module):
             weight, mask = dense_weight(module)
             zeros, total = zeros + weight.numel() - int((mask & (weight != 0)).sum()), total + weight.numel()
     return zeros / total if total else 0.0
@@ -188,19 +189,34 @@ def _plain_dense(module: nn.Module) -> nn.Module:
     plain.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         plain.__dict__[hooks] = type(plain.__dict__[hooks])()
-    for name in ("weight_orig", "weight"):
-        plain._parameters.pop(name, None)
-    plain._buffers.pop("weight_mask", None)
-    plain.__dict__.pop("weight", None)
+    bias = dense_bias(module)
+    plain._parameters.clear()
+    plain._buffers.clear()
+    for name in ("weight", "bias"):
+        plain.__dict__.pop(name, None)
+    # its own, too: a step of it must not touch the gradient of the model's
+    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias[0].clone(), bias[1]))
     # a clone may lose the memory format that makes the dense layer fast
     plain.register_parameter("weight", nn.Parameter(weight.clone(memory_format=torch.preserve_format)))
     return plain
 
 
-def _unsupported(module: nn.Module, quantize: bool) -> str | None:
+def _has_weight(module: nn.Module) -> bool:
+    """Whether a layer's weight exists yet; that of a lazy module does not."""
+    return not any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False))
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each Parameter."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+def _unsupported(module: nn.Module, owners: Counter[int]) -> str | None:
     """Why a layer cannot be replaced, or None."""
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"{type(module).__qualname__} is a subclass with a behaviour of its own"
+    if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+        return "shares a parameter with another module"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     weight, _ = dense_weight(module)
@@ -302,14 +318,19 @@ def swap_modules_with_sparse(
     report, replacements = SwapReport(), {}
     layers = {n: m for n, m in named.items() if isinstance(m, (nn.Linear, nn.Conv2d))}
     candidates = {}
+    owners = _owners(model)
     for name, module in layers.items():
+        if not _has_weight(module):
+            reason = f"{type(module).__qualname__} is a subclass whose weight does not exist yet"
+            report.append(SwapDecision(name, type(module).__name__, (), None, 0.0, reason=reason))
+            continue
         weight, mask = dense_weight(module)
         zeros = 1.0 - int((mask & (weight != 0)).sum()) / max(weight.numel(), 1)
         decision = SwapDecision(name, type(module).__name__, tuple(weight.shape), None, zeros)
         report.append(decision)
         if id(module) in skipped:
             decision.reason = "in skip_modules"
-        elif (why := _unsupported(module, quantize)) is not None:
+        elif (why := _unsupported(module, owners)) is not None:
             decision.reason = why
         elif zeros < min_sparsity:
             decision.reason = f"below min_sparsity={min_sparsity:g}"
@@ -332,9 +353,10 @@ def swap_modules_with_sparse(
                     "dense": _training_step(_plain_dense(dense), x, x_grad),
                     "sparse": _training_step(copy.deepcopy(sparse), x, x_grad),
                 }
-                seconds = interleaved_medians(steps, repeats=3, warmup=2)
-                if 0.5 < seconds["sparse"] / seconds["dense"] < 1.5:  # too close to be settled by three
-                    seconds = interleaved_medians(steps, repeats=TIMED_STEPS)
+                with torch.random.fork_rng(devices=[]):
+                    seconds = interleaved_medians(steps, repeats=3, warmup=2)
+                    if 0.5 < seconds["sparse"] / seconds["dense"] < 1.5:  # too close to be settled by three
+                        seconds = interleaved_medians(steps, repeats=TIMED_STEPS)
                 decision.dense_ms, decision.sparse_ms = 1e3 * seconds["dense"], 1e3 * seconds["sparse"]
                 if decision.dense_ms <= decision.sparse_ms:
                     decision.reason = "faster dense"
@@ -349,6 +371,9 @@ def swap_modules_with_sparse(
         for name, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    # in evaluation it would hand the layers' weights to a function that expects dense ones
+                    parent.activation_relu_or_gelu = 0
     model.swap_report = report
     if verbose:
         sys.stdout.write(f"{report}\n")
