@@ -208,8 +208,9 @@ def test_lists_of_a_full_weight_stay_within_the_planes(case):
 
 def test_batches_of_one_magnitude_share_a_geometry():
     arguments = (3, 4, (8, 8), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
-    assert conv_geometry(*arguments, 100, False) is conv_geometry(*arguments, 100, False)
-    assert conv_geometry(*arguments, 100, False) == conv_geometry(*arguments, 128, False)
+    assert conv_geometry(*arguments, 100, False) is conv_geometry(*arguments, 128, False)
+    assert conv_geometry(*arguments, 64, False) is not conv_geometry(*arguments, 1, False)
+    assert linear_geometry(5, 6) is linear_geometry(5, 6)
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     """out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane], unpacked into `out`.
 
     `planes` and `weights` are uint8 and int8 (then `scale`, `correction`, the sums of a row's codes, `x_scale` and
-    `x_zero_point` are given) or both float32. `out` is float32 or bfloat16 (images, channels, height, width) of any strides that do
-    not overlap; rows are the channels of all views, one view after the other.
+    `x_zero_point` are given) or both float32. `out` is float32 or bfloat16, (images, channels, height, width) of any
+    strides that do not overlap; rows are the channels of all views, one view after the other.
     """
     cdef bint codes = planes.dtype is _uint8
     cdef qsp_spmm a
