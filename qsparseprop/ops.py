@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _matmul, _pack
+from qsparseprop.reference import mix_seed
 
 _library = torch.library.Library("qsparseprop", "DEF")
 
@@ -97,7 +98,7 @@ def quantize_pack(
     planes = torch.empty(lanes, dtype=torch.uint8)
     scale = torch.empty(1, dtype=torch.float32)
     zero_point = torch.empty(1, dtype=torch.int32)
-    bits = 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF
+    bits = 0 if seed is None else mix_seed(int(seed))
     _pack.quantize_pack(x, planes, scale, zero_point, grid, views, SCHEMES[scheme], bits, torch.get_num_threads())
     return planes, scale, zero_point
 
@@ -299,6 +300,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 def lanes_of(grid: Sequence[int], images: int) -> int:
     """Size of the planes' buffer for a batch: whole blocks, and what the kernels read past the last one."""
+    if len(grid) != 8 or min(grid) < 0 or grid[0] < 1:
+        raise ValueError(f"a grid is 8 numbers, of which the first is positive, got {list(grid)}")
     return -(-images // grid[0]) * grid[7] + grid[6] + 64
 
 
@@ -420,6 +423,8 @@ def layer_backward(
         The latter two in float32; empty where not wanted.
     """
     dx, dvalues, dbias = (torch.empty(0) for _ in range(3))
+    if grads[1] and planes is None:
+        raise ValueError("the gradient of the values needs the packed input, got planes=None")
     if scheme == "absmax":
         scheme = "symmetric"  # sddmm wants gradients around 128, whatever their signs
     if grads[0] or grads[1]:

@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 MIN_SCALE = 2.0**-111
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+def mix_seed(seed: int) -> int:
+    """Spread a seed over 64 bits (finaliser of splitmix64)."""
+    z = (seed + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
 
 
 def random_bits(seed: int, index: Tensor) -> Tensor:
@@ -90,7 +99,7 @@ def quantize_pack(
     value = x * inverse
     if scheme == "stochastic":
         channels_innermost = torch.arange(x.numel()).reshape(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-        value = stochastic_round(value, int(seed) & 0xFFFFFFFFFFFFFFFF, channels_innermost).clamp(low, high)
+        value = stochastic_round(value, mix_seed(int(seed)), channels_innermost).clamp(low, high)
     else:
         value = value.round().clamp(low, high)
     planes = torch.full((lanes,), zero_point, dtype=torch.uint8)

@@ -146,7 +146,7 @@ def dequantized(x: Tensor, scheme: str, seed: Tensor | None = None) -> Tensor:
     elif scheme == "stochastic":
         scale, inverse = _inverse(x.abs().max(), 127)
         order = torch.arange(x.numel()).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-        codes = reference.stochastic_round(x * inverse, int(seed) & 0xFFFFFFFFFFFFFFFF, order).clamp(-127, 127)
+        codes = reference.stochastic_round(x * inverse, reference.mix_seed(int(seed)), order).clamp(-127, 127)
     elif x.min() >= 0:
         scale, inverse = _inverse(x.max(), 255)
         codes = (x * inverse).round()

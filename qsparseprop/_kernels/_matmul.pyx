@@ -209,8 +209,8 @@ def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy
             or a.grid.images != a.dy_grid.images):
         raise ValueError("grid and dy_grid must have the same lanes")
     a.images = shape[0]
+    out.zero_()  # also what no slot names
     if slots == 0 or a.images == 0:
-        out.zero_()
         return
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     end = check_lanes(&a.dy_grid, &a.view, a.images, "dy")

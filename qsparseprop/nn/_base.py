@@ -207,7 +207,7 @@ class SparseModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_plans", "_plans_version")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_plans_version")}
 
     def _check_input(self, x: Tensor) -> None:
         kind = type(self).__name__

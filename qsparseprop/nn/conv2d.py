@@ -88,8 +88,10 @@ class SparseConv2d(SparseModule):
 
     def to_dense(self) -> nn.Conv2d:
         """A dense convolution with the same weight and bias."""
+        # on "meta": a dense layer that initialises itself would draw random numbers
         conv = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-                         self.dilation, self.groups, self.bias is not None, dtype=self.weight.dtype)
+                         self.dilation, self.groups, self.bias is not None, device="meta", dtype=self.weight.dtype)
+        conv.to_empty(device="cpu")
         with torch.no_grad():
             conv.weight.copy_(self.dense_weight())
             conv.weight.requires_grad_(self.weight.requires_grad)

@@ -54,7 +54,9 @@ class SparseLinear(SparseModule):
 
     def to_dense(self) -> nn.Linear:
         """A dense layer with the same weight and bias."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.weight.dtype)
+        # on "meta": a dense layer that initialises itself would draw random numbers
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.weight.dtype)
+        linear.to_empty(device="cpu")
         with torch.no_grad():
             linear.weight.copy_(self.dense_weight())
             linear.weight.requires_grad_(self.weight.requires_grad)
@@ -90,6 +92,8 @@ class SparseLinear(SparseModule):
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{type(self).__name__} expects the last dimension to be in_features={self.in_features}, "
                              f"got shape {tuple(x.shape)}")
+        if 0 in self.weight_shape:  # nothing to multiply
+            return nn.functional.linear(x, self.dense_weight(), self.bias)
         plan = self._plan(linear_geometry(self.in_features, self.out_features), 1)
         leading = x.shape[:-1]
         rows = x if x.ndim == 2 else x.reshape(leading.numel(), self.in_features)

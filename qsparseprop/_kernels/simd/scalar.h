@@ -111,11 +111,11 @@ typedef struct {
         r.v[i] = (expression);         \
     return r
 
-/* Nearest even for |v| < 2^22, whatever rounding function the compiler's target has; NaN as x86 converts it. */
+/* Nearest even for |v| < 2^31, whatever rounding function the compiler's target has; NaN as x86 converts it. */
 QSP_INLINE int32_t nearest(float v)
 {
-    const float shifted = v + 12582912.0f;
-    return shifted == shifted ? (int32_t)(shifted - 12582912.0f) : INT32_MIN;
+    const double shifted = (double)v + 6755399441055744.0; /* 1.5 * 2^52: no bits are left behind the point */
+    return shifted == shifted ? (int32_t)(shifted - 6755399441055744.0) : INT32_MIN;
 }
 QSP_INLINE i32x16 i32_set1(int32_t v) { EACH16I(v); }
 QSP_INLINE i32x16 i32_load_n(const int32_t *p, int n) { EACH16I(i < n ? p[i] : 0); }
