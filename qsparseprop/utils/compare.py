@@ -92,7 +92,7 @@ class CompareConfig:
     width: int | None = None
     sparsity: float = 0.9
     scope: str = "global"
-    epochs: int = 1
+    epochs: int = 2
     pretrain_epochs: int = 1
     batch_size: int = 64
     learning_rate: float = 2e-3
