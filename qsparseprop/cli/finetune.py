@@ -80,7 +80,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--epochs",
         type=_whole_number(1),
-        default=1,
+        default=2,
         metavar="N",
         help="passes over the training images in each of the three fine-tunings (default: %(default)s)",
     )
