@@ -1,6 +1,6 @@
-"""The operators of `qsparseprop.ops` in plain torch: oracle of the tests, and fallback where nothing is compiled.
+"""The operators of `qsparseprop.ops` in plain torch: the oracle of the tests.
 
-Same functions, same arguments, same results: integers bit for bit, floats as well where a formula has one order of
+(A layer's two operators, which only call these one after the other, are not repeated.) Same functions, same arguments, same results: integers bit for bit, floats as well where a formula has one order of
 operations. Written to be read, not to be fast.
 """
 

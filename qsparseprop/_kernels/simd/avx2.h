@@ -234,7 +234,7 @@ QSP_INLINE void codes_store_n(uint8_t *p, u8x16 v, int n)
     memcpy(p, line, (size_t)n);
 }
 
-#include "codes_sse.h"
+#include "x86.h"
 
 /* 16 lanes (rows) x 16 channels of codes minus 128 -> codes, a channel's lanes together. */
 QSP_INLINE void codes_tile_store(uint8_t *p, int64_t pitch, const i32x16 *rows)
@@ -251,18 +251,12 @@ QSP_INLINE void codes_tile_store(uint8_t *p, int64_t pitch, const i32x16 *rows)
 
 /* ---- random numbers, see qsp_random_bits ---- */
 
-/* Of 16 elements whose indices follow each other from an even one on: eight pairs. */
+/* Of 16 elements whose indices follow each other from an even one on. */
 QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index)
 {
-    const uint64_t pair = index >> 1;
-    const __m256i high = _mm256_set1_epi32((int)((uint32_t)(seed >> 32) ^ (uint32_t)(pair >> 32)));
-    __m256i x = _mm256_add_epi32(_mm256_set1_epi32((int)(uint32_t)pair), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    x = _mm256_xor_si256(x, _mm256_set1_epi32((int)(uint32_t)seed));
-    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7feb352d));
-    x = _mm256_xor_si256(_mm256_xor_si256(x, high), _mm256_srli_epi32(x, 15));
-    x = _mm256_mullo_epi32(x, _mm256_set1_epi32((int)0x846ca68bU));
-    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
-    return i32_of(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
+    const __m256i x = random_pairs(seed, index);
+    return i32_of(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)),
+                  _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
 }
 
 /* Of 16 elements whose indices are `step` apart. */

@@ -95,21 +95,12 @@ QSP_INLINE void codes_copy_n(uint8_t *p, const uint8_t *from, int n)
     codes_store_n(p, _mm_loadu_si128((const __m128i *)from), n);
 }
 
+#include "x86.h"
+
 /* ---- random numbers, see qsp_random_bits ---- */
 
-/* Of 16 elements whose indices follow each other from an even one on: eight pairs. */
-QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index)
-{
-    const uint64_t pair = index >> 1;
-    const __m256i high = _mm256_set1_epi32((int)((uint32_t)(seed >> 32) ^ (uint32_t)(pair >> 32)));
-    __m256i x = _mm256_add_epi32(_mm256_set1_epi32((int)(uint32_t)pair), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    x = _mm256_xor_si256(x, _mm256_set1_epi32((int)(uint32_t)seed));
-    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7feb352d));
-    x = _mm256_ternarylogic_epi32(x, _mm256_srli_epi32(x, 15), high, 0x96);
-    x = _mm256_mullo_epi32(x, _mm256_set1_epi32((int)0x846ca68bU));
-    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
-    return _mm512_cvtepu16_epi32(x);
-}
+/* Of 16 elements whose indices follow each other from an even one on. */
+QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index) { return _mm512_cvtepu16_epi32(random_pairs(seed, index)); }
 
 /* Of 16 elements whose indices are `step` apart. */
 QSP_INLINE i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
@@ -310,5 +301,3 @@ QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n, int32_t excess)
                                  _mm512_add_epi64(_mm512_maskz_loadu_epi64(high, sums + 8),
                                                   _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(r, 1))));
 }
-
-#include "codes_sse.h"
