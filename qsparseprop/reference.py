@@ -1,7 +1,8 @@
 """The operators of `qsparseprop.ops` in plain torch: the oracle of the tests.
 
-(A layer's two operators, which only call these one after the other, are not repeated.) Same functions, same arguments, same results: integers bit for bit, floats as well where a formula has one order of
-operations. Written to be read, not to be fast.
+Same functions, same arguments, same results: integers bit for bit, floats as well where a formula has one order of
+operations. A layer's two operators, which only call these one after the other, are not repeated. Written to be read,
+not to be fast.
 """
 
 from __future__ import annotations
