@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
     """One whole run in a process of its own, with its output and its directory."""
     _needs_the_extra()
     out = tmp_path_factory.mktemp("finetune") / "deep" / "er"
-    command = [sys.executable, "-m", "qsparseprop", *TINY, "--sparsity", "0.8", "--out", str(out)]
+    command = [sys.executable, "-m", "qsparseprop", *TINY, "--epochs", "1", "--sparsity", "0.8", "--out", str(out)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False), out
 
 
