@@ -16,6 +16,7 @@ backward pass, what they read before the output; the last two are the same condi
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 #: Lanes that a kernel works on at a time.
@@ -26,6 +27,25 @@ BLOCK_LANES = 1024
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def buffer_lanes(grid: Sequence[int], images: int) -> int:
+    """Size of the planes' buffer for a batch: whole blocks, and what the kernels read past the last one.
+
+    Parameters
+    ----------
+    grid : sequence of int
+        As `Grid.numbers`.
+    images : int
+
+    Raises
+    ------
+    ValueError
+        If the numbers are not those of a grid.
+    """
+    if len(grid) != 8 or min(grid) < 0 or grid[0] < 1:
+        raise ValueError(f"a grid is 8 numbers, of which the first is positive, got {list(grid)}")
+    return -(-images // grid[0]) * grid[7] + grid[6] + UNIT
 
 
 @dataclass(frozen=True)
@@ -47,8 +67,8 @@ class Grid:
         return [self.images, self.lane_b, self.lane_y, self.lane_x, self.planes, self.pitch, self.front, self.block]
 
     def lanes(self, images: int) -> int:
-        """Size of the buffer for a batch, including what the kernels read past its end."""
-        return -(-images // self.images) * self.block + self.front + UNIT
+        """Size of the buffer for a batch, see `buffer_lanes`."""
+        return buffer_lanes(self.numbers, images)
 
     def with_planes(self, planes: int) -> Grid:
         """The same lanes for another number of planes."""

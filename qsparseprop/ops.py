@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _matmul, _pack
+from qsparseprop.geometry import buffer_lanes
 from qsparseprop.reference import mix_seed
 
 _library = torch.library.Library("qsparseprop", "DEF")
@@ -289,20 +290,13 @@ def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, sc
     out = _spmm_fake(x, None, None, None, None, None, None, None, None, None, None, shape, is_channels_last(x), False,
                      dtype)
     size = 0 if scheme is None else 1
-    planes = x.new_empty(lanes_of(grid, x.shape[0]), dtype=torch.float32 if scheme is None else torch.uint8)
+    planes = x.new_empty(buffer_lanes(grid, x.shape[0]), dtype=torch.float32 if scheme is None else torch.uint8)
     return out, planes, x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int32)
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether channels are what is innermost in the memory of an (images, channels, height, width) tensor."""
     return x.stride(1) == 1 and not x.is_contiguous()
-
-
-def lanes_of(grid: Sequence[int], images: int) -> int:
-    """Size of the planes' buffer for a batch: whole blocks, and what the kernels read past the last one."""
-    if len(grid) != 8 or min(grid) < 0 or grid[0] < 1:
-        raise ValueError(f"a grid is 8 numbers, of which the first is positive, got {list(grid)}")
-    return -(-images // grid[0]) * grid[7] + grid[6] + 64
 
 
 @_operator(
@@ -347,7 +341,7 @@ def layer_forward(
     planes, scale, zero_point : Tensor
         The packed input; scale and zero point are empty without a scheme.
     """
-    packed, x_scale, x_zero_point = _packed(x, grid, views, lanes_of(grid, x.shape[0]), scheme, seed)
+    packed, x_scale, x_zero_point = _packed(x, grid, views, buffer_lanes(grid, x.shape[0]), scheme, seed)
     weights, scale, total = _weights(values, rows, scheme is not None)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
@@ -428,7 +422,8 @@ def layer_backward(
     if scheme == "absmax":
         scheme = "symmetric"  # sddmm wants gradients around 128, whatever their signs
     if grads[0] or grads[1]:
-        packed, dy_scale, dy_zero_point = _packed(dy, dy_grid, dy_views, lanes_of(dy_grid, dy.shape[0]), scheme, seed)
+        lanes = buffer_lanes(dy_grid, dy.shape[0])
+        packed, dy_scale, dy_zero_point = _packed(dy, dy_grid, dy_views, lanes, scheme, seed)
     if grads[0]:
         weights, scale, total = _weights(values, columns, scheme is not None)
         dx = _inner("spmm")(packed, weights, columns[0], columns[1], scale, total, dy_scale, dy_zero_point, None,

@@ -4,7 +4,6 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint64_t
 cdef extern from "kernels.h" nogil:
     enum:
         QSP_UNIT
-        QSP_GROUP
         QSP_F32
         QSP_BF16
 

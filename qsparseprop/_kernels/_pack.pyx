@@ -28,7 +28,7 @@ from qsparseprop._kernels._tensor cimport (
 cdef enum:
     MAX_VIEWS = 64
     MAX_PARTS = 256
-    PLANES_PER_TASK = 1024
+    PLANES_PER_TASK = 64
     # elements below which starting threads costs more than it gives
     SERIAL_ELEMENTS = 1 << 15
 

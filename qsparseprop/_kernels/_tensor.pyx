@@ -37,8 +37,8 @@ cdef void read_grid(object numbers, qsp_grid *grid, str name) except *:
     if len(numbers) != 8:
         raise ValueError(f"{name} must be 8 numbers, got {len(numbers)}")
     # below: sums of products of two fit into 64 bits, which everything that follows relies on
-    for value in numbers:
-        if not 0 <= value < LIMIT * (4 if value is numbers[7] else 1):
+    for i, value in enumerate(numbers):
+        if not 0 <= value < (4 * LIMIT if i == 7 else LIMIT):
             raise ValueError(f"{name} has a number out of range: {list(numbers)}")
     (grid.images, grid.lane_b, grid.lane_y, grid.lane_x, grid.planes, grid.pitch, grid.front, grid.block) = numbers
     if (grid.images < 1 or grid.planes < 1 or grid.lane_b < 1 or grid.lane_y < 1 or grid.lane_x < 1
