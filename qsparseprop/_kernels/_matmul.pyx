@@ -7,7 +7,6 @@ from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
-    QSP_BF16,
     QSP_F32,
     QSP_UNIT,
     active_kernels,
@@ -28,6 +27,7 @@ from qsparseprop._kernels._tensor cimport (
     qsp_prefer_huge_pages,
     read_grid,
     read_views,
+    strided_pointer,
 )
 
 cdef enum:
@@ -38,7 +38,6 @@ cdef enum:
     MAX_ROWS = 0x7ffffff0
 
 cdef object _float32 = torch.float32
-cdef object _bfloat16 = torch.bfloat16
 cdef object _int32 = torch.int32
 cdef object _int8 = torch.int8
 cdef object _uint8 = torch.uint8
@@ -104,7 +103,7 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     cdef qsp_view view[MAX_VIEWS]
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int32_t low = 0, high = 0
-    cdef int64_t count, i, row = 0, blocks, units, chunks, slots, end, task
+    cdef int64_t count, i, row = 0, blocks, units, chunks, slots, end, task, size
     cdef const qsp_spmm *args
     memset(&a, 0, sizeof(a))
     threads = max(threads, 1)
@@ -119,18 +118,16 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
         a.correction = <const int32_t *> pointer(correction, _int32, a.list.rows, "correction")
         a.scale_factor = (<const float *> pointer(x_scale, _float32, 1, "x_scale"))[0]
         a.correction_factor = -(<const int32_t *> pointer(x_zero_point, _int32, 1, "x_zero_point"))[0]
-    if out.dtype is not _float32 and out.dtype is not _bfloat16:
-        raise TypeError(f"out must be of dtype torch.float32 or torch.bfloat16, got {out.dtype}")
-    a.dtype = QSP_F32 if out.dtype is _float32 else QSP_BF16
+    a.out = strided_pointer(out, &a.dtype, "out")
     # planes of the output are numbered by the rows of the list
     cdef qsp_grid rows_grid = a.grid
     rows_grid.planes = a.list.rows if a.list.rows > 0 else 1
     count = read_views(views, &rows_grid, out.shape, out.stride(), view, "out")
     a.images = out.shape[0]
-    if out.numel() == 0:
+    size = numel(out)
+    if size == 0:
         return
-    a.out = pointer(out.as_strided((out.numel(),), (1,)), out.dtype, out.numel(), "out")
-    qsp_prefer_huge_pages(a.out, (4 if a.dtype == QSP_F32 else 2) * numel(out))
+    qsp_prefer_huge_pages(a.out, (4 if a.dtype == QSP_F32 else 2) * size)
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     for i in range(count):
         row += view[i].channels

@@ -4,7 +4,7 @@ import torch
 
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, isfinite
-from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
@@ -23,6 +23,7 @@ from qsparseprop._kernels._tensor cimport (
     qsp_prefer_huge_pages,
     read_grid,
     read_views,
+    strided_pointer,
 )
 
 cdef enum:
@@ -37,7 +38,6 @@ cdef extern from "simd/common.h" nogil:
     float qsp_affine_scale(float low, float high, int32_t *zero_point)
 
 cdef object _float32 = torch.float32
-cdef object _bfloat16 = torch.bfloat16
 cdef object _int32 = torch.int32
 cdef object _uint8 = torch.uint8
 
@@ -45,21 +45,6 @@ ABSMAX = 0
 STOCHASTIC = 1
 AFFINE = 2
 SYMMETRIC = 3
-
-
-cdef const void *_input(object x, int *dtype, str name) except? NULL:
-    """Pointer of a strided CPU tensor of float32 or bfloat16."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype is _float32:
-        dtype[0] = QSP_F32
-    elif x.dtype is _bfloat16:
-        dtype[0] = QSP_BF16
-    else:
-        raise TypeError(f"{name} must be of dtype torch.float32 or torch.bfloat16, got {x.dtype}")
-    if not x.is_cpu or x.layout is not torch.strided:
-        raise ValueError(f"{name} must be a strided tensor on the CPU, got {x.layout} on device {x.device}")
-    return <const void *> <uintptr_t> x.data_ptr()
 
 
 cdef void _range_of(object x, const void *data, int dtype, bint whole, qsp_range *out, int threads) except *:
@@ -123,7 +108,7 @@ def tensor_range(x, int threads):
     """
     cdef int dtype
     cdef qsp_range r
-    cdef const void *data = _input(x, &dtype, "x")
+    cdef const void *data = strided_pointer(x, &dtype, "x")
     if x.numel() == 0:
         return 0.0, 0.0, 0.0
     _range_of(x, data, dtype, True, &r, max(threads, 1))
@@ -170,7 +155,7 @@ def pack(x, planes, grid, views, int threads):
     """Write `x` (images, channels, height, width), float32 or bfloat16, into `planes` (float32)."""
     cdef qsp_pack a
     memset(&a, 0, sizeof(a))
-    a.tensor = _input(x, &a.dtype, "x")
+    a.tensor = strided_pointer(x, &a.dtype, "x")
     _pack(&a, x, planes, grid, views, _float32, False, max(threads, 1))
 
 
@@ -189,7 +174,7 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, int scheme, uint64_
     cdef float *scale_p = <float *> pointer(scale, _float32, 1, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, 1, "zero_point")
     threads = max(threads, 1)
-    a.tensor = _input(x, &a.dtype, "x")
+    a.tensor = strided_pointer(x, &a.dtype, "x")
     if x.numel() == 0:
         r.absmax, r.min, r.max = 0, 0, 0
     else:

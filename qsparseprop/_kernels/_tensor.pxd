@@ -7,7 +7,7 @@ dtype, device, contiguity and size here, and read its pointer.
 
 from libc.stdint cimport int64_t, uintptr_t
 
-from qsparseprop._kernels._dispatch cimport QSP_UNIT, qsp_grid, qsp_view
+from qsparseprop._kernels._dispatch cimport QSP_BF16, QSP_F32, QSP_UNIT, qsp_grid, qsp_view
 
 
 cdef extern from "memory.h" nogil:
@@ -16,6 +16,7 @@ cdef extern from "memory.h" nogil:
 
 cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name) except? NULL
+cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL
 cdef int64_t numel(object tensor) except -1
 cdef void read_grid(object numbers, qsp_grid *grid, str name) except *
 cdef int64_t read_views(object numbers, const qsp_grid *grid, object shape, object stride, qsp_view *views,

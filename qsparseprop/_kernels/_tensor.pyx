@@ -2,8 +2,19 @@
 
 import torch
 
+from libc.string cimport memcpy
+
 cdef object _Tensor = torch.Tensor
 cdef object _strided = torch.strided
+cdef object _float32 = torch.float32
+cdef object _bfloat16 = torch.bfloat16
+
+# What tuples of numbers were found to mean. A layer brings the same ones at every call, and reading them anew would
+# take longer than the kernels of a small layer.
+cdef dict _grids = {}
+cdef dict _views = {}
+cdef enum:
+    KEPT = 512
 
 VIEW_NUMBERS = 9
 MAX_VIEWS = 64
@@ -33,7 +44,38 @@ cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name)
     return NULL if tensor is None else pointer(tensor, dtype, size, name)
 
 
+cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL:
+    """First element of a strided CPU tensor of float32 or bfloat16; its strides stay within its storage."""
+    if not isinstance(tensor, _Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype is _float32:
+        dtype[0] = QSP_F32
+    elif tensor.dtype is _bfloat16:
+        dtype[0] = QSP_BF16
+    else:
+        raise TypeError(f"{name} must be of dtype torch.float32 or torch.bfloat16, got {tensor.dtype}")
+    if not tensor.is_cpu or tensor.layout is not _strided:
+        raise ValueError(f"{name} must be a strided tensor on the CPU, got {tensor.layout} on device {tensor.device}")
+    return <void *> <uintptr_t> tensor.data_ptr()
+
+
 cdef void read_grid(object numbers, qsp_grid *grid, str name) except *:
+    cdef bytes known
+    cdef object found
+    if type(numbers) is tuple:
+        found = _grids.get(numbers)
+        if found is not None:
+            known = found
+            memcpy(grid, <const char *> known, sizeof(qsp_grid))
+            return
+    _read_grid(numbers, grid, name)
+    if type(numbers) is tuple:
+        if len(_grids) >= KEPT:
+            _grids.clear()
+        _grids[numbers] = (<const char *> grid)[:sizeof(qsp_grid)]
+
+
+cdef void _read_grid(object numbers, qsp_grid *grid, str name) except *:
     if len(numbers) != 8:
         raise ValueError(f"{name} must be 8 numbers, got {len(numbers)}")
     # below: sums of products of two fit into 64 bits, which everything that follows relies on
@@ -53,6 +95,26 @@ cdef int64_t read_views(object numbers, const qsp_grid *grid, object shape, obje
     Nine numbers each: first plane, channels, origin (lane), rows, columns, first row, first column, row step,
     column step.
     """
+    cdef bytes known
+    cdef int64_t count
+    cdef object key = None, found
+    if type(numbers) is tuple:
+        key = numbers, grid.planes, tuple(shape), tuple(stride)
+        found = _views.get(key)
+        if found is not None:
+            known = found
+            memcpy(views, <const char *> known, len(known))
+            return len(known) // sizeof(qsp_view)
+    count = _read_views(numbers, grid, shape, stride, views, name)
+    if key is not None:
+        if len(_views) >= KEPT:
+            _views.clear()
+        _views[key] = (<const char *> views)[:count * sizeof(qsp_view)]
+    return count
+
+
+cdef int64_t _read_views(object numbers, const qsp_grid *grid, object shape, object stride, qsp_view *views,
+                         str name) except -1:
     cdef int64_t count = len(numbers) // VIEW_NUMBERS, i
     cdef int64_t channels, height, width, y0, x0, ystep, xstep
     if len(shape) != 4:
