@@ -61,16 +61,27 @@ def draw_seed() -> Tensor:
     return torch.empty((), dtype=torch.int64).random_()
 
 
+def _scales(grid: Sequence[int], per_channel: bool) -> int:
+    return max(grid[4], 0) if per_channel and len(grid) > 4 else 1
+
+
 @_operator(
-    "quantize_pack(Tensor x, int[] grid, int[] views, int lanes, str scheme, Tensor? seed) -> (Tensor, Tensor, Tensor)",
-    lambda x, grid, views, lanes, scheme, seed: (
+    "quantize_pack(Tensor x, int[] grid, int[] views, int lanes, str scheme, Tensor? seed, bool per_channel=False) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda x, grid, views, lanes, scheme, seed, per_channel=False: (
         x.new_empty(lanes, dtype=torch.uint8),
-        x.new_empty(1, dtype=torch.float32),
-        x.new_empty(1, dtype=torch.int32),
+        x.new_empty(_scales(grid, per_channel), dtype=torch.float32),
+        x.new_empty(_scales(grid, per_channel), dtype=torch.int32),
     ),
 )
 def quantize_pack(
-    x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int, scheme: str, seed: Tensor | None
+    x: Tensor,
+    grid: Sequence[int],
+    views: Sequence[int],
+    lanes: int,
+    scheme: str,
+    seed: Tensor | None,
+    per_channel: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise a tensor to 8 bits and lay it out as planes of lanes.
 
@@ -84,23 +95,26 @@ def quantize_pack(
         "absmax" is "symmetric" (around 128), or unsigned (around 0) where no element is negative.
     seed : Tensor, optional
         int64 scalar; only for "stochastic".
+    per_channel : bool
+        One scale and zero point for each channel, and so for each plane.
 
     Returns
     -------
     planes : Tensor
         uint8, (lanes,); gaps hold the zero point.
     scale, zero_point : Tensor
-        float32 and int32, (1,): x = scale * (code - zero_point).
+        float32 and int32, (1,) or (planes of the grid,): x = scale * (code - zero_point).
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     if scheme == "stochastic" and seed is None:
         raise ValueError("the stochastic scheme needs a seed")
     planes = torch.empty(lanes, dtype=torch.uint8)
-    scale = torch.empty(1, dtype=torch.float32)
-    zero_point = torch.empty(1, dtype=torch.int32)
+    scale = torch.empty(_scales(grid, per_channel), dtype=torch.float32)
+    zero_point = torch.empty(_scales(grid, per_channel), dtype=torch.int32)
     bits = 0 if seed is None else mix_seed(int(seed))
-    _pack.quantize_pack(x, planes, scale, zero_point, grid, views, SCHEMES[scheme], bits, torch.get_num_threads())
+    _pack.quantize_pack(x, planes, scale, zero_point, grid, views, SCHEMES[scheme], per_channel, bits,
+                        torch.get_num_threads())
     return planes, scale, zero_point
 
 
@@ -116,14 +130,22 @@ def pack(x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int) -> Te
 
 
 @_operator(
-    "quantize_weight(Tensor values, Tensor index, Tensor group_ptr) -> (Tensor, Tensor, Tensor)",
-    lambda values, index, group_ptr: (
+    "quantize_weight(Tensor values, Tensor index, Tensor group_ptr, Tensor? plane=None, Tensor? factor=None, "
+    "Tensor? zero_point=None) -> (Tensor, Tensor, Tensor)",
+    lambda values, index, group_ptr, plane=None, factor=None, zero_point=None: (
         values.new_empty(index.shape, dtype=torch.int8),
         values.new_empty(group_ptr.shape[0] - 1, dtype=torch.float32),
-        values.new_empty(group_ptr.shape[0] - 1, dtype=torch.int32),
+        values.new_empty(group_ptr.shape[0] - 1, dtype=torch.int64),
     ),
 )
-def quantize_weight(values: Tensor, index: Tensor, group_ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_weight(
+    values: Tensor,
+    index: Tensor,
+    group_ptr: Tensor,
+    plane: Tensor | None = None,
+    factor: Tensor | None = None,
+    zero_point: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise the slots of a list, absmax with one scale a row.
 
     Parameters
@@ -132,6 +154,13 @@ def quantize_weight(values: Tensor, index: Tensor, group_ptr: Tensor) -> tuple[T
         float32, (nonzeros,).
     index, group_ptr : Tensor
         Of a `GatherList`.
+    plane : Tensor, optional
+        Of a `GatherList`; needed where one of the following differs from plane to plane.
+    factor : Tensor, optional
+        float32, (planes,) or (1,): scales of the other operand, multiplied into the values before they are quantised.
+        A sum over planes of different scales is a sum of integers then, with one scale.
+    zero_point : Tensor, optional
+        int32, (planes,) or (1,): zero points of the other operand, multiplied into `total`.
 
     Returns
     -------
@@ -140,15 +169,16 @@ def quantize_weight(values: Tensor, index: Tensor, group_ptr: Tensor) -> tuple[T
     scale : Tensor
         float32, (rows,).
     total : Tensor
-        int32, (rows,): sum of a row's codes, which the zero point of the other operand is multiplied with.
+        int64, (rows,): sum of a row's codes, each times the zero point of its plane.
     """
     rows = group_ptr.numel() - 1
     if rows < 0:
         raise ValueError("group_ptr must have at least 1 element, got 0")
     codes = torch.empty(index.numel(), dtype=torch.int8)
     scale = torch.empty(rows, dtype=torch.float32)
-    total = torch.empty(rows, dtype=torch.int32)
-    _matmul.quantize_weight(values, index, group_ptr, codes, scale, total, torch.get_num_threads())
+    total = torch.empty(rows, dtype=torch.int64)
+    _matmul.quantize_weight(values, index, group_ptr, plane, factor, zero_point, codes, scale, total,
+                            torch.get_num_threads())
     return codes, scale, total
 
 
@@ -189,8 +219,10 @@ def spmm(
         uint8 (lanes,) and int8 (slots,), or both float32.
     group_ptr, offset : Tensor
         Of a `GatherList`.
-    scale, total, x_scale, x_zero_point : Tensor or None
-        For codes: of the weights (rows,) and of the planes (1,).
+    scale, total : Tensor or None
+        For codes: of the weights, (rows,).
+    x_scale, x_zero_point : Tensor or None
+        For codes: of the planes, (1,); None where the weights were quantised with them.
     bias : Tensor or None
         float32, (rows,).
     grid, views
@@ -250,7 +282,7 @@ def sddmm(
     group_ptr, offset, index, plane : Tensor
         The forward `GatherList`.
     x_scale, x_zero_point, dy_scale : Tensor or None
-        For codes, (1,) each.
+        For codes, (1,) each or one for each plane of x (the first two) and each row.
     grid, dy_grid, views, shape
         Layout of both, the view of the gradient and the shape of its tensor.
     nonzeros : int
@@ -271,25 +303,36 @@ def _gather_weights(values: Tensor, index: Tensor) -> Tensor:
     return torch.cat([values, values.new_zeros(1)])[index]
 
 
-def _weights(values: Tensor, rows: Sequence[Tensor], codes: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _weights(
+    values: Tensor, rows: Sequence[Tensor], codes: bool, x_scale: Tensor | None = None, x_zero: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Weights, their scale and total, and what is left of the scale and zero point of what they are multiplied with."""
     master = values if values.dtype == torch.float32 else values.to(torch.float32)
-    if codes:
-        return _inner("quantize_weight")(master, rows[2], rows[0])
-    return _gather_weights(master, rows[2]), None, None
+    if not codes:
+        return _gather_weights(master, rows[2]), None, None, None, None
+    if x_scale.shape[0] == 1:
+        return *_inner("quantize_weight")(master, rows[2], rows[0]), x_scale, x_zero
+    return *_inner("quantize_weight")(master, rows[2], rows[0], rows[3], x_scale, x_zero), None, None
 
 
 def _packed(
-    x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int, scheme: str | None, seed: Tensor | None
+    x: Tensor,
+    grid: Sequence[int],
+    views: Sequence[int],
+    lanes: int,
+    scheme: str | None,
+    seed: Tensor | None,
+    per_channel: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if scheme is None:
         return _inner("pack")(x, grid, views, lanes), None, None
-    return _inner("quantize_pack")(x, grid, views, lanes, scheme, seed)
+    return _inner("quantize_pack")(x, grid, views, lanes, scheme, seed, per_channel)
 
 
-def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, scheme, seed, dtype):
+def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, scheme, seed, dtype, per_channel=False):
     out = _spmm_fake(x, None, None, None, None, None, None, None, None, None, None, shape, is_channels_last(x), False,
                      dtype)
-    size = 0 if scheme is None else 1
+    size = 0 if scheme is None else _scales(grid, per_channel)
     planes = x.new_empty(buffer_lanes(grid, x.shape[0]), dtype=torch.float32 if scheme is None else torch.uint8)
     return out, planes, x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int32)
 
@@ -301,7 +344,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 @_operator(
     "layer_forward(Tensor x, Tensor values, Tensor? bias, Tensor[] rows, int[] grid, int[] views, int[] out_views, "
-    "SymInt[] shape, str? scheme, Tensor? seed, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[] shape, str? scheme, Tensor? seed, ScalarType dtype, bool per_channel=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _layer_forward_fake,
 )
 def layer_forward(
@@ -316,6 +360,7 @@ def layer_forward(
     scheme: str | None,
     seed: Tensor | None,
     dtype: torch.dtype,
+    per_channel: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A layer's forward pass: pack the input, quantise the weight, multiply.
 
@@ -333,6 +378,8 @@ def layer_forward(
         Of the input; without a scheme everything is float32.
     dtype : torch.dtype
         Of the output, float32 or bfloat16.
+    per_channel : bool
+        One scale for each channel of the input, folded into the weights before they are quantised.
 
     Returns
     -------
@@ -341,11 +388,12 @@ def layer_forward(
     planes, scale, zero_point : Tensor
         The packed input; scale and zero point are empty without a scheme.
     """
-    packed, x_scale, x_zero_point = _packed(x, grid, views, buffer_lanes(grid, x.shape[0]), scheme, seed)
-    weights, scale, total = _weights(values, rows, scheme is not None)
+    lanes = buffer_lanes(grid, x.shape[0])
+    packed, x_scale, x_zero_point = _packed(x, grid, views, lanes, scheme, seed, per_channel)
+    weights, scale, total, factor, zero = _weights(values, rows, scheme is not None, x_scale, x_zero_point)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
-    out = _inner("spmm")(packed, weights, rows[0], rows[1], scale, total, x_scale, x_zero_point, bias, grid, out_views,
+    out = _inner("spmm")(packed, weights, rows[0], rows[1], scale, total, factor, zero, bias, grid, out_views,
                          shape, is_channels_last(x), False, dtype)
     if scheme is None:
         x_scale, x_zero_point = torch.empty(0), torch.empty(0, dtype=torch.int32)
@@ -353,7 +401,7 @@ def layer_forward(
 
 
 def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views,
-                         x_shape, complete, scheme, seed, grads, x_dtype):
+                         x_shape, complete, scheme, seed, grads, x_dtype, per_channel=False):
     make = torch.float32
     dx = _spmm_fake(dy, None, None, None, None, None, None, None, None, None, None, x_shape, is_channels_last(dy),
                     False, x_dtype)
@@ -367,7 +415,8 @@ def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, column
 @_operator(
     "layer_backward(Tensor dy, Tensor values, Tensor? planes, Tensor? x_scale, Tensor? x_zero_point, Tensor[] rows, "
     "Tensor[] columns, int[] grid, int[] dy_grid, int[] views, int[] dy_views, SymInt[] x_shape, bool complete, "
-    "str? scheme, Tensor? seed, bool[] grads, ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
+    "str? scheme, Tensor? seed, bool[] grads, ScalarType x_dtype, bool per_channel=False) "
+    "-> (Tensor, Tensor, Tensor)",
     _layer_backward_fake,
 )
 def layer_backward(
@@ -388,6 +437,7 @@ def layer_backward(
     seed: Tensor | None,
     grads: Sequence[bool],
     x_dtype: torch.dtype,
+    per_channel: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's backward pass: pack the output's gradient once, for the input's and the weight's.
 
@@ -410,6 +460,8 @@ def layer_backward(
         Which gradients are wanted: of the input, the values, the bias.
     x_dtype : torch.dtype
         Of the input's gradient, float32 or bfloat16.
+    per_channel : bool
+        One scale for each channel of the gradient.
 
     Returns
     -------
@@ -423,10 +475,11 @@ def layer_backward(
         scheme = "symmetric"  # sddmm wants gradients around 128, whatever their signs
     if grads[0] or grads[1]:
         lanes = buffer_lanes(dy_grid, dy.shape[0])
-        packed, dy_scale, dy_zero_point = _packed(dy, dy_grid, dy_views, lanes, scheme, seed)
+        packed, dy_scale, dy_zero_point = _packed(dy, dy_grid, dy_views, lanes, scheme, seed,
+                                                      per_channel)
     if grads[0]:
-        weights, scale, total = _weights(values, columns, scheme is not None)
-        dx = _inner("spmm")(packed, weights, columns[0], columns[1], scale, total, dy_scale, dy_zero_point, None,
+        weights, scale, total, factor, zero = _weights(values, columns, scheme is not None, dy_scale, dy_zero_point)
+        dx = _inner("spmm")(packed, weights, columns[0], columns[1], scale, total, factor, zero, None,
                             dy_grid, views, x_shape, is_channels_last(dy), not complete, x_dtype)
     if grads[1]:
         if scheme is None:

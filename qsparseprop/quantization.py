@@ -19,8 +19,9 @@ class QuantConfig:
         "standard": affine, [min, max] to 0..255 with a zero point.
     grad : {"stochastic", "absmax"}
         "stochastic": scale = max|g| / 127, q = floor(g / scale + u) with u uniform in (0, 1), which is unbiased.
-    granularity : {"tensor"}
-        One scale for an input or a gradient.
+    granularity : {"tensor", "channel"}
+        One scale for an input or a gradient, or one for each of its channels or features. The latter are multiplied
+        into the weights before these are quantised, so that the integer kernels do not know of them.
     check_finite : bool
         Raise an error that names the tensor where an input or a gradient has NaN or Inf. Otherwise they reach the
         output as NaN or Inf.
@@ -42,7 +43,7 @@ class QuantConfig:
             ("weight", ("absmax",)),
             ("input", ("absmax", "standard")),
             ("grad", ("stochastic", "absmax")),
-            ("granularity", ("tensor",)),
+            ("granularity", ("tensor", "channel")),
         ):
             value = getattr(self, name)
             if value not in allowed:

@@ -76,15 +76,21 @@ def _fill(planes: Tensor, values: Tensor, grid: Sequence[int], views: Sequence[i
         planes[_lanes(grid, view, values.shape[0])[:, None] + plane[:, None, None]] = values[:, :, ys, xs]
 
 
-def quantize_pack(
-    x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int, scheme: str, seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `qsparseprop.ops.quantize_pack`."""
-    x = x.to(torch.float32)
+def _gap_zeros(zero_point: Tensor, grid: Sequence[int], images: int, lanes: int) -> Tensor:
+    """Zero point of each lane of the buffer: what the taps read behind a plane's lanes is the front of the next one."""
+    planes, pitch, front, block = grid[4:]
+    lane = torch.arange(lanes)
+    plane = torch.clamp(lane % block // pitch, max=planes - 1)
+    owner = torch.where(lane % block - plane * pitch < front, (plane - 1) % planes, plane)
+    return zero_point[torch.where(lane < -(-images // grid[0]) * block, owner, planes - 1)]
+
+
+def _quantize(x: Tensor, scheme: str, seed: int, index: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Codes, scale and zero point of one tensor, or of a channel of it; `index` numbers its elements."""
     absmax = x.abs().amax() if x.numel() else x.new_zeros(())
     zero_point = 128
     if not torch.isfinite(absmax):  # every element a zero; the scale keeps the result from looking like a number
-        return torch.full((lanes,), 128, dtype=torch.uint8), absmax.reshape(1), torch.tensor([128], dtype=torch.int32)
+        return torch.full(x.shape, 128, dtype=torch.uint8), absmax, zero_point
     if scheme == "standard":
         low, high = x.amin().clamp(max=0) if x.numel() else absmax, x.amax().clamp(min=0) if x.numel() else absmax
         scale = symmetric_scale(high / 255 - low / 255, 1)
@@ -98,14 +104,32 @@ def quantize_pack(
         inverse = 1 / scale
     low, high = -zero_point if scheme == "standard" else max(-zero_point, -127), 255 - zero_point
     value = x * inverse
-    if scheme == "stochastic":
-        channels_innermost = torch.arange(x.numel()).reshape(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-        value = stochastic_round(value, mix_seed(int(seed)), channels_innermost).clamp(low, high)
-    else:
-        value = value.round().clamp(low, high)
-    planes = torch.full((lanes,), zero_point, dtype=torch.uint8)
-    _fill(planes, (value + zero_point).to(torch.uint8), grid, views)
-    return planes, scale.reshape(1), torch.tensor([zero_point], dtype=torch.int32)
+    value = stochastic_round(value, seed, index) if scheme == "stochastic" else value.round()
+    return (value.clamp(low, high) + zero_point).to(torch.uint8), scale, zero_point
+
+
+def quantize_pack(
+    x: Tensor,
+    grid: Sequence[int],
+    views: Sequence[int],
+    lanes: int,
+    scheme: str,
+    seed: Tensor | None,
+    per_channel: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qsparseprop.ops.quantize_pack`."""
+    x = x.to(torch.float32)
+    bits = 0 if seed is None else mix_seed(int(seed))
+    index = torch.arange(x.numel()).reshape(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    parts = list(zip(x.split(1, 1), index.split(1, 1), strict=True)) if per_channel else [(x, index)]
+    codes, scales, zeros = zip(*(_quantize(part, scheme, bits, numbers) for part, numbers in parts), strict=True)
+    repeats = grid[4] // len(parts) if per_channel else 1
+    scale = torch.stack(scales).repeat(repeats)
+    zero_point = torch.tensor(zeros, dtype=torch.int32).repeat(repeats)
+    planes = _gap_zeros(zero_point.expand(grid[4]), grid, x.shape[0], lanes).to(torch.uint8)
+    if per_channel or torch.isfinite(scale).all():
+        _fill(planes, torch.cat(codes, 1), grid, views)
+    return planes, scale, zero_point
 
 
 def pack(x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int) -> Tensor:
@@ -119,18 +143,38 @@ def _slot_rows(group_ptr: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(group_ptr.numel() - 1), 4 * group_ptr.diff().to(torch.int64))
 
 
-def quantize_weight(values: Tensor, index: Tensor, group_ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_weight(
+    values: Tensor,
+    index: Tensor,
+    group_ptr: Tensor,
+    plane: Tensor | None = None,
+    factor: Tensor | None = None,
+    zero_point: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `qsparseprop.ops.quantize_weight`."""
     rows = group_ptr.numel() - 1
     row = _slot_rows(group_ptr)
     slots = torch.cat([values, values.new_zeros(1)])[index.to(torch.int64)]
+    common = torch.ones(())
+    if factor is not None and factor.numel() == 1:
+        common = factor
+    elif factor is not None:
+        finite = factor[torch.isfinite(factor)]
+        _, exponent = torch.frexp(finite.amax() if finite.numel() else torch.zeros(()))
+        exponent = exponent.clamp(-126, 126)
+        common = torch.ldexp(common, exponent)
+        slots = slots * (factor * torch.ldexp(torch.ones(()), -exponent))[plane.to(torch.int64)]
     absmax = torch.zeros(rows).scatter_reduce(0, row, slots.abs(), "amax")
     scale = symmetric_scale(absmax, 127)
     inverse = torch.where(torch.isfinite(absmax), 1 / scale, 0.0)
     codes = (slots * inverse[row]).round().clamp(-127, 127)
     codes = torch.where(torch.isfinite(slots), codes, -127.0)
-    total = torch.zeros(rows, dtype=torch.int64).index_add(0, row, codes.to(torch.int64))
-    return codes.to(torch.int8), scale, total.to(torch.int32)
+    zeros = 1
+    if zero_point is not None:
+        zeros = zero_point.to(torch.int64)
+        zeros = zeros if zeros.numel() == 1 else zeros[plane.to(torch.int64)]
+    total = torch.zeros(rows, dtype=torch.int64).index_add(0, row, codes.to(torch.int64) * zeros)
+    return codes.to(torch.int8), scale * common, total
 
 
 def spmm(
@@ -163,8 +207,8 @@ def spmm(
             sums.index_add_(0, row[slot] - view[0], x * weights[slot].to(sums.dtype)[:, None])
         rows = slice(view[0], view[0] + channels)
         if codes:
-            sums -= total[rows].to(torch.int64)[:, None] * x_zero_point.to(torch.int64)
-            sums = sums.to(torch.float32) * (scale[rows] * x_scale)[:, None]
+            sums -= total[rows][:, None] * (1 if x_zero_point is None else x_zero_point.to(torch.int64))
+            sums = sums.to(torch.float32) * (scale[rows] * (1 if x_scale is None else x_scale))[:, None]
         if bias is not None:
             sums += bias[rows][:, None]
         out[:, :, ys, xs] = sums.reshape(channels, *lanes.shape).transpose(0, 1)
@@ -195,13 +239,15 @@ def sddmm(
     x_lanes = _lanes(grid, view, shape[0]).reshape(1, -1)
     dy_lanes = _lanes(dy_grid, view, shape[0]).reshape(1, -1) + dy_grid[6]
     wide = torch.int64 if codes else torch.float64
+    rows = group_ptr.numel() - 1
     row, offset = _slot_rows(group_ptr), offset.to(torch.int64)
     for slot in (index >= 0).nonzero().squeeze(1).split(256):
         g = dy[row[slot][:, None] * dy_grid[5] + dy_lanes].to(wide)
         x = planes[offset[slot][:, None] + x_lanes].to(wide)
         if codes:
-            sums = ((g - 128) * (x - x_zero_point.to(wide))).sum(1)
-            out[index[slot].to(torch.int64)] = sums.to(torch.float32) * (x_scale * dy_scale)
+            zero, factor = (t.expand(grid[4])[plane[slot].to(torch.int64)] for t in (x_zero_point, x_scale))
+            sums = ((g - 128) * (x - zero.to(wide)[:, None])).sum(1)
+            out[index[slot].to(torch.int64)] = sums.to(torch.float32) * (factor * dy_scale.expand(rows)[row[slot]])
         else:
             out[index[slot].to(torch.int64)] = (g * x).sum(1).to(torch.float32)
     return out

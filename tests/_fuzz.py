@@ -92,7 +92,8 @@ def valid_calls():
         for tensor in (x, x.contiguous(memory_format=torch.channels_last), x.bfloat16()):
             yield ops.pack, [tensor, grid, in_views, x_lanes]
             for scheme in ("absmax", "standard", "stochastic"):
-                yield ops.quantize_pack, [tensor, grid, in_views, x_lanes, scheme, seed]
+                for per_channel in (False, True):
+                    yield ops.quantize_pack, [tensor, grid, in_views, x_lanes, scheme, seed, per_channel]
         for codes in (True, False):
             for rows, from_, to, views, tensor, out_shape, lanes in (
                 (plan.forward, grid, in_views, out_views, x, dy.shape, x_lanes),
@@ -100,6 +101,8 @@ def valid_calls():
             ):
                 if codes:
                     yield ops.quantize_weight, [values, rows.index, rows.group_ptr]
+                    planes, s, z = ops.quantize_pack(tensor, from_, to, lanes, "standard", None, True)
+                    yield ops.quantize_weight, [values, rows.index, rows.group_ptr, rows.plane, s, z]
                     planes, s, z = ops.quantize_pack(tensor, from_, to, lanes, "absmax", None)
                     weights, scale, total = ops.quantize_weight(values, rows.index, rows.group_ptr)
                 else:
@@ -118,11 +121,12 @@ def valid_calls():
             scheme, none = ("absmax", None) if codes else (None, torch.empty(0))
             for dtype in (torch.float32, torch.bfloat16):
                 yield ops.layer_forward, [x.to(dtype), values, bias, list(plan.forward), grid, in_views, out_views,
-                                          list(dy.shape), scheme, None, dtype]
+                                          list(dy.shape), scheme, None, dtype, dtype == torch.bfloat16]
                 yield ops.layer_backward, [dy.to(dtype), values, px, sx if codes else none,
                                            zx if codes else none.int(), list(plan.forward), list(plan.backward), grid,
                                            dy_grid, in_views, out_views, list(x.shape), False,
-                                           scheme and "stochastic", seed, [True, True, True], dtype]  # fmt: skip
+                                           scheme and "stochastic", seed, [True, True, True], dtype,
+                                           dtype == torch.bfloat16]  # fmt: skip
             rows = plan.forward
             yield ops.sddmm, [px, py, rows.group_ptr, rows.offset, rows.index, rows.plane, sx, zx, sy, grid, dy_grid,
                               out_views, list(dy.shape), values.numel()]  # fmt: skip

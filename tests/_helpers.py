@@ -133,11 +133,8 @@ def _inverse(absmax: Tensor, levels: float) -> tuple[Tensor, Tensor]:
     return scale, 1 / scale
 
 
-def dequantized(x: Tensor, scheme: str, seed: Tensor | None = None) -> Tensor:
-    """float64 values that the codes of an (images, channels, height, width) tensor stand for."""
-    x = x.detach().to(torch.float32)
-    if x.numel() == 0:
-        return x.double()
+def _quantized(x: Tensor, scheme: str, seed: int, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes around zero and scale of a tensor, or of a channel of it, whose elements are numbered by `order`."""
     if scheme == "standard":
         low, high = x.min().clamp(max=0), x.max().clamp(min=0)
         scale, inverse = _inverse(high / 255 - low / 255, 1)
@@ -145,25 +142,46 @@ def dequantized(x: Tensor, scheme: str, seed: Tensor | None = None) -> Tensor:
         codes = (x * inverse).round().clamp(-zero, 255 - zero)
     elif scheme == "stochastic":
         scale, inverse = _inverse(x.abs().max(), 127)
-        order = torch.arange(x.numel()).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-        codes = reference.stochastic_round(x * inverse, reference.mix_seed(int(seed)), order).clamp(-127, 127)
-    elif x.min() >= 0:
+        codes = reference.stochastic_round(x * inverse, seed, order).clamp(-127, 127)
+    elif scheme == "absmax" and x.min() >= 0:
         scale, inverse = _inverse(x.max(), 255)
         codes = (x * inverse).round()
-    else:
+    else:  # "symmetric"
         scale, inverse = _inverse(x.abs().max(), 127)
         codes = (x * inverse).round().clamp(-127, 127)
-    return codes.double() * scale.double()
+    return codes, scale
 
 
-def dequantized_weight(weight: Tensor, group: Tensor) -> Tensor:
-    """float64 weight after quantisation with one scale for every number in `group` (int64, of the weight's shape)."""
+def dequantized(x: Tensor, scheme: str, seed: Tensor | None = None, per_channel: bool = False) -> tuple[Tensor, Tensor]:
+    """float64 values that the codes of an (images, channels, height, width) tensor stand for, and the scales (float32).
+
+    Scales are of shape (1,), or (channels,) with one for each.
+    """
+    x = x.detach().to(torch.float32)
+    if x.numel() == 0:
+        return x.double(), torch.full((x.shape[1] if per_channel else 1,), reference.MIN_SCALE)
+    order = torch.arange(x.numel()).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    mixed = 0 if seed is None else reference.mix_seed(int(seed))
+    parts = zip(x.split(1, 1), order.split(1, 1), strict=True) if per_channel else [(x, order)]
+    codes, scales = zip(*(_quantized(part, scheme, mixed, numbers) for part, numbers in parts), strict=True)
+    scale = torch.stack(scales)
+    return torch.cat(codes, 1).double() * scale.double()[:, None, None], scale
+
+
+def dequantized_weight(weight: Tensor, group: Tensor, factor: Tensor | None = None) -> Tensor:
+    """float64 weight after quantisation with one scale for every number in `group` (int64, of the weight's shape).
+
+    With a `factor` (float32, expandable to that shape) what is quantised is the product with it.
+    """
     weight = weight.detach().to(torch.float32)
-    flat, index = weight.reshape(-1), group.reshape(-1)
+    if factor is None:
+        factor = torch.ones(())
+    factor = torch.ldexp(factor, -torch.frexp(factor.max()).exponent).expand(weight.shape)
+    flat, index = (weight * factor).reshape(-1), group.reshape(-1)
     absmax = torch.zeros(int(group.max()) + 1).scatter_reduce(0, index, flat.abs(), "amax")
     scale, inverse = _inverse(absmax, 127)
     codes = (flat * inverse[index]).round().clamp(-127, 127)
-    return (codes.double() * scale.double()[index]).view(weight.shape)
+    return (codes.double() * scale.double()[index]).view(weight.shape) / factor.double()
 
 
 def row_groups(weight: Tensor) -> Tensor:

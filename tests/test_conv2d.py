@@ -60,19 +60,24 @@ def check_quantised(conv, x, grad_layout="contiguous", seed=0, hint=None, qconfi
     actual = run(layer, x, grad_layout, seed)
     torch.manual_seed(seed)
     drawn = ops.draw_seed() if qconfig.grad == "stochastic" else None
-    dy = dequantized(actual.dy, qconfig.grad, drawn)
+    per_channel = qconfig.granularity == "channel"
+    xq, x_scale = dequantized(x, qconfig.input, None, per_channel)
+    dy, dy_scale = dequantized(actual.dy, qconfig.grad.replace("absmax", "symmetric"), drawn, per_channel)
+    # a scale for each input channel of the weight, whatever its group, and for each row
+    x_factor = x_scale.view(conv.groups if per_channel else 1, 1, -1, 1, 1)
+    x_factor = x_factor.expand(conv.groups, conv.out_channels // conv.groups, -1, 1, 1).flatten(0, 1)
 
     weight = conv.weight.detach()
     double = copy.deepcopy(conv).double()
 
     def passes(weight_codes):
         double.weight = nn.Parameter(weight_codes)
-        operand = dequantized(x, qconfig.input).requires_grad_()
+        operand = xq.clone().requires_grad_()
         y = double(operand)
         return y.detach(), *torch.autograd.grad(y, (operand, double.weight), dy)
 
-    y, _, dw = passes(dequantized_weight(weight, row_groups(weight)))
-    _, dx, _ = passes(dequantized_weight(weight, plane_groups(conv)))
+    y, _, dw = passes(dequantized_weight(weight, row_groups(weight), x_factor))
+    _, dx, _ = passes(dequantized_weight(weight, plane_groups(conv), dy_scale.view(-1, 1, 1, 1)))
     assert actual.dx.shape == x.shape
     assert relative_error(actual.y, y) < ROUNDING
     assert relative_error(actual.dx, dx) < ROUNDING
@@ -96,11 +101,16 @@ def check_float(conv, x, grad_layout="contiguous", seed=0, hint=None):
 
 @given(case=conv_cases(), layout=st.sampled_from(LAYOUTS), values=st.sampled_from(VALUES),
        grad_layout=st.sampled_from(GRADIENTS), scheme=st.sampled_from(["absmax", "standard"]),
-       grad_scheme=st.sampled_from(["stochastic", "absmax"]))  # fmt: skip
-@settings(max_examples=250)
-def test_quantised_conv_is_float64_on_dequantised_operands(case, layout, values, grad_layout, scheme, grad_scheme):
+       grad_scheme=st.sampled_from(["stochastic", "absmax"]),
+       granularity=st.sampled_from(["tensor", "channel"]))  # fmt: skip
+@settings(max_examples=350)
+def test_quantised_conv_is_float64_on_dequantised_operands(
+    case, layout, values, grad_layout, scheme, grad_scheme, granularity
+):
     x = laid_out(random_values(case.shape, values, case.seed + 2), layout)
-    qconfig = QuantConfig(input=scheme, grad=grad_scheme)
+    if granularity == "channel" and values == "normal" and layout != "expanded":
+        x[:, ::2] = x[:, ::2].abs()  # around 0 or 128 by channel
+    qconfig = QuantConfig(input=scheme, grad=grad_scheme, granularity=granularity)
     check_quantised(case.conv(), x, grad_layout, case.seed, case.batch_innermost, qconfig)
 
 

@@ -79,11 +79,13 @@ def run(layer, case, seed=None):
 
 
 @given(case=linear_cases(), scheme=st.sampled_from(["absmax", "standard"]),
-       grad_scheme=st.sampled_from(["stochastic", "absmax"]))  # fmt: skip
-@settings(max_examples=200)
-def test_quantised_linear_is_float64_on_dequantised_operands(case, scheme, grad_scheme):
-    dense, seed = case.dense, 77 + case.seed
-    layer = QuantizedSparseLinear.from_dense(dense, qconfig=QuantConfig(input=scheme, grad=grad_scheme))
+       grad_scheme=st.sampled_from(["stochastic", "absmax"]),
+       granularity=st.sampled_from(["tensor", "channel"]))  # fmt: skip
+@settings(max_examples=300)
+def test_quantised_linear_is_float64_on_dequantised_operands(case, scheme, grad_scheme, granularity):
+    dense, seed, per_channel = case.dense, 77 + case.seed, granularity == "channel"
+    qconfig = QuantConfig(input=scheme, grad=grad_scheme, granularity=granularity)
+    layer = QuantizedSparseLinear.from_dense(dense, qconfig=qconfig)
     actual = run(layer, case, seed)
     inputs, outputs = dense.in_features, dense.out_features
     assert actual.y.shape == (*case.leading, outputs)
@@ -91,12 +93,15 @@ def test_quantised_linear_is_float64_on_dequantised_operands(case, scheme, grad_
 
     torch.manual_seed(seed)
     drawn = ops.draw_seed() if grad_scheme == "stochastic" else None
-    x = dequantized(case.x.reshape(-1, inputs, 1, 1), scheme)[:, :, 0, 0]
+    x, x_scale = dequantized(case.x.reshape(-1, inputs, 1, 1), scheme, None, per_channel)
+    x = x[:, :, 0, 0]
     dy = actual.dy.reshape(-1, outputs)
-    dy_codes = dequantized(dy[:, :, None, None], grad_scheme, drawn)[:, :, 0, 0]
+    dy_codes, dy_scale = dequantized(dy[:, :, None, None], grad_scheme.replace("absmax", "symmetric"), drawn,
+                                     per_channel)
+    dy_codes = dy_codes[:, :, 0, 0]
     weight = dense.weight.detach()
-    forward = dequantized_weight(weight, row_groups(weight))
-    backward = dequantized_weight(weight, torch.arange(inputs).expand(weight.shape))
+    forward = dequantized_weight(weight, row_groups(weight), x_scale)
+    backward = dequantized_weight(weight, torch.arange(inputs).expand(weight.shape), dy_scale[:, None])
     y = x @ forward.T + (dense.bias.detach().double() if case.bias else 0.0)
     assert relative_error(actual.y, y.view(actual.y.shape)) < ROUNDING
     assert relative_error(actual.dx, (dy_codes @ backward).view(case.x.shape)) < ROUNDING
@@ -153,7 +158,7 @@ def test_gradients_of_one_sign(scheme, grad_scheme, sign):
     dense, x = dense_example("QuantizedSparseLinear")
     layer = QuantizedSparseLinear.from_dense(dense, qconfig=QuantConfig(input=scheme, grad=grad_scheme))
     (sign * layer(x).sum()).backward()
-    operand = dequantized(x[:, :, None, None], scheme)[:, :, 0, 0]
+    operand = dequantized(x[:, :, None, None], scheme)[0][:, :, 0, 0]
     wanted = sign * operand.sum(0).expand(dense.weight.shape)[dense.weight != 0]
     assert relative_error(layer.weight.grad, wanted) < ROUNDING
 
@@ -658,7 +663,7 @@ def test_the_random_gradient_is_unbiased():
     weight = dense.weight.detach()
     backward = dequantized_weight(weight, torch.arange(weight.shape[1]).expand(weight.shape))
     dy = torch.randn(9, 12, generator=generator(9)).double()
-    inputs = dequantized(x[:, :, None, None], "absmax")[:, :, 0, 0]
+    inputs = dequantized(x[:, :, None, None], "absmax")[0][:, :, 0, 0]
     for index, wanted in ((0, dy @ backward), (1, (dy.T @ inputs)[weight != 0])):
         values = torch.stack([g[index] for g in grads]).double()
         error = (values.mean(0) - wanted).abs()

@@ -84,13 +84,18 @@ def sides(case):
 
 
 @given(case=CASES, side=st.booleans(), scheme=st.sampled_from(SCHEMES), kind=st.sampled_from(VALUES),
-       layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES), seed=SEEDS)  # fmt: skip
-@settings(max_examples=150)
-def test_quantize_pack_is_the_reference(isa, case, side, scheme, kind, layout, dtype, seed):
+       layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES), seed=SEEDS,
+       per_channel=st.booleans())  # fmt: skip
+@settings(max_examples=250)
+def test_quantize_pack_is_the_reference(isa, case, side, scheme, kind, layout, dtype, seed, per_channel):
     grid, views, shape = sides(case)[side]
     x = laid_out(random_values(shape, kind, case.seed).to(dtype), layout)
-    arguments = (x, grid.numbers, views, grid.lanes(shape[0]), scheme, seed_for(scheme, seed))
+    if per_channel and kind == "normal":
+        x = x.clone() if layout == "expanded" else x
+        x[:, ::2] = x[:, ::2].abs()  # around 0 or 128 by channel
+    arguments = (x, grid.numbers, views, grid.lanes(shape[0]), scheme, seed_for(scheme, seed), per_channel)
     planes, scale, zero_point = ops.quantize_pack(*arguments)
+    assert scale.shape == zero_point.shape == (grid.planes if per_channel else 1,)
     assert_same((planes, scale, zero_point), reference.quantize_pack(*arguments))
 
 
@@ -128,6 +133,23 @@ def test_strides_do_not_change_codes(isa, case, side, scheme, layout, seed):
     seed = seed_for(scheme, seed)
     assert_same(ops.quantize_pack(x, *rest, scheme, seed), ops.quantize_pack(x.contiguous(), *rest, scheme, seed))
     assert_same(ops.pack(x, *rest), ops.pack(x.contiguous(), *rest))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_channels_with_threads_are_the_reference(isa, scheme, memory_format):
+    """Long runs, many channels, and channels of which one is not finite."""
+    shape = (9, 37, 15, 17)
+    g = conv_geometry(37, 8, shape[2:], (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), shape[0], False)
+    x = torch.randn(shape, generator=generator(3)).mul_(torch.logspace(-9, 9, 37)[:, None, None])
+    x[:, 5], x[:, 7], x[3, 11, 2, 2], x[0, 36, 0, 0] = 0, x[:, 7].abs(), float("nan"), float("inf")
+    x = x.contiguous(memory_format=memory_format)
+    arguments = (x, g.input_grid.numbers, g.input_views, g.input_grid.lanes(9), scheme, seed_for(scheme, 4), True)
+    expected = reference.quantize_pack(*arguments)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert_same(ops.quantize_pack(*arguments), expected)
+    assert expected[1].isfinite().logical_not().nonzero().flatten().tolist() == [11, 36]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -284,6 +306,33 @@ def test_calls_are_unrelated(isa):
 # ---- weights ----
 
 
+@given(case=CASES, kind=st.sampled_from(["normal", "small", "large", "zero", "bad"]),
+       factors=st.sampled_from(["one", "normal", "small", "large", "zero", "bad"]),
+       zeros=st.sampled_from(["none", "one", "same", "mixed"]))  # fmt: skip
+@settings(max_examples=150)
+def test_weights_with_folded_scales_are_the_reference(isa, case, kind, factors, zeros):
+    plan, values = case.plan()
+    values = values * {"small": 1e-41, "large": 1e37, "zero": 0.0, "bad": float("nan")}.get(kind, 1.0)
+    for rows, planes in ((plan.forward, case.shape[1] * 9), (plan.backward, case.out_channels)):
+        factor = torch.rand(planes, generator=generator(case.seed)) + 0.01
+        factor *= {"small": 1e-33, "large": 1e38, "zero": 0.0}.get(factors, 1.0)
+        if factors == "bad":
+            factor[0], factor[-1] = float("nan"), float("inf")
+        zero = torch.tensor([0, 128, 77], dtype=torch.int32).repeat(planes)[:planes]
+        zero = {"none": None, "one": zero[:1], "same": zero[:1].expand(planes).contiguous(), "mixed": zero}[zeros]
+        factor = factor[:1] if factors == "one" else factor
+        arguments = (values, rows.index, rows.group_ptr, rows.plane, factor, zero)
+        codes, scale, total = ops.quantize_weight(*arguments)
+        assert_same((codes, scale, total), reference.quantize_weight(*arguments))
+        assert codes.numel() == 0 or codes.min() >= -127
+        if kind in ("normal", "zero") and factors not in ("bad", "zero"):  # products that keep their digits
+            slot_row = torch.repeat_interleave(torch.arange(scale.numel()), 4 * rows.group_ptr.diff().long())
+            wanted = torch.cat([values, torch.zeros(1)])[rows.index.long()].double()
+            wanted *= factor.double().expand(planes)[rows.plane.long()]
+            error = (codes * scale[slot_row].double() - wanted).abs()
+            assert error.le(0.5001 * scale[slot_row].double() + 1e-45).all()
+
+
 @given(case=CASES, kind=st.sampled_from(["normal", "small", "large", "zero", "bad"]))
 @settings(max_examples=100)
 def test_quantize_weight_is_the_reference(isa, case, kind):
@@ -428,7 +477,9 @@ def test_a_gradient_without_negative_values(isa):
 # ---- whole layers ----
 
 
-def layer_arguments(case, scheme, grad_scheme, layout="contiguous", dtype=torch.float32, grads=(True, True, True)):
+def layer_arguments(
+    case, scheme, grad_scheme, layout="contiguous", dtype=torch.float32, grads=(True, True, True), per_channel=False
+):
     """Arguments of both passes; the backward pass lacks the packed input, which the forward pass returns."""
     plan, values = case.plan()
     g = plan.geometry
@@ -437,16 +488,16 @@ def layer_arguments(case, scheme, grad_scheme, layout="contiguous", dtype=torch.
     dy = laid_out(random_values(out_shape, "skewed", case.seed + 1).to(dtype), layout)
     bias = torch.randn(case.out_channels, generator=generator(case.seed)) if case.bias else None
     forward = (x, values, bias, plan.forward, in_grid.numbers, in_views, out_views, out_shape, scheme, seed_for(scheme),
-               dtype)
+               dtype, per_channel)
     backward = (plan.forward, plan.backward, in_grid.numbers, out_grid.numbers, in_views, out_views, in_shape,
-                g.covers_input, grad_scheme, seed_for(grad_scheme, 3), grads, dtype)
+                g.covers_input, grad_scheme, seed_for(grad_scheme, 3), grads, dtype, per_channel)
     return forward, dy, backward
 
 
 def both_passes(case, **options):
     """The operators of a layer, and what they are made of by the reference."""
     forward, dy, backward = layer_arguments(case, **options)
-    x, values, bias, rows, grid, views, out_views, out_shape, scheme, seed, dtype = forward
+    x, values, bias, rows, grid, views, out_views, out_shape, scheme, seed, dtype, per_channel = forward
     columns, dy_grid, in_shape, covered, grad_scheme, grad_seed, grads = (backward[i] for i in (1, 3, 6, 7, 8, 9, 10))
     out, planes, scale, zero = ops.layer_forward(*forward)
     gradients = ops.layer_backward(dy, values, planes, scale, zero, *backward)
@@ -455,24 +506,26 @@ def both_passes(case, **options):
         lanes = -(-t.shape[0] // grid[0]) * grid[7] + grid[6] + UNIT
         if scheme is None:
             return reference.pack(t, grid, views, lanes), None, None
-        return reference.quantize_pack(t, grid, views, lanes, scheme, seed)
+        return reference.quantize_pack(t, grid, views, lanes, scheme, seed, per_channel)
 
-    def weights(rows):
+    def weights(rows, scales, zeros):
         if scheme is None:
-            return torch.cat([values, values.new_zeros(1)])[rows.index.long()], None, None
-        return reference.quantize_weight(values, rows.index, rows.group_ptr)
+            return torch.cat([values, values.new_zeros(1)])[rows.index.long()], None, None, None, None
+        if scales.numel() == 1:
+            return *reference.quantize_weight(values, rows.index, rows.group_ptr), scales, zeros
+        return *reference.quantize_weight(values, rows.index, rows.group_ptr, rows.plane, scales, zeros), None, None
 
     def last(t):
         return t.stride(1) == 1 and not t.is_contiguous()
 
     x_codes, x_scale, x_zero = packed(x, grid, views, scheme, seed)
-    w, w_scale, total = weights(rows)
-    wanted = reference.spmm(x_codes, w, rows.group_ptr, rows.offset, w_scale, total, x_scale, x_zero, bias, grid,
+    w, w_scale, total, factor, zero_point = weights(rows, x_scale, x_zero)
+    wanted = reference.spmm(x_codes, w, rows.group_ptr, rows.offset, w_scale, total, factor, zero_point, bias, grid,
                             out_views, out_shape, last(x), False, dtype)
     grad_scheme = "symmetric" if grad_scheme == "absmax" else grad_scheme  # around 128, whatever the signs
     dy_codes, dy_scale, dy_zero = packed(dy, dy_grid, out_views, grad_scheme, grad_seed)
-    w, w_scale, total = weights(columns)
-    dx = reference.spmm(dy_codes, w, columns.group_ptr, columns.offset, w_scale, total, dy_scale, dy_zero, None,
+    w, w_scale, total, factor, zero_point = weights(columns, dy_scale, dy_zero)
+    dx = reference.spmm(dy_codes, w, columns.group_ptr, columns.offset, w_scale, total, factor, zero_point, None,
                         dy_grid, views, in_shape, last(dy), not covered, dtype)
     dw = reference.sddmm(x_codes, dy_codes, *rows, x_scale, x_zero, dy_scale, grid, dy_grid, out_views, dy.shape,
                          values.numel())
@@ -486,11 +539,11 @@ def both_passes(case, **options):
 
 @given(case=CASES, scheme=st.sampled_from(["absmax", "standard", "stochastic"]),
        grad_scheme=st.sampled_from(["absmax", "symmetric", "stochastic"]), layout=st.sampled_from(LAYOUTS),
-       dtype=st.sampled_from(DTYPES), grads=st.tuples(*[st.booleans()] * 3))  # fmt: skip
-@settings(max_examples=100)
-def test_layers_on_codes_are_made_of_the_reference(isa, case, scheme, grad_scheme, layout, dtype, grads):
+       dtype=st.sampled_from(DTYPES), grads=st.tuples(*[st.booleans()] * 3), per_channel=st.booleans())  # fmt: skip
+@settings(max_examples=150)
+def test_layers_on_codes_are_made_of_the_reference(isa, case, scheme, grad_scheme, layout, dtype, grads, per_channel):
     forward, wanted, gradients, wanted_gradients = both_passes(
-        case, scheme=scheme, grad_scheme=grad_scheme, layout=layout, dtype=dtype, grads=grads
+        case, scheme=scheme, grad_scheme=grad_scheme, layout=layout, dtype=dtype, grads=grads, per_channel=per_channel
     )
     assert_same(forward[1:], wanted[1:])
     if case.bias:
@@ -602,7 +655,7 @@ def test_spmm_is_exact_beyond_32_bits(isa, batch):
                 own = weights[4 * rows.group_ptr[r] : 4 * rows.group_ptr[r + 1]][: counts[r]]
                 products[r] = (own.double() @ element[: counts[r]]).to(torch.int64)  # exact: below 2**53
             for zero in (0, 128, 255):
-                out = ops.spmm(x, weights, rows.group_ptr, rows.offset, torch.ones(len(counts)), total.to(torch.int32),
+                out = ops.spmm(x, weights, rows.group_ptr, rows.offset, torch.ones(len(counts)), total,
                                torch.ones(1), torch.tensor([zero], dtype=torch.int32), None, g.input_grid.numbers,
                                g.output_views, (batch, len(counts), 1, 1), False, False)
                 expected = (products - zero * total[:, None]).T.to(torch.float32)
@@ -848,9 +901,9 @@ CORRUPTIONS = {
         "offset": {"int64": lambda t: t.long(), "short": _short, "not contiguous": _gapped, "-1": _set(0, -1),
                    "smallest": _set(2, -(2**31)), "past the end": _set(2, 10**6), "largest": _set(-1, 2**31 - 1)},
         "scale": {"missing": lambda t: None, "short": _short, "double": lambda t: t.double()},
-        "total": {"missing": lambda t: None, "short": _short, "int64": lambda t: t.long()},
-        "x_scale": {"missing": lambda t: None, "empty": lambda t: t[:0], "double": lambda t: t.double()},
-        "x_zero_point": {"missing": lambda t: None, "empty": lambda t: t[:0], "int64": lambda t: t.long()},
+        "total": {"missing": lambda t: None, "short": _short, "int32": lambda t: t.int()},
+        "x_scale": {"empty": lambda t: t[:0], "double": lambda t: t.double()},
+        "x_zero_point": {"empty": lambda t: t[:0], "int64": lambda t: t.long()},
         "bias": {"short": _short, "double": lambda t: t.double(), "not contiguous": _gapped},
         "grid": GRIDS, "views": VIEWS,
         "shape": {"other channels": _set(1, 4), "3-D": lambda s: s[1:], "fewer rows": _set(2, 1),

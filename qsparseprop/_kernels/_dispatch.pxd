@@ -6,6 +6,9 @@ cdef extern from "kernels.h" nogil:
         QSP_UNIT
         QSP_F32
         QSP_BF16
+        QSP_NEED_ABSMAX
+        QSP_NEED_MIN
+        QSP_NEED_MAX
 
     ctypedef struct qsp_grid:
         int64_t images
@@ -45,7 +48,7 @@ cdef extern from "kernels.h" nogil:
         const void *planes
         const void *weights
         const float *scale
-        const int32_t *correction
+        const int64_t *correction
         int64_t correction_factor
         float scale_factor
         const float *bias
@@ -93,6 +96,19 @@ cdef extern from "kernels.h" nogil:
         float min
         float max
 
+    ctypedef struct qsp_weight:
+        qsp_list list
+        const float *values
+        const int32_t *index
+        const int32_t *plane
+        const float *factor
+        const int32_t *zero_point
+        int64_t zero_factor
+        float scale_factor
+        int8_t *codes
+        float *scale
+        int64_t *total
+
     ctypedef struct qsp_kernels:
         const char *name
         void (*spmm_u8)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
@@ -102,8 +118,8 @@ cdef extern from "kernels.h" nogil:
         void (*pack_u8)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*pack_f32)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*range)(const void *, int, int64_t, int64_t, int, qsp_range *) noexcept nogil
-        void (*quantize_rows)(const qsp_list *, const float *, const int32_t *, int64_t, int64_t,
-                              int8_t *, float *, int32_t *) noexcept nogil
+        void (*range_channels)(const void *, int, int64_t, int64_t, int64_t, int, float *) noexcept nogil
+        void (*quantize_rows)(const qsp_weight *, int64_t, int64_t) noexcept nogil
         void (*extent)(const int32_t *, int64_t, int32_t *, int32_t *) noexcept nogil
 
     int64_t qsp_count_units(const qsp_grid *, const qsp_view *, int64_t)

@@ -3,6 +3,7 @@
 import torch
 
 from cython.parallel cimport prange
+from libc.math cimport isfinite
 from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memset
 
@@ -18,6 +19,7 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_sddmm,
     qsp_spmm,
     qsp_view,
+    qsp_weight,
 )
 from qsparseprop._kernels._tensor cimport (
     check_lanes,
@@ -42,6 +44,10 @@ cdef object _int32 = torch.int32
 cdef object _int8 = torch.int8
 cdef object _uint8 = torch.uint8
 cdef object _int64 = torch.int64
+
+cdef extern from "<math.h>" nogil:
+    float frexpf(float, int *)
+    float ldexpf(float, int)
 
 cdef extern from *:
     """
@@ -93,9 +99,10 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
          int threads):
     """out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane], unpacked into `out`.
 
-    `planes` and `weights` are uint8 and int8 (then `scale`, `correction`, the sums of a row's codes, `x_scale` and
-    `x_zero_point` are given) or both float32. `out` is float32 or bfloat16, (images, channels, height, width) of any
-    strides that do not overlap; rows are the channels of all views, one view after the other.
+    `planes` and `weights` are uint8 and int8 (then `scale` and `correction`, the sums of a row's codes, are given, and
+    `x_scale` and `x_zero_point` unless these two have them in) or both float32. `out` is float32 or bfloat16, (images,
+    channels, height, width) of any strides that do not overlap; rows are the channels of all views, one view after the
+    other.
     """
     cdef bint codes = planes.dtype is _uint8
     cdef qsp_spmm a
@@ -115,9 +122,12 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     a.scale_factor = 1
     if codes:
         a.scale = <const float *> pointer(scale, _float32, a.list.rows, "scale")
-        a.correction = <const int32_t *> pointer(correction, _int32, a.list.rows, "correction")
-        a.scale_factor = (<const float *> pointer(x_scale, _float32, 1, "x_scale"))[0]
-        a.correction_factor = -(<const int32_t *> pointer(x_zero_point, _int32, 1, "x_zero_point"))[0]
+        a.correction = <const int64_t *> pointer(correction, _int64, a.list.rows, "correction")
+        if x_scale is not None:
+            a.scale_factor = (<const float *> pointer(x_scale, _float32, 1, "x_scale"))[0]
+        a.correction_factor = -1
+        if x_zero_point is not None:
+            a.correction_factor = -(<const int32_t *> pointer(x_zero_point, _int32, 1, "x_zero_point"))[0]
     a.out = strided_pointer(out, &a.dtype, "out")
     # planes of the output are numbered by the rows of the list
     cdef qsp_grid rows_grid = a.grid
@@ -251,28 +261,80 @@ cdef int64_t _per_channel(object tensor, int64_t channels, str name) except -1:
     return 0 if n == 1 else 1
 
 
-def quantize_weight(values, index, group_ptr, codes, scale, total, int threads):
-    """Symmetric codes of the slots of a list, one scale a row (scale, float32) and the sum of its codes (total, int32).
+def quantize_weight(values, index, group_ptr, plane, factor, zero_point, codes, scale, total, int threads):
+    """Symmetric codes of the slots of a list, one scale a row (`scale`, float32), and `total` (int64), the sums of a
+    row's codes times the zero points. `factor` and `zero_point` are None or of the planes that slots read, or of all.
     """
-    cdef qsp_list rows
+    cdef qsp_weight a
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t n = numel(values), count = numel(group_ptr) - 1, slots, chunk, chunks
     if not 0 <= count < MAX_ROWS:
         raise ValueError(f"group_ptr must have 1 to {MAX_ROWS} elements, got {count + 1}")
-    rows.rows, rows.offset = count, NULL
-    rows.group_ptr = <const int32_t *> pointer(group_ptr, _int32, count + 1, "group_ptr")
-    slots = 4 * <int64_t> rows.group_ptr[count]
-    if rows.group_ptr[0] != 0 or not qsp_ascending(rows.group_ptr, count + 1):
+    memset(&a, 0, sizeof(a))
+    a.list.rows = count
+    a.list.group_ptr = <const int32_t *> pointer(group_ptr, _int32, count + 1, "group_ptr")
+    slots = 4 * <int64_t> a.list.group_ptr[count]
+    if a.list.group_ptr[0] != 0 or not qsp_ascending(a.list.group_ptr, count + 1):
         raise ValueError("group_ptr must ascend from 0")
-    cdef const float *values_p = <const float *> pointer(values, _float32, 0, "values") if n else NULL
-    cdef const int32_t *index_p = <const int32_t *> pointer(index, _int32, slots, "index") if slots else NULL
-    _check_index(index_p, slots, -1, n, "index")
-    cdef int8_t *codes_p = <int8_t *> pointer(codes, _int8, slots, "codes") if slots else NULL
-    cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale") if count else NULL
-    cdef int32_t *total_p = <int32_t *> pointer(total, _int32, count, "total") if count else NULL
+    a.values = <const float *> pointer(values, _float32, 0, "values") if n else NULL
+    a.index = <const int32_t *> pointer(index, _int32, slots, "index") if slots else NULL
+    _check_index(a.index, slots, -1, n, "index")
+    a.codes = <int8_t *> pointer(codes, _int8, slots, "codes") if slots else NULL
+    a.scale = <float *> pointer(scale, _float32, count, "scale") if count else NULL
+    a.total = <int64_t *> pointer(total, _int64, count, "total") if count else NULL
+    _folded = _fold(&a, slots, plane, factor, zero_point)  # kept until the end: `a` points into it
     threads = max(threads, 1)
     chunks = 1 if threads == 1 or slots < 1 << 15 else min(4 * threads, count)
-    cdef const qsp_list *rows_p = &rows
+    cdef const qsp_weight *args = &a
     for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
-        kernels.quantize_rows(rows_p, values_p, index_p, qsp_cut_rows(rows_p, chunk, chunks),
-                              qsp_cut_rows(rows_p, chunk + 1, chunks), codes_p, scale_p, total_p)
+        kernels.quantize_rows(args, qsp_cut_rows(&args.list, chunk, chunks),
+                              qsp_cut_rows(&args.list, chunk + 1, chunks))
+
+
+cdef object _fold(qsp_weight *a, int64_t slots, object plane, object factor, object zero_point):
+    """Factors and zero points of the planes; returns the tensor that holds the former.
+
+    The factors are divided by a power of two near the largest, which the scale gets back, so that no product becomes so
+    small that it loses digits.
+    """
+    cdef int64_t planes = 1, i
+    cdef const float *given
+    cdef const int32_t *zeros
+    cdef float *folded
+    cdef float largest = 0
+    cdef int exponent = 0
+    a.scale_factor = a.zero_factor = 1
+    for tensor, name in ((factor, "factor"), (zero_point, "zero_point")):
+        if tensor is not None and numel(tensor) != 1:
+            if planes != 1 and planes != numel(tensor):
+                raise ValueError(f"{name} must have 1 or {planes} elements, got {numel(tensor)}")
+            planes = numel(tensor)
+    if planes != 1:
+        a.plane = <const int32_t *> pointer(plane, _int32, slots, "plane")
+        _check_index(a.plane, slots, 0, planes, "plane")
+    if zero_point is not None and numel(zero_point):
+        zeros = <const int32_t *> pointer(zero_point, _int32, 1, "zero_point")
+        a.zero_factor = zeros[0]
+        for i in range(numel(zero_point)):
+            if zeros[i] != zeros[0]:
+                a.zero_point = zeros
+                break
+    if factor is None or numel(factor) == 0:
+        return None
+    given = <const float *> pointer(factor, _float32, 1, "factor")
+    if numel(factor) == 1:
+        a.scale_factor = given[0]
+        return None
+    out = torch.empty(planes, dtype=_float32)
+    folded = <float *> pointer(out, _float32, planes, "folded")
+    for i in range(planes):
+        if isfinite(given[i]):
+            largest = max(largest, given[i])
+    if largest > 0:
+        frexpf(largest, &exponent)
+    exponent = max(-126, min(126, exponent))
+    a.scale_factor = ldexpf(1, exponent)
+    for i in range(planes):
+        folded[i] = given[i] * ldexpf(1, -exponent)
+    a.factor = folded
+    return out

@@ -49,7 +49,7 @@ typedef struct {
     const void *planes;      /* u8 (codes) or float */
     const void *weights;     /* int8 [groups * 4], or float [groups * 4] */
     const float *scale;      /* [rows], codes only */
-    const int32_t *correction; /* [rows], codes only: what the sums start from, before the factor below */
+    const int64_t *correction; /* [rows], codes only: what the sums start from, before the factor below */
     int64_t correction_factor;
     float scale_factor;
     const float *bias;       /* [rows] or NULL */
@@ -86,9 +86,9 @@ typedef struct {
     int dtype;
     const void *tensor;
     void *planes;            /* u8 or float */
-    const float *inverse;    /* 1 / scale, one or per channel */
+    const float *inverse;    /* 1 / scale, one or per plane */
     const int32_t *zero_point;
-    int64_t stride;          /* 0: one scale for the tensor; 1: one per channel */
+    int64_t stride;          /* 0: one scale for the tensor; 1: one per plane */
     int stochastic;          /* otherwise nearest even */
     uint64_t seed;
 } qsp_pack;
@@ -96,6 +96,23 @@ typedef struct {
 typedef struct {
     float absmax, min, max;  /* absmax is NaN where any element is */
 } qsp_range;
+
+/* What of a range is wanted: each includes the one before. */
+enum { QSP_NEED_ABSMAX = 0, QSP_NEED_MIN = 1, QSP_NEED_MAX = 2 };
+
+typedef struct {
+    qsp_list list;
+    const float *values;
+    const int32_t *index;    /* [groups * 4]: which value a slot holds, -1 for padding */
+    const int32_t *plane;    /* [groups * 4]: plane that a slot reads; only read where one of the next two is given */
+    const float *factor;     /* per plane, multiplied into the weights, or NULL */
+    const int32_t *zero_point; /* per plane, or NULL: zero_factor for all */
+    int64_t zero_factor;
+    float scale_factor;      /* of the scale that is written */
+    int8_t *codes;           /* [groups * 4] */
+    float *scale;            /* [rows] */
+    int64_t *total;          /* [rows]: sum of code * zero point */
+} qsp_weight;
 
 typedef struct {
     const char *name;
@@ -108,9 +125,10 @@ typedef struct {
     void (*pack_f32)(const qsp_pack *, int64_t block, int64_t first, int64_t last);
     /* n elements `step` apart, added to *out; its maximum only if `whole`. */
     void (*range)(const void *x, int dtype, int64_t n, int64_t step, int whole, qsp_range *out);
+    /* Ranges of channels, added to `state`: n elements of one channel, or with channels > 0 n rows of so many. */
+    void (*range_channels)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int need, float *state);
     /* Quantise the slots of rows [first, last): nearest even, symmetric, one scale a row. */
-    void (*quantize_rows)(const qsp_list *, const float *values, const int32_t *index, int64_t first, int64_t last,
-                          int8_t *codes, float *scale, int32_t *sum);
+    void (*quantize_rows)(const qsp_weight *, int64_t first, int64_t last);
     void (*extent)(const int32_t *, int64_t n, int32_t *least, int32_t *most);
 } qsp_kernels;
 

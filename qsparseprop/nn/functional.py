@@ -28,7 +28,7 @@ class _SparseProduct(torch.autograd.Function):
         out, *packed = ops.layer_forward(
             x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
             (x.shape[0], g.output_grid.planes, *g.output_size), None if qconfig is None else qconfig.input, None,
-            dtype,
+            dtype, qconfig is not None and qconfig.granularity == "channel",
         )  # fmt: skip
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(values, *packed)
@@ -56,6 +56,7 @@ class _SparseProduct(torch.autograd.Function):
             dy, values, planes, x_scale, x_zero_point, plan.forward, plan.backward, g.input_grid.numbers,
             g.output_grid.numbers, g.input_views, g.output_views, ctx.x_shape, g.covers_input, scheme,
             ops.draw_seed() if scheme == "stochastic" else None, grads, ctx.x_dtype,
+            qconfig is not None and qconfig.granularity == "channel",
         )  # fmt: skip
         return (
             dx if grads[0] else None,

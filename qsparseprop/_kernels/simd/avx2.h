@@ -199,6 +199,15 @@ QSP_INLINE int32_t total8(__m256i v)
 }
 QSP_INLINE int32_t i32_sum(i32x16 v) { return total8(_mm256_add_epi32(v.a, v.b)); }
 QSP_INLINE u32x16 u32_zero(void) { return i32_set1(0); }
+QSP_INLINE u32x16 u32_load(const float *p)
+{
+    return i32_of(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 8)));
+}
+QSP_INLINE void u32_store(float *p, u32x16 v)
+{
+    _mm256_storeu_si256((__m256i *)p, v.a);
+    _mm256_storeu_si256((__m256i *)(p + 8), v.b);
+}
 QSP_INLINE u32x16 u32_max_abs(u32x16 m, f16x v)
 {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);

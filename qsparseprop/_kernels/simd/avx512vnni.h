@@ -67,6 +67,8 @@ QSP_INLINE f16x f16_gather(const float *base, const int32_t *index, int n)
 /* ---- absolute values as integers, which lets a NaN win every comparison ---- */
 typedef __m512i u32x16;
 QSP_INLINE u32x16 u32_zero(void) { return _mm512_setzero_si512(); }
+QSP_INLINE u32x16 u32_load(const float *p) { return _mm512_loadu_si512(p); }
+QSP_INLINE void u32_store(float *p, u32x16 v) { _mm512_storeu_si512(p, v); }
 QSP_INLINE u32x16 u32_max_abs(u32x16 m, f16x v)
 {
     return _mm512_max_epu32(m, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));

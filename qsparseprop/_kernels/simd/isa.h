@@ -7,6 +7,8 @@
 
 #include "pack.h"
 
+#include "range.h"
+
 #include "rows.h"
 
 #define QSP_PASTE_(a, b) a##b
@@ -15,5 +17,6 @@
 #define QSP_TEXT(a) QSP_TEXT_(a)
 
 const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
-    QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, pack_u8, pack_f32, range, quantize_rows, extent,
+    QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, pack_u8, pack_f32, range,
+    range_channels, quantize_rows, extent,
 };

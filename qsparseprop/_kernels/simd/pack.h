@@ -38,7 +38,7 @@ typedef struct {
 QSP_INLINE quantizer quantizer_of(const qsp_pack *a, int64_t channel, int n, const int rounding)
 {
     quantizer q;
-    const int64_t i = channel * a->stride;
+    const int64_t i = (a->view.plane + channel) * a->stride;
     q.inverse = n && a->stride ? f16_load_n(a->inverse + i, n) : f16_set1(a->inverse[i]);
     q.zero = i32_sub(n && a->stride ? i32_load_n(a->zero_point + i, n) : i32_set1(a->zero_point[i]), i32_set1(128));
     if (rounding == STOCHASTIC)
@@ -63,8 +63,11 @@ static void fill_gaps(const qsp_pack *a, const qsp_walk *w, int64_t block, int64
     for (int64_t c = first; c < last; c++) {
         const int64_t plane = a->view.plane + c;
         uint8_t *p = (uint8_t *)a->planes + size * (block * g->block + plane * g->pitch);
-        const uint8_t zero = codes ? (uint8_t)a->zero_point[c * a->stride] : 0;
-        int64_t done = 0;
+        const uint8_t zero = codes ? (uint8_t)a->zero_point[plane * a->stride] : 0;
+        /* what the taps read behind a plane's lanes is the front of the next plane, perhaps in the next block */
+        const int64_t before = (plane ? plane : g->planes) - 1;
+        qsp_fill(p, codes ? (uint8_t)a->zero_point[before * a->stride] : 0, size * g->front);
+        int64_t done = g->front;
         for (int64_t i0 = 0; i0 < w->size[0]; i0++)
             for (int64_t i1 = 0; i1 < w->size[1]; i1++) {
                 const int64_t start = g->front + a->view.origin + i0 * w->lane[0] + i1 * w->lane[1];
@@ -220,65 +223,4 @@ static void pack_f32(const qsp_pack *a, int64_t block, int64_t first, int64_t la
         pack_task(a, block, first, last, 0, QSP_F32, NEAREST);
     else
         pack_task(a, block, first, last, 0, QSP_BF16, NEAREST);
-}
-
-typedef struct {
-    u32x16 bits;
-    f16x low, high;
-} range16;
-
-QSP_INLINE void range_step(range16 *r, f16x v, const int whole)
-{
-    r->bits = u32_max_abs(r->bits, v);
-    r->low = f16_min(r->low, v);
-    if (whole)
-        r->high = f16_max(r->high, v);
-}
-
-/* Range of n elements: the absolute maximum over bit patterns, so that a NaN anywhere is the result. The maximum
- * follows from it where no element is negative, and is looked for only where `whole` says so. */
-QSP_INLINE void range_of(const void *x, const int dtype, int64_t n, int64_t step, qsp_range *out, const int whole)
-{
-    range16 r[4];
-    for (int i = 0; i < 4; i++) {
-        r[i].bits = u32_zero();
-        r[i].low = f16_set1(out->min);
-        r[i].high = f16_set1(out->max);
-    }
-    int64_t k = 0;
-    for (; step == 1 && k + 64 <= n; k += 64) {
-        QSP_UNROLL
-        for (int i = 0; i < 4; i++)
-            range_step(&r[i], load16(x, dtype, k + 16 * i), whole);
-    }
-    for (; k < n; k += 16) {
-        const int m = (int)qsp_min(16, n - k);
-        QSP_ALIGNED(64) float line[16];
-        f16_store(line, load_n(x, dtype, k * step, step, m));
-        for (int i = m; i < 16; i++) /* not zeros, which may lie outside of the range */
-            line[i] = line[0];
-        range_step(&r[0], f16_load(line), whole);
-    }
-    for (int i = 0; i < 4; i++) {
-        const uint32_t greatest = u32_greatest(r[i].bits);
-        float absmax;
-        memcpy(&absmax, &greatest, 4);
-        if (!(absmax <= out->absmax) && out->absmax == out->absmax)
-            out->absmax = absmax;
-        const float least = f16_least(r[i].low), most = f16_greatest(r[i].high);
-        out->min = least < out->min ? least : out->min;
-        out->max = most > out->max ? most : out->max;
-    }
-}
-
-static void range(const void *x, int dtype, int64_t n, int64_t step, int whole, qsp_range *out)
-{
-    if (n <= 0)
-        return;
-    if (dtype == QSP_BF16)
-        range_of(x, QSP_BF16, n, step, out, 1);
-    else if (whole)
-        range_of(x, QSP_F32, n, step, out, 1);
-    else
-        range_of(x, QSP_F32, n, step, out, 0);
 }

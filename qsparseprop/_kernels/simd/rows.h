@@ -14,16 +14,22 @@ static void extent(const int32_t *v, int64_t n, int32_t *least, int32_t *most)
 
 enum { KEPT_SLOTS = 2048 }; /* slots whose values wait on the stack between the two passes */
 
-static void quantize_rows(const qsp_list *l, const float *values, const int32_t *index, int64_t first, int64_t last,
-                          int8_t *codes, float *scale, int32_t *sum)
+/* Values of up to sixteen slots, times the factors of the planes that they read. */
+QSP_INLINE f16x weights_at(const qsp_weight *a, int64_t slot, int n)
+{
+    const f16x v = f16_gather(a->values, a->index + slot, n);
+    return a->factor ? f16_mul(v, f16_gather(a->factor, a->plane + slot, n)) : v;
+}
+
+static void quantize_rows(const qsp_weight *a, int64_t first, int64_t last)
 {
     QSP_ALIGNED(64) float kept[KEPT_SLOTS];
     for (int64_t row = first; row < last; row++) {
-        const int64_t begin = 4 * (int64_t)l->group_ptr[row], end = 4 * (int64_t)l->group_ptr[row + 1];
+        const int64_t begin = 4 * (int64_t)a->list.group_ptr[row], end = 4 * (int64_t)a->list.group_ptr[row + 1];
         const int keep = end - begin <= KEPT_SLOTS;
         u32x16 bits = u32_zero();
         for (int64_t k = begin; k < end; k += 16) {
-            const f16x v = f16_gather(values, index + k, (int)qsp_min(16, end - k));
+            const f16x v = weights_at(a, k, (int)qsp_min(16, end - k));
             bits = u32_max_abs(bits, v);
             if (keep)
                 f16_store(kept + (k - begin), v);
@@ -31,18 +37,25 @@ static void quantize_rows(const qsp_list *l, const float *values, const int32_t 
         const uint32_t greatest = u32_greatest(bits);
         float absmax;
         memcpy(&absmax, &greatest, 4);
-        scale[row] = qsp_symmetric_scale(absmax, 127.0f);
+        const float scale = qsp_symmetric_scale(absmax, 127.0f);
+        a->scale[row] = scale * a->scale_factor;
         /* codes of a row with NaN or Inf mean nothing; its scale keeps the result from looking like a number */
-        const f16x inverse = f16_set1(isfinite(absmax) ? 1.0f / scale[row] : 0.0f);
+        const f16x inverse = f16_set1(isfinite(absmax) ? 1.0f / scale : 0.0f);
         i32x16 total = i32_set1(0);
         for (int64_t k = begin; k < end; k += 16) {
             const int n = (int)qsp_min(16, end - k);
-            const f16x v = keep ? f16_load(kept + (k - begin)) : f16_gather(values, index + k, n);
+            const f16x v = keep ? f16_load(kept + (k - begin)) : weights_at(a, k, n);
             i32x16 c = i32_nearest(f16_mul(v, inverse));
             c = i32_max(i32_min(c, i32_set1(127)), i32_set1(-127));
             total = i32_add(total, c);
-            codes_store_n((uint8_t *)codes + k, codes_signed(c), n);
+            codes_store_n((uint8_t *)a->codes + k, codes_signed(c), n);
         }
-        sum[row] = i32_sum(total);
+        a->total[row] = i32_sum(total) * a->zero_factor;
+        if (a->zero_point) {
+            int64_t sum = 0;
+            for (int64_t k = begin; k < end; k++)
+                sum += a->codes[k] * a->zero_point[a->plane[k]];
+            a->total[row] = sum;
+        }
     }
 }

@@ -79,6 +79,13 @@ QSP_INLINE u32x16 u32_zero(void)
     memset(&r, 0, sizeof r);
     return r;
 }
+QSP_INLINE u32x16 u32_load(const float *p)
+{
+    u32x16 r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
+QSP_INLINE void u32_store(float *p, u32x16 v) { memcpy(p, &v, sizeof v); }
 QSP_INLINE u32x16 u32_max_abs(u32x16 m, f16x x)
 {
     for (int i = 0; i < 16; i++) {

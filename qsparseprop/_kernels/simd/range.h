@@ -1,0 +1,144 @@
+/* Ranges of tensors: of all elements together, or of each channel. */
+
+typedef struct {
+    u32x16 bits;
+    f16x low, high;
+} range16;
+
+QSP_INLINE void range_step(range16 *r, f16x v, const int whole)
+{
+    r->bits = u32_max_abs(r->bits, v);
+    r->low = f16_min(r->low, v);
+    if (whole)
+        r->high = f16_max(r->high, v);
+}
+
+/* Range of n elements: the absolute maximum over bit patterns, so that a NaN anywhere is the result. The maximum
+ * follows from it where no element is negative, and is looked for only where `whole` says so. */
+QSP_INLINE void range_of(const void *x, const int dtype, int64_t n, int64_t step, qsp_range *out, const int whole)
+{
+    range16 r[4];
+    for (int i = 0; i < 4; i++) {
+        r[i].bits = u32_zero();
+        r[i].low = f16_set1(out->min);
+        r[i].high = f16_set1(out->max);
+    }
+    int64_t k = 0;
+    for (; step == 1 && k + 64 <= n; k += 64) {
+        QSP_UNROLL
+        for (int i = 0; i < 4; i++)
+            range_step(&r[i], load16(x, dtype, k + 16 * i), whole);
+    }
+    for (; k < n; k += 16) {
+        const int m = (int)qsp_min(16, n - k);
+        QSP_ALIGNED(64) float line[16];
+        f16_store(line, load_n(x, dtype, k * step, step, m));
+        for (int i = m; i < 16; i++) /* not zeros, which may lie outside of the range */
+            line[i] = line[0];
+        range_step(&r[0], f16_load(line), whole);
+    }
+    for (int i = 0; i < 4; i++) {
+        const uint32_t greatest = u32_greatest(r[i].bits);
+        float absmax;
+        memcpy(&absmax, &greatest, 4);
+        if (!(absmax <= out->absmax) && out->absmax == out->absmax)
+            out->absmax = absmax;
+        const float least = f16_least(r[i].low), most = f16_greatest(r[i].high);
+        out->min = least < out->min ? least : out->min;
+        out->max = most > out->max ? most : out->max;
+    }
+}
+
+static void range(const void *x, int dtype, int64_t n, int64_t step, int whole, qsp_range *out)
+{
+    if (n <= 0)
+        return;
+    if (dtype == QSP_BF16)
+        range_of(x, QSP_BF16, n, step, out, 1);
+    else if (whole)
+        range_of(x, QSP_F32, n, step, out, 1);
+    else
+        range_of(x, QSP_F32, n, step, out, 0);
+}
+
+/* Range of every channel, zero taken in (which no scheme minds): state[channel][0 .. 2] are sixteen largest magnitudes,
+ * minima and maxima each, or where channels are neighbours in memory one of each for every channel. `need` says which of
+ * the three are wanted. */
+QSP_INLINE void state_step(float *state, int64_t stride, const f16x *v, const int n, const int need)
+{
+    u32x16 bits = u32_load(state);
+    for (int i = 0; i < n; i++)
+        bits = u32_max_abs(bits, v[i]);
+    u32_store(state, bits);
+    if (need >= QSP_NEED_MIN) {
+        f16x low = f16_load(state + stride);
+        for (int i = 0; i < n; i++)
+            low = f16_min(low, v[i]);
+        f16_store(state + stride, low);
+    }
+    if (need >= QSP_NEED_MAX) {
+        f16x high = f16_load(state + 2 * stride);
+        for (int i = 0; i < n; i++)
+            high = f16_max(high, v[i]);
+        f16_store(state + 2 * stride, high);
+    }
+}
+
+enum { RANGE_ROWS = 4 };
+
+/* n elements of one channel, `step` apart. */
+QSP_INLINE void range_run(const void *x, const int dtype, int64_t n, int64_t step, float *state, const int need)
+{
+    f16x v[RANGE_ROWS];
+    int64_t k = 0;
+    for (; step == 1 && k + 16 * RANGE_ROWS <= n; k += 16 * RANGE_ROWS) {
+        QSP_UNROLL
+        for (int i = 0; i < RANGE_ROWS; i++)
+            v[i] = load16(x, dtype, k + 16 * i);
+        state_step(state, 16, v, RANGE_ROWS, need);
+    }
+    for (; k < n; k += 16) {
+        v[0] = n - k >= 16 && step == 1 ? load16(x, dtype, k)
+                                        : load_n(x, dtype, k * step, step, (int)qsp_min(16, n - k));
+        state_step(state, 16, v, 1, need);
+    }
+}
+
+/* n rows, `step` apart, of `channels` neighbours; a few rows at a time, in the order of memory. */
+QSP_INLINE void range_rows(const void *x, const int dtype, int64_t n, int64_t step, int64_t channels, float *state,
+                           const int need)
+{
+    const int64_t stride = (channels + 15) / 16 * 16;
+    for (int64_t row = 0; row < n; row += RANGE_ROWS)
+        for (int64_t c = 0; c < channels; c += 16) {
+            const int left = (int)qsp_min(16, channels - c);
+            f16x v[RANGE_ROWS];
+            QSP_UNROLL
+            for (int i = 0; i < RANGE_ROWS; i++) { /* rows that do not exist repeat the last one */
+                const int64_t at = qsp_min(row + i, n - 1) * step + c;
+                v[i] = left == 16 ? load16(x, dtype, at) : load_n(x, dtype, at, 1, left);
+            }
+            state_step(state + c, stride, v, RANGE_ROWS, need);
+        }
+}
+
+QSP_INLINE void range_some(const void *x, const int dtype, int64_t n, int64_t step, int64_t channels, float *state,
+                           const int need)
+{
+    if (channels)
+        range_rows(x, dtype, n, step, channels, state, need);
+    else
+        range_run(x, dtype, n, step, state, need);
+}
+
+static void range_channels(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int need, float *state)
+{
+    if (dtype == QSP_BF16)
+        range_some(x, QSP_BF16, n, step, channels, state, QSP_NEED_MAX);
+    else if (need == QSP_NEED_ABSMAX)
+        range_some(x, QSP_F32, n, step, channels, state, QSP_NEED_ABSMAX);
+    else if (need == QSP_NEED_MIN)
+        range_some(x, QSP_F32, n, step, channels, state, QSP_NEED_MIN);
+    else
+        range_some(x, QSP_F32, n, step, channels, state, QSP_NEED_MAX);
+}
