@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
-from qsparseprop.nn._base import SparseModule, dense_bias, dense_weight
+from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.measurement_utils import interleaved_medians
 
