@@ -13,7 +13,7 @@ from qsparseprop.geometry import Geometry
 
 GROUP = 4  # nonzeros that the kernels take at a time; rows are padded to it
 
-#: Input sizes whose offset tables are kept for a pattern: training and evaluation batches, and the odd last one of each.
+#: Input sizes whose offset tables are kept for a pattern: training and evaluation batches, and the last one of each.
 KEPT_PLANS = 8
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._dense import dense_weight
-from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.nn._traced import config_text, traced_product
+from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.nn.functional import sparse_product
 from qsparseprop.pattern import Plan, PlanCache, dense_pattern
 from qsparseprop.quantization import QuantConfig
@@ -48,13 +48,16 @@ class SparseModule(SparseWeight):
         self.register_buffer("col_indices", torch.empty(0, dtype=torch.int32, device=device))
         self.register_parameter("bias", nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None)
 
-    def _fill(self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool) -> None:
+    def _fill(
+        self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool
+    ) -> SparseModule:
         """Take over a dense weight where the mask is set."""
         crow, col, flat = dense_pattern(mask.reshape(mask.shape[0], -1))
         self.weight = nn.Parameter(weight.reshape(-1)[flat].clone(), requires_grad)
         self.crow_indices, self.col_indices = crow, col
         if bias is not None:
             self.bias = nn.Parameter(bias[0].clone(), bias[1])
+        return self
 
     @property
     def qconfig(self) -> QuantConfig | None:
@@ -68,6 +71,11 @@ class SparseModule(SparseWeight):
             raise TypeError(f"qconfig must be {wanted}, got {type(qconfig).__name__}")
         # torch.compile can read a string, but not turn a QuantConfig into one
         self._qconfig, self._qconfig_text = qconfig, config_text(qconfig)
+
+    @classmethod
+    def like(cls, module: nn.Module, qconfig: QuantConfig | None = None) -> SparseModule:
+        """A module without weights, with the settings of a dense one."""
+        raise NotImplementedError
 
     @classmethod
     def _check_dense(cls, module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qsparseprop.geometry import batch_magnitude, conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._dense import dense_bias, trains_weight
+from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.quantization import QuantConfig
 
 
@@ -91,11 +91,16 @@ class SparseConvNd(SparseModule):
             For another padding mode than zeros.
         """
         weight, mask = cls._check_dense(conv)
-        bias = dense_bias(conv)
+        layer = cls.like(conv, qconfig)._fill(weight, mask, dense_bias(conv), trains_weight(conv))
+        layer.vectorizing_over_on = vectorizing_over_on
+        return layer
+
+    @classmethod
+    def like(cls, conv: nn.Module, qconfig: QuantConfig | None = None) -> SparseConvNd:
+        """A convolution without weights, with the settings of a dense one."""
         layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                    conv.groups, bias is not None, conv.padding_mode, vectorizing_over_on=vectorizing_over_on,
+                    conv.groups, has_bias(conv), conv.padding_mode, conv.weight.device, conv.weight.dtype,
                     qconfig=qconfig)
-        layer._fill(weight, mask, bias, trains_weight(conv))
         return layer.train(conv.training)
 
     def to_dense(self) -> nn.Module:

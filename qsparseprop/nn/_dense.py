@@ -55,6 +55,12 @@ def dense_bias(module: nn.Module) -> tuple[Tensor, bool] | None:
     return None if module.bias is None else (module.bias.detach(), module.bias.requires_grad)
 
 
+def has_bias(module: nn.Module) -> bool:
+    """Whether a dense module, pruned or not, has a bias."""
+    parameters = dict(module.named_parameters(recurse=False))
+    return parameters.get("bias", parameters.get("bias_orig")) is not None
+
+
 def trains_weight(module: nn.Module) -> bool:
     """Whether the weight of a dense module, pruned or not, requires a gradient."""
     if (chain := _sparsifier(module)) is not None:

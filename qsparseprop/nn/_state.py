@@ -1,8 +1,8 @@
 """What the state of a sparse module is, and what is accepted when one is loaded.
 
-The keys of a module: ``weight`` (the values), ``crow_indices`` and ``col_indices`` (the pattern), ``bias`` where there is
-one, and ``_extra_state`` (int64: the format's number, then the shape of the dense weight). All are tensors, so that any
-file format for tensors will do. A module loads all of its keys or none.
+The keys of a module: ``weight`` (the values), ``crow_indices`` and ``col_indices`` (the pattern), ``bias`` where there
+is one, and ``_extra_state`` (int64: the format's number, then the shape of the dense weight). All are tensors, so that
+any file format for tensors will do. A module loads all of its keys or none.
 """
 
 from __future__ import annotations

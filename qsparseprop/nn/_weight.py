@@ -138,7 +138,7 @@ class SparseWeight(nn.Module):
         state = {} if optimizer is None else _element_state(optimizer, self.weight)
         old = self._flat_indices()
         place = torch.searchsorted(old, flat)
-        known = old[place.clamp(max=old.numel() - 1)] == flat if old.numel() else torch.zeros_like(flat, dtype=torch.bool)
+        known = torch.cat([old, old.new_full((1,), -1)])[place] == flat
         source = place[known]
 
         def move(tensor: Tensor, fresh: Tensor | None = None) -> Tensor:
@@ -231,7 +231,8 @@ def refuse_bad_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
     RuntimeError
         Naming all keys that are wrong; nothing has changed then.
     """
-    errors = [error for name, module in model.named_modules() if isinstance(module, SparseWeight)
+    errors = [error for name, module in model.named_modules(remove_duplicate=False)
+              if isinstance(module, SparseWeight)
               for error in read_state(module, state_dict, f"{prefix}{name}." if name else prefix).errors]
     if errors:
         raise RuntimeError(f"the state does not fit {type(model).__name__}, nothing was loaded:\n\t"

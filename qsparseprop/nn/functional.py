@@ -108,8 +108,8 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_: Tensor):
-        raise NotImplementedError("sparse modules can be differentiated once only: for second derivatives use the dense "
-                                  "module that to_dense() gives")
+        raise NotImplementedError("sparse modules can be differentiated once only: for second derivatives use the "
+                                  "dense module that to_dense() gives")
 
 
 def sparse_product(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qsparseprop.geometry import linear_geometry, linear_numbers
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._dense import dense_bias, trains_weight
+from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.quantization import QuantConfig
 
 
@@ -66,9 +66,13 @@ class SparseLinear(SparseModule):
             If the weight has NaN or Inf, or is not on the CPU.
         """
         weight, mask = cls._check_dense(linear)
-        bias = dense_bias(linear)
-        layer = cls(linear.in_features, linear.out_features, bias is not None, qconfig=qconfig)
-        layer._fill(weight, mask, bias, trains_weight(linear))
+        return cls.like(linear, qconfig)._fill(weight, mask, dense_bias(linear), trains_weight(linear))
+
+    @classmethod
+    def like(cls, linear: nn.Linear, qconfig: QuantConfig | None = None) -> SparseLinear:
+        """A layer without weights, with the settings of a dense one."""
+        layer = cls(linear.in_features, linear.out_features, has_bias(linear), linear.weight.device,
+                    linear.weight.dtype, qconfig=qconfig)
         return layer.train(linear.training)
 
     def to_dense(self) -> nn.Linear:
