@@ -132,10 +132,27 @@ class SparseWeight(nn.Module):
         if tuple(mask.shape) != tuple(self.weight_shape):
             raise ValueError(f"{name} must have shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}")
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """What an optimizer keeps for each element of `weight`; an error if it cannot follow a change of the pattern.
+
+        Raises
+        ------
+        ValueError, NotImplementedError
+            See `apply_further_mask`.
+        """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise NotImplementedError("LBFGS keeps its state for all parameters together, so that single weights can "
+                                      "neither be removed nor added: make a new optimizer instead")
+        weight = self.weight
+        if weight.requires_grad and not any(weight is p for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("the optimizer does not train the weight of this module")
+        state = optimizer.state.get(weight, {})
+        return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
+
     @torch.no_grad()
     def _rearrange(self, flat: Tensor, fresh: Tensor | None, optimizer: torch.optim.Optimizer | None) -> None:
         """Move the weights to the positions `flat` (int64, ascending), which may lack old ones and have new ones."""
-        state = {} if optimizer is None else _element_state(optimizer, self.weight)
+        state = {} if optimizer is None else self.check_optimizer(optimizer)
         old = self._flat_indices()
         place = torch.searchsorted(old, flat)
         known = torch.cat([old, old.new_full((1,), -1)])[place] == flat
@@ -207,17 +224,6 @@ class SparseWeight(nn.Module):
             else:
                 # copies: what is saved and what is trained must not share memory
                 self._replace(crow.clone(), col.clone(), values.to(self.weight.dtype, copy=True))
-
-
-def _element_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
-    """What an optimizer keeps for each element of a weight."""
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise NotImplementedError("LBFGS keeps its state for all parameters together, so that single weights can "
-                                  "neither be removed nor added: make a new optimizer instead")
-    if weight.requires_grad and not any(weight is p for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("the optimizer does not train the weight of this module")
-    state = optimizer.state.get(weight, {})
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
 
 
 def refuse_bad_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
