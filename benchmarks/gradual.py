@@ -1,7 +1,7 @@
 """Gradual pruning of a ResNet-20 on CIFAR-10, dense with masks and swapped: accuracy and time of the same schedule.
 
-A network that is 80 % zeros is pruned on to 95 % along the cubic schedule while it trains, then trained on. All runs see
-the same batches; they take turns epoch by epoch, so that other load on the machine meets all of them, and what is
+A network that is 80 % zeros is pruned on to 95 % along the cubic schedule while it trains, then trained on. All runs
+see the same batches; they take turns epoch by epoch, so that other load on the machine meets all of them, and what is
 reported is processor time. Needs the files that the options --weights and --data name, by default in the folder that
 QSPARSEPROP_SHARED names (../shared if unset).
 

@@ -190,12 +190,12 @@ def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
 def _plain_dense(module: nn.Module) -> nn.Module:
     """A copy of a dense layer without prune's bookkeeping and without hooks, for timing."""
     weight, _ = dense_weight(module)
-    plain = copy.copy(module)
+    kind = dense_type(module)
+    plain = kind.__new__(kind)
     plain.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         plain.__dict__[hooks] = type(plain.__dict__[hooks])()
     bias = dense_bias(module)
-    plain.__class__ = dense_type(module)
     for held in (plain._parameters, plain._buffers, plain._modules):
         held.clear()
     for name in ("weight", "bias"):
