@@ -183,9 +183,17 @@ def conv_geometry(
     ValueError
         If the kernel does not fit into the padded input, or the planes are too large for 32-bit offsets.
     """
-    magnitude = min(1 << max(batch - 1, 0).bit_length(), BLOCK_LANES)
-    return _conv_geometry(in_channels, out_channels, input_size, kernel_size, stride, padding, dilation, magnitude,
-                          batch_innermost)
+    return _conv_geometry(in_channels, out_channels, input_size, kernel_size, stride, padding, dilation,
+                          batch_magnitude(batch), batch_innermost)
+
+
+def batch_magnitude(batch: int) -> int:
+    """The power of two up to the block's size that stands for a batch size in a geometry."""
+    # by comparisons: under torch.compile they leave a variable batch size variable
+    magnitude = 1
+    while magnitude < batch and magnitude < BLOCK_LANES:
+        magnitude *= 2
+    return magnitude
 
 
 @functools.lru_cache(maxsize=1024)
@@ -242,6 +250,11 @@ def _conv_geometry(
         tap_phase=tuple(y * len(xs.phases) + x for y in ys.tap_phase for x in xs.tap_phase),
         tap_shift=tap_shift,
     )
+
+
+def linear_numbers(in_features: int, out_features: int) -> list[int]:
+    """The arguments of `conv_geometry` for a linear layer, one after the other."""
+    return [in_features, out_features, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, UNIT, 1]
 
 
 @functools.lru_cache(maxsize=1024)

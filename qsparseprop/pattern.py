@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qsparseprop.geometry import Geometry
 
 GROUP = 4  # nonzeros that the kernels take at a time; rows are padded to it
+
+#: Input sizes whose offset tables are kept for a pattern: training and evaluation batches, and the last one of each.
+KEPT_PLANS = 8
 
 
 class GatherList(NamedTuple):
@@ -41,7 +46,7 @@ class Plan(NamedTuple):
     backward: GatherList
 
 
-def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> None:
+def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], prefix: str = "") -> None:
     """Check a CSR pattern.
 
     Parameters
@@ -50,6 +55,8 @@ def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, i
         int32, (rows + 1,) and (nonzeros,).
     shape : (int, int)
         Rows and columns.
+    prefix : str
+        In front of the names in errors: where the pattern lies in a model's state.
 
     Raises
     ------
@@ -59,23 +66,24 @@ def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, i
         If row pointers do not ascend from 0 to the number of nonzeros, or columns are out of range, unsorted or double.
     """
     rows, cols = shape
-    for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+    crow_name, col_name = f"{prefix}crow_indices", f"{prefix}col_indices"
+    for name, tensor in ((crow_name, crow_indices), (col_name, col_indices)):
         if tensor.dtype != torch.int32 or tensor.ndim != 1:
             raise TypeError(f"{name} must be a 1-D tensor of dtype torch.int32, got {tensor.dtype} of shape "
                             f"{tuple(tensor.shape)}")
     if crow_indices.numel() != rows + 1:
-        raise ValueError(f"crow_indices must have {rows + 1} elements, got {crow_indices.numel()}")
-    counts = crow_indices.diff()
+        raise ValueError(f"{crow_name} must have {rows + 1} elements, got {crow_indices.numel()}")
+    counts = crow_indices.to(torch.int64).diff()  # int32 might wrap
     if crow_indices[0] != 0 or crow_indices[-1] != col_indices.numel() or (counts < 0).any():
-        raise ValueError(f"crow_indices must ascend from 0 to the number of nonzeros, {col_indices.numel()}")
+        raise ValueError(f"{crow_name} must ascend from 0 to the number of nonzeros, {col_indices.numel()}")
     if col_indices.numel() == 0:
         return
     low, high = col_indices.aminmax()
     if low < 0 or high >= cols:
-        raise ValueError(f"col_indices must lie in [0, {cols}), got {int(low)} to {int(high)}")
+        raise ValueError(f"{col_name} must lie in [0, {cols}), got {int(low)} to {int(high)}")
     flat = row_indices(crow_indices).to(torch.int64) * cols + col_indices
     if (flat.diff() <= 0).any():
-        raise ValueError("col_indices must ascend within each row, without duplicates")
+        raise ValueError(f"{col_name} must ascend within each row, without duplicates")
 
 
 def row_indices(crow_indices: Tensor) -> Tensor:
@@ -130,3 +138,84 @@ def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, gro
     order = torch.argsort(plane, stable=True)
     backward = _gather_list(x.planes, plane[order], row, row * y.pitch + y.front - shift, order)
     return Plan(geometry, forward, backward)
+
+
+def _version(tensor: Tensor) -> int:
+    """Number of in-place changes of a tensor; those made in inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class PlanCache:
+    """The plans of one pattern, for the input sizes that it was last used at.
+
+    Plans are made anew when the pattern has changed, which is known by its tensors' identity, place and version.
+
+    Parameters
+    ----------
+    hold : bool
+        Hold the tensors, so that no others can take their place in memory; otherwise the caller sees to that.
+    """
+
+    def __init__(self, hold: bool = True) -> None:
+        self._hold = hold
+        self._tensors: tuple[Tensor, Tensor] | None = None
+        self._stamp: tuple[int, ...] = ()
+        self._plans: OrderedDict[tuple[Geometry, int], Plan] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def get(
+        self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], geometry: Geometry, groups: int
+    ) -> Plan:
+        """Plan of a pattern on a geometry.
+
+        Parameters
+        ----------
+        crow_indices, col_indices : Tensor
+            CSR pattern, int32; checked when it has changed.
+        shape : (int, int)
+            Rows and columns of the weight.
+        geometry : Geometry
+        groups : int
+            Groups of the convolution.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See `check_pattern`.
+        """
+        crow, col = crow_indices, col_indices
+        stamp = (crow.data_ptr(), _version(crow), crow.numel(), col.data_ptr(), _version(col), col.numel())
+        held = self._tensors
+        same = self._stamp == stamp and (held is None or (held[0] is crow and held[1] is col))
+        if not same:
+            check_pattern(crow, col, shape)
+            self._plans = OrderedDict()
+            self._tensors, self._stamp = (crow, col) if self._hold else None, stamp
+        plan = self._plans.get((geometry, groups))
+        if plan is None:
+            plan = self._plans[geometry, groups] = make_plan(crow, col, geometry, groups)
+            if len(self._plans) > KEPT_PLANS:
+                self._plans.popitem(last=False)
+        return plan
+
+
+#: (storage of crow_indices, of col_indices) -> references to both, plans. The references do not keep the memory, but
+#: keep the storages' identities from being used again.
+_shared_caches: dict[tuple[int, int], tuple[StorageWeakRef, StorageWeakRef, PlanCache]] = {}
+
+
+def shared_plan_cache(crow_indices: Tensor, col_indices: Tensor) -> PlanCache:
+    """The cache of plans that belongs to a pattern, for those who get the pattern without the module that holds it.
+
+    It lives as long as the memory of the pattern.
+    """
+    storages = crow_indices.untyped_storage(), col_indices.untyped_storage()
+    key = storages[0]._cdata, storages[1]._cdata
+    found = _shared_caches.get(key)
+    if found is None:
+        for old in [k for k, (crow, col, _) in list(_shared_caches.items()) if crow.expired() or col.expired()]:
+            _shared_caches.pop(old, None)
+        found = _shared_caches[key] = (StorageWeakRef(storages[0]), StorageWeakRef(storages[1]), PlanCache(hold=False))
+    return found[2]

@@ -253,7 +253,7 @@ def test_unsupported_layers_stay_dense_with_the_reason(change, reason):
 
 
 def test_other_kinds_of_layers_are_not_in_the_table():
-    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.ConvTranspose1d(3, 2, 1), nn.Flatten(), nn.Linear(10, 2))
+    model = nn.Sequential(nn.ConvTranspose1d(2, 3, 1), nn.ConvTranspose1d(3, 2, 1), nn.Flatten(), nn.Linear(10, 2))
     swap(model, (4, 2, 5))
     assert list(decisions(model)) == ["3"]
 

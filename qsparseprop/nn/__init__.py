@@ -1,6 +1,16 @@
-"""Sparse modules, drop-in for torch.nn.Linear and torch.nn.Conv2d."""
+"""Sparse modules, drop-in for torch.nn.Linear, torch.nn.Conv1d and torch.nn.Conv2d."""
 
+from qsparseprop.nn._state import accept_dense_state
+from qsparseprop.nn.conv1d import QuantizedSparseConv1d, SparseConv1d
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d, SparseConv2d
 from qsparseprop.nn.linear import QuantizedSparseLinear, SparseLinear
 
-__all__ = ["QuantizedSparseConv2d", "QuantizedSparseLinear", "SparseConv2d", "SparseLinear"]
+__all__ = [
+    "QuantizedSparseConv1d",
+    "QuantizedSparseConv2d",
+    "QuantizedSparseLinear",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseLinear",
+    "accept_dense_state",
+]

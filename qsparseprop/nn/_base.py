@@ -2,104 +2,80 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qsparseprop.geometry import Geometry
+from qsparseprop.nn._dense import dense_weight
+from qsparseprop.nn._traced import config_text, traced_product
+from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.nn.functional import sparse_product
-from qsparseprop.pattern import Plan, check_pattern, dense_pattern, make_plan, row_indices
+from qsparseprop.pattern import Plan, PlanCache, dense_pattern
 from qsparseprop.quantization import QuantConfig
 
 #: What the kernels read and write; other dtypes are converted.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
-#: Input sizes whose offset tables a module keeps: training and evaluation batches, and the odd last one of each.
-KEPT_PLANS = 8
 
-
-def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight of a dense module and the mask of the entries to keep.
-
-    With prune's mask attached the mask decides (a kept weight may be zero), and the weight is ``weight_orig *
-    weight_mask``, since prune refreshes ``module.weight`` only in a forward pass.
-    """
-    parameters = dict(module.named_parameters(recurse=False))
-    mask = dict(module.named_buffers(recurse=False)).get("weight_mask")
-    if "weight_orig" in parameters and mask is not None:
-        return parameters["weight_orig"].detach() * mask, mask != 0
-    weight = module.weight.detach()
-    return weight, weight != 0
-
-
-def dense_bias(module: nn.Module) -> tuple[Tensor, bool] | None:
-    """Bias of a dense module, pruned or not, and whether it requires a gradient."""
-    parameters = dict(module.named_parameters(recurse=False))
-    mask = dict(module.named_buffers(recurse=False)).get("bias_mask")
-    if "bias_orig" in parameters and mask is not None:
-        return parameters["bias_orig"].detach() * mask, parameters["bias_orig"].requires_grad
-    return None if module.bias is None else (module.bias.detach(), module.bias.requires_grad)
-
-
-def trains_weight(module: nn.Module) -> bool:
-    """Whether the weight of a dense module, pruned or not, requires a gradient."""
-    parameters = dict(module.named_parameters(recurse=False))
-    return parameters.get("weight_orig", parameters.get("weight")).requires_grad
-
-
-def _version(tensor: Tensor) -> int:
-    """Number of in-place changes of a tensor; those made in inference mode do not count them."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-class SparseModule(nn.Module):
-    """A weight of which only the nonzeros exist.
+class SparseModule(SparseWeight):
+    """A layer with a sparse weight: conversion from dense, quantisation, and the product.
 
     Attributes
     ----------
-    weight : Parameter
-        (nonzeros,) values, row by row.
-    crow_indices, col_indices : Tensor
-        The pattern in CSR, int32 buffers that are part of the state: row pointers (rows + 1,) and columns (nonzeros,)
-        of the weight seen as a matrix (rows, everything else).
-    bias : Parameter or None
-        (rows,).
     qconfig : QuantConfig or None
         None where the module computes in float32.
+    weight, bias, crow_indices, col_indices
+        See `SparseWeight`.
     """
 
     _dense_type: ClassVar[type[nn.Module]]
     quantized: ClassVar[bool] = False
+    _qconfig: QuantConfig | None = None
+    _qconfig_text: str = config_text(None)
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    crow_indices: Tensor
-    col_indices: Tensor
-    qconfig: QuantConfig | None = None
+    def _set_up(self, bias: bool, qconfig: QuantConfig | None, device: Any = None, dtype: Any = None) -> None:
+        """Start with no weights at all, and a bias of zeros."""
+        if self.quantized:
+            self.qconfig = QuantConfig() if qconfig is None else qconfig
+        elif qconfig is not None:
+            raise TypeError(f"{type(self).__name__} computes in float32 and takes no qconfig")
+        rows = self.weight_shape[0]
+        self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype))
+        self.register_buffer("crow_indices", torch.zeros(rows + 1, dtype=torch.int32, device=device))
+        self.register_buffer("col_indices", torch.empty(0, dtype=torch.int32, device=device))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None)
 
-    def _configure(self, qconfig: QuantConfig | None) -> None:
-        if not self.quantized:
-            if qconfig is not None:
-                raise TypeError(f"{type(self).__name__} computes in float32 and takes no qconfig")
-        elif qconfig is None:
-            self.qconfig = QuantConfig()
-        elif isinstance(qconfig, QuantConfig):
-            self.qconfig = qconfig
-        else:
-            raise TypeError(f"qconfig must be a QuantConfig, got {type(qconfig).__name__}")
-
-    def _set_weight(self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool) -> None:
-        rows = weight.shape[0]
-        crow, col, flat = dense_pattern(mask.reshape(rows, -1))
+    def _fill(
+        self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool
+    ) -> SparseModule:
+        """Take over a dense weight where the mask is set."""
+        crow, col, flat = dense_pattern(mask.reshape(mask.shape[0], -1))
         self.weight = nn.Parameter(weight.reshape(-1)[flat].clone(), requires_grad)
-        self.register_buffer("crow_indices", crow)
-        self.register_buffer("col_indices", col)
-        if bias is None:
-            self.register_parameter("bias", None)
-        else:
+        self.crow_indices, self.col_indices = crow, col
+        if bias is not None:
             self.bias = nn.Parameter(bias[0].clone(), bias[1])
+        return self
+
+    @property
+    def qconfig(self) -> QuantConfig | None:
+        """How the module quantises; None where it computes in float32."""
+        return self._qconfig
+
+    @qconfig.setter
+    def qconfig(self, qconfig: QuantConfig | None) -> None:
+        if not isinstance(qconfig, QuantConfig if self.quantized else type(None)):
+            wanted = "a QuantConfig" if self.quantized else "None: the module computes in float32"
+            raise TypeError(f"qconfig must be {wanted}, got {type(qconfig).__name__}")
+        # torch.compile can read a string, but not turn a QuantConfig into one
+        self._qconfig, self._qconfig_text = qconfig, config_text(qconfig)
+
+    @classmethod
+    def like(cls, module: nn.Module, qconfig: QuantConfig | None = None) -> SparseModule:
+        """A module without weights, with the settings of a dense one."""
+        raise NotImplementedError
 
     @classmethod
     def _check_dense(cls, module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -117,97 +93,30 @@ class SparseModule(nn.Module):
                              f"{weight.numel()} values; all must be finite")
         return weight, mask
 
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight."""
-        raise NotImplementedError
-
-    @property
-    def nonzeros(self) -> int:
-        """Number of weights that exist."""
-        return self.weight.numel()
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the dense weight that is zero."""
-        total = torch.Size(self.weight_shape).numel()
-        return 1.0 - self.nonzeros / total if total else 0.0
-
-    def mask(self) -> Tensor:
-        """The pattern as a bool tensor of the dense weight's shape."""
-        mask = torch.zeros(self.weight_shape, dtype=torch.bool)
-        mask.view(-1)[self._flat_indices()] = True
-        return mask
-
-    def dense_weight(self) -> Tensor:
-        """The weight with its zeros, differentiable with respect to `weight`."""
-        dense = self.weight.new_zeros(torch.Size(self.weight_shape).numel())
-        return dense.index_put((self._flat_indices(),), self.weight).view(self.weight_shape)
-
-    def _flat_indices(self) -> Tensor:
-        rows = self.weight_shape[0]
-        columns = torch.Size(self.weight_shape).numel() // max(rows, 1)
-        return row_indices(self.crow_indices) * columns + self.col_indices
-
-    @torch.no_grad()
-    def apply_further_mask(self, mask: Tensor) -> None:
-        """Remove the weights outside of a mask, in place.
-
-        `weight` stays the same Parameter with fewer elements; its gradient, where it has one, is cut alike. State that
-        an optimizer keeps for each element does not change with it: make the optimizer anew.
-
-        Parameters
-        ----------
-        mask : Tensor
-            Of the dense weight's shape; what is zero in it is removed. Positions that do not exist are ignored.
-
-        Raises
-        ------
-        ValueError
-            For another shape; nothing has changed then.
-        """
-        if tuple(mask.shape) != tuple(self.weight_shape):
-            raise ValueError(f"mask must have shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}")
-        kept = mask.reshape(-1)[self._flat_indices()] != 0
-        rows = row_indices(self.crow_indices)[kept]
-        crow = torch.zeros_like(self.crow_indices)
-        crow[1:] = torch.bincount(rows, minlength=crow.numel() - 1).cumsum(0)
-        grad = None if self.weight.grad is None else self.weight.grad[kept]
-        self.weight.grad = None
-        values = self.weight.data[kept]
-        # A graph that still exists keeps a node that accumulates gradients of the old size; torch makes a new one only
-        # when the dtype changes on the way.
-        self.weight.data = values.to(torch.float64 if values.dtype != torch.float64 else torch.float32)
-        self.weight.data = values
-        self.weight.grad = grad
-        self.crow_indices, self.col_indices = crow, self.col_indices[kept]
+    def _fill_dense(self, make: Callable[..., nn.Module]) -> nn.Module:
+        """Give a dense layer, which `make` makes, the weight and bias."""
+        # on "meta": a dense layer that initialises itself would draw random numbers
+        dense = make(device="meta", dtype=self.weight.dtype).to_empty(device="cpu")
+        with torch.no_grad():
+            dense.weight.copy_(self.dense_weight())
+            dense.weight.requires_grad_(self.weight.requires_grad)
+            if self.bias is not None:
+                dense.bias.copy_(self.bias)
+                dense.bias.requires_grad_(self.bias.requires_grad)
+        return dense.train(self.training)
 
     # ---- plans: what depends on the pattern and the input's size only ----
 
     def _plan(self, geometry: Geometry, groups: int) -> Plan:
-        crow, col = self.crow_indices, self.col_indices
-        if self.weight.ndim != 1 or self.weight.numel() != col.numel():
-            raise ValueError(f"weight must have one value for each of the {col.numel()} column indices, "
-                             f"got shape {tuple(self.weight.shape)}")
-        if self.bias is not None and self.bias.shape != (self.weight_shape[0],):
-            raise ValueError(f"bias must have shape ({self.weight_shape[0]},), got {tuple(self.bias.shape)}")
-        version = (crow.data_ptr(), _version(crow), col.data_ptr(), _version(col), col.numel())
-        plans: OrderedDict[Geometry, Plan] = self.__dict__.setdefault("_plans", OrderedDict())
-        if self.__dict__.get("_plans_version") != version:
-            rows = self.weight_shape[0]
-            check_pattern(crow, col, (rows, torch.Size(self.weight_shape).numel() // max(rows, 1)))
-            plans.clear()
-            self.__dict__["_plans_version"] = version
-        plan = plans.get(geometry)
-        if plan is None:
-            plan = plans[geometry] = make_plan(crow, col, geometry, groups)
-            if len(plans) > KEPT_PLANS:
-                plans.popitem(last=False)
-        return plan
+        self._check_sizes()
+        cache = self.__dict__.get("_plans")
+        if cache is None:
+            cache = self.__dict__["_plans"] = PlanCache()
+        return cache.get(self.crow_indices, self.col_indices, self._matrix_shape(), geometry, groups)
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_plans_version")}
+        return {k: v for k, v in self.__dict__.items() if k != "_plans"}
 
     def _check_input(self, x: Tensor) -> None:
         kind = type(self).__name__
@@ -221,11 +130,28 @@ class SparseModule(nn.Module):
         if x.layout != torch.strided:
             raise TypeError(f"{kind} expects a strided tensor, got layout {x.layout}")
 
-    def _multiply(self, x: Tensor, plan: Plan) -> Tensor:
-        """The product for a 4-D input, in the dtype that torch gives to such a layer: x's, or autocast's."""
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    def _dtypes(self, x: Tensor) -> tuple[Tensor, torch.dtype, torch.dtype]:
+        """The input in a dtype of the kernels, that of their output, and the dtype of the result.
+
+        The latter is the one that torch gives to such a layer: x's, or autocast's, which leaves float64 alone.
+        """
+        dtype = x.dtype
+        if dtype != torch.float64 and torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
         if x.dtype not in _KERNEL_DTYPES:
             x = x.to(torch.float32)
-        y = sparse_product(x, self.weight, self.bias, plan, self.qconfig,
-                           dtype if dtype in _KERNEL_DTYPES else torch.float32)
+        return x, dtype if dtype in _KERNEL_DTYPES else torch.float32, dtype
+
+    def _multiply(self, x: Tensor, plan: Plan) -> Tensor:
+        """The product for a 4-D input."""
+        x, out_dtype, dtype = self._dtypes(x)
+        y = sparse_product(x, self.weight, self.bias, plan, self._qconfig, out_dtype)
+        return y if y.dtype == dtype else y.to(dtype)
+
+    def _trace(self, x: Tensor, numbers: Sequence[int], groups: int) -> Tensor:
+        """The product for a 4-D input, as a single operator; see `traced_product`."""
+        self._check_sizes()
+        x, out_dtype, dtype = self._dtypes(x)
+        y = traced_product(x, self.weight, self.bias, self.crow_indices, self.col_indices, numbers, groups,
+                           self._qconfig_text, out_dtype)
         return y if y.dtype == dtype else y.to(dtype)

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qsparseprop import ops
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
 
-def _check_finite(tensor: Tensor, name: str) -> None:
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Refuse NaN and Inf."""
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} has NaN or Inf (check_finite is on)")
+
+
+def forward_pass(
+    x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, qconfig: QuantConfig | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The product, and the packed input with its scale and zero point; see `ops.layer_forward`."""
+    g = plan.geometry
+    return ops.layer_forward(
+        x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
+        (x.shape[0], g.output_grid.planes, *g.output_size), None if qconfig is None else qconfig.input, None, dtype,
+        qconfig is not None and qconfig.granularity == "channel",
+    )  # fmt: skip
+
+
+def backward_pass(
+    dy: Tensor,
+    values: Tensor,
+    packed: Sequence[Tensor | None],
+    plan: Plan,
+    qconfig: QuantConfig | None,
+    x_shape: Sequence[int],
+    grads: Sequence[bool],
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input, the values and the bias, as far as `grads` wants them; see `ops.layer_backward`."""
+    g = plan.geometry
+    if dy.dtype not in (torch.float32, torch.bfloat16):
+        dy = dy.to(torch.float32)
+    scheme = None if qconfig is None else qconfig.grad
+    return ops.layer_backward(
+        dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
+        g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme == "stochastic" else None, grads,
+        x_dtype, qconfig is not None and qconfig.granularity == "channel",
+    )  # fmt: skip
 
 
 class _SparseProduct(torch.autograd.Function):
@@ -21,15 +57,10 @@ class _SparseProduct(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, qconfig: QuantConfig | None, dtype: torch.dtype
     ) -> Tensor:
-        g = plan.geometry
         if qconfig is not None and qconfig.check_finite:
-            _check_finite(x, "the input")
-            _check_finite(values, "the weight")
-        out, *packed = ops.layer_forward(
-            x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
-            (x.shape[0], g.output_grid.planes, *g.output_size), None if qconfig is None else qconfig.input, None,
-            dtype, qconfig is not None and qconfig.granularity == "channel",
-        )  # fmt: skip
+            check_finite(x, "the input")
+            check_finite(values, "the weight")
+        out, *packed = forward_pass(x, values, bias, plan, qconfig, dtype)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(values, *packed)
         elif ctx.needs_input_grad[0]:
@@ -40,32 +71,46 @@ class _SparseProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
-        plan, qconfig, g = ctx.plan, ctx.qconfig, ctx.plan.geometry
+        qconfig = ctx.qconfig
         grads = ctx.needs_input_grad[:3]
         if qconfig is not None and qconfig.check_finite:
-            _check_finite(dy, "the gradient of the output")
-        if not (grads[0] or grads[1]):
-            return None, None, dy.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype), None, None, None
-        values, planes, x_scale, x_zero_point = ctx.saved_tensors
-        if dy.dtype not in (torch.float32, torch.bfloat16):
-            dy = dy.to(torch.float32)
-        scheme = None if qconfig is None else qconfig.grad
-        dx, dvalues, dbias = ops.layer_backward(
-            dy, values, planes, x_scale, x_zero_point, plan.forward, plan.backward, g.input_grid.numbers,
-            g.output_grid.numbers, g.input_views, g.output_views, ctx.x_shape, g.covers_input, scheme,
-            ops.draw_seed() if scheme == "stochastic" else None, grads, ctx.x_dtype,
-            qconfig is not None and qconfig.granularity == "channel",
-        )  # fmt: skip
-        return (
+            check_finite(dy, "the gradient of the output")
+        dx = dvalues = values = None
+        if grads[0] or grads[1]:
+            values, *packed = ctx.saved_tensors
+            with torch.no_grad():
+                dx, dvalues, dbias = backward_pass(
+                    dy, values, packed, ctx.plan, qconfig, ctx.x_shape, grads, ctx.x_dtype
+                )
+        else:
+            dbias = dy.detach().sum((0, 2, 3), dtype=torch.float32)
+        gradients = (
             dx if grads[0] else None,
             dvalues.to(values.dtype) if grads[1] else None,
             dbias.to(ctx.bias_dtype) if grads[2] else None,
-            None,
-            None,
-            None,
         )
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _NoSecondDerivative.apply(dy, values, *gradients)
+        return *gradients, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents: Tensor | None):
+        raise NotImplementedError("sparse modules have no forward-mode derivatives: use reverse mode (backward), or "
+                                  "the dense module that to_dense() gives")
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes gradients through, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, dy: Tensor, values: Tensor | None, *gradients: Tensor | None):
+        return tuple(g if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx, *_: Tensor):
+        raise NotImplementedError("sparse modules can be differentiated once only: for second derivatives use the "
+                                  "dense module that to_dense() gives")
 
 
 def sparse_product(
@@ -97,5 +142,10 @@ def sparse_product(
     Tensor
         (images, out_channels, out_height, out_width); channels_last where x is. Differentiable once with respect to
         `x`, `values` and `bias`.
+
+    Raises
+    ------
+    NotImplementedError
+        From the derivative of a derivative, and from forward-mode differentiation.
     """
     return _SparseProduct.apply(x, values, bias, plan, qconfig, x.dtype if dtype is None else dtype)

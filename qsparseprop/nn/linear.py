@@ -5,28 +5,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qsparseprop.geometry import linear_geometry
-from qsparseprop.nn._base import SparseModule, dense_bias, trains_weight
+from qsparseprop.geometry import linear_geometry, linear_numbers
+from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.quantization import QuantConfig
 
 
 class SparseLinear(SparseModule):
     """``y = x @ W.T + b`` with a sparse weight, in float32.
 
-    Made by `from_dense`.
+    Usually made by `from_dense`; the constructor makes a layer without weights, for `load_state_dict` and `regrow`.
+
+    Parameters
+    ----------
+    in_features, out_features, bias, device, dtype
+        As in torch.nn.Linear; the bias starts at zero.
+    qconfig : QuantConfig, optional
+        For quantised layers.
 
     Attributes
     ----------
     in_features, out_features : int
     weight, bias, crow_indices, col_indices
-        See `SparseModule`.
+        See `SparseWeight`.
     """
 
     _dense_type = nn.Linear
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        qconfig: QuantConfig | None = None,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self._set_up(bias, qconfig, device, dtype)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, *, qconfig: QuantConfig | None = None) -> SparseLinear:
@@ -35,7 +53,8 @@ class SparseLinear(SparseModule):
         Parameters
         ----------
         linear : torch.nn.Linear
-            With zeros in its weight, or pruned by torch.nn.utils.prune (mask attached or removed). It is not changed.
+            With zeros in its weight, or pruned by torch.nn.utils.prune or torch.ao.pruning (mask attached or removed).
+            It is not changed.
         qconfig : QuantConfig, optional
             For quantised layers.
 
@@ -47,23 +66,20 @@ class SparseLinear(SparseModule):
             If the weight has NaN or Inf, or is not on the CPU.
         """
         weight, mask = cls._check_dense(linear)
-        layer = cls(linear.in_features, linear.out_features)
-        layer._configure(qconfig)
-        layer._set_weight(weight, mask, dense_bias(linear), trains_weight(linear))
+        return cls.like(linear, qconfig)._fill(weight, mask, dense_bias(linear), trains_weight(linear))
+
+    @classmethod
+    def like(cls, linear: nn.Linear, qconfig: QuantConfig | None = None) -> SparseLinear:
+        """A layer without weights, with the settings of a dense one."""
+        layer = cls(linear.in_features, linear.out_features, has_bias(linear), linear.weight.device,
+                    linear.weight.dtype, qconfig=qconfig)
         return layer.train(linear.training)
 
     def to_dense(self) -> nn.Linear:
         """A dense layer with the same weight and bias."""
-        # on "meta": a dense layer that initialises itself would draw random numbers
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.weight.dtype)
-        linear.to_empty(device="cpu")
-        with torch.no_grad():
-            linear.weight.copy_(self.dense_weight())
-            linear.weight.requires_grad_(self.weight.requires_grad)
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-                linear.bias.requires_grad_(self.bias.requires_grad)
-        return linear.train(self.training)
+        return self._fill_dense(
+            lambda **where: nn.Linear(self.in_features, self.out_features, self.bias is not None, **where)
+        )
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -81,7 +97,7 @@ class SparseLinear(SparseModule):
         Returns
         -------
         Tensor
-            (..., out_features), of x's dtype, or autocast's where it is on.
+            (..., out_features), of x's dtype, or autocast's where it is on (and x not float64, as in torch).
 
         Raises
         ------
@@ -94,10 +110,14 @@ class SparseLinear(SparseModule):
                              f"got shape {tuple(x.shape)}")
         if 0 in self.weight_shape:  # nothing to multiply
             return nn.functional.linear(x, self.dense_weight(), self.bias)
-        plan = self._plan(linear_geometry(self.in_features, self.out_features), 1)
         leading = x.shape[:-1]
         rows = x if x.ndim == 2 else x.reshape(leading.numel(), self.in_features)
-        return self._multiply(rows[..., None, None], plan).view(*leading, self.out_features)
+        images = rows[..., None, None]
+        if torch.compiler.is_compiling():
+            y = self._trace(images, linear_numbers(self.in_features, self.out_features), 1)
+        else:
+            y = self._multiply(images, self._plan(linear_geometry(self.in_features, self.out_features), 1))
+        return y.view(*leading, self.out_features)
 
     def extra_repr(self) -> str:
         """What the module prints of itself."""
@@ -108,8 +128,7 @@ class SparseLinear(SparseModule):
 class QuantizedSparseLinear(SparseLinear):
     """``y = x @ W.T + b`` with a sparse weight, in 8-bit integers forward and backward.
 
-    The float32 weight is requantised at every step that trains it; see `QuantConfig` for the schemes. Made by
-    `from_dense`.
+    The float32 weight is requantised at every step that trains it; see `QuantConfig` for the schemes.
     """
 
     quantized = True

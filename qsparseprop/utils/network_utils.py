@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import prune
 
-from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
-from qsparseprop.nn._base import SparseModule, dense_bias, dense_weight
+from qsparseprop import nn as sparse_nn
+from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
+from qsparseprop.nn._weight import check_before_loading
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.measurement_utils import interleaved_medians
 
@@ -23,11 +25,14 @@ TIMED_STEPS = 9
 
 #: (dense type, quantised) -> sparse type
 _REPLACEMENTS: dict[tuple[type[nn.Module], bool], type[SparseModule]] = {
-    (nn.Linear, False): SparseLinear,
-    (nn.Linear, True): QuantizedSparseLinear,
-    (nn.Conv2d, False): SparseConv2d,
-    (nn.Conv2d, True): QuantizedSparseConv2d,
+    (nn.Linear, False): sparse_nn.SparseLinear,
+    (nn.Linear, True): sparse_nn.QuantizedSparseLinear,
+    (nn.Conv1d, False): sparse_nn.SparseConv1d,
+    (nn.Conv1d, True): sparse_nn.QuantizedSparseConv1d,
+    (nn.Conv2d, False): sparse_nn.SparseConv2d,
+    (nn.Conv2d, True): sparse_nn.QuantizedSparseConv2d,
 }
+_DENSE_TYPES = tuple({kind for kind, _ in _REPLACEMENTS})
 
 
 @dataclass
@@ -185,13 +190,14 @@ def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
 def _plain_dense(module: nn.Module) -> nn.Module:
     """A copy of a dense layer without prune's bookkeeping and without hooks, for timing."""
     weight, _ = dense_weight(module)
-    plain = copy.copy(module)
+    kind = dense_type(module)
+    plain = kind.__new__(kind)
     plain.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         plain.__dict__[hooks] = type(plain.__dict__[hooks])()
     bias = dense_bias(module)
-    plain._parameters.clear()
-    plain._buffers.clear()
+    for held in (plain._parameters, plain._buffers, plain._modules):
+        held.clear()
     for name in ("weight", "bias"):
         plain.__dict__.pop(name, None)
     # its own, too: a step of it must not touch the gradient of the model's
@@ -213,8 +219,10 @@ def _owners(model: nn.Module) -> Counter[int]:
 
 def _unsupported(module: nn.Module, owners: Counter[int]) -> str | None:
     """Why a layer cannot be replaced, or None."""
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    if dense_type(module) not in _DENSE_TYPES:
         return f"{type(module).__qualname__} is a subclass with a behaviour of its own"
+    if foreign_parametrization(module):
+        return "has a parametrization"
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "shares a parameter with another module"
     if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -226,8 +234,6 @@ def _unsupported(module: nn.Module, owners: Counter[int]) -> str | None:
         return f"weight of dtype {weight.dtype}"
     if not torch.isfinite(weight).all():
         return "weight has NaN or Inf"
-    if parametrize.is_parametrized(module):
-        return "has a parametrization"
     return None
 
 
@@ -235,6 +241,23 @@ def _own_hooks(module: nn.Module) -> bool:
     """Whether a layer has hooks other than prune's."""
     pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, prune.BasePruningMethod)]
     return bool(pre or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Put modules in the places of others, given by their ids, wherever those appear."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # in evaluation it hands the layers' weights to a function that expects dense ones, unless this is 0
+            sparse = any(isinstance(m, SparseModule) for m in parent.modules())
+            kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))
+            parent.activation_relu_or_gelu = 0 if sparse else next(
+                (i for i, (f, m) in enumerate(kinds, 1) if parent.activation is f or isinstance(parent.activation, m)),
+                0)  # fmt: skip
+    if any(isinstance(m, SparseModule) for m in model.modules()):
+        check_before_loading(model)
 
 
 def swap_modules_with_sparse(
@@ -250,12 +273,13 @@ def swap_modules_with_sparse(
     qconfig: QuantConfig | None = None,
     fuse: bool = False,
 ) -> nn.Module:
-    """Replace the Linear and Conv2d layers of a model that are sparse enough, and faster so.
+    """Replace the Linear, Conv1d and Conv2d layers of a model that are sparse enough, and faster so.
 
     Parameters
     ----------
     model : torch.nn.Module
-        On the CPU, with zeros in its weights or pruned by torch.nn.utils.prune (masks attached or removed).
+        On the CPU, with zeros in its weights or pruned by torch.nn.utils.prune or torch.ao.pruning (masks attached or
+        removed).
     input_shape : sequence of int, or Tensor
         Shape of the model's input, batch included, or an example input: it decides the sizes (and the memory format)
         at which layers are timed.
@@ -316,7 +340,7 @@ def swap_modules_with_sparse(
         skipped = {id(named[name]) for name in kept}
 
     report, replacements = SwapReport(), {}
-    layers = {n: m for n, m in named.items() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    layers = {n: m for n, m in named.items() if isinstance(m, _DENSE_TYPES)}
     candidates = {}
     owners = _owners(model)
     for name, module in layers.items():
@@ -344,7 +368,7 @@ def swap_modules_with_sparse(
     recorded = _record_inputs(model, candidates, example) if candidates else {}
     for name, decision in candidates.items():
         dense = layers[name]
-        sparse = _REPLACEMENTS[type(dense), quantize].from_dense(dense, **({"qconfig": qconfig} if quantize else {}))
+        sparse = _REPLACEMENTS[dense_type(dense), quantize].from_dense(dense, qconfig=qconfig)
         if name in recorded:
             x, x_grad = recorded[name]
             decision.input_shape = tuple(x.shape)
@@ -367,14 +391,82 @@ def swap_modules_with_sparse(
         decision.swapped = True
         replacements[id(dense)] = sparse
 
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in replacements:
-                parent._modules[name] = replacements[id(child)]
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    # in evaluation it would hand the layers' weights to a function that expects dense ones
-                    parent.activation_relu_or_gelu = 0
+    _replace_children(model, replacements)
     model.swap_report = report
     if verbose:
         sys.stdout.write(f"{report}\n")
+    return model
+
+
+def swap_modules_for_state(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    quantize: bool = True,
+    qconfig: QuantConfig | None = None,
+) -> nn.Module:
+    """Replace the dense layers of a fresh model that are sparse in a state dict by empty sparse ones, in place.
+
+    What follows is ``model.load_state_dict(state_dict)``. The weights of the dense layers are not looked at, so the
+    model may have been made on the meta device (load with ``assign=True`` then).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        As it was before `swap_modules_with_sparse`.
+    state_dict : mapping of str to Tensor
+        The state of a model that `swap_modules_with_sparse` has changed.
+    quantize, qconfig
+        As for `swap_modules_with_sparse`; they are not part of a state.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same `model`.
+
+    Raises
+    ------
+    ValueError
+        If a layer that is sparse in the state is none in the model, naming it; nothing has changed then.
+    """
+    if qconfig is not None and not quantize:
+        raise ValueError("qconfig only goes with quantize=True")
+    suffix = ".crow_indices"
+    names = [key.removesuffix(suffix) for key in state_dict if key.endswith(suffix)]
+    named = dict(model.named_modules(remove_duplicate=False))
+    replacements = {}
+    for name in names:
+        dense = named.get(name)
+        if isinstance(dense, SparseModule):
+            continue
+        if dense is None or dense_type(dense) not in _DENSE_TYPES:
+            kind = "does not have it" if dense is None else f"has a {type(dense).__name__} there"
+            raise ValueError(f"{name} is a sparse layer in the state, the model {kind}")
+        replacements[id(dense)] = _REPLACEMENTS[dense_type(dense), quantize].like(dense, qconfig)
+    _replace_children(model, replacements)
+    return model
+
+
+def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module:
+    """Replace the sparse layers of a model by dense ones with the same weights, for export or for comparison.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    inplace : bool
+        Change `model`; otherwise a deep copy.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model (or its copy); where it is a sparse layer itself, the dense one. A module that appears in several
+        places is replaced by one in all of them; parameters of replaced layers are new ones. Hooks on sparse layers
+        are not taken over.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, SparseModule):
+        return model.to_dense()
+    if not inplace:
+        model = _copy_model(model)
+    _replace_children(model, {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseModule)})
     return model

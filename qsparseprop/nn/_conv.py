@@ -1,0 +1,174 @@
+"""What convolutions of one and two dimensions share: both are computed in two."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qsparseprop.geometry import batch_magnitude, conv_geometry, prefer_batch_innermost
+from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
+from qsparseprop.quantization import QuantConfig
+
+
+class SparseConvNd(SparseModule):
+    """Base of the convolutions; `SparseConv1d` and `SparseConv2d` document it.
+
+    A one-dimensional convolution is a two-dimensional one over images of height 1.
+    """
+
+    _dense_type: ClassVar[type[nn.Conv1d | nn.Conv2d]]
+    _axes: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        vectorizing_over_on: bool | None = None,
+        qconfig: QuantConfig | None = None,
+    ) -> None:
+        super().__init__()
+        # torch's checks and its way to write arguments; on "meta" nothing is initialised
+        dense = self._dense_type(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+                                 padding_mode, "meta")
+        if dense.padding_mode != "zeros":
+            raise NotImplementedError(f"{type(self).__name__} pads with zeros; padding_mode={dense.padding_mode!r} is "
+                                      "not supported (pad with torch.nn.functional.pad first)")
+        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
+        self.kernel_size, self.stride = dense.kernel_size, dense.stride
+        self.padding, self.dilation = dense.padding, dense.dilation
+        self.groups, self.padding_mode = dense.groups, dense.padding_mode
+        self.vectorizing_over_on = vectorizing_over_on
+        self._set_up(bias, qconfig, device, dtype)
+
+    @property
+    def _pads(self) -> tuple[int, ...]:
+        """Zeros before and after, axis by axis."""
+        if self.padding == "valid":
+            return (0, 0) * len(self._axes)
+        if self.padding == "same":  # as torch: an odd zero goes below and to the right
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            return tuple(n for t in total for n in (t // 2, t - t // 2))
+        return tuple(n for p in self.padding for n in (p, p))
+
+    @classmethod
+    def from_dense(
+        cls, conv: nn.Module, vectorizing_over_on: bool | None = None, *, qconfig: QuantConfig | None = None
+    ) -> SparseConvNd:
+        """Take over the nonzeros of a dense convolution.
+
+        Parameters
+        ----------
+        conv : torch.nn.Conv1d or torch.nn.Conv2d
+            With zeros in its weight, or pruned by torch.nn.utils.prune or torch.ao.pruning (mask attached or removed).
+            It is not changed.
+        vectorizing_over_on : bool, optional
+            A hint for the order of the lanes; results do not depend on it. True: neighbouring lanes are images of the
+            batch, which wastes none on small feature maps with batches of 16 and more. False: they are pixels of
+            a row. None: the module decides by the size of its input.
+        qconfig : QuantConfig, optional
+            For quantised layers.
+
+        Raises
+        ------
+        TypeError
+            For another kind of module, or an integer weight.
+        ValueError
+            If the weight has NaN or Inf, or is not on the CPU.
+        NotImplementedError
+            For another padding mode than zeros.
+        """
+        weight, mask = cls._check_dense(conv)
+        layer = cls.like(conv, qconfig)._fill(weight, mask, dense_bias(conv), trains_weight(conv))
+        layer.vectorizing_over_on = vectorizing_over_on
+        return layer
+
+    @classmethod
+    def like(cls, conv: nn.Module, qconfig: QuantConfig | None = None) -> SparseConvNd:
+        """A convolution without weights, with the settings of a dense one."""
+        layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+                    conv.groups, has_bias(conv), conv.padding_mode, conv.weight.device, conv.weight.dtype,
+                    qconfig=qconfig)
+        return layer.train(conv.training)
+
+    def to_dense(self) -> nn.Module:
+        """A dense convolution with the same weight and bias."""
+        return self._fill_dense(lambda **where: self._dense_type(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, self.bias is not None, **where))  # fmt: skip
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Parameters
+        ----------
+        x : Tensor
+            (images, in_channels, height, width), or (images, in_channels, length) in one dimension, or without images;
+            floating point, any strides.
+
+        Returns
+        -------
+        Tensor
+            The same with out_channels and the output's size, of x's dtype, or autocast's where it is on (and x not
+            float64, as in torch); channels_last where x is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For another number of dimensions or channels, an integer or complex dtype, another device, or an image
+            smaller than the kernel.
+        """
+        self._check_input(x)
+        dims = len(self._axes)
+        if x.ndim not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
+            axes = ", ".join(self._axes)
+            raise ValueError(f"{type(self).__name__} expects (images, {self.in_channels}, {axes}) or "
+                             f"({self.in_channels}, {axes}), got shape {tuple(x.shape)}")
+        images = x if x.ndim == dims + 2 else x[None]
+        if dims == 1:
+            images = images.unsqueeze(2)
+        batch, size = images.shape[0], tuple(images.shape[2:])
+        batch_innermost = self.vectorizing_over_on
+        if batch_innermost is None:
+            batch_innermost = prefer_batch_innermost(batch, size, images.stride(1) == 1)
+        flat = (1,) * (2 - dims)
+        kernel, stride, dilation = flat + self.kernel_size, flat + self.stride, flat + self.dilation
+        pads = (0, 0) * (2 - dims) + self._pads
+        if torch.compiler.is_compiling():
+            y = self._trace(images, [self.in_channels, self.out_channels, *size, *kernel, *stride, *pads, *dilation,
+                                     batch_magnitude(batch), int(batch_innermost)], self.groups)
+        else:
+            geometry = conv_geometry(self.in_channels, self.out_channels, size, kernel, stride, pads, dilation, batch,
+                                     batch_innermost)
+            y = self._multiply(images, self._plan(geometry, self.groups))
+        if dims == 1:
+            y = y.squeeze(2)
+        return y if x.ndim == dims + 2 else y[0]
+
+    def extra_repr(self) -> str:
+        """What the module prints of itself."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        if any(self._pads):
+            parts.append(f"padding={self.padding!r}")
+        if any(n != 1 for n in self.dilation):
+            parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        return ", ".join([*parts, f"bias={self.bias is not None}", f"sparsity={self.sparsity:.4f}"])

@@ -1,0 +1,69 @@
+"""What a dense layer holds, pruned or not."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def _sparsifier(module: nn.Module) -> nn.Module | None:
+    """The parametrization that a sparsifier of torch.ao.pruning has put on a weight, if that is the only one."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    chain = module.parametrizations["weight"]
+    pruning = sys.modules.get("torch.ao.pruning.sparsifier.utils")  # where it is not imported, nobody has used it
+    only = len(chain) == 1 and set(module.parametrizations) == {"weight"}
+    return chain if only and pruning is not None and type(chain[0]) is pruning.FakeSparsity else None
+
+
+def foreign_parametrization(module: nn.Module) -> bool:
+    """Whether a layer has parametrizations other than the mask of torch.ao.pruning."""
+    return parametrize.is_parametrized(module) and _sparsifier(module) is None
+
+
+def dense_type(module: nn.Module) -> type[nn.Module]:
+    """Type of a dense layer; a parametrization makes a subclass, which is looked through."""
+    kind = type(module)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+
+
+def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight of a dense module and the mask of the entries to keep.
+
+    With a mask attached, by torch.nn.utils.prune or torch.ao.pruning, the mask decides (a kept weight may be zero).
+    prune's weight is ``weight_orig * weight_mask``, since ``module.weight`` is refreshed only in a forward pass.
+    """
+    if (chain := _sparsifier(module)) is not None:
+        mask = chain[0].mask
+        return chain.original.detach() * mask, mask != 0
+    parameters = dict(module.named_parameters(recurse=False))
+    mask = dict(module.named_buffers(recurse=False)).get("weight_mask")
+    if "weight_orig" in parameters and mask is not None:
+        return parameters["weight_orig"].detach() * mask, mask != 0
+    weight = module.weight.detach()
+    return weight, weight != 0
+
+
+def dense_bias(module: nn.Module) -> tuple[Tensor, bool] | None:
+    """Bias of a dense module, pruned or not, and whether it requires a gradient."""
+    parameters = dict(module.named_parameters(recurse=False))
+    mask = dict(module.named_buffers(recurse=False)).get("bias_mask")
+    if "bias_orig" in parameters and mask is not None:
+        return parameters["bias_orig"].detach() * mask, parameters["bias_orig"].requires_grad
+    return None if module.bias is None else (module.bias.detach(), module.bias.requires_grad)
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether a dense module, pruned or not, has a bias."""
+    parameters = dict(module.named_parameters(recurse=False))
+    return parameters.get("bias", parameters.get("bias_orig")) is not None
+
+
+def trains_weight(module: nn.Module) -> bool:
+    """Whether the weight of a dense module, pruned or not, requires a gradient."""
+    if (chain := _sparsifier(module)) is not None:
+        return chain.original.requires_grad
+    parameters = dict(module.named_parameters(recurse=False))
+    return parameters.get("weight_orig", parameters.get("weight")).requires_grad

@@ -1,0 +1,183 @@
+"""What the state of a sparse module is, and what is accepted when one is loaded.
+
+The keys of a module: ``weight`` (the values), ``crow_indices`` and ``col_indices`` (the pattern), ``bias`` where there
+is one, and ``_extra_state`` (int64: the format's number, then the shape of the dense weight). All are tensors, so that
+any file format for tensors will do. A module loads all of its keys or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparseprop.pattern import check_pattern, dense_pattern
+
+if TYPE_CHECKING:
+    from qsparseprop.nn._weight import SparseWeight
+
+#: Number of the format that this version writes and reads.
+FORMAT = 1
+
+_SPARSE_KEYS = ("weight", "crow_indices", "col_indices")
+_CHOICES = ("keep_pattern", "take_zeros")
+_dense_choice: ContextVar[str | None] = ContextVar("dense_choice", default=None)
+
+
+@contextlib.contextmanager
+def accept_dense_state(choice: str) -> Iterator[None]:
+    """Let sparse modules load states of dense layers, plain or with the masks of torch.nn.utils.prune.
+
+    Parameters
+    ----------
+    choice : {"keep_pattern", "take_zeros"}
+        "keep_pattern": the module keeps its pattern and takes the values there, whatever the others are.
+        "take_zeros": the module takes the pattern of the dense weight: what is zero in it (or masked) does not exist.
+
+    Raises
+    ------
+    ValueError
+        For another choice.
+
+    Examples
+    --------
+    >>> with accept_dense_state("take_zeros"):
+    ...     model.load_state_dict(torch.load("pruned.pt"))
+    """
+    if choice not in _CHOICES:
+        raise ValueError(f"choice must be one of {', '.join(map(repr, _CHOICES))}, got {choice!r}")
+    token = _dense_choice.set(choice)
+    try:
+        yield
+    finally:
+        _dense_choice.reset(token)
+
+
+class State(NamedTuple):
+    """Values, pattern and bias of a sparse module."""
+
+    values: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    bias: Tensor | None
+
+
+class FoundState(NamedTuple):
+    """What a state dict holds for a module; `state` is None where nothing is to be loaded."""
+
+    state: State | None
+    missing: list[str]
+    unexpected: list[str]
+    errors: list[str]
+
+
+def check_format(state: Any, shape: tuple[int, ...], key: str) -> str | None:
+    """What is wrong with a module's ``_extra_state``, or None."""
+    if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.ndim != 1 or state.numel() < 1:
+        return f"{key}: expected a 1-D tensor of dtype torch.int64, the format's number and the weight's shape"
+    number, *saved = state.tolist()
+    if number != FORMAT:
+        return (f"{key}: the state is in format {number} of sparse modules, this version of qsparseprop reads format "
+                f"{FORMAT}")
+    if tuple(saved) != tuple(shape):
+        return f"{key}: the state is that of a weight of shape {tuple(saved)}, this module's is {tuple(shape)}"
+    return None
+
+
+def _check_tensor(state: Any, shape: tuple[int, ...], key: str) -> str | None:
+    """What is wrong with a floating-point tensor, or None."""
+    if not isinstance(state, Tensor):
+        return f"{key}: expected a tensor, got {type(state).__name__}"
+    if not state.is_floating_point():
+        return f"{key}: expected a floating-point tensor, got dtype {state.dtype}"
+    if tuple(state.shape) != tuple(shape):
+        return f"{key}: expected shape {tuple(shape)}, got {tuple(state.shape)}"
+    return None
+
+
+def _dense_tensor(found: Mapping[str, Any], name: str) -> tuple[Any, Tensor | None]:
+    """A dense parameter, pruned or not, and its mask."""
+    if f"{name}_orig" in found and f"{name}_mask" in found:
+        values, mask = found[f"{name}_orig"], found[f"{name}_mask"]
+        fits = isinstance(values, Tensor) and isinstance(mask, Tensor) and values.shape == mask.shape
+        return (values * mask, mask != 0) if fits else (None, None)
+    return found.get(name), None
+
+
+def _read_dense(module: SparseWeight, found: Mapping[str, Any], prefix: str) -> tuple[State | None, list[str]]:
+    shape = module.weight_shape
+    weight, mask = _dense_tensor(found, "weight")
+    bias, _ = _dense_tensor(found, "bias")
+    key = f"{prefix}weight" if mask is None else f"{prefix}weight_orig"
+    errors = [_check_tensor(weight, shape, key)]
+    if module.bias is not None and bias is not None:
+        errors.append(_check_tensor(bias, shape[:1], f"{prefix}bias"))
+    choice = _dense_choice.get()
+    if choice is None:
+        errors.append(f"{key}: is the weight of a dense layer; load it within accept_dense_state('keep_pattern') or "
+                      "accept_dense_state('take_zeros') of qsparseprop.nn")
+    errors = [e for e in errors if e is not None]
+    if errors:
+        return None, errors
+    if choice == "keep_pattern":
+        flat, crow, col = module._flat_indices(), module.crow_indices, module.col_indices
+    else:
+        mask = weight != 0 if mask is None else mask
+        crow, col, flat = dense_pattern(mask.reshape(shape[0], -1))
+    return State(weight.detach().reshape(-1)[flat], crow, col, bias), []
+
+
+def _read_sparse(module: SparseWeight, found: Mapping[str, Any], prefix: str) -> tuple[State | None, list[str]]:
+    absent = [key for key in _SPARSE_KEYS if key not in found]
+    if absent:
+        return None, [f"{prefix}{key}: is missing, values and pattern only make sense together" for key in absent]
+    values, crow, col = (found[key] for key in _SPARSE_KEYS)
+    errors = []
+    if "_extra_state" in found:
+        errors.append(check_format(found["_extra_state"], module.weight_shape, f"{prefix}_extra_state"))
+    try:
+        for key in _SPARSE_KEYS[1:]:
+            if not isinstance(found[key], Tensor):
+                raise TypeError(f"{prefix}{key} must be a tensor, got {type(found[key]).__name__}")
+        check_pattern(crow, col, module._matrix_shape(), prefix)
+        errors.append(_check_tensor(values, (col.numel(),), f"{prefix}weight"))
+    except (TypeError, ValueError) as error:
+        errors.append(str(error))
+    bias = found.get("bias")
+    if module.bias is not None and bias is not None:
+        errors.append(_check_tensor(bias, module.weight_shape[:1], f"{prefix}bias"))
+    errors = [e for e in errors if e is not None]
+    return (None, errors) if errors else (State(values, crow, col, bias), [])
+
+
+def read_state(module: SparseWeight, state_dict: Mapping[str, Any], prefix: str) -> FoundState:
+    """Find and check a module's state, and change nothing.
+
+    Parameters
+    ----------
+    module : SparseWeight
+    state_dict : mapping of str to Tensor
+    prefix : str
+        What the module's keys start with.
+    """
+    found = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    pruned = "weight_orig" in found and "weight_mask" in found
+    weight = found.get("weight")
+    dense = pruned or (isinstance(weight, Tensor) and weight.ndim == len(module.weight_shape))
+    expected = {"weight_orig", "weight_mask"} if pruned else {"weight"}
+    if not dense:
+        expected = {*_SPARSE_KEYS, "_extra_state"}
+    if module.bias is not None:
+        expected |= {"bias_orig", "bias_mask"} if dense and "bias_orig" in found else {"bias"}
+    missing = [prefix + key for key in sorted(expected) if key not in found]
+    unexpected = [prefix + key for key in found if key not in expected]
+    if not found.keys() & {*_SPARSE_KEYS, "weight_orig"}:
+        return FoundState(None, missing, unexpected, [])
+    state, errors = (_read_dense if dense else _read_sparse)(module, found, prefix)
+    if module.bias is None and state is not None:
+        state = state._replace(bias=None)
+    return FoundState(None if missing or errors else state, missing, unexpected, errors)
