@@ -1,7 +1,7 @@
 """How much a layer has to compute and to move, in closed form: the two sides of a roofline.
 
 Operations are multiplications and additions (two a product of a weight with an activation). Bytes are the compulsory
-traffic: every operand is read once and every result written once in a pass, as if caches had room for everything. What a
+traffic: every operand is read once and every result written once in a pass, as if caches had room for all. What a
 layer packs for the backward pass is written in the forward pass and read in the other.
 
 A dense layer and a sparse one of the same pattern differ in the number of weights and in what a weight costs: a nonzero
