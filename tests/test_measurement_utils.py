@@ -114,3 +114,15 @@ def test_environment_describes_machine_and_versions():
     assert facts["cpu"]
     age = datetime.now(timezone.utc) - datetime.fromisoformat(facts["date"])
     assert abs(age.total_seconds()) < 60
+
+
+@linux_only
+def test_peak_memory_of_a_call():
+    from qsparseprop.utils.measurement_utils import measure_peak_rss
+
+    def use_memory():
+        torch.ones(25_000_000).sum()
+
+    peak = measure_peak_rss(use_memory)
+    assert peak.of_call
+    assert 90 < peak.added_mb < 150

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from ._files import replacing
 from .compare import RUN_LABELS
 
 __all__ = ["format_table", "write_json", "write_plot"]
@@ -80,17 +78,6 @@ def _busy(result: dict[str, Any]) -> str:
     return f"The machine was busy: a mean step took up to {ratio:.1f} times the median one" if ratio > _BUSY else ""
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` that takes its place at the end, or vanishes if anything goes wrong."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write the result as JSON; the file appears complete or not at all.
 
@@ -99,7 +86,7 @@ def write_json(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     OSError
         If it cannot be written.
     """
-    with _replacing(Path(path)) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(_without_nan(result), indent=1) + "\n", encoding="utf-8")
 
 
@@ -147,7 +134,7 @@ def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         axes.grid(True, alpha=0.3)
     figure.suptitle("\n".join(filter(None, (_title(result), _busy(result)))), fontsize=11)
     figure.legend(loc="outside lower center", ncols=3, fontsize=10, frameon=False)
-    with _replacing(Path(path)) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -1,6 +1,7 @@
 """Measuring training: time of a step, memory saved for the backward pass, memory of the process, and the machine.
 
-Memory is given in bytes or in MB of 10**6 bytes.
+Memory is given in bytes or in MB of 10**6 bytes. `cost_model` counts what a layer has to compute and to move; its names
+are here as well.
 """
 
 from __future__ import annotations
@@ -13,17 +14,26 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from torch import nn
 
+from .cost_model import LayerCost, PassCost, layer_cost, model_costs
+
 __all__ = [
+    "LayerCost",
+    "PassCost",
+    "PeakMemory",
     "current_rss_mb",
     "environment",
     "interleaved_medians",
     "interleaved_times",
+    "layer_cost",
+    "measure_peak_rss",
+    "model_costs",
     "peak_rss_mb",
     "release_free_memory",
     "reset_peak_rss",
@@ -143,6 +153,41 @@ def release_free_memory() -> None:
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if malloc_trim is not None:
             malloc_trim(0)
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Resident memory of the process around a call, in MB.
+
+    Attributes
+    ----------
+    before_mb, peak_mb : float
+        NaN where the system does not tell.
+    of_call : bool
+        Whether the peak is that of the call; otherwise it is that of the process since its start.
+    """
+
+    before_mb: float
+    peak_mb: float
+    of_call: bool
+
+    @property
+    def added_mb(self) -> float:
+        """What the call has added to the memory of the process at most."""
+        return self.peak_mb - self.before_mb
+
+
+def measure_peak_rss(function: Callable[[], Any]) -> PeakMemory:
+    """Call a function and measure the largest resident memory of the process meanwhile.
+
+    Freed memory is given back to the system before. Memory that the C library keeps nevertheless can be used by the
+    call without being seen: figures to compare belong in processes of their own.
+    """
+    release_free_memory()
+    before = current_rss_mb()
+    of_call = reset_peak_rss()
+    function()
+    return PeakMemory(before, peak_rss_mb(), of_call)
 
 
 def interleaved_times(

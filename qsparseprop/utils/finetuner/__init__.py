@@ -1,0 +1,20 @@
+"""Training with progress, logs, checkpoints and clean stops; a swapped model trains in it like any other one."""
+
+from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from .fit import FitResult
+from .history import Evaluation, History
+from .layer_times import LayerTime, LayerTimer
+from .trainer import Finetuner, NonFiniteLossError
+
+__all__ = [
+    "CheckpointError",
+    "Evaluation",
+    "Finetuner",
+    "FitResult",
+    "History",
+    "LayerTime",
+    "LayerTimer",
+    "NonFiniteLossError",
+    "read_checkpoint",
+    "write_checkpoint",
+]

@@ -1,0 +1,235 @@
+"""The loop over epochs behind `Finetuner.fit`: position, checkpoints, log, progress, and clean stops."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qsparseprop.utils._files import remove_leftovers
+
+from .batches import are_classes, split_batch
+from .checkpoint import (
+    check_loader_state,
+    loader_state,
+    random_state,
+    read_checkpoint,
+    set_loader_state,
+    set_random_state,
+    write_checkpoint,
+)
+from .history import Evaluation
+from .layer_times import LayerTime, LayerTimer
+from .session import JsonLines, ProgressBar, StopRequest, stop_on_signals
+
+if TYPE_CHECKING:
+    from .trainer import Finetuner
+
+__all__ = ["BEST", "LAST", "LOG", "FitLoop", "FitResult"]
+
+#: Files in the folder of a training.
+LAST, BEST, LOG = "last.pt", "best.pt", "log.jsonl"
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a call of `Finetuner.fit` ended.
+
+    Attributes
+    ----------
+    stopped_by : signal.Signals or None
+        The signal that asked to stop.
+    best : Evaluation or None
+        The best evaluation of the whole training.
+    layer_times : list of LayerTime
+        Empty where none were asked for.
+    """
+
+    stopped_by: signal.Signals | None
+    best: Evaluation | None
+    layer_times: list[LayerTime]
+
+
+class _StopNow(Exception):
+    pass
+
+
+class FitLoop:
+    """One call of `Finetuner.fit`; parameters as there."""
+
+    def __init__(
+        self,
+        tuner: Finetuner,
+        batches: Iterable[Any],
+        epochs: int,
+        evaluation_batches: Iterable[Any] | None,
+        folder: str | os.PathLike[str] | None,
+        checkpoint_every: int | None,
+        time_layers: int,
+    ) -> None:
+        self.tuner, self.batches, self.epochs = tuner, batches, epochs
+        self.evaluation_batches = evaluation_batches
+        self.folder = None if folder is None else Path(folder)
+        self.checkpoint_every = checkpoint_every
+        self.time_layers = time_layers
+        self.layer_times: list[LayerTime] = []
+        self.request = StopRequest()
+        self.log = JsonLines(None)
+
+    def check(self, resume: bool) -> None:
+        """Raise what `Finetuner.fit` promises, before anything is touched."""
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        if isinstance(self.batches, Iterator):
+            raise TypeError("train_batches can be iterated over only once; fit needs something like a DataLoader or a "
+                            "list, which starts anew every epoch")  # fmt: skip
+        if self.folder is None:
+            if resume or self.checkpoint_every is not None:
+                raise ValueError("resume and checkpoint_every need a folder")
+        elif not resume and (self.folder / LAST).exists():
+            raise FileExistsError(f"{self.folder / LAST} exists: resume it, or choose another folder")
+
+    def run(self, resume: bool, progress: bool | None) -> FitResult:
+        """Train until all epochs are done or a signal asks to stop."""
+        tuner = self.tuner
+        self.bar = ProgressBar(progress)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in (LAST, BEST):
+                remove_leftovers(self.folder / name)
+            if resume and (self.folder / LAST).exists():
+                content = read_checkpoint(self.folder / LAST)
+                # First of all, so that a loader that does not go with it leaves everything unchanged.
+                check_loader_state(self.batches, (content["epoch_start"] or {}).get("loader"))
+                tuner.load_state_dict(content)
+            self.log = JsonLines(self.folder / LOG)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.log.close)
+            self.request = stack.enter_context(stop_on_signals())
+            stack.callback(self.bar.close)
+            self._write("resume" if tuner.history.losses else "start", epochs=self.epochs)
+            try:
+                while tuner.epoch < self.epochs and self.request.signal is None:
+                    self._train_epoch()
+                    self._end_epoch()
+                    self._checkpoint()
+            except _StopNow:
+                self._checkpoint()
+            except FloatingPointError as error:
+                self.log.write("error", layer=getattr(error, "layer", None), message=str(error))
+                raise
+            stopped_by = self.request.signal
+            self._write("end", stopped_by=None if stopped_by is None else stopped_by.name)
+        return FitResult(stopped_by, tuner.history.best, self.layer_times)
+
+    def _write(self, event: str, **values: Any) -> None:
+        """Log something with the position."""
+        tuner = self.tuner
+        self.log.write(event, step=len(tuner.history.losses), epoch=tuner.epoch, batch=tuner.batch, **values)
+
+    def _checkpoint(self) -> None:
+        if self.folder is not None:
+            self.tuner.save(self.folder / LAST)
+            self._write("checkpoint")
+
+    # ---- an epoch ----
+
+    def _train_epoch(self) -> None:
+        tuner = self.tuner
+        sampler = getattr(self.batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(tuner.epoch)
+        iterator = self._start_epoch()
+        total = len(self.batches) if hasattr(self.batches, "__len__") else None
+        self.bar.start(f"epoch {tuner.epoch + 1}/{self.epochs}", total, tuner.batch)
+        with contextlib.ExitStack() as timing:
+            timer = LayerTimer(tuner.model) if self.time_layers and not self.layer_times else None
+            if timer is not None:
+                timing.enter_context(timer)
+            for done, batch in enumerate(self._until_stopped(iterator), start=1):
+                if timer is not None and done <= self.time_layers:
+                    tuner.history.warmup_steps.add(len(tuner.history.losses))
+                inputs, targets = split_batch(batch)
+                tuner.train_step(inputs, targets)
+                tuner.batch += 1
+                self._report_step(targets)
+                if done == self.time_layers:
+                    timing.close()
+                if self.checkpoint_every is not None and len(tuner.history.losses) % self.checkpoint_every == 0:
+                    self._checkpoint()
+        self.bar.close()
+        if timer is not None:
+            self.layer_times = timer.times()
+            self._write("layer_times", layers=[vars(t) for t in self.layer_times])
+
+    def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+        iterator = iter(batches)
+        while True:
+            if self.request.signal is not None:
+                raise _StopNow
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError:
+                # Ctrl-C reaches the loader's processes as well, and the loader complains that they are gone.
+                if self.request.signal is None:
+                    raise
+                raise _StopNow from None
+            yield batch
+
+    def _start_epoch(self) -> Iterator[Any]:
+        """Iterate over an epoch, from the batch on at which the training stands."""
+        tuner = self.tuner
+        loaded, tuner.resume_random = tuner.resume_random, None
+        if tuner.epoch_start is None or (loaded is None and tuner.batch == 0):
+            self._mark_epoch_start()
+            return iter(self.batches)
+        # The same epoch once more up to here, so that samplers and augmentations draw what they drew before.
+        now = random_state() if loaded is None else loaded
+        set_random_state(tuner.epoch_start["random"])
+        set_loader_state(self.batches, tuner.epoch_start["loader"])
+        iterator = iter(self.batches)
+        for _ in itertools.islice(iterator, tuner.batch):
+            pass
+        if tuner.batch:
+            set_random_state(now)
+        return iterator
+
+    def _mark_epoch_start(self) -> None:
+        self.tuner.epoch_start = {"random": random_state(), "loader": loader_state(self.batches)}
+
+    def _report_step(self, targets: torch.Tensor) -> None:
+        history, samples = self.tuner.history, len(targets)
+        correct = history.correct[-1] if are_classes(targets) else None
+        self.bar.step(history.losses[-1], correct, samples)
+        self._write(
+            "step", loss=history.losses[-1], samples=samples, accuracy=None if correct is None else correct / samples,
+            seconds=history.step_seconds[-1], learning_rate=float(self.tuner.optimizer.param_groups[0]["lr"]),
+        )  # fmt: skip
+
+    def _end_epoch(self) -> None:
+        tuner = self.tuner
+        if self.evaluation_batches is not None:
+            evaluation = tuner.measure(self._until_stopped(self.evaluation_batches))
+            better = evaluation.better_than(tuner.history.best)
+            tuner.history.evaluations.append(evaluation)
+            self.log.write("evaluation", epoch=tuner.epoch, **vars(evaluation))
+            if tuner.on_plateau:
+                tuner.scheduler.step(evaluation.loss)
+            if better and self.folder is not None:
+                content = {"model": tuner.model.state_dict(), "evaluation": vars(evaluation)}
+                write_checkpoint(content, self.folder / BEST)
+        if tuner.scheduler is not None and tuner.scheduler_per_epoch and not tuner.on_plateau:
+            tuner.scheduler.step()
+        tuner.epoch, tuner.batch = tuner.epoch + 1, 0
+        self._mark_epoch_start()

@@ -1,0 +1,106 @@
+"""What a training records."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Evaluation", "History"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy at one point of a training.
+
+    Attributes
+    ----------
+    step : int
+        Steps done so far.
+    train_seconds : float
+        Time spent in these steps.
+    top1 : float or None
+        Share of correct predictions, in percent; None where nothing is classified.
+    loss : float
+        Mean loss of a sample.
+    """
+
+    step: int
+    train_seconds: float
+    top1: float | None
+    loss: float = float("nan")
+
+    def better_than(self, other: Evaluation | None) -> bool:
+        """Whether this is the better one: by accuracy, else (and among equal ones) by loss."""
+        if other is None:
+            return True
+        if self.top1 is not None and other.top1 is not None and self.top1 != other.top1:
+            return self.top1 > other.top1
+        return self.loss < other.loss
+
+
+@dataclass
+class History:
+    """What a training has recorded, one entry a step.
+
+    Attributes
+    ----------
+    losses : list of float
+        Training loss of each step.
+    step_seconds : list of float
+        Duration of each step: everything from the zeroed gradients to the updated weights.
+    warmup_steps : set of int
+        Indices of steps that are no fair measure of speed; they count for everything but `median_step_seconds`.
+    evaluations : list of Evaluation
+        In the order they were made.
+    samples, correct : list of int
+        Size of each step's batch, and how many of it were predicted correctly before the update (0 where nothing is
+        classified).
+    """
+
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    warmup_steps: set[int] = field(default_factory=set)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    correct: list[int] = field(default_factory=list)
+
+    @property
+    def train_seconds(self) -> float:
+        """Time spent in training steps, in seconds."""
+        return sum(self.step_seconds)
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The best evaluation so far, the first of equal ones; None before the first."""
+        best = None
+        for evaluation in self.evaluations:
+            if evaluation.better_than(best):
+                best = evaluation
+        return best
+
+    def timed_seconds(self) -> list[float]:
+        """Return the durations of the steps that are not warm-up; of all steps, if there are no others."""
+        timed = [seconds for step, seconds in enumerate(self.step_seconds) if step not in self.warmup_steps]
+        return timed or list(self.step_seconds)
+
+    def median_step_seconds(self) -> float:
+        """Return the median duration of the steps that are not warm-up, in seconds.
+
+        Raises
+        ------
+        statistics.StatisticsError
+            If no step was made.
+        """
+        return statistics.median(self.timed_seconds())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, in plain containers."""
+        return {**asdict(self), "warmup_steps": sorted(self.warmup_steps)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> History:
+        """The history that `state_dict` was called on."""
+        evaluations = [Evaluation(**evaluation) for evaluation in state["evaluations"]]
+        return cls(**{**state, "warmup_steps": set(state["warmup_steps"]), "evaluations": evaluations})

@@ -1,0 +1,414 @@
+"""A training loop that records losses, step times and evaluations, and can be stopped and resumed at any step.
+
+Nothing in it knows of sparsity: a swapped model trains like any other one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .batches import count_correct, split_batch
+from .checkpoint import CheckpointError, random_state, read_checkpoint, set_random_state, write_checkpoint
+from .diagnosis import first_bad_layer
+from .fit import FitLoop, FitResult
+from .history import Evaluation, History
+
+__all__ = ["Finetuner", "NonFiniteLossError"]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss of a training step was NaN or infinite.
+
+    Attributes
+    ----------
+    step : int
+        Number of the step, from 1.
+    layer : str or None
+        The first layer whose parameters or output are not finite; None where it is not the model's fault.
+    """
+
+    def __init__(self, loss: float, step: int, layer: str | None, sentence: str) -> None:
+        super().__init__(f"the loss is {loss} in training step {step}: {sentence}")
+        self.step, self.layer = step, layer
+
+
+class Finetuner:
+    """Trains and evaluates a model.
+
+    A batch is ``(inputs, targets)``, or a mapping whose ``"labels"`` are the targets. Inputs are a tensor, a tuple or
+    list of arguments, or a mapping of keyword arguments of the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Put into the right mode (train or eval) by each call. It is converted to `memory_format` in place. It returns
+        a tensor, or an object that has one as ``logits``.
+    optimizer : torch.optim.Optimizer
+        Over the model's parameters.
+    scheduler : torch.optim.lr_scheduler.LRScheduler, optional
+        Stepped after every training step; a ``ReduceLROnPlateau`` after every evaluation, with its loss.
+    loss_function : callable
+        Called as ``loss_function(outputs, targets)`` with float32 outputs; returns a scalar tensor, the mean of the
+        samples.
+    autocast_dtype : torch.dtype, optional
+        Run forward passes under ``torch.autocast("cpu", dtype=...)``; ``None`` leaves them in float32.
+    memory_format : torch.memory_format
+        Layout of the 4-D inputs and of the model's 4-D weights: contiguous or channels_last.
+    after_step : callable, optional
+        Called without arguments after each update of the weights, and timed as a part of the step: the place for
+        masks.
+    scheduler_per_epoch : bool
+        Step the scheduler at the end of each epoch of `fit` instead of after every training step.
+    max_grad_norm : float, optional
+        Scale gradients down to this norm, taken over all parameters.
+    forward_context : callable, optional
+        Returns a context manager in which the forward passes of training run, for instance
+        `qsparseprop.utils.saved_tensors.compress_saved_tensors`.
+    stateful : mapping of str to object, optional
+        Further objects with ``state_dict`` and ``load_state_dict`` that are saved and restored with the training, such
+        as a pruning schedule. They are restored before the model.
+
+    Attributes
+    ----------
+    history : History
+        Everything recorded so far.
+    epoch, batch : int
+        Position of `fit`: epochs completed, and batches of the present epoch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
+        autocast_dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        after_step: Callable[[], None] | None = None,
+        scheduler_per_epoch: bool = False,
+        max_grad_norm: float | None = None,
+        forward_context: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+        stateful: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model.to(memory_format=memory_format)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.loss_function = loss_function
+        self.autocast_dtype = autocast_dtype
+        self.memory_format = memory_format
+        self.after_step = after_step
+        self.scheduler_per_epoch = scheduler_per_epoch
+        self.max_grad_norm = max_grad_norm
+        self.forward_context = forward_context or contextlib.nullcontext
+        self.stateful = dict(stateful or {})
+        self.history = History()
+        self.epoch = self.batch = 0
+        # States of random number generators at the start of the present epoch, which decide the order of its batches,
+        # and those that a loaded training goes on with.
+        self.epoch_start: dict[str, Any] | None = None
+        self.resume_random: dict[str, Any] | None = None
+        # LBFGS and the like evaluate the loss several times a step.
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        self._needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+
+    # ---- single steps ----
+
+    def logits(self, inputs: Any) -> torch.Tensor:
+        """Run the model on inputs in this object's precision and layout; the output's dtype is the model's."""
+        arguments, keywords = (inputs,), {}
+        if isinstance(inputs, Mapping):
+            arguments, keywords = (), dict(inputs)
+        elif isinstance(inputs, (tuple, list)):
+            arguments = tuple(inputs)
+        arguments = tuple(self._laid_out(value) for value in arguments)
+        keywords = {key: self._laid_out(value) for key, value in keywords.items()}
+        with torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            output = self.model(*arguments, **keywords)
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    def _laid_out(self, value: Any) -> Any:
+        four_d = isinstance(value, torch.Tensor) and value.ndim == 4
+        return value.to(memory_format=self.memory_format) if four_d else value
+
+    def loss(self, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        """Return the scalar loss of a batch, in float32 and with its graph."""
+        return self._forward(inputs, targets)[0]
+
+    def _forward(self, inputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with self.forward_context():
+            outputs = self.logits(inputs).float()
+            return self.loss_function(outputs, targets), outputs.detach()
+
+    def train_step(self, inputs: Any, targets: torch.Tensor) -> float:
+        """Do one step on one batch and record it; the model is left in training mode.
+
+        Parameters
+        ----------
+        inputs : Tensor, tuple, list or mapping
+            See the class; images are ``[batch, channels, height, width]``.
+        targets : torch.Tensor
+            What the loss function compares with; class numbers ``[batch]`` by default.
+
+        Returns
+        -------
+        float
+            The loss before the update.
+
+        Raises
+        ------
+        NonFiniteLossError
+            (a FloatingPointError) If the loss is not finite. Parameters are unchanged and the step is not recorded.
+        """
+        self.model.train()
+        first: list[tuple[float, torch.Tensor]] = []
+
+        def closure() -> torch.Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, outputs = self._forward(inputs, targets)
+            value = loss.item()
+            if not math.isfinite(value):
+                del loss
+                layer, sentence = first_bad_layer(self.model, lambda: self._forward(inputs, targets))
+                raise NonFiniteLossError(value, len(self.history.losses) + 1, layer, sentence)
+            loss.backward()
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            if not first:
+                first.append((value, outputs))
+            return loss
+
+        start = time.perf_counter()
+        if self._needs_closure:
+            self.optimizer.step(closure)
+        else:
+            closure()
+            self.optimizer.step()
+        if self.after_step is not None:
+            self.after_step()
+        seconds = time.perf_counter() - start
+        value, outputs = first[0]
+        if self.scheduler is not None and not self.scheduler_per_epoch and not self.on_plateau:
+            self.scheduler.step()
+        self.history.losses.append(value)
+        self.history.step_seconds.append(seconds)
+        self.history.samples.append(len(targets))
+        self.history.correct.append(count_correct(outputs, targets) or 0)
+        return value
+
+    @property
+    def on_plateau(self) -> bool:
+        """Whether the scheduler waits for evaluations."""
+        return isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+    def train(
+        self,
+        batches: Iterable[Any],
+        *,
+        warmup: int = 0,
+        on_step: Callable[[float], None] | None = None,
+    ) -> None:
+        """Do one step on each of the batches.
+
+        Parameters
+        ----------
+        batches : iterable
+            For instance a ``DataLoader``: one epoch.
+        warmup : int
+            So many steps of this call are marked as warm-up.
+        on_step : callable, optional
+            Called with the loss after each step, outside the timed part.
+        """
+        for index, batch in enumerate(batches):
+            if index < warmup:
+                self.history.warmup_steps.add(len(self.history.losses))
+            loss = self.train_step(*split_batch(batch))
+            if on_step is not None:
+                on_step(loss)
+
+    def evaluate(self, batches: Iterable[Any]) -> float:
+        """Measure top-1 accuracy and loss without gradients and record them; the model is left in evaluation mode.
+
+        Random number generators are left as they were, so that a training does not depend on its evaluations.
+
+        Parameters
+        ----------
+        batches : iterable
+            As for training. Accuracy is measured where targets are class numbers ``[batch]``.
+
+        Returns
+        -------
+        float
+            Percent of correct predictions; where nothing is classified, the mean loss.
+
+        Raises
+        ------
+        ValueError
+            If there is not a single sample.
+        """
+        result = self.measure(batches)
+        self.history.evaluations.append(result)
+        return result.loss if result.top1 is None else result.top1
+
+    def measure(self, batches: Iterable[Any]) -> Evaluation:
+        """Do what `evaluate` does, but return everything that was measured, and do not record it."""
+        self.model.eval()
+        correct: int | None = 0
+        total, loss = 0, 0.0
+        state = random_state()
+        try:
+            # Not inference_mode: what a module caches during it could not be used for training afterwards.
+            with torch.no_grad():
+                for batch in batches:
+                    inputs, targets = split_batch(batch)
+                    outputs = self.logits(inputs).float()
+                    loss += len(targets) * self.loss_function(outputs, targets).item()
+                    right = count_correct(outputs, targets)
+                    correct = None if right is None or correct is None else correct + right
+                    total += len(targets)
+        finally:
+            set_random_state(state)
+        if total == 0:
+            raise ValueError("cannot evaluate on an empty set")
+        top1 = None if correct is None else 100 * correct / total
+        return Evaluation(len(self.history.losses), self.history.train_seconds, top1, loss / total)
+
+    # ---- whole trainings ----
+
+    def fit(
+        self,
+        train_batches: Iterable[Any],
+        epochs: int,
+        *,
+        evaluation_batches: Iterable[Any] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        checkpoint_every: int | None = None,
+        progress: bool | None = None,
+        time_layers: int = 0,
+    ) -> FitResult:
+        """Train until `epochs` epochs are done, those before a `load` or `resume` included.
+
+        Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint where there is a folder; a second
+        signal acts at once.
+
+        Parameters
+        ----------
+        train_batches : iterable
+            Of batches, an epoch each time it is iterated over; for instance a ``DataLoader``. A sampler with
+            ``set_epoch`` is told the epoch.
+        epochs : int
+            At least 1.
+        evaluation_batches : iterable, optional
+            What to evaluate on after every epoch.
+        folder : path-like, optional
+            Made if need be. It gets ``log.jsonl``, a line a step; ``last.pt``, the checkpoint, after every epoch; and
+            ``best.pt``, the model of the best evaluation.
+        resume : bool
+            Continue from ``last.pt`` of the folder, if it is there: bit for bit as if nothing had happened, with the
+            same number of threads, and batches that depend only on generators known to the loader or torch, numpy
+            and Python (not those of ``persistent_workers``).
+        checkpoint_every : int, optional
+            Steps after which a checkpoint is written, too.
+        progress : bool, optional
+            Show tqdm's progress bar; None shows it in a terminal, where tqdm is installed.
+        time_layers : int
+            Time every module in so many of the first steps of this call, which are marked as warm-up.
+
+        Returns
+        -------
+        FitResult
+
+        Raises
+        ------
+        NonFiniteLossError
+            If the loss is not finite. The last checkpoint stays.
+        FileExistsError
+            If the folder has a checkpoint and `resume` is off.
+        CheckpointError
+            If the checkpoint does not go with this training; nothing has changed then.
+        TypeError, ValueError
+            For batches that can be iterated over only once, or numbers that make no sense.
+        ImportError
+            If tqdm is asked for and missing.
+        """
+        loop = FitLoop(self, train_batches, epochs, evaluation_batches, folder, checkpoint_every, time_layers)
+        loop.check(resume)
+        return loop.run(resume, progress)
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed training depends on; tensors are the live ones, not copies."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "stateful": {name: item.state_dict() for name, item in self.stateful.items()},
+            "random": random_state(),
+            "epoch_start": self.epoch_start,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "history": self.history.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set what `state_dict` returned.
+
+        Raises
+        ------
+        CheckpointError
+            If it belongs to another model, optimizer or schedule; nothing has changed then.
+        """
+        if (state.get("scheduler") is None) != (self.scheduler is None):
+            raise CheckpointError("only one of the checkpoint and this training has a learning rate schedule")
+        if set(state.get("stateful", {})) != set(self.stateful):
+            raise CheckpointError(f"the checkpoint has the further states {sorted(state.get('stateful', {}))}, this "
+                                  f"training {sorted(self.stateful)}")  # fmt: skip
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._apply(state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            self._apply(before)
+            raise CheckpointError(f"the checkpoint does not go with this training: {error}") from error
+
+    def _apply(self, state: Mapping[str, Any]) -> None:
+        for name, item in self.stateful.items():
+            item.load_state_dict(state["stateful"][name])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.history = History.from_state_dict(state["history"])
+        self.epoch_start = state["epoch_start"]
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.resume_random = state["random"]
+        set_random_state(state["random"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint, see `write_checkpoint`."""
+        write_checkpoint(self.state_dict(), path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read a checkpoint that `save` has written.
+
+        Raises
+        ------
+        CheckpointError
+            If it is none, or one of another training; nothing has changed then.
+        OSError
+            If it cannot be read.
+        """
+        self.load_state_dict(read_checkpoint(path))
+
