@@ -62,9 +62,9 @@ class Grid:
     block: int
 
     @functools.cached_property
-    def numbers(self) -> list[int]:
+    def numbers(self) -> tuple[int, ...]:
         """The grid as the operators take it."""
-        return [self.images, self.lane_b, self.lane_y, self.lane_x, self.planes, self.pitch, self.front, self.block]
+        return self.images, self.lane_b, self.lane_y, self.lane_x, self.planes, self.pitch, self.front, self.block
 
     def lanes(self, images: int) -> int:
         """Size of the buffer for a batch, see `buffer_lanes`."""
@@ -121,7 +121,7 @@ class Geometry:
     ----------
     input_grid, output_grid : Grid
         The same lanes, for the planes of the input (channels x phases) and of the output (channels).
-    input_views, output_views : list of int
+    input_views, output_views : tuple of int
         Nine numbers a view, as the operators take them.
     output_size : tuple of int
         Height and width of the output.

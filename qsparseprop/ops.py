@@ -28,9 +28,22 @@ SCHEMES = {
 }
 
 
-#: The implementations behind the operators. A layer's operator calls them directly: a call through the dispatcher costs
-#: as much as the kernels of a small layer.
+#: The implementations behind the operators.
 _direct: dict[str, Callable] = {}
+
+
+def shortcut(name: str, tensor: Tensor) -> Callable:
+    """An operator for internal use, without the dispatcher, which costs as much as the kernels of a small layer.
+
+    The dispatcher stays where somebody watches: a profiler, a dispatch mode, or a subclass of Tensor.
+    """
+    if (
+        torch.autograd.profiler._is_profiler_enabled
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return getattr(torch.ops.qsparseprop, name).default
+    return _direct[name]
 
 
 def _inner(name: str) -> Callable:
@@ -468,7 +481,7 @@ def layer_backward(
     dx, dvalues, dbias : Tensor
         The latter two in float32; empty where not wanted.
     """
-    dx, dvalues, dbias = (torch.empty(0) for _ in range(3))
+    dx = dvalues = dbias = None
     if grads[1] and planes is None:
         raise ValueError("the gradient of the values needs the packed input, got planes=None")
     if scheme == "absmax":
@@ -488,4 +501,9 @@ def layer_backward(
                                   dy.shape, values.shape[0])
     if grads[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.float32)
-    return dx, dvalues, dbias
+    # each an own tensor: an operator's results may not be the same one
+    return (
+        torch.empty(0) if dx is None else dx,
+        torch.empty(0) if dvalues is None else dvalues,
+        torch.empty(0) if dbias is None else dbias,
+    )

@@ -87,7 +87,7 @@ def valid_calls():
         x, dy = torch.randn(shape), torch.randn(shape[0], outputs, *g.output_size)
         x_lanes, y_lanes = g.input_grid.lanes(shape[0]), g.output_grid.lanes(shape[0])
         seed = torch.tensor(1)
-        grid, dy_grid = g.input_grid.numbers, g.output_grid.numbers
+        grid, dy_grid = list(g.input_grid.numbers), list(g.output_grid.numbers)
         in_views, out_views = list(g.input_views), list(g.output_views)
         for tensor in (x, x.contiguous(memory_format=torch.channels_last), x.bfloat16()):
             yield ops.pack, [tensor, grid, in_views, x_lanes]

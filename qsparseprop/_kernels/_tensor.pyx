@@ -2,7 +2,10 @@
 
 import torch
 
+from cpython.exc cimport PyErr_Clear
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.string cimport memcpy
+
 
 cdef object _Tensor = torch.Tensor
 cdef object _strided = torch.strided
@@ -15,6 +18,61 @@ cdef dict _grids = {}
 cdef dict _views = {}
 cdef enum:
     KEPT = 512
+    FLOAT32_CODE = 2 << 8 | 32
+    BFLOAT16_CODE = 4 << 8 | 16
+
+
+cdef extern from "dlpack.h":
+    ctypedef struct qsp_device "struct { int32_t type, id; }":
+        int type
+    ctypedef struct qsp_dtype "struct { uint8_t code, bits; uint16_t lanes; }":
+        int code
+        int bits
+        int lanes
+    ctypedef struct qsp_dltensor:
+        void *data
+        qsp_device device
+        qsp_dtype dtype
+        unsigned long long byte_offset
+    ctypedef struct qsp_version "struct { uint32_t major, minor; }":
+        int major
+    ctypedef struct qsp_dlpack_api:
+        qsp_version version
+        int (*describe)(void *, qsp_dltensor *) noexcept
+    int QSP_DL_CPU
+    int qsp_dl_contiguous(const qsp_dltensor *tensor, int64_t *numel) noexcept
+
+
+cdef const qsp_dlpack_api *_find_exchange():
+    """torch's way to describe a tensor to C code, NULL in versions without one."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None or not PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
+        return NULL
+    cdef const qsp_dlpack_api *api = <const qsp_dlpack_api *> PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+    return api if api.version.major == 1 and api.describe != NULL else NULL
+
+
+cdef const qsp_dlpack_api *_exchange = _find_exchange()
+cdef object _Parameter = torch.nn.Parameter
+# DLPack's (code, bits) of a dtype as one number
+cdef dict _dtype_codes = {
+    torch.int8: 8, torch.int32: 32, torch.int64: 64, torch.uint8: 1 << 8 | 8, torch.float32: FLOAT32_CODE,
+    torch.bfloat16: BFLOAT16_CODE,
+}
+
+
+cdef bint _describe(object tensor, qsp_dltensor *out):
+    """Description of a tensor on the CPU; False where it takes the long way, which also knows what is wrong."""
+    if _exchange == NULL or (type(tensor) is not _Tensor and type(tensor) is not _Parameter):
+        return False
+    if _exchange.describe(<void *> tensor, out) != 0:
+        PyErr_Clear()
+        return False
+    return out.device.type == QSP_DL_CPU and out.dtype.lanes == 1
+
+
+cdef int64_t _dtype_code(const qsp_dltensor *t) noexcept:
+    return t.dtype.code << 8 | t.dtype.bits
 
 VIEW_NUMBERS = 9
 MAX_VIEWS = 64
@@ -27,6 +85,10 @@ cdef int64_t numel(object tensor) except -1:
 
 cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? NULL:
     """Data of a contiguous CPU tensor of `dtype` with at least `size` elements."""
+    cdef qsp_dltensor t
+    cdef int64_t n
+    if _describe(tensor, &t) and qsp_dl_contiguous(&t, &n) and n >= size and _dtype_codes[dtype] == _dtype_code(&t):
+        return <char *> t.data + t.byte_offset
     if not isinstance(tensor, _Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype is not dtype:
@@ -46,6 +108,10 @@ cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name)
 
 cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL:
     """First element of a strided CPU tensor of float32 or bfloat16; its strides stay within its storage."""
+    cdef qsp_dltensor t
+    if _describe(tensor, &t) and (_dtype_code(&t) == FLOAT32_CODE or _dtype_code(&t) == BFLOAT16_CODE):
+        dtype[0] = QSP_F32 if _dtype_code(&t) == FLOAT32_CODE else QSP_BF16
+        return <char *> t.data + t.byte_offset
     if not isinstance(tensor, _Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype is _float32:

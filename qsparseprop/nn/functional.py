@@ -23,7 +23,7 @@ def forward_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The product, and the packed input with its scale and zero point; see `ops.layer_forward`."""
     g = plan.geometry
-    return ops.layer_forward(
+    return ops.shortcut("layer_forward", x)(
         x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
         (x.shape[0], g.output_grid.planes, *g.output_size), None if qconfig is None else qconfig.input, None, dtype,
         qconfig is not None and qconfig.granularity == "channel",
@@ -45,7 +45,7 @@ def backward_pass(
     if dy.dtype not in (torch.float32, torch.bfloat16):
         dy = dy.to(torch.float32)
     scheme = None if qconfig is None else qconfig.grad
-    return ops.layer_backward(
+    return ops.shortcut("layer_backward", dy)(
         dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
         g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme == "stochastic" else None, grads,
         x_dtype, qconfig is not None and qconfig.granularity == "channel",
