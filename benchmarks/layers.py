@@ -3,8 +3,9 @@
 Every competitor is a module under autograd: its input requires a gradient, the gradient of its output is given, and
 all gradients are set to None before each step. Dense layers run in float32 and under bfloat16 autocast, convolutions
 also channels_last (cl); their weights carry the same zeros. "fp32 oneDNN" is a float32 Linear whose three products go
-through oneDNN, where torch itself may take MKL. Ours is measured in 8 bits (int8) and in float32 (sparse fp32),
-convolutions with inputs of both memory formats. A ratio is the time of the fastest dense competitor over that of our
+through oneDNN, where torch itself may take MKL. Ours is measured in 8 bits (int8; int8 bf16 under the same autocast as the
+dense layer, whose output and its gradient then are bfloat16) and in float32 (sparse fp32), convolutions with inputs of
+both memory formats. A ratio is the time of the fastest dense competitor over that of our
 fastest one.
 
   python benchmarks/layers.py --json layers.json             everything: allow half an hour
@@ -56,10 +57,10 @@ TARGETS: dict[tuple[str, float], float] = {
     ("linear", 0.9): 5.0,
     ("linear", 0.95): 8.0,
     ("linear", 0.98): 11.0,
-    ("conv", 0.8): 2.0,
-    ("conv", 0.9): 4.0,
-    ("conv", 0.95): 6.0,
-    ("conv", 0.98): 8.0,
+    ("conv 3x3", 0.8): 2.0,
+    ("conv 3x3", 0.9): 4.0,
+    ("conv 3x3", 0.95): 6.0,
+    ("conv 3x3", 0.98): 8.0,
 }
 
 #: What ``--overhead`` imports, one after the other.
@@ -214,6 +215,7 @@ def linear_competitors(dense: nn.Linear, x: Tensor, peer: Any = None) -> list[Co
         competitors.insert(1, competitor("fp32 oneDNN", DENSE, onednn))
     competitors += [
         competitor("int8", "int8", QuantizedSparseLinear.from_dense(dense)),
+        competitor("int8 bf16", "int8", QuantizedSparseLinear.from_dense(dense), True),
         competitor("sparse fp32", "sparse fp32", SparseLinear.from_dense(dense)),
     ]
     if peer is not None:
@@ -239,6 +241,7 @@ def conv_competitors(dense: nn.Conv2d, x: Tensor, peer: Any = None) -> list[Comp
             competitor("fp32", DENSE, fp32),
             competitor("bf16", DENSE, bf16, True),
             competitor("int8", "int8", QuantizedSparseConv2d.from_dense(dense)),
+            competitor("int8 bf16", "int8", QuantizedSparseConv2d.from_dense(dense), True),
             competitor("sparse fp32", "sparse fp32", SparseConv2d.from_dense(dense)),
         ]
         if peer is not None and not suffix:  # it reads any tensor as if it were contiguous
@@ -247,7 +250,7 @@ def conv_competitors(dense: nn.Conv2d, x: Tensor, peer: Any = None) -> list[Comp
             # one of the two is often ten times slower; as SparseProp does, choose before the race
             seconds = interleaved_times({str(i): c.step for i, c in enumerate(candidates)}, 1, warmup=0)
             competitors.append(candidates[seconds["1"] < seconds["0"]])
-    order = ("fp32", "bf16", "int8", "sparse fp32", "SparseProp")
+    order = ("fp32", "bf16", "int8", "int8 bf16", "sparse fp32", "SparseProp")
     return sorted(competitors, key=lambda c: order.index(c.name.removesuffix(" cl")))
 
 
@@ -280,6 +283,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     say("\nbest dense time / time, over all layers of a kind\n")
     table = Table(["", "zeros", "threads", "layers", "mean", "minimum", "target", "met by", "slowest at"], first=20)
     summary = []
+    # convolutions aim at a mean of those of 3x3 and stride 1
+    results = results + [{**r, "kind": "conv 3x3"} for r in results if r["layer"].startswith("3x3 ")]
     keys = sorted({(r["kind"], group, r["threads"], r["sparsity"]) for r in results for group in r["ratio"]})
     for kind, group, threads, sparsity in keys:
         members = [r for r in results if (r["kind"], r["threads"], r["sparsity"]) == (kind, threads, sparsity)]

@@ -144,12 +144,13 @@ def prefer_batch_innermost(batch: int, input_size: tuple[int, int], channels_las
     """Whether neighbouring lanes had better be images than pixels.
 
     Images side by side waste no lanes on padding and keep every load aligned, which counts for small images. But a run
-    of them is far apart in memory: where neighbours in memory are the pixels of a row, collecting it is slow, where
-    they are channels it makes no difference.
+    of them is far apart in memory: where neighbours in memory are the pixels of a row, collecting it is slow; where
+    they are channels it makes no difference, unless images are so large that a power of two of bytes lies between two,
+    of which the caches hold only a few.
     """
     pixels = input_size[0] * input_size[1]
     if channels_last:
-        return batch >= UNIT or (batch >= 16 and pixels <= 64)
+        return (batch >= UNIT and pixels <= 256) or (batch >= 16 and pixels <= 64)
     return batch >= UNIT and pixels <= 64
 
 
