@@ -39,7 +39,7 @@ from _common import Competitor, Table, make_parser, put_zeros, race, remark_nois
 from torch import Tensor
 
 from qsparseprop import ops
-from qsparseprop._kernels import _dispatch, _pack
+from qsparseprop._kernels import _dispatch, _statistics
 from qsparseprop.geometry import Geometry, conv_geometry, linear_geometry, prefer_batch_innermost
 from qsparseprop.pattern import dense_pattern, make_plan
 
@@ -233,10 +233,14 @@ def packing(x: Tensor, geometry: Geometry) -> list[Work]:
     seed = torch.tensor(1)
     size = 4 * x.numel()
     return [
-        Work("range", lambda: _pack.tensor_range(x, torch.get_num_threads()), size, "read", size),
+        Work("range", lambda: _statistics.tensor_range(x, torch.get_num_threads()), size, "read", size),
         Work("quantize_pack absmax", lambda: ops.quantize_pack(x, grid.numbers, views, lanes, "absmax", None),
              2 * size + lanes, "read", size + lanes),
         Work("quantize_pack stochastic", lambda: ops.quantize_pack(x, grid.numbers, views, lanes, "stochastic", seed),
+             2 * size + lanes, "read", size + lanes),
+        Work("quantize_pack dithered", lambda: ops.quantize_pack(x, grid.numbers, views, lanes, "dithered", seed),
+             3 * size + lanes, "read", size + lanes),
+        Work("quantize_pack channels", lambda: ops.quantize_pack(x, grid.numbers, views, lanes, "absmax", None, True),
              2 * size + lanes, "read", size + lanes),
     ]  # fmt: skip
 

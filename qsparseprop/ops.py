@@ -14,18 +14,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels import _matmul, _pack
+from qsparseprop._kernels import _matmul, _pack, _statistics
 from qsparseprop.geometry import buffer_lanes
 from qsparseprop.reference import mix_seed
 
 _library = torch.library.Library("qsparseprop", "DEF")
 
-SCHEMES = {
-    "absmax": _pack.ABSMAX,
-    "symmetric": _pack.SYMMETRIC,
-    "stochastic": _pack.STOCHASTIC,
-    "standard": _pack.AFFINE,
-}
+SCHEMES = tuple(_statistics.SCHEMES)
+
+#: Schemes that round at random and want a seed.
+RANDOM_SCHEMES = ("stochastic", "dithered", "luq")
 
 
 #: The implementations behind the operators.
@@ -79,9 +77,9 @@ def _scales(grid: Sequence[int], per_channel: bool) -> int:
 
 
 @_operator(
-    "quantize_pack(Tensor x, int[] grid, int[] views, int lanes, str scheme, Tensor? seed, bool per_channel=False) "
-    "-> (Tensor, Tensor, Tensor)",
-    lambda x, grid, views, lanes, scheme, seed, per_channel=False: (
+    "quantize_pack(Tensor x, int[] grid, int[] views, int lanes, str scheme, Tensor? seed, bool per_channel=False, "
+    "float[] options=[]) -> (Tensor, Tensor, Tensor)",
+    lambda x, grid, views, lanes, scheme, seed, per_channel=False, options=(): (
         x.new_empty(lanes, dtype=torch.uint8),
         x.new_empty(_scales(grid, per_channel), dtype=torch.float32),
         x.new_empty(_scales(grid, per_channel), dtype=torch.int32),
@@ -95,6 +93,7 @@ def quantize_pack(
     scheme: str,
     seed: Tensor | None,
     per_channel: bool = False,
+    options: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise a tensor to 8 bits and lay it out as planes of lanes.
 
@@ -104,12 +103,15 @@ def quantize_pack(
         float32 or bfloat16, (images, channels, height, width), any strides.
     grid, views, lanes
         Layout, and the size of the result.
-    scheme : {"absmax", "symmetric", "stochastic", "standard"}
-        "absmax" is "symmetric" (around 128), or unsigned (around 0) where no element is negative.
+    scheme : {"absmax", "symmetric", "standard", "sawb", "stochastic", "dithered", "luq"}
+        "absmax" is "symmetric" (around 128), or unsigned (around 0) where no element is negative; so is "sawb".
     seed : Tensor, optional
-        int64 scalar; only for "stochastic".
+        int64 scalar; only for the last three.
     per_channel : bool
         One scale and zero point for each channel, and so for each plane.
+    options : sequence of float
+        None, or for "sawb" its two constants and whether (1 or 0) to look at nonzeros only, for "dithered" the step in
+        standard deviations, for "luq" the number of powers of two.
 
     Returns
     -------
@@ -118,15 +120,13 @@ def quantize_pack(
     scale, zero_point : Tensor
         float32 and int32, (1,) or (planes of the grid,): x = scale * (code - zero_point).
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-    if scheme == "stochastic" and seed is None:
-        raise ValueError("the stochastic scheme needs a seed")
+    if scheme in RANDOM_SCHEMES and seed is None:
+        raise ValueError(f"the scheme {scheme!r} needs a seed")
     planes = torch.empty(lanes, dtype=torch.uint8)
     scale = torch.empty(_scales(grid, per_channel), dtype=torch.float32)
     zero_point = torch.empty(_scales(grid, per_channel), dtype=torch.int32)
     bits = 0 if seed is None else mix_seed(int(seed))
-    _pack.quantize_pack(x, planes, scale, zero_point, grid, views, SCHEMES[scheme], per_channel, bits,
+    _pack.quantize_pack(x, planes, scale, zero_point, grid, views, scheme, options, per_channel, bits,
                         torch.get_num_threads())
     return planes, scale, zero_point
 
@@ -144,8 +144,8 @@ def pack(x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int) -> Te
 
 @_operator(
     "quantize_weight(Tensor values, Tensor index, Tensor group_ptr, Tensor? plane=None, Tensor? factor=None, "
-    "Tensor? zero_point=None) -> (Tensor, Tensor, Tensor)",
-    lambda values, index, group_ptr, plane=None, factor=None, zero_point=None: (
+    "Tensor? zero_point=None, Tensor? clip=None) -> (Tensor, Tensor, Tensor)",
+    lambda values, index, group_ptr, plane=None, factor=None, zero_point=None, clip=None: (
         values.new_empty(index.shape, dtype=torch.int8),
         values.new_empty(group_ptr.shape[0] - 1, dtype=torch.float32),
         values.new_empty(group_ptr.shape[0] - 1, dtype=torch.int64),
@@ -158,8 +158,9 @@ def quantize_weight(
     plane: Tensor | None = None,
     factor: Tensor | None = None,
     zero_point: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise the slots of a list, absmax with one scale a row.
+    """Quantise the slots of a list, nearest even with one scale a row.
 
     Parameters
     ----------
@@ -174,6 +175,8 @@ def quantize_weight(
         A sum over planes of different scales is a sum of integers then, with one scale.
     zero_point : Tensor, optional
         int32, (planes,) or (1,): zero points of the other operand, multiplied into `total`.
+    clip : Tensor, optional
+        float32, (1,): magnitude that 127 stands for in every row; without it a row's own largest.
 
     Returns
     -------
@@ -190,7 +193,7 @@ def quantize_weight(
     codes = torch.empty(index.numel(), dtype=torch.int8)
     scale = torch.empty(rows, dtype=torch.float32)
     total = torch.empty(rows, dtype=torch.int64)
-    _matmul.quantize_weight(values, index, group_ptr, plane, factor, zero_point, codes, scale, total,
+    _matmul.quantize_weight(values, index, group_ptr, plane, factor, zero_point, clip, codes, scale, total,
                             torch.get_num_threads())
     return codes, scale, total
 
@@ -317,15 +320,20 @@ def _gather_weights(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _weights(
-    values: Tensor, rows: Sequence[Tensor], codes: bool, x_scale: Tensor | None = None, x_zero: Tensor | None = None
+    values: Tensor,
+    rows: Sequence[Tensor],
+    codes: bool,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    clip: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Weights, their scale and total, and what is left of the scale and zero point of what they are multiplied with."""
     master = values if values.dtype == torch.float32 else values.to(torch.float32)
     if not codes:
         return _gather_weights(master, rows[2]), None, None, None, None
     if x_scale.shape[0] == 1:
-        return *_inner("quantize_weight")(master, rows[2], rows[0]), x_scale, x_zero
-    return *_inner("quantize_weight")(master, rows[2], rows[0], rows[3], x_scale, x_zero), None, None
+        return *_inner("quantize_weight")(master, rows[2], rows[0], None, None, None, clip), x_scale, x_zero
+    return *_inner("quantize_weight")(master, rows[2], rows[0], rows[3], x_scale, x_zero, clip), None, None
 
 
 def _packed(
@@ -336,17 +344,20 @@ def _packed(
     scheme: str | None,
     seed: Tensor | None,
     per_channel: bool,
+    options: Sequence[float],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if scheme is None:
         return _inner("pack")(x, grid, views, lanes), None, None
-    return _inner("quantize_pack")(x, grid, views, lanes, scheme, seed, per_channel)
+    return _inner("quantize_pack")(x, grid, views, lanes, scheme, seed, per_channel, options)
 
 
-def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, scheme, seed, dtype, per_channel=False):
+def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, scheme, seed, dtype, per_channel=False,
+                        options=(), clip=None, keep_floats=False):
     out = _spmm_fake(x, None, None, None, None, None, None, None, None, None, None, shape, is_channels_last(x), False,
                      dtype)
     size = 0 if scheme is None else _scales(grid, per_channel)
-    planes = x.new_empty(buffer_lanes(grid, x.shape[0]), dtype=torch.float32 if scheme is None else torch.uint8)
+    kept = torch.float32 if scheme is None or keep_floats else torch.uint8
+    planes = x.new_empty(buffer_lanes(grid, x.shape[0]), dtype=kept)
     return out, planes, x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int32)
 
 
@@ -357,8 +368,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 @_operator(
     "layer_forward(Tensor x, Tensor values, Tensor? bias, Tensor[] rows, int[] grid, int[] views, int[] out_views, "
-    "SymInt[] shape, str? scheme, Tensor? seed, ScalarType dtype, bool per_channel=False) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[] shape, str? scheme, Tensor? seed, ScalarType dtype, bool per_channel=False, "
+    "float[] options=[], Tensor? clip=None, bool keep_floats=False) -> (Tensor, Tensor, Tensor, Tensor)",
     _layer_forward_fake,
 )
 def layer_forward(
@@ -374,6 +385,9 @@ def layer_forward(
     seed: Tensor | None,
     dtype: torch.dtype,
     per_channel: bool = False,
+    options: Sequence[float] = (),
+    clip: Tensor | None = None,
+    keep_floats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A layer's forward pass: pack the input, quantise the weight, multiply.
 
@@ -393,6 +407,10 @@ def layer_forward(
         Of the output, float32 or bfloat16.
     per_channel : bool
         One scale for each channel of the input, folded into the weights before they are quantised.
+    options, clip
+        Of the input's scheme (`quantize_pack`) and of the weight (`quantize_weight`).
+    keep_floats : bool
+        Return the input packed without quantisation, for a weight gradient in float32.
 
     Returns
     -------
@@ -402,19 +420,22 @@ def layer_forward(
         The packed input; scale and zero point are empty without a scheme.
     """
     lanes = buffer_lanes(grid, x.shape[0])
-    packed, x_scale, x_zero_point = _packed(x, grid, views, lanes, scheme, seed, per_channel)
-    weights, scale, total, factor, zero = _weights(values, rows, scheme is not None, x_scale, x_zero_point)
+    packed, x_scale, x_zero_point = _packed(x, grid, views, lanes, scheme, seed, per_channel, options)
+    weights, scale, total, factor, zero = _weights(values, rows, scheme is not None, x_scale, x_zero_point, clip)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
     out = _inner("spmm")(packed, weights, rows[0], rows[1], scale, total, factor, zero, bias, grid, out_views,
                          shape, is_channels_last(x), False, dtype)
     if scheme is None:
         x_scale, x_zero_point = torch.empty(0), torch.empty(0, dtype=torch.int32)
+    elif keep_floats:
+        packed = _inner("pack")(x, grid, views, lanes)
     return out, packed, x_scale, x_zero_point
 
 
 def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views,
-                         x_shape, complete, scheme, seed, grads, x_dtype, per_channel=False):
+                         x_shape, complete, scheme, seed, grads, x_dtype, per_channel=False, options=(),
+                         clip=None):
     make = torch.float32
     dx = _spmm_fake(dy, None, None, None, None, None, None, None, None, None, None, x_shape, is_channels_last(dy),
                     False, x_dtype)
@@ -428,8 +449,8 @@ def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, column
 @_operator(
     "layer_backward(Tensor dy, Tensor values, Tensor? planes, Tensor? x_scale, Tensor? x_zero_point, Tensor[] rows, "
     "Tensor[] columns, int[] grid, int[] dy_grid, int[] views, int[] dy_views, SymInt[] x_shape, bool complete, "
-    "str? scheme, Tensor? seed, bool[] grads, ScalarType x_dtype, bool per_channel=False) "
-    "-> (Tensor, Tensor, Tensor)",
+    "str? scheme, Tensor? seed, bool[] grads, ScalarType x_dtype, bool per_channel=False, "
+    "float[] options=[], Tensor? clip=None) -> (Tensor, Tensor, Tensor)",
     _layer_backward_fake,
 )
 def layer_backward(
@@ -451,6 +472,8 @@ def layer_backward(
     grads: Sequence[bool],
     x_dtype: torch.dtype,
     per_channel: bool = False,
+    options: Sequence[float] = (),
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's backward pass: pack the output's gradient once, for the input's and the weight's.
 
@@ -459,7 +482,7 @@ def layer_backward(
     dy, values : Tensor
         (images, out_channels, height, width), (nonzeros,).
     planes, x_scale, x_zero_point : Tensor or None
-        The packed input; only read for the weight gradient.
+        The packed input; only read for the weight gradient, which is computed in float32 if the planes are.
     rows, columns : sequence of Tensor
         The forward and the backward `GatherList`.
     grid, dy_grid, views, dy_views
@@ -475,6 +498,8 @@ def layer_backward(
         Of the input's gradient, float32 or bfloat16.
     per_channel : bool
         One scale for each channel of the gradient.
+    options, clip
+        Of the gradient's scheme (`quantize_pack`) and of the weight (`quantize_weight`).
 
     Returns
     -------
@@ -486,17 +511,21 @@ def layer_backward(
         raise ValueError("the gradient of the values needs the packed input, got planes=None")
     if scheme == "absmax":
         scheme = "symmetric"  # sddmm wants gradients around 128, whatever their signs
-    if grads[0] or grads[1]:
-        lanes = buffer_lanes(dy_grid, dy.shape[0])
-        packed, dy_scale, dy_zero_point = _packed(dy, dy_grid, dy_views, lanes, scheme, seed,
-                                                      per_channel)
+    lanes = buffer_lanes(dy_grid, dy.shape[0])
+    in_floats = scheme is None or (grads[1] and planes.dtype == torch.float32)
+    packed = dy_scale = dy_zero_point = None
+    if grads[0] or not in_floats:
+        packed, dy_scale, dy_zero_point = _packed(dy, dy_grid, dy_views, lanes, scheme, seed, per_channel, options)
     if grads[0]:
-        weights, scale, total, factor, zero = _weights(values, columns, scheme is not None, dy_scale, dy_zero_point)
+        weights, scale, total, factor, zero = _weights(values, columns, scheme is not None, dy_scale, dy_zero_point,
+                                                       clip)
         dx = _inner("spmm")(packed, weights, columns[0], columns[1], scale, total, factor, zero, None,
                             dy_grid, views, x_shape, is_channels_last(dy), not complete, x_dtype)
     if grads[1]:
-        if scheme is None:
-            x_scale = x_zero_point = None
+        if in_floats:
+            x_scale = x_zero_point = dy_scale = None
+            if packed is None or packed.dtype != torch.float32:
+                packed = _inner("pack")(dy, dy_grid, dy_views, lanes)
         dvalues = _inner("sddmm")(planes, packed, *rows, x_scale, x_zero_point, dy_scale, grid, dy_grid, dy_views,
                                   dy.shape, values.shape[0])
     if grads[2]:

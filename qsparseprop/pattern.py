@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     geometry: Geometry
     forward: GatherList
     backward: GatherList
+    entries: int = 1  # of the dense weight
 
 
 def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], prefix: str = "") -> None:
@@ -137,7 +138,7 @@ def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, gro
     forward = _gather_list(rows, row, plane, plane * x.pitch + x.front + shift, nonzeros)
     order = torch.argsort(plane, stable=True)
     backward = _gather_list(x.planes, plane[order], row, row * y.pitch + y.front - shift, order)
-    return Plan(geometry, forward, backward)
+    return Plan(geometry, forward, backward, rows * (geometry.in_channels // groups) * taps)
 
 
 def _version(tensor: Tensor) -> int:

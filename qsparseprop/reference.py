@@ -85,27 +85,84 @@ def _gap_zeros(zero_point: Tensor, grid: Sequence[int], images: int, lanes: int)
     return zero_point[torch.where(lane < -(-images // grid[0]) * block, owner, planes - 1)]
 
 
-def _quantize(x: Tensor, scheme: str, seed: int, index: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Codes, scale and zero point of one tensor, or of a channel of it; `index` numbers its elements."""
+def round_to_power(value: Tensor, seed: int, index: Tensor) -> Tensor:
+    """Round to a neighbouring power of two at random, below 1 to 0 or 1, in fixed point of 16 fractional bits.
+
+    With 2^e <= |value| < 2^(e + 1) the result is sign(value) floor(|value| / 2^e + u) 2^e.
+    """
+    fixed = (value * 65536.0).round().to(torch.int64)
+    magnitude = fixed.abs()
+    e = (torch.frexp(magnitude.to(torch.float64)).exponent.to(torch.int64) - 1 - 16).clamp(min=0)
+    whole = (magnitude + (random_bits(seed, index) << e)) >> (16 + e)
+    return fixed.sign() * (whole << e)
+
+
+def sawb_clip(x: Tensor, c1: float, c2: float, nonzeros: bool) -> Tensor:
+    """Clip of SAWB, c1 sqrt(E x^2) - c2 E|x|: at most max|x|, which it also is where the formula is not positive."""
+    absmax = x.abs().amax()
+    n = int(x.count_nonzero()) if nonzeros else x.numel()
+    wide = x.to(torch.float64)
+    clip = c1 * (wide.square().sum() / n).sqrt() - c2 * (wide.abs().sum() / n)
+    return torch.where((clip > 0) & (clip < absmax), clip, absmax.to(torch.float64)).to(torch.float32)
+
+
+def quantize_values(
+    x: Tensor,
+    scheme: str,
+    seed: int,
+    index: Tensor,
+    options: Sequence[float] = (),
+    bits: int = 8,
+    around_zero: bool = False,
+) -> tuple[Tensor, Tensor, int]:
+    """Codes, scale and zero point of some values that share them.
+
+    Parameters
+    ----------
+    x : Tensor
+        float32, any shape.
+    scheme : str
+    seed : int
+        Mixed.
+    index : Tensor
+        int64, the elements' numbers.
+    options
+        As `qsparseprop.ops.quantize_pack`.
+    bits : int
+    around_zero : bool
+        Whether codes are int8 around 0, otherwise uint8.
+    """
+    levels = 2 ** (bits - 1) - 1
+    top, zero_point = 2 * levels + 1, 0 if around_zero else levels + 1
+    dtype = torch.int8 if around_zero else torch.uint8
     absmax = x.abs().amax() if x.numel() else x.new_zeros(())
-    zero_point = 128
     if not torch.isfinite(absmax):  # every element a zero; the scale keeps the result from looking like a number
-        return torch.full(x.shape, 128, dtype=torch.uint8), absmax, zero_point
+        return torch.full(x.shape, zero_point, dtype=dtype), absmax, zero_point
+    if scheme == "sawb" and x.numel():
+        absmax = sawb_clip(x, *(options or (31.76, 35.04, 0)))
+    scale = symmetric_scale(absmax, levels)
     if scheme == "standard":
         low, high = x.amin().clamp(max=0) if x.numel() else absmax, x.amax().clamp(min=0) if x.numel() else absmax
-        scale = symmetric_scale(high / 255 - low / 255, 1)
-        inverse = 1 / scale
-        zero_point = int((-low * inverse).round().clamp(0, 255))
-    elif scheme == "absmax" and (x.numel() == 0 or x.amin() >= 0):
-        scale, zero_point = symmetric_scale(absmax, 255), 0
-        inverse = 1 / scale
-    else:  # "symmetric", "stochastic"
-        scale = symmetric_scale(absmax, 127)
-        inverse = 1 / scale
-    low, high = -zero_point if scheme == "standard" else max(-zero_point, -127), 255 - zero_point
-    value = x * inverse
-    value = stochastic_round(value, seed, index) if scheme == "stochastic" else value.round()
-    return (value.clamp(low, high) + zero_point).to(torch.uint8), scale, zero_point
+        scale = symmetric_scale(high / top - low / top, 1)
+        zero_point = int((-low * (1 / scale)).round().clamp(0, top))
+    elif scheme in ("absmax", "sawb") and not around_zero and (x.numel() == 0 or x.amin() >= 0):
+        scale, zero_point = symmetric_scale(absmax, top), 0
+    elif scheme == "luq":
+        scale = symmetric_scale(absmax, 2 ** ((int(options[0]) if options else 7) - 1))
+    elif scheme == "dithered" and x.numel():
+        wide = x.to(torch.float64)
+        variance = (wide.square().mean() - wide.mean().square()).clamp(min=0)
+        step = ((options[0] if options else 1.0) * variance.sqrt()).to(torch.float32)
+        scale = torch.where(step > scale, step, scale)
+    value = x * (1 / scale)
+    if scheme in ("stochastic", "dithered"):
+        value = stochastic_round(value, seed, index)
+    else:
+        value = round_to_power(value, seed, index) if scheme == "luq" else value.round()
+    low, high = (-levels, levels) if around_zero else (max(-zero_point, -levels), top - zero_point)
+    if scheme == "standard":
+        low = -zero_point
+    return (value.clamp(low, high) + zero_point).to(dtype), scale, zero_point
 
 
 def quantize_pack(
@@ -116,13 +173,15 @@ def quantize_pack(
     scheme: str,
     seed: Tensor | None,
     per_channel: bool = False,
+    options: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `qsparseprop.ops.quantize_pack`."""
     x = x.to(torch.float32)
     bits = 0 if seed is None else mix_seed(int(seed))
     index = torch.arange(x.numel()).reshape(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
     parts = list(zip(x.split(1, 1), index.split(1, 1), strict=True)) if per_channel else [(x, index)]
-    codes, scales, zeros = zip(*(_quantize(part, scheme, bits, numbers) for part, numbers in parts), strict=True)
+    codes, scales, zeros = zip(*(quantize_values(part, scheme, bits, numbers, options) for part, numbers in parts),
+                               strict=True)
     repeats = grid[4] // len(parts) if per_channel else 1
     scale = torch.stack(scales).repeat(repeats)
     zero_point = torch.tensor(zeros, dtype=torch.int32).repeat(repeats)
@@ -130,6 +189,53 @@ def quantize_pack(
     if per_channel or torch.isfinite(scale).all():
         _fill(planes, torch.cat(codes, 1), grid, views)
     return planes, scale, zero_point
+
+
+def _parts(shape: Sequence[int], dim: int | None, group_size: int | None) -> list[Tensor]:
+    """Numbers of the elements that share a scale, for each scale."""
+    index = torch.arange(torch.Size(shape).numel())
+    if group_size is not None:
+        return list(index.split(group_size)) if index.numel() else []
+    if dim is None:
+        return [index]
+    return list(index.view(shape).movedim(dim, 0).reshape(shape[dim], index.numel() // max(shape[dim], 1)))
+
+
+def quantize(
+    x: Tensor,
+    scheme: str,
+    bits: int,
+    dim: int | None,
+    group_size: int | None,
+    around_zero: bool,
+    seed: Tensor | None,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qsparseprop.quantize_ops.quantize`."""
+    flat = x.to(torch.float32).reshape(-1)
+    parts = _parts(x.shape, dim, group_size)
+    mixed = 0 if seed is None else mix_seed(int(seed))
+    codes = torch.empty(flat.shape, dtype=torch.int8 if around_zero else torch.uint8)
+    scale, zero_point = torch.empty(len(parts)), torch.empty(len(parts), dtype=torch.int32)
+    for i, index in enumerate(parts):
+        codes[index], scale[i], zero_point[i] = quantize_values(flat[index], scheme, mixed, index, options, bits,
+                                                                around_zero)
+    return codes.view(x.shape), scale, zero_point
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    dim: int | None,
+    group_size: int | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See `qsparseprop.quantize_ops.dequantize`."""
+    out = torch.empty(codes.numel(), dtype=torch.float32)
+    for i, index in enumerate(_parts(codes.shape, dim, group_size)):
+        out[index] = (codes.reshape(-1)[index].to(torch.int32) - zero_point[i]).to(torch.float32) * scale[i]
+    return out.view(codes.shape).to(dtype)
 
 
 def pack(x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int) -> Tensor:
@@ -150,6 +256,7 @@ def quantize_weight(
     plane: Tensor | None = None,
     factor: Tensor | None = None,
     zero_point: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `qsparseprop.ops.quantize_weight`."""
     rows = group_ptr.numel() - 1
@@ -165,10 +272,12 @@ def quantize_weight(
         common = torch.ldexp(common, exponent)
         slots = slots * (factor * torch.ldexp(torch.ones(()), -exponent))[plane.to(torch.int64)]
     absmax = torch.zeros(rows).scatter_reduce(0, row, slots.abs(), "amax")
-    scale = symmetric_scale(absmax, 127)
+    if clip is not None and not 0 < clip < torch.inf:
+        clip = None
+    scale = symmetric_scale(absmax if clip is None else torch.where(torch.isfinite(absmax), clip, absmax), 127)
     inverse = torch.where(torch.isfinite(absmax), 1 / scale, 0.0)
     codes = (slots * inverse[row]).round().clamp(-127, 127)
-    codes = torch.where(torch.isfinite(slots), codes, -127.0)
+    codes = torch.where(torch.isfinite(slots), codes, 127.0)
     zeros = 1
     if zero_point is not None:
         zeros = zero_point.to(torch.int64)

@@ -104,7 +104,7 @@ def test_kernels(tmp_path):
         measured.setdefault((result["case"].split()[0], result["kernel"]), set()).add(result["isa"])
         assert math.isfinite(result["rate"])
         assert (result["share"] is None) == (result["of"] not in document["peaks"].get("1", {}))
-    packing = {"range", "quantize_pack absmax", "quantize_pack stochastic"}
+    packing = {"range", *(f"quantize_pack {name}" for name in ("absmax", "stochastic", "dithered", "channels"))}
     products = {f"{kind} {name}" for kind in ("int8", "fp32") for name in ("spmm", "spmm, input grad", "sddmm")}
     expected = {("packing", name) for name in packing}
     expected |= {(case, name) for case in ("linear", "conv") for name in packing | products | {"quantize_weight"}}
@@ -118,3 +118,28 @@ def test_kernels_need_no_compiler(tmp_path, monkeypatch):
     assert "shares are left out" in printed
     assert document["peaks"] == {}
     assert all(result["share"] is None for result in document["results"])
+
+
+def test_accuracy(tmp_path):
+    """On the digits, which need no data from elsewhere; a second start finds everything done."""
+    result = tmp_path / "result.json"
+    arguments = ("--cases", "digits mlp 90", "--settings", "fp32 masked dense", "default", "ancestor")
+    document, printed = accuracy(result, arguments)
+    assert [(run["case"], run["setting"]) for run in document["runs"]] == [
+        ("digits mlp 90 %", "fp32 masked dense"), ("digits mlp 90 %", "default"), ("digits mlp 90 %", "ancestor"),
+    ]  # fmt: skip
+    assert document["summary"][0]["ratio"] == 1.0
+    assert printed.count("seed 0") == 3
+    again, printed = accuracy(result, arguments)
+    assert again["runs"] == document["runs"]
+    assert "seed 0" not in printed
+
+
+def accuracy(result, arguments):
+    package = str(Path(qsparseprop.__file__).parents[1])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), "--quick", "--json", str(result), *arguments]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(result.read_text()), done.stdout

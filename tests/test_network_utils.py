@@ -369,6 +369,7 @@ def test_in_place_only_layers_change(net, images, timed):
         ({"min_sparsity": 80}, ValueError, ["min_sparsity", "80"]),
         ({"min_sparsity": float("nan")}, ValueError, ["min_sparsity", "nan"]),
         ({"qconfig": QuantConfig(), "quantize": False}, ValueError, ["qconfig", "quantize"]),
+        ({"prototype": True, "quantize": False}, ValueError, ["prototype", "quantize"]),
         ({"qconfig": "absmax"}, TypeError, ["QuantConfig", "str"]),
         ({"skip_modules": ["stemm"]}, ValueError, ["skip_modules", "'stemm'"]),
         ({"input_shape": (0, 3, 10, 9)}, ValueError, ["input_shape", "(0, 3, 10, 9)"]),

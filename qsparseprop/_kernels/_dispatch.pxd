@@ -9,6 +9,14 @@ cdef extern from "kernels.h" nogil:
         QSP_NEED_ABSMAX
         QSP_NEED_MIN
         QSP_NEED_MAX
+        QSP_ABSMAX
+        QSP_SYMMETRIC
+        QSP_AFFINE
+        QSP_SAWB
+        QSP_STOCHASTIC
+        QSP_DITHERED
+        QSP_LUQ
+        QSP_SCHEMES
 
     ctypedef struct qsp_grid:
         int64_t images
@@ -78,6 +86,23 @@ cdef extern from "kernels.h" nogil:
         int64_t images
         int64_t row_chunks
 
+    ctypedef struct qsp_scheme:
+        int kind
+        int bits
+        int around_zero
+        int nonzeros
+        double c1
+        double c2
+        double step
+        int levels
+
+    ctypedef struct qsp_moments:
+        double magnitude
+        double square
+        double sum
+        double count
+        double nonzeros
+
     ctypedef struct qsp_pack:
         qsp_grid grid
         qsp_view view
@@ -88,7 +113,7 @@ cdef extern from "kernels.h" nogil:
         const float *inverse
         const int32_t *zero_point
         int64_t stride
-        int stochastic
+        qsp_scheme scheme
         uint64_t seed
 
     ctypedef struct qsp_range:
@@ -104,10 +129,27 @@ cdef extern from "kernels.h" nogil:
         const float *factor
         const int32_t *zero_point
         int64_t zero_factor
+        float clip
         float scale_factor
         int8_t *codes
         float *scale
         int64_t *total
+
+    ctypedef struct qsp_quantize:
+        qsp_scheme scheme
+        int dtype
+        int own
+        int each
+        int64_t count
+        int64_t length
+        int64_t scales
+        const void *x
+        void *out
+        void *codes
+        float *scale
+        float *inverse
+        int32_t *zero_point
+        uint64_t seed
 
     ctypedef struct qsp_kernels:
         const char *name
@@ -119,8 +161,11 @@ cdef extern from "kernels.h" nogil:
         void (*pack_f32)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*range)(const void *, int, int64_t, int64_t, int, qsp_range *) noexcept nogil
         void (*range_channels)(const void *, int, int64_t, int64_t, int64_t, int, float *) noexcept nogil
+        void (*moments)(const void *, int, int64_t, int64_t, int64_t, double *) noexcept nogil
         void (*quantize_rows)(const qsp_weight *, int64_t, int64_t) noexcept nogil
         void (*extent)(const int32_t *, int64_t, int32_t *, int32_t *) noexcept nogil
+        void (*quantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil
+        void (*dequantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil
 
     int64_t qsp_count_units(const qsp_grid *, const qsp_view *, int64_t)
     int64_t qsp_cut_rows(const qsp_list *, int64_t, int64_t)

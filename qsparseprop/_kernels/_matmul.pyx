@@ -3,7 +3,7 @@
 import torch
 
 from cython.parallel cimport prange
-from libc.math cimport isfinite
+from libc.math cimport INFINITY, isfinite
 from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memset
 
@@ -261,9 +261,10 @@ cdef int64_t _per_channel(object tensor, int64_t channels, str name) except -1:
     return 0 if n == 1 else 1
 
 
-def quantize_weight(values, index, group_ptr, plane, factor, zero_point, codes, scale, total, int threads):
+def quantize_weight(values, index, group_ptr, plane, factor, zero_point, clip, codes, scale, total, int threads):
     """Symmetric codes of the slots of a list, one scale a row (`scale`, float32), and `total` (int64), the sums of a
-    row's codes times the zero points. `factor` and `zero_point` are None or of the planes that slots read, or of all.
+    row's codes times the zero points. `factor` and `zero_point` are None or of the planes that slots read, or of all;
+    `clip` is None or what the largest code stands for in every row.
     """
     cdef qsp_weight a
     cdef const qsp_kernels *kernels = active_kernels()
@@ -282,6 +283,10 @@ def quantize_weight(values, index, group_ptr, plane, factor, zero_point, codes, 
     a.codes = <int8_t *> pointer(codes, _int8, slots, "codes") if slots else NULL
     a.scale = <float *> pointer(scale, _float32, count, "scale") if count else NULL
     a.total = <int64_t *> pointer(total, _int64, count, "total") if count else NULL
+    if clip is not None:
+        a.clip = (<const float *> pointer(clip, _float32, 1, "clip"))[0]
+        if not 0 < a.clip < INFINITY:  # of a weight of zeros, or one with NaN or Inf, whose rows say so themselves
+            a.clip = 0
     _folded = _fold(&a, slots, plane, factor, zero_point)  # kept until the end: `a` points into it
     threads = max(threads, 1)
     chunks = 1 if threads == 1 or slots < 1 << 15 else min(4 * threads, count)

@@ -79,6 +79,27 @@ typedef struct {
     int64_t row_chunks;
 } qsp_sddmm;
 
+/* What a scheme does with a range of values; formulas are in simd/scale.h. */
+enum { QSP_ABSMAX, QSP_SYMMETRIC, QSP_AFFINE, QSP_SAWB, QSP_STOCHASTIC, QSP_DITHERED, QSP_LUQ, QSP_SCHEMES };
+
+typedef struct {
+    int kind;
+    int bits;                /* 2..8 */
+    int around_zero;         /* codes are int8 around 0, otherwise u8 around a zero point */
+    int nonzeros;            /* SAWB: statistics of those alone */
+    double c1, c2;           /* SAWB */
+    double step;             /* DITHERED: in standard deviations */
+    int levels;              /* LUQ: how many powers of two, 1..7 */
+} qsp_scheme;
+
+typedef struct {
+    float absmax, min, max;  /* absmax is NaN where any element is */
+} qsp_range;
+
+typedef struct {
+    double magnitude, square, sum, count, nonzeros; /* sums over the elements, and how many there are */
+} qsp_moments;
+
 typedef struct {
     qsp_grid grid;
     qsp_view view;
@@ -89,13 +110,9 @@ typedef struct {
     const float *inverse;    /* 1 / scale, one or per plane */
     const int32_t *zero_point;
     int64_t stride;          /* 0: one scale for the tensor; 1: one per plane */
-    int stochastic;          /* otherwise nearest even */
+    qsp_scheme scheme;
     uint64_t seed;
 } qsp_pack;
-
-typedef struct {
-    float absmax, min, max;  /* absmax is NaN where any element is */
-} qsp_range;
 
 /* What of a range is wanted: each includes the one before. */
 enum { QSP_NEED_ABSMAX = 0, QSP_NEED_MIN = 1, QSP_NEED_MAX = 2 };
@@ -108,11 +125,25 @@ typedef struct {
     const float *factor;     /* per plane, multiplied into the weights, or NULL */
     const int32_t *zero_point; /* per plane, or NULL: zero_factor for all */
     int64_t zero_factor;
+    float clip;              /* magnitude that the largest code stands for in every row; 0: a row's own largest */
     float scale_factor;      /* of the scale that is written */
     int8_t *codes;           /* [groups * 4] */
     float *scale;            /* [rows] */
     int64_t *total;          /* [rows]: sum of code * zero point */
 } qsp_weight;
+
+typedef struct {
+    qsp_scheme scheme;
+    int dtype;               /* of x or out */
+    int own;                 /* find each line's scale first */
+    int each;                /* every element of a line has its own scale, the same ones in all lines */
+    int64_t count, length, scales; /* elements, of one line, and scales: line i has number i % scales */
+    const void *x;
+    void *out, *codes;       /* u8 or int8 */
+    float *scale, *inverse;
+    int32_t *zero_point;     /* of int8 codes counted from -128 when quantising */
+    uint64_t seed;
+} qsp_quantize;
 
 typedef struct {
     const char *name;
@@ -127,9 +158,14 @@ typedef struct {
     void (*range)(const void *x, int dtype, int64_t n, int64_t step, int whole, qsp_range *out);
     /* Ranges of channels, added to `state`: n elements of one channel, or with channels > 0 n rows of so many. */
     void (*range_channels)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int need, float *state);
+    /* The same for sums of the elements (qsp_moments without count): [4][16] of a channel, or [4][channels, padded]. */
+    void (*moments)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, double *state);
     /* Quantise the slots of rows [first, last): nearest even, symmetric, one scale a row. */
     void (*quantize_rows)(const qsp_weight *, int64_t first, int64_t last);
     void (*extent)(const int32_t *, int64_t n, int32_t *least, int32_t *most);
+    /* Lines [first, last) of a tensor. */
+    void (*quantize)(const qsp_quantize *, int64_t first, int64_t last);
+    void (*dequantize)(const qsp_quantize *, int64_t first, int64_t last);
 } qsp_kernels;
 
 extern const qsp_kernels qsp_kernels_scalar;

@@ -23,10 +23,14 @@ def forward_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The product, and the packed input with its scale and zero point; see `ops.layer_forward`."""
     g = plan.geometry
+    quantisation = (None, False, (), None, False)
+    if qconfig is not None:
+        quantisation = (qconfig.input, qconfig.granularity == "channel", qconfig.input_options,
+                        qconfig.weight_clip(values, plan.entries), qconfig.grad_weight == "float32")
+    scheme, *rest = quantisation
     return ops.shortcut("layer_forward", x)(
         x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
-        (x.shape[0], g.output_grid.planes, *g.output_size), None if qconfig is None else qconfig.input, None, dtype,
-        qconfig is not None and qconfig.granularity == "channel",
+        (x.shape[0], g.output_grid.planes, *g.output_size), scheme, None, dtype, *rest,
     )  # fmt: skip
 
 
@@ -44,11 +48,14 @@ def backward_pass(
     g = plan.geometry
     if dy.dtype not in (torch.float32, torch.bfloat16):
         dy = dy.to(torch.float32)
-    scheme = None if qconfig is None else qconfig.grad
+    scheme, rest = None, (False, (), None)
+    if qconfig is not None:
+        scheme = qconfig.grad
+        rest = (qconfig.granularity == "channel", qconfig.grad_options, qconfig.weight_clip(values, plan.entries))
     return ops.shortcut("layer_backward", dy)(
         dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
-        g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme == "stochastic" else None, grads,
-        x_dtype, qconfig is not None and qconfig.granularity == "channel",
+        g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None,
+        grads, x_dtype, *rest,
     )  # fmt: skip
 
 

@@ -33,6 +33,10 @@ _REPLACEMENTS: dict[tuple[type[nn.Module], bool], type[SparseModule]] = {
     (nn.Conv2d, True): sparse_nn.QuantizedSparseConv2d,
 }
 _DENSE_TYPES = tuple({kind for kind, _ in _REPLACEMENTS})
+_PROTOTYPES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: sparse_nn.FakeQuantLinear,
+    nn.Conv2d: sparse_nn.FakeQuantConv2d,
+}
 
 
 @dataclass
@@ -288,7 +292,8 @@ def swap_modules_with_sparse(
     verbose : bool
         Print the table of decisions.
     prototype : bool
-        Dense modules with simulated quantisation instead (not available yet).
+        Dense modules that simulate quantisation instead (`FakeQuantLinear`, `FakeQuantConv2d`), in every layer that is
+        sparse enough: they are slower, so nothing is timed.
     quantize : bool
         8-bit integers; otherwise sparse float32 modules.
     skip_modules : iterable of str or Module, optional
@@ -322,9 +327,10 @@ def swap_modules_with_sparse(
         raise ValueError(f"min_sparsity must be a fraction between 0 and 1, got {min_sparsity!r}")
     if qconfig is not None and not quantize:
         raise ValueError("qconfig only goes with quantize=True")
-    for name, value in (("prototype", prototype), ("fuse", fuse)):
-        if value:
-            raise NotImplementedError(f"{name}=True is not available yet")
+    if prototype and not quantize:
+        raise ValueError("prototype=True simulates quantised layers and only goes with quantize=True")
+    if fuse:
+        raise NotImplementedError("fuse=True is not available yet")
     example = _example_input(model, input_shape)
     named = dict(model.named_modules())
     skipped: set[int] = set()
@@ -368,11 +374,15 @@ def swap_modules_with_sparse(
     recorded = _record_inputs(model, candidates, example) if candidates else {}
     for name, decision in candidates.items():
         dense = layers[name]
-        sparse = _REPLACEMENTS[dense_type(dense), quantize].from_dense(dense, qconfig=qconfig)
+        if prototype and dense_type(dense) not in _PROTOTYPES:
+            decision.reason = f"nothing simulates {dense_type(dense).__name__}"
+            continue
+        kind = _PROTOTYPES[dense_type(dense)] if prototype else _REPLACEMENTS[dense_type(dense), quantize]
+        sparse = kind.from_dense(dense, qconfig=qconfig)
         if name in recorded:
             x, x_grad = recorded[name]
             decision.input_shape = tuple(x.shape)
-            if include_dense:
+            if include_dense and not prototype:
                 steps = {
                     "dense": _training_step(_plain_dense(dense), x, x_grad),
                     "sparse": _training_step(copy.deepcopy(sparse), x, x_grad),
@@ -385,7 +395,7 @@ def swap_modules_with_sparse(
                 if decision.dense_ms <= decision.sparse_ms:
                     decision.reason = "faster dense"
                     continue
-        elif include_dense:
+        elif include_dense and not prototype:
             decision.reason = "not reached by the example input, so not timed"
             continue
         decision.swapped = True

@@ -191,6 +191,28 @@ QSP_INLINE i32x16 i32_add(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_add_epi3
 QSP_INLINE i32x16 i32_sub(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_sub_epi32, x, y); }
 QSP_INLINE i32x16 i32_min(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_min_epi32, x, y); }
 QSP_INLINE i32x16 i32_max(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_max_epi32, x, y); }
+QSP_INLINE i32x16 i32_shift_left(i32x16 v, i32x16 n) { return EACH_HALF(_mm256_sllv_epi32, v, n); }
+QSP_INLINE i32x16 i32_shift_right(i32x16 v, i32x16 n) { return EACH_HALF(_mm256_srlv_epi32, v, n); }
+/* Position of the highest bit of 0 < v < 2^24; negative for 0. */
+QSP_INLINE __m256i log2_8(__m256i v)
+{
+    const __m256i bits = _mm256_castps_si256(_mm256_cvtepi32_ps(v));
+    return _mm256_sub_epi32(_mm256_srai_epi32(bits, 23), _mm256_set1_epi32(127));
+}
+QSP_INLINE i32x16 i32_log2(i32x16 v) { return i32_of(log2_8(v.a), log2_8(v.b)); }
+/* v, negative where `sign` is, and zero where it is. */
+QSP_INLINE i32x16 i32_signed(i32x16 v, i32x16 sign) { return EACH_HALF(_mm256_sign_epi32, v, sign); }
+QSP_INLINE i32x16 i32_load_u8(const uint8_t *p)
+{
+    const __m128i v = _mm_loadu_si128((const __m128i *)p);
+    return i32_of(_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)));
+}
+QSP_INLINE i32x16 i32_load_s8(const uint8_t *p)
+{
+    const __m128i v = _mm_loadu_si128((const __m128i *)p);
+    return i32_of(_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)));
+}
+QSP_INLINE f16x f16_from(i32x16 v) { return f16_of(_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)); }
 QSP_INLINE int32_t total8(__m256i v)
 {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

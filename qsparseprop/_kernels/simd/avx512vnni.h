@@ -86,6 +86,24 @@ QSP_INLINE i32x16 i32_add(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
 QSP_INLINE i32x16 i32_sub(i32x16 a, i32x16 b) { return _mm512_sub_epi32(a, b); }
 QSP_INLINE i32x16 i32_min(i32x16 a, i32x16 b) { return _mm512_min_epi32(a, b); }
 QSP_INLINE i32x16 i32_max(i32x16 a, i32x16 b) { return _mm512_max_epi32(a, b); }
+QSP_INLINE i32x16 i32_shift_left(i32x16 v, i32x16 n) { return _mm512_sllv_epi32(v, n); }
+QSP_INLINE i32x16 i32_shift_right(i32x16 v, i32x16 n) { return _mm512_srlv_epi32(v, n); }
+/* Position of the highest bit of 0 < v < 2^24; negative for 0. */
+QSP_INLINE i32x16 i32_log2(i32x16 v)
+{
+    const __m512i bits = _mm512_castps_si512(_mm512_cvtepi32_ps(v));
+    return _mm512_sub_epi32(_mm512_srai_epi32(bits, 23), _mm512_set1_epi32(127));
+}
+/* v, negative where `sign` is, and zero where it is. */
+QSP_INLINE i32x16 i32_signed(i32x16 v, i32x16 sign)
+{
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i r = _mm512_mask_sub_epi32(v, _mm512_cmplt_epi32_mask(sign, zero), zero, v);
+    return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(sign, sign), r);
+}
+QSP_INLINE i32x16 i32_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+QSP_INLINE i32x16 i32_load_s8(const uint8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+QSP_INLINE f16x f16_from(i32x16 v) { return _mm512_cvtepi32_ps(v); }
 QSP_INLINE int32_t i32_sum(i32x16 v) { return _mm512_reduce_add_epi32(v); }
 /* Bytes of v in [-128, 127], saturated: weights, and codes minus 128. */
 QSP_INLINE u8x16 codes_signed(i32x16 v) { return _mm512_cvtsepi32_epi8(v); }

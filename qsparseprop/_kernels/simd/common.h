@@ -51,27 +51,6 @@ QSP_INLINE uint16_t qsp_bf16_from_float(float value)
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* The scale that maps [-absmax, absmax] to [-levels, levels]. Never below 2^-111, so that 2^16 / scale is finite: tiny
- * tensors keep |x - q * scale| <= scale / 2. NaN and Inf stay what they are and reach the output. */
-#define QSP_MIN_SCALE 0x1p-111f
-
-QSP_INLINE float qsp_symmetric_scale(float absmax, float levels)
-{
-    const float scale = absmax / levels;
-    return scale < QSP_MIN_SCALE ? QSP_MIN_SCALE : scale;
-}
-
-/* Scale and zero point that map [low, high], widened to hold 0, to 0..255. */
-QSP_INLINE float qsp_affine_scale(float low, float high, int32_t *zero_point)
-{
-    low = low < 0.0f ? low : 0.0f;
-    high = high > 0.0f ? high : 0.0f;
-    const float scale = qsp_symmetric_scale(high / 255.0f - low / 255.0f, 1.0f);
-    const float zero = rintf(-low * (1.0f / scale));
-    *zero_point = (int32_t)(zero < 255.0f ? zero : 255.0f);
-    return scale;
-}
-
 /* Counter-based random numbers: a multiply-xorshift mixer of two rounds (multipliers: C. Wellons, "lowbias32", public
  * domain) with the 64-bit seed entering before and between them. One result serves two neighbouring elements with 16
  * bits each: the low half where `index` is even, the high half where it is odd. */

@@ -1,4 +1,6 @@
 /* The loops of every path, written once over the primitives of the ISA header that was included before. */
+#include "scale.h"
+
 #include "unpack.h"
 
 #include "spmm.h"
@@ -9,6 +11,8 @@
 
 #include "range.h"
 
+#include "quantize.h"
+
 #include "rows.h"
 
 #define QSP_PASTE_(a, b) a##b
@@ -18,5 +22,5 @@
 
 const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, pack_u8, pack_f32, range,
-    range_channels, quantize_rows, extent,
+    range_channels, moments, quantize_rows, extent, quantize, dequantize,
 };

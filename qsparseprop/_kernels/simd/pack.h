@@ -27,32 +27,61 @@ QSP_INLINE f16x load_n(const void *tensor, const int dtype, int64_t element, int
     return f16_load(line);
 }
 
-enum { NEAREST, STOCHASTIC };
+/* LIMITED is nearest even with codes that may leave their range. */
+enum { NEAREST, LIMITED, RANDOM, LOGARITHMIC };
+
+QSP_INLINE int rounding_of(const qsp_scheme *s)
+{
+    return s->kind == QSP_LUQ ? LOGARITHMIC : qsp_is_random(s) ? RANDOM : qsp_is_limited(s) ? LIMITED : NEAREST;
+}
 
 typedef struct {
     f16x inverse;
-    i32x16 zero; /* minus 128 */
+    i32x16 zero, least, most; /* minus 128 */
 } quantizer;
+
+QSP_INLINE quantizer quantizer_from(const qsp_scheme *s, f16x inverse, i32x16 zero_point, const int rounding)
+{
+    const int32_t levels = qsp_levels(s);
+    quantizer q;
+    q.inverse = rounding >= RANDOM ? f16_mul(inverse, f16_set1(QSP_FIXED_ONE)) : inverse;
+    q.zero = i32_sub(zero_point, i32_set1(128));
+    q.least = s->kind == QSP_AFFINE ? i32_set1(-128) : i32_max(i32_sub(q.zero, i32_set1(levels)), i32_set1(-128));
+    q.most = i32_set1(s->around_zero ? levels : 2 * levels + 1 - 128);
+    return q;
+}
 
 /* Of channels [channel, channel + n), or for n = 0 of one channel. */
 QSP_INLINE quantizer quantizer_of(const qsp_pack *a, int64_t channel, int n, const int rounding)
 {
-    quantizer q;
     const int64_t i = (a->view.plane + channel) * a->stride;
-    q.inverse = n && a->stride ? f16_load_n(a->inverse + i, n) : f16_set1(a->inverse[i]);
-    q.zero = i32_sub(n && a->stride ? i32_load_n(a->zero_point + i, n) : i32_set1(a->zero_point[i]), i32_set1(128));
-    if (rounding == STOCHASTIC)
-        q.inverse = f16_mul(q.inverse, f16_set1(QSP_FIXED_ONE));
-    return q;
+    return quantizer_from(&a->scheme, n && a->stride ? f16_load_n(a->inverse + i, n) : f16_set1(a->inverse[i]),
+                          n && a->stride ? i32_load_n(a->zero_point + i, n) : i32_set1(a->zero_point[i]), rounding);
 }
 
-/* Codes minus 128, to be saturated when they become bytes. Stochastic ones never become -128: they are symmetric. */
+/* Between neighbouring powers of two at random, below 1 between 0 and 1; v and the result's fraction are in fixed point.
+ * With 2^e <= |v| < 2^(e + 1) it is floor(|v| / 2^e + u) 2^e. */
+QSP_INLINE i32x16 round_to_power(i32x16 v, i32x16 random)
+{
+    const i32x16 a = i32_max(v, i32_sub(i32_set1(0), v)), fixed = i32_set1(QSP_FIXED_BITS);
+    const i32x16 e = i32_max(i32_sub(i32_log2(a), fixed), i32_set1(0));
+    const i32x16 whole = i32_shift_right(i32_add(a, i32_shift_left(random, e)), i32_add(e, fixed));
+    return i32_signed(i32_shift_left(whole, e), v);
+}
+
+/* Codes minus 128, to be saturated when they become bytes. */
 QSP_INLINE i32x16 quantize16(f16x x, const quantizer *q, const int rounding, i32x16 random)
 {
-    i32x16 c = i32_nearest(f16_mul(x, q->inverse));
-    if (rounding == STOCHASTIC)
-        c = i32_max(i32_fixed_floor(i32_add(c, random)), i32_set1(-127));
-    return i32_add(c, q->zero);
+    f16x v = f16_mul(x, q->inverse);
+    if (rounding == LIMITED) /* what does not fit into an integer would change its sign */
+        v = f16_max(f16_min(v, f16_set1(1024.0f)), f16_set1(-1024.0f));
+    i32x16 c = i32_nearest(v);
+    if (rounding == RANDOM)
+        c = i32_fixed_floor(i32_add(c, random));
+    if (rounding == LOGARITHMIC)
+        c = round_to_power(c, random);
+    c = i32_add(c, q->zero);
+    return rounding == NEAREST ? c : i32_min(i32_max(c, q->least), q->most);
 }
 
 /* Everything of planes [first, last) that is not an element: gaps between images and rows, front, tail. */
@@ -109,7 +138,7 @@ QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64
         }
         const uint64_t index = (uint64_t)(number + lane * r->number_step);
         tile[j] = quantize16(x, &q, rounding,
-                             rounding == NEAREST ? i32_set1(0)
+                             rounding < RANDOM ? i32_set1(0)
                              : even              ? random_run(a->seed, index)
                                                  : random_any(a->seed, index, 1));
     }
@@ -153,7 +182,7 @@ QSP_INLINE void pack_line(const qsp_pack *a, const lane_run *r, int64_t c, const
             continue;
         }
         const i32x16 random =
-            rounding == NEAREST ? i32_set1(0)
+            rounding < RANDOM ? i32_set1(0)
                                 : random_any(a->seed, number + (uint64_t)(k * r->number_step), r->number_step);
         codes_store_n((uint8_t *)a->planes + to + k, codes_from(quantize16(x, &q, rounding, random)), n);
     }
@@ -205,16 +234,24 @@ QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64
         }
 }
 
+/* The compiler makes a copy of the loops for each constant here: the schemes that layers use by default have their own. */
+QSP_INLINE void pack_codes(const qsp_pack *a, int64_t block, int64_t first, int64_t last, const int dtype)
+{
+    if (rounding_of(&a->scheme) == NEAREST)
+        pack_task(a, block, first, last, 1, dtype, NEAREST);
+    else
+        pack_task(a, block, first, last, 1, dtype, RANDOM);
+}
+
 static void pack_u8(const qsp_pack *a, int64_t block, int64_t first, int64_t last)
 {
-    if (a->dtype == QSP_F32 && a->stochastic)
-        pack_task(a, block, first, last, 1, QSP_F32, STOCHASTIC);
+    const int rounding = rounding_of(&a->scheme);
+    if (rounding == LIMITED || rounding == LOGARITHMIC)
+        pack_task(a, block, first, last, 1, a->dtype, rounding);
     else if (a->dtype == QSP_F32)
-        pack_task(a, block, first, last, 1, QSP_F32, NEAREST);
-    else if (a->stochastic)
-        pack_task(a, block, first, last, 1, QSP_BF16, STOCHASTIC);
+        pack_codes(a, block, first, last, QSP_F32);
     else
-        pack_task(a, block, first, last, 1, QSP_BF16, NEAREST);
+        pack_codes(a, block, first, last, QSP_BF16);
 }
 
 static void pack_f32(const qsp_pack *a, int64_t block, int64_t first, int64_t last)

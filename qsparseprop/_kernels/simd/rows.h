@@ -37,7 +37,7 @@ static void quantize_rows(const qsp_weight *a, int64_t first, int64_t last)
         const uint32_t greatest = u32_greatest(bits);
         float absmax;
         memcpy(&absmax, &greatest, 4);
-        const float scale = qsp_symmetric_scale(absmax, 127.0f);
+        const float scale = qsp_symmetric_scale(a->clip && isfinite(absmax) ? a->clip : absmax, 127.0f);
         a->scale[row] = scale * a->scale_factor;
         /* codes of a row with NaN or Inf mean nothing; its scale keeps the result from looking like a number */
         const f16x inverse = f16_set1(isfinite(absmax) ? 1.0f / scale : 0.0f);
@@ -45,7 +45,9 @@ static void quantize_rows(const qsp_weight *a, int64_t first, int64_t last)
         for (int64_t k = begin; k < end; k += 16) {
             const int n = (int)qsp_min(16, end - k);
             const f16x v = keep ? f16_load(kept + (k - begin)) : weights_at(a, k, n);
-            i32x16 c = i32_nearest(f16_mul(v, inverse));
+            /* a clipped value may be too large for an integer */
+            const f16x q = f16_max(f16_min(f16_mul(v, inverse), f16_set1(1024.0f)), f16_set1(-1024.0f));
+            i32x16 c = i32_nearest(q);
             c = i32_max(i32_min(c, i32_set1(127)), i32_set1(-127));
             total = i32_add(total, c);
             codes_store_n((uint8_t *)a->codes + k, codes_signed(c), n);

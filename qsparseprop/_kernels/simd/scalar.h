@@ -132,6 +132,24 @@ QSP_INLINE i32x16 i32_add(i32x16 a, i32x16 b) { EACH16I(a.v[i] + b.v[i]); }
 QSP_INLINE i32x16 i32_sub(i32x16 a, i32x16 b) { EACH16I(a.v[i] - b.v[i]); }
 QSP_INLINE i32x16 i32_min(i32x16 a, i32x16 b) { EACH16I(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 QSP_INLINE i32x16 i32_max(i32x16 a, i32x16 b) { EACH16I(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+QSP_INLINE i32x16 i32_shift_left(i32x16 v, i32x16 n) { EACH16I((int32_t)((uint32_t)v.v[i] << n.v[i])); }
+QSP_INLINE i32x16 i32_shift_right(i32x16 v, i32x16 n) { EACH16I((int32_t)((uint32_t)v.v[i] >> n.v[i])); }
+/* Position of the highest bit of 0 < v < 2^24; negative for 0. */
+QSP_INLINE i32x16 i32_log2(i32x16 v)
+{
+    i32x16 r;
+    for (int i = 0; i < 16; i++) {
+        const float f = (float)v.v[i];
+        memcpy(&r.v[i], &f, 4);
+        r.v[i] = (r.v[i] >> 23) - 127;
+    }
+    return r;
+}
+/* v, negative where `sign` is, and zero where it is. */
+QSP_INLINE i32x16 i32_signed(i32x16 v, i32x16 sign) { EACH16I(sign.v[i] < 0 ? -v.v[i] : sign.v[i] ? v.v[i] : 0); }
+QSP_INLINE i32x16 i32_load_u8(const uint8_t *p) { EACH16I(p[i]); }
+QSP_INLINE i32x16 i32_load_s8(const uint8_t *p) { EACH16I((int8_t)p[i]); }
+QSP_INLINE f16x f16_from(i32x16 v) { EACH16((float)v.v[i]); }
 QSP_INLINE int32_t i32_sum(i32x16 v)
 {
     int32_t s = 0;

@@ -1,0 +1,307 @@
+"""Schemes: their formulas in float64 NumPy, what they guarantee, and layers that simulate them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qsparseprop import nn as qnn
+from qsparseprop import quantize_ops, reference
+from qsparseprop.quantization import SAWB_CONSTANTS, QuantConfig, dequantize, quantize
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+
+from ._helpers import LAYOUTS, VALUES, dense_example, generator, laid_out, random_values, relative_error
+
+SCHEMES = ("absmax", "standard", "sawb", "stochastic", "dithered", "luq")
+RANDOM = ("stochastic", "dithered", "luq")
+DTYPES = (torch.float32, torch.bfloat16)
+
+DEGENERATE = {
+    "empty": torch.empty(0),
+    "one": torch.tensor([-2.5]),
+    "zero": torch.zeros(70),
+    "constant": torch.full((70,), 3.7),
+    "negative constant": torch.full((70,), -3.7),
+    "one-hot": torch.eye(70)[3],
+    "denormal": torch.linspace(-1, 1, 63) * 1e-40,
+    "huge": torch.linspace(-1, 1, 63) * torch.finfo(torch.float32).max,
+    "outlier": torch.cat([torch.linspace(-1e-3, 1e-3, 1000), torch.tensor([1e9])]),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded):
+    torch.set_num_threads(1)
+
+
+def options_of(scheme):
+    return {"sawb": (12.1, 12.2, 1.0), "dithered": (0.5,), "luq": (5.0,)}.get(scheme, ())
+
+
+@given(shape=st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple), scheme=st.sampled_from(SCHEMES),
+       kind=st.sampled_from(VALUES), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES),
+       bits=st.integers(2, 8), mode=st.sampled_from(["tensor", "dim", "group"]), unsigned=st.booleans(),
+       given_options=st.booleans(), number=st.integers(0, 2**63 - 1))  # fmt: skip
+@settings(max_examples=200)
+def test_quantize_is_the_reference(
+    isa, shape, scheme, kind, layout, dtype, bits, mode, unsigned, given_options, number
+):
+    x = laid_out(random_values(shape, kind, number % 1000).to(dtype), layout)
+    around_zero = scheme in RANDOM or (scheme != "standard" and not unsigned)
+    if scheme == "sawb":
+        given_options = True
+    arguments = (x, scheme, 8 if scheme == "luq" else bits, number % len(shape) if mode == "dim" else None,
+                 1 + number % 40 if mode == "group" else None, around_zero, torch.tensor(number),
+                 options_of(scheme) if given_options else ())  # fmt: skip
+    actual, expected = quantize_ops.quantize(*arguments), reference.quantize(*arguments)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert torch.equal(a, e)
+    back = (*actual, arguments[3], arguments[4], dtype)
+    assert torch.equal(quantize_ops.dequantize(*back), reference.dequantize(*back))
+
+
+def test_large_tensors_on_threads_are_the_reference(isa):
+    x = torch.randn(70_001, generator=generator(1)) * torch.logspace(-20, 20, 70_001)
+    x = x.view(1, -1)[:, :70_000].view(7, 100, 100)
+    for scheme in SCHEMES:
+        for dim, group in ((None, None), (0, None), (2, None), (None, 2048)):
+            arguments = (x, scheme, 8, dim, group, scheme != "standard", torch.tensor(5), ())
+            expected = reference.quantize(*arguments)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                for a, e in zip(quantize_ops.quantize(*arguments), expected, strict=True):
+                    assert torch.equal(a, e), (scheme, dim, group, threads)
+
+
+def formula(x, scheme, bits=8):
+    """Scale and zero point in float64."""
+    x = x.double().numpy()
+    levels = 2 ** (bits - 1) - 1
+    absmax = np.abs(x).max()
+    if scheme == "standard":
+        low, high = min(x.min(), 0.0), max(x.max(), 0.0)
+        scale = (high - low) / (2**bits - 1)
+        return scale, np.rint(-low / scale)
+    if scheme == "sawb":
+        c1, c2 = SAWB_CONSTANTS[bits]
+        clip = c1 * np.sqrt((x**2).mean()) - c2 * np.abs(x).mean()
+        return (clip if 0 < clip < absmax else absmax) / levels, 0
+    if scheme == "dithered":
+        return max(x.std(), absmax / levels), 0
+    return absmax / (64 if scheme == "luq" else levels), 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_scales_are_the_formulas(isa, scheme, size):
+    for bits in (8,) if scheme == "luq" else (3, 4, 8):
+        x = torch.randn(5000, generator=generator(3)) * size
+        q = quantize(x, scheme, bits=bits)
+        scale, zero = formula(x, scheme, bits)
+        assert q.scale.item() == pytest.approx(scale, rel=1e-6)
+        assert q.zero_point.item() == zero
+        if scheme in ("absmax", "sawb", "standard"):
+            codes = np.rint(x.double().numpy() / scale) + zero
+            levels = 2 ** (bits - 1) - 1
+            codes = codes.clip(0, 2**bits - 1) if scheme == "standard" else codes.clip(-levels, levels)
+            # the kernel multiplies by a rounded reciprocal: ties may fall to the other side
+            assert (np.abs(q.codes.double().numpy() - codes) <= (np.abs(codes) > 0)).all()
+            assert (q.codes.double().numpy() != codes).mean() < 1e-3
+
+
+def allowed(x, scheme, scale):
+    """The two values that a random scheme may give."""
+    t = x.abs() / scale
+    if scheme == "luq":
+        below = torch.where(t < 1, 0.0, torch.exp2(torch.floor(torch.log2(t.clamp(min=1)))))
+        above = torch.where(t < 1, 1.0, 2 * below)
+        return torch.sign(x) * below * scale, torch.sign(x) * above * scale
+    return torch.floor(x / scale) * scale, (torch.floor(x / scale) + 1) * scale
+
+
+@pytest.mark.parametrize("scheme", RANDOM)
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-3, 1.0, 1e10, 1e30])
+def test_random_schemes_are_unbiased(scheme, size):
+    x = torch.cat([torch.randn(60, generator=generator(1)), torch.tensor([0.0, 3.5, -3.5]),
+                   torch.logspace(-4, 0, 17)]) * size  # fmt: skip
+    draws = quantize(x.repeat(4096, 1).view(-1), scheme)
+    assert draws.codes.min() >= -127
+    values = draws.dequantize().view(4096, -1).double()
+    scale = draws.scale.double().item()
+    low, high = allowed(x.double(), scheme, scale)
+    tolerance = 1e-4 * scale
+    nearest = torch.minimum((values - low).abs(), (values - high).abs())
+    assert (nearest <= tolerance + 1e-4 * values.abs()).all()
+    variance = (x.double() - low).abs() * (high - x.double()).abs()
+    # sixteen random bits: a probability is off by 2^-17 of the distance
+    bound = 5 * (variance / 4096).sqrt() + 2**-16 * (high - low).abs() + 1e-6 * x.double().abs()
+    assert ((values.mean(0) - x.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_degenerate_tensors(isa, scheme, kind):
+    x = DEGENERATE[kind]
+    for bits in (8,) if scheme == "luq" else (3, 8):
+        q = quantize(x, scheme, bits=bits)
+        assert q.codes.shape == x.shape
+        assert torch.isfinite(q.scale).all()
+        assert (q.scale > 0).all()
+        levels = 2 ** (bits - 1) - 1
+        if scheme != "standard" and x.numel():
+            assert q.codes.min() >= -levels
+            assert q.codes.max() <= levels
+        # in float64: the last code of the largest float32 may stand for a little more than that
+        back = (q.codes.double() - q.zero_point) * q.scale.double()
+        assert (q.dequantize()[x == 0] == 0).all(), "zero stays zero"
+        if scheme in ("absmax", "standard") and x.numel():
+            # half a step, and the rounding of 1 / scale
+            assert (back - x.double()).abs().max() <= 0.50002 * q.scale.double().item()
+        if scheme in ("stochastic", "dithered") and x.numel():
+            assert (back - x.double()).abs().max() <= 1.0001 * q.scale.double().item()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so(isa, scheme, bad):
+    x = torch.randn(6, 40)
+    x[2, 3] = bad
+    assert not quantize(x, scheme).dequantize().isfinite().any()
+    for arguments in ({"dim": 0}, {"group_size": 40}):
+        finite = quantize(x, scheme, **arguments).dequantize().isfinite().all(1)
+        assert finite.tolist() == [True, True, False, True, True, True]
+    finite = quantize(x, scheme, dim=1).dequantize().isfinite().all(0)
+    assert finite.nonzero().numel() == 39
+    assert not finite[3]
+
+
+def test_error_of_the_defaults():
+    """On a Gaussian of which the 95 % smallest magnitudes are zeros; a gradient is dense."""
+    x = torch.randn(400_000, generator=generator(1))
+    pruned = torch.where(x.abs() >= x.abs().quantile(torch.tensor(0.95)) if x.numel() < 2**24 else x, x, 0.0)
+
+    def nmse(x, scheme):
+        error = quantize(x, scheme, group_size=4000).dequantize().double() - x.double()
+        return (error.square().sum() / x.double().square().sum()).item()
+
+    assert nmse(pruned, QuantConfig().weight) <= 2.5e-5
+    assert nmse(pruned, QuantConfig().grad) <= 1e-3
+
+
+def test_the_seed_decides(isa):
+    x = torch.randn(50_000)
+    for scheme in RANDOM:
+        torch.manual_seed(7)
+        first = quantize(x, scheme).codes
+        other = quantize(x, scheme).codes
+        torch.manual_seed(7)
+        torch.set_num_threads(3)
+        assert torch.equal(quantize(x, scheme).codes, first)
+        assert not torch.equal(first, other)
+        a = quantize(x, scheme, generator=generator(3)).codes
+        assert torch.equal(a, quantize(x, scheme, generator=generator(3)).codes)
+
+
+def test_a_dither_of_a_whole_deviation_is_mostly_zeros():
+    q = quantize(torch.randn(100_000, generator=generator(1)), "dithered", step=2.0)
+    assert q.zero_fraction() == pytest.approx(0.6, abs=0.15)
+    assert quantize(torch.zeros(0), "dithered").zero_fraction() == 0.0
+    assert torch.equal(dequantize(q), q.dequantize())
+    assert q.dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"scheme": "int4"}, ["int4"]), ({"bits": 1}, ["bits", "1"]), ({"bits": 9}, ["bits", "9"]),
+        ({"dim": 2}, ["dim", "2"]), ({"group_size": 0}, ["group_size", "0"]), ({"dim": 0, "group_size": 4}, ["both"]),
+        ({"scheme": "luq", "bits": 4}, ["luq", "levels"]), ({"scheme": "luq", "levels": 8}, ["luq", "8"]),
+        ({"scheme": "dithered", "step": -1.0}, ["step", "dither"]), ({"step": 1.0}, ["absmax", "step"]),
+        ({"scheme": "sawb", "bits": 7}, ["sawb", "7"]), ({"scheme": "sawb", "constants": 3}, ["constants"]),
+        ({"scheme": "standard", "unsigned": False}, ["standard"]), ({"scheme": "luq", "unsigned": True}, ["luq"]),
+        ({"x": torch.zeros(3).double()}, ["float64"]), ({"x": [1.0]}, ["tensor"]),
+        ({"x": torch.zeros(3, device="meta")}, []),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(arguments, words):
+    given = {"x": torch.randn(3, 4), **arguments}
+    if words:
+        with pytest.raises((TypeError, ValueError)) as error:
+            quantize(given.pop("x"), **given)
+        assert all(word in str(error.value) for word in words)
+    else:
+        assert quantize(given.pop("x")).codes.is_meta
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"weight": "sawb", "granularity": "channel"}, "granularity"), ({"weight": "stochastic"}, "weight"),
+        ({"input": "luq"}, "input"), ({"grad": "standard"}, "grad"), ({"grad_weight": "int4"}, "grad_weight"),
+        ({"dither_step": 2.0}, "dithered"), ({"luq_levels": 3}, "luq"), ({"sawb_nonzeros": True}, "sawb"),
+        ({"grad": "luq", "luq_levels": 8}, "luq_levels"), ({"grad": "dithered", "dither_step": 0}, "dither_step"),
+        ({"input": "sawb", "sawb": (1.0,)}, "sawb"),
+    ],
+)  # fmt: skip
+def test_configs_that_make_no_sense_are_refused(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        QuantConfig(**arguments)
+
+
+# ---- simulated layers ----
+
+CONFIGS = {
+    "default": QuantConfig(),
+    "channel": QuantConfig(granularity="channel"),
+    "standard, channel": QuantConfig(input="standard", granularity="channel"),
+    "ancestor": QuantConfig.ancestor(),
+    "sawb, channel": QuantConfig(input="sawb", grad="dithered", dither_step=0.7, granularity="channel"),
+    "luq": QuantConfig(grad="luq", luq_levels=6),
+    "luq, channel": QuantConfig(grad="luq", granularity="channel"),
+    "absmax": QuantConfig(grad="absmax"),
+    "float weight gradient": QuantConfig(grad_weight="float32"),
+}
+
+
+def passes(layer, x, seed):
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    y = layer(x)
+    y.backward(torch.randn(y.shape, generator=generator(seed)).to(y.dtype))
+    return y.detach(), x.grad, layer.weight.grad, layer.bias.grad
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_simulated_layers_are_the_real_ones(isa, config, kind, dtype):
+    dense, x = dense_example(f"QuantizedSparse{kind}")
+    for inputs in (x, x.abs()):
+        inputs = inputs.to(dtype)
+        real = getattr(qnn, f"QuantizedSparse{kind}").from_dense(dense, qconfig=CONFIGS[config])
+        fake = getattr(qnn, f"FakeQuant{kind}").from_dense(dense, qconfig=CONFIGS[config])
+        actual, expected = passes(fake, inputs, 3), passes(real, inputs, 3)
+        assert (actual[2][~fake.mask] == 0).all()
+        actual = (*actual[:2], actual[2][fake.mask], actual[3])
+        for a, e in zip(actual, expected, strict=True):
+            assert a.dtype == e.dtype
+            assert relative_error(a, e) < (5e-6 if e.dtype == torch.float32 else 2**-7)
+
+
+def test_a_model_of_simulated_layers():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10), nn.Linear(10, 4))
+    for module in (model[0], model[3]):
+        module.weight.data *= torch.rand(module.weight.shape) < 0.1
+    swap_modules_with_sparse(model, (2, 3, 8, 8), verbose=False, prototype=True, qconfig=CONFIGS["channel"])
+    kinds = [type(m).__name__ for m in model]
+    assert kinds == ["FakeQuantConv2d", "ReLU", "Flatten", "FakeQuantLinear", "Linear"]
+    assert model[0].qconfig == CONFIGS["channel"]
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    state = model.state_dict()
+    assert state["0.mask"].dtype == torch.bool
+    model.load_state_dict(state)
