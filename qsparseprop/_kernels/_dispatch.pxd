@@ -1,4 +1,4 @@
-from libc.stdint cimport int8_t, int32_t, int64_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, int8_t, int32_t, int64_t, uint64_t
 
 
 cdef extern from "kernels.h" nogil:
@@ -151,6 +151,33 @@ cdef extern from "kernels.h" nogil:
         int32_t *zero_point
         uint64_t seed
 
+    ctypedef struct qsp_norm:
+        int64_t channels
+        int64_t words
+        int dtype
+        const void *x
+        const void *residual
+        void *out
+        const float *scale
+        const float *shift
+        float low
+        float high
+        const float *code_scale
+        const float *code_shift
+        uint8_t *codes
+        uint16_t *mask
+
+    ctypedef struct qsp_norm_grad:
+        int64_t channels
+        int64_t words
+        int dtype
+        const void *dy
+        const uint8_t *codes
+        const uint16_t *mask
+        const float *factor
+        void *dx
+        void *dresidual
+
     ctypedef struct qsp_kernels:
         const char *name
         void (*spmm_u8)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
@@ -163,6 +190,10 @@ cdef extern from "kernels.h" nogil:
         void (*range_channels)(const void *, int, int64_t, int64_t, int64_t, int, float *) noexcept nogil
         void (*moments)(const void *, int, int64_t, int64_t, int64_t, double *) noexcept nogil
         void (*quantize_rows)(const qsp_weight *, int64_t, int64_t) noexcept nogil
+        void (*norm_moments)(const void *, int, int64_t, int64_t, double *) noexcept nogil
+        void (*norm)(const qsp_norm *, int64_t, int64_t) noexcept nogil
+        void (*norm_sums)(const qsp_norm_grad *, int64_t, int64_t, double *) noexcept nogil
+        void (*norm_grad)(const qsp_norm_grad *, int64_t, int64_t) noexcept nogil
         void (*extent)(const int32_t *, int64_t, int32_t *, int32_t *) noexcept nogil
         void (*quantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil
         void (*dequantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil

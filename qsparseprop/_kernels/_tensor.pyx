@@ -56,8 +56,8 @@ cdef const qsp_dlpack_api *_exchange = _find_exchange()
 cdef object _Parameter = torch.nn.Parameter
 # DLPack's (code, bits) of a dtype as one number
 cdef dict _dtype_codes = {
-    torch.int8: 8, torch.int32: 32, torch.int64: 64, torch.uint8: 1 << 8 | 8, torch.float32: FLOAT32_CODE,
-    torch.bfloat16: BFLOAT16_CODE,
+    torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64, torch.uint8: 1 << 8 | 8,
+    torch.float32: FLOAT32_CODE, torch.float64: 2 << 8 | 64, torch.bfloat16: BFLOAT16_CODE,
 }
 
 
@@ -87,7 +87,7 @@ cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? 
     """Data of a contiguous CPU tensor of `dtype` with at least `size` elements."""
     cdef qsp_dltensor t
     cdef int64_t n
-    if _describe(tensor, &t) and qsp_dl_contiguous(&t, &n) and n >= size and _dtype_codes[dtype] == _dtype_code(&t):
+    if _describe(tensor, &t) and qsp_dl_contiguous(&t, &n) and n >= size and _dtype_codes.get(dtype) == _dtype_code(&t):
         return <char *> t.data + t.byte_offset
     if not isinstance(tensor, _Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")

@@ -19,7 +19,13 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def forward_pass(
-    x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, qconfig: QuantConfig | None, dtype: torch.dtype
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    qconfig: QuantConfig | None,
+    dtype: torch.dtype,
+    channels_last: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The product, and the packed input with its scale and zero point; see `ops.layer_forward`."""
     g = plan.geometry
@@ -30,7 +36,12 @@ def forward_pass(
     scheme, *rest = quantisation
     return ops.shortcut("layer_forward", x)(
         x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
+<<<<<<< HEAD
         (x.shape[0], g.output_grid.planes, *g.output_size), scheme, None, dtype, *rest,
+=======
+        (x.shape[0], g.output_grid.planes, *g.output_size), None if qconfig is None else qconfig.input, None, dtype,
+        qconfig is not None and qconfig.granularity == "channel", channels_last,
+>>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
     )  # fmt: skip
 
 
@@ -43,6 +54,7 @@ def backward_pass(
     x_shape: Sequence[int],
     grads: Sequence[bool],
     x_dtype: torch.dtype,
+    channels_last: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, the values and the bias, as far as `grads` wants them; see `ops.layer_backward`."""
     g = plan.geometry
@@ -54,8 +66,13 @@ def backward_pass(
         rest = (qconfig.granularity == "channel", qconfig.grad_options, qconfig.weight_clip(values, plan.entries))
     return ops.shortcut("layer_backward", dy)(
         dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
+<<<<<<< HEAD
         g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None,
         grads, x_dtype, *rest,
+=======
+        g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme == "stochastic" else None, grads,
+        x_dtype, qconfig is not None and qconfig.granularity == "channel", channels_last,
+>>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
     )  # fmt: skip
 
 

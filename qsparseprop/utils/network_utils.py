@@ -18,6 +18,7 @@ from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
 from qsparseprop.nn._weight import check_before_loading
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
 from qsparseprop.utils.measurement_utils import interleaved_medians
 
 #: Forward + backward passes of each kind from which a layer's median is taken where three do not tell.
@@ -306,7 +307,8 @@ def swap_modules_with_sparse(
     qconfig : QuantConfig, optional
         For the quantised modules.
     fuse : bool
-        Fuse convolution, BatchNorm and ReLU (not available yet).
+        Make one block of a sparse convolution and the BatchNorm2d, addition and ReLU that follow it, see
+        `qsparseprop.utils.fusion.fuse_modules`. What was fused, or why not, is in the report.
 
     Returns
     -------
@@ -327,10 +329,17 @@ def swap_modules_with_sparse(
         raise ValueError(f"min_sparsity must be a fraction between 0 and 1, got {min_sparsity!r}")
     if qconfig is not None and not quantize:
         raise ValueError("qconfig only goes with quantize=True")
+<<<<<<< HEAD
     if prototype and not quantize:
         raise ValueError("prototype=True simulates quantised layers and only goes with quantize=True")
     if fuse:
         raise NotImplementedError("fuse=True is not available yet")
+=======
+    if prototype:
+        raise NotImplementedError("prototype=True is not available yet")
+    if fuse and not quantize:
+        raise ValueError("fuse=True only goes with quantize=True")
+>>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
     example = _example_input(model, input_shape)
     named = dict(model.named_modules())
     skipped: set[int] = set()
@@ -402,6 +411,10 @@ def swap_modules_with_sparse(
         replacements[id(dense)] = sparse
 
     _replace_children(model, replacements)
+    if fuse:
+        fused = fuse_modules(model)
+        for decision in report.swapped:
+            decision.reason = fused.get(decision.name, decision.reason)
     model.swap_report = report
     if verbose:
         sys.stdout.write(f"{report}\n")
@@ -478,5 +491,6 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
         return model.to_dense()
     if not inplace:
         model = _copy_model(model)
+    unfuse_modules(model)
     _replace_children(model, {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseModule)})
     return model

@@ -77,6 +77,28 @@ QSP_INLINE f16x f16_fma(f16x x, f16x y, f16x z)
 }
 QSP_INLINE f16x f16_min(f16x x, f16x y) { return f16_of(_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)); }
 QSP_INLINE f16x f16_max(f16x x, f16x y) { return f16_of(_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)); }
+/* Bits of the places where low < v < high, and what is left of v with all others zero. */
+QSP_INLINE uint32_t between8(__m256 v, __m256 low, __m256 high)
+{
+    const __m256 in = _mm256_and_ps(_mm256_cmp_ps(low, v, _CMP_LT_OQ), _mm256_cmp_ps(v, high, _CMP_LT_OQ));
+    return (uint32_t)_mm256_movemask_ps(in);
+}
+QSP_INLINE uint32_t f16_between(f16x v, f16x low, f16x high)
+{
+    return between8(v.a, low.a, high.a) | between8(v.b, low.b, high.b) << 8;
+}
+QSP_INLINE __m256 keep8(__m256 v, uint32_t bits)
+{
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i in = _mm256_and_si256(_mm256_set1_epi32((int)bits), bit);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(in, bit)));
+}
+QSP_INLINE f16x f16_keep(f16x v, uint32_t bits) { return f16_of(keep8(v.a, bits), keep8(v.b, bits >> 8)); }
+QSP_INLINE __m256 from_codes8(const uint8_t *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+QSP_INLINE f16x f16_from_codes(const uint8_t *p) { return f16_of(from_codes8(p), from_codes8(p + 8)); }
 QSP_INLINE float f16_sum(f16x v)
 {
     const __m256 s = _mm256_add_ps(v.a, v.b);

@@ -49,6 +49,16 @@ QSP_INLINE f16x f16_add(f16x a, f16x b) { return _mm512_add_ps(a, b); }
 QSP_INLINE f16x f16_fma(f16x a, f16x b, f16x c) { return _mm512_fmadd_ps(a, b, c); }
 QSP_INLINE f16x f16_min(f16x a, f16x b) { return _mm512_min_ps(a, b); }
 QSP_INLINE f16x f16_max(f16x a, f16x b) { return _mm512_max_ps(a, b); }
+/* Bits of the places where low < v < high, and what is left of v with all others zero. */
+QSP_INLINE uint32_t f16_between(f16x v, f16x low, f16x high)
+{
+    return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(low, v, _CMP_LT_OQ), v, high, _CMP_LT_OQ);
+}
+QSP_INLINE f16x f16_keep(f16x v, uint32_t bits) { return _mm512_maskz_mov_ps((__mmask16)bits, v); }
+QSP_INLINE f16x f16_from_codes(const uint8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 QSP_INLINE float f16_sum(f16x v) { return _mm512_reduce_add_ps(v); }
 QSP_INLINE float f16_least(f16x v) { return _mm512_reduce_min_ps(v); }
 QSP_INLINE float f16_greatest(f16x v) { return _mm512_reduce_max_ps(v); }

@@ -38,6 +38,16 @@ QSP_INLINE void f16_store_bf16_n(uint16_t *p, f16x v, int n)
         p[i] = qsp_bf16_from_float(v.v[i]);
 }
 QSP_INLINE void f16_store_bf16(uint16_t *p, f16x v) { f16_store_bf16_n(p, v, 16); }
+/* Bits of the places where low < v < high, and what is left of v with all others zero. */
+QSP_INLINE uint32_t f16_between(f16x v, f16x low, f16x high)
+{
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; i++)
+        bits |= (uint32_t)(low.v[i] < v.v[i] && v.v[i] < high.v[i]) << i;
+    return bits;
+}
+QSP_INLINE f16x f16_keep(f16x v, uint32_t bits) { EACH16(bits >> i & 1 ? v.v[i] : 0.0f); }
+QSP_INLINE f16x f16_from_codes(const uint8_t *p) { EACH16((float)p[i]); }
 QSP_INLINE float f16_sum(f16x v)
 {
     float s = 0.0f;

@@ -1,0 +1,183 @@
+"""Finding convolution - BatchNorm - [add] - ReLU in a model, and making one block of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn.conv2d import QuantizedSparseConv2d
+from qsparseprop.nn.intrinsic import (
+    QuantizedSparseConvBn2d,
+    QuantizedSparseConvBnAddReLU2d,
+    QuantizedSparseConvBnReLU2d,
+)
+
+_RELU_FUNCTIONS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_)
+_RELU6_FUNCTIONS = (nn.functional.relu6,)
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, SparseModule) or super().is_leaf_module(module, name)
+
+
+class FusedForward:
+    """A model's forward pass as a graph in which blocks have taken the place of their parts.
+
+    It is an attribute of the model that hides the method of its class.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model, self.graph = model, graph
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on the model."""
+        if self._compiled is None:
+            code = self.graph.python_code("self")
+            scope = dict(code.globals)
+            exec(code.src, scope)
+            self._compiled = scope["forward"]
+        return self._compiled(self.model, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
+        return FusedForward(copy.deepcopy(self.model, memo), copy.deepcopy(self.graph))
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a model with fused blocks cannot be pickled as a whole: save its state_dict, or a copy by "
+                        "swap_modules_with_dense(model, inplace=False)")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
+class _Finder:
+    """The parts of blocks in a traced graph."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.calls = Counter(id(self.modules[n.target]) for n in graph.nodes if n.op == "call_module")
+
+    def module(self, node: Any) -> nn.Module | None:
+        """The module that a node calls."""
+        return self.modules[node.target] if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+    def limit(self, node: fx.Node) -> float | None:
+        """Upper limit of the activation that a node is; None where it is none."""
+        module = self.module(node)
+        if module is not None:
+            limits = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
+            return None if _has_hooks(module) else limits.get(type(module))
+        if node.op == "call_function" and node.target in _RELU_FUNCTIONS:
+            return math.inf
+        if node.op == "call_function" and node.target in _RELU6_FUNCTIONS:
+            return 6.0
+        return math.inf if node.op == "call_method" and node.target in ("relu", "relu_") else None
+
+    def other_summand(self, node: fx.Node, summand: fx.Node) -> fx.Node | None:
+        """What a node adds to a summand; None where it is no plain addition of two tensors."""
+        adds = (node.op == "call_function" and node.target in _ADDITIONS) or (
+            node.op == "call_method" and node.target in ("add", "add_"))  # fmt: skip
+        if not adds or node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+            return None
+        other = node.args[1] if node.args[0] is summand else node.args[0]
+        return None if other is summand else other
+
+    def after(self, conv_node: fx.Node) -> tuple[fx.Node | None, str]:
+        """The batch normalisation behind a convolution, or why there is none that fits."""
+        conv = self.module(conv_node)
+        if self.calls[id(conv)] > 1:
+            return None, "is called more than once"
+        if _has_hooks(conv):
+            return None, "has hooks"
+        if len(conv_node.users) != 1 or len(conv_node.args) != 1 or conv_node.kwargs:
+            return None, "its output is used elsewhere"
+        (node,) = conv_node.users
+        norm = self.module(node)
+        if type(norm) is not nn.BatchNorm2d:
+            return None, "no BatchNorm2d behind it"
+        if self.calls[id(norm)] > 1 or _has_hooks(norm):
+            return None, "its BatchNorm2d is called more than once or has hooks"
+        return node, ""
+
+
+def fuse_modules(model: nn.Module) -> dict[str, str]:
+    """Make blocks of quantised sparse convolutions and the BatchNorm2d, additions and ReLU that follow them, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its sparse convolutions are replaced by blocks of ``qsparseprop.nn.intrinsic`` with the same parameters, and its
+        forward pass by the traced graph. Names and state_dict stay as they are. A model that ``torch.fx`` cannot trace
+        stays as it is.
+
+    Returns
+    -------
+    dict
+        For each sparse convolution by its qualified name: what it was fused with, or why not.
+    """
+    names = {n: m for n, m in model.named_modules() if type(m) is QuantizedSparseConv2d}
+    if not names:
+        return {}
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever user code does with a proxy
+        return dict.fromkeys(names, f"not fused: torch.fx cannot trace the model ({type(error).__name__}: {error})")
+    find = _Finder(model, graph)
+    found = dict.fromkeys(names, "not fused: not called")
+    blocks: dict[str, nn.Module] = {}
+    for conv_node in [n for n in graph.nodes if type(find.module(n)) is QuantizedSparseConv2d]:
+        norm_node, reason = find.after(conv_node)
+        name = next(n for n, m in names.items() if m is find.module(conv_node))
+        if norm_node is None:
+            found[name] = f"not fused: {reason}"
+            continue
+        last, kind, high, residual = norm_node, QuantizedSparseConvBn2d, math.inf, None
+        parts = [str(norm_node.target)]
+        if len(norm_node.users) == 1:
+            (user,) = norm_node.users
+            summand = find.other_summand(user, norm_node)
+            if summand is not None and len(user.users) == 1 and find.limit(next(iter(user.users))) is not None:
+                last, kind, residual = next(iter(user.users)), QuantizedSparseConvBnAddReLU2d, summand
+                parts += ["add", "ReLU"]
+            elif find.limit(user) is not None:
+                last, kind = user, QuantizedSparseConvBnReLU2d
+                parts.append("ReLU")
+            high = find.limit(last) if last is not norm_node else high
+        blocks[conv_node.target] = kind.fuse(find.module(conv_node), find.module(norm_node), high)
+        with graph.inserting_before(last):
+            args = conv_node.args if residual is None else (*conv_node.args, residual)
+            block_node = graph.call_module(conv_node.target, args)
+        last.replace_all_uses_with(block_node)
+        for node in (last, *(() if residual is None else (user,)), norm_node, conv_node):
+            if not node.users and node is not block_node and node in graph.nodes:
+                graph.erase_node(node)
+        found[name] = f"fused with {', '.join(parts)}"
+    if blocks:
+        graph.lint()
+        for target, block in blocks.items():
+            parent, _, child = target.rpartition(".")
+            model.get_submodule(parent).register_module(child, block)
+        model.__dict__["forward"] = FusedForward(model, graph)
+    return found
+
+
+def unfuse_modules(model: nn.Module) -> None:
+    """Undo `fuse_modules`, in place."""
+    if isinstance(model.__dict__.get("forward"), FusedForward):
+        del model.__dict__["forward"]
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, QuantizedSparseConvBn2d):
+                module.register_module(name, child.unfuse())
