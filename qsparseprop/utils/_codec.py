@@ -42,9 +42,9 @@ class Codes:
     dtype: torch.dtype
 
     @property
-    def nbytes(self) -> int:
-        """Memory of everything in it."""
-        return self.codes.nbytes + self.scale.nbytes + self.zero_point.nbytes
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything that takes memory."""
+        return self.codes, self.scale, self.zero_point
 
     def decode(self) -> Tensor:
         """The values that the codes stand for: (elements,), of the original dtype."""

@@ -145,7 +145,7 @@ def load_data(
 
 
 def _images(arrays: Sequence[np.ndarray], image_size: int | None, normalize: str) -> list[torch.Tensor]:
-    """Turn ``[images, height, width(, channels)]`` of 0..255 (or floats) into float32 NCHW, normalised like the first."""
+    """Turn ``[images, height, width(, channels)]``, uint8 or float, into float32 NCHW, normalised like the first."""
     tensors = []
     for array in arrays:
         x = torch.from_numpy(np.ascontiguousarray(array))
@@ -193,8 +193,8 @@ def load_npz(path: str | os.PathLike[str], image_size: int | None = None, normal
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.ndim not in (3, 4) or y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu" or not len(y):
-            raise ConfigurationError(f"{os.fspath(path)}: x_{part} must be images and y_{part} whole numbers, got shapes "
-                                     f"{x.shape} and {y.shape}, the latter {y.dtype}")  # fmt: skip
+            raise ConfigurationError(f"{os.fspath(path)}: x_{part} must be images and y_{part} whole numbers, got "
+                                     f"shapes {x.shape} and {y.shape} of {y.dtype}")  # fmt: skip
     train, test = _images([arrays["x_train"], arrays["x_test"]], image_size, normalize)
     labels = [torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")]
     return ImageData(train, labels[0], test, labels[1], _count_classes(labels), Path(path).stem)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -238,7 +239,7 @@ def mlp(num_classes: int = 10, in_channels: int = 3, width: int = 1024, image_si
         Units of a hidden layer.
     """
     sizes = [in_channels * image_size**2, width, width, width]
-    hidden = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
+    hidden = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, num_classes))
 
 
@@ -392,7 +393,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         try:
             from safetensors.torch import load_file
         except ImportError as error:
-            raise ConfigurationError("reading a .safetensors file needs safetensors: pip install safetensors") from error
+            raise ConfigurationError("a .safetensors file needs safetensors: pip install safetensors") from error
         return strip_prefix(load_file(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,58 @@ _VIEWS_AND_CASTS = ("ToCopyBackward", "TBackward", "TransposeBackward", "Permute
 _LOGARITHMS = ("LogSoftmaxBackward", "LogBackward", "LogsumexpBackward")
 #: Results from whose sign the backward pass reads a mask.
 _SIGNED_RESULTS = ("ReluBackward", "ThresholdBackward", "LeakyReluBackward", "EluBackward", "HardtanhBackward")
+
+
+#: Called with every tensor that a compression keeps, while somebody counts.
+_COUNTERS: list[Callable[[Tensor], Any]] = []
+
+
+@contextlib.contextmanager
+def counting_compressed(
+    count: Callable[[Tensor], Any],
+) -> Iterator[tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]]:
+    """Let `count` see every tensor that is kept for the backward pass, compressed or not.
+
+    Parameters
+    ----------
+    count : callable
+        Called with each tensor. One may come several times.
+
+    Yields
+    ------
+    pack, unpack : callable
+        Hooks to enter: torch calls only the innermost ones, so they pass on to a compression around them.
+    """
+    outer = _innermost_compression()
+
+    def pack(tensor: Tensor) -> Any:
+        if outer is not None:
+            return outer.pack(tensor)
+        count(tensor)
+        return tensor
+
+    _COUNTERS.append(count)
+    _COUNTING_HOOKS[pack] = outer
+    try:
+        yield pack, (lambda tensor: tensor) if outer is None else _unpack
+    finally:
+        _COUNTERS.remove(count)
+        del _COUNTING_HOOKS[pack]
+
+
+#: Hooks that only count, and the compression that they pass on to.
+_COUNTING_HOOKS: dict[Any, Any] = {}
+
+
+def _innermost_compression() -> compress_saved_tensors | None:
+    """The compression in whose hands a tensor would be that is saved now, if any."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None:
+        return None
+    if hooks[0] in _COUNTING_HOOKS:
+        return _COUNTING_HOOKS[hooks[0]]
+    owner = getattr(hooks[0], "__self__", None)
+    return owner if isinstance(owner, compress_saved_tensors) else None
 
 
 @dataclass(frozen=True)
@@ -92,7 +144,7 @@ class _Untouched:
     version: int
 
 
-class compress_saved_tensors(contextlib.AbstractContextManager):  # noqa: N801 - used like a function
+class compress_saved_tensors(contextlib.AbstractContextManager):
     """Context manager: what forward passes inside save for backward is kept in 8 bits or less.
 
     Backward passes run inside or outside. One object may be entered again and again, not twice at a time.
@@ -166,8 +218,10 @@ class compress_saved_tensors(contextlib.AbstractContextManager):  # noqa: N801 -
         storage = tensor.untyped_storage()
         counts.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
 
-    def _count_codes(self, entry: _Entry) -> None:
-        self._after.setdefault(id(entry), (entry, entry.codes.nbytes))
+    def _keep(self, tensor: Tensor) -> None:
+        self._count(self._after, tensor)
+        for count in _COUNTERS:
+            count(tensor)
 
     # ---- the hooks ----
 
@@ -185,10 +239,11 @@ class compress_saved_tensors(contextlib.AbstractContextManager):  # noqa: N801 -
             if not name.startswith(_LOGARITHMS):
                 packed = self._encode(tensor, keep_sign or name.startswith(_SIGNED_RESULTS) or self._keep_sign)
         if packed is not None:
-            self._count_codes(packed.entry)
+            for part in packed.entry.codes.tensors:
+                self._keep(part)
             return packed
         if not parameter:
-            self._count(self._after, tensor)
+            self._keep(tensor)
         # Not the result itself, which would hold the graph that holds it.
         return _Untouched(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
 
@@ -217,8 +272,7 @@ class compress_saved_tensors(contextlib.AbstractContextManager):  # noqa: N801 -
         if x.layout != torch.strided or not x.is_floating_point() or x.numel() < self.min_size:
             return False
         # Not where activation checkpointing or another context has the word: it will do the same once more without us.
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        return hooks is not None and getattr(hooks[0], "__self__", None) is self
+        return _innermost_compression() is self
 
 
 def _unpack(packed: _Packed | _Untouched) -> Tensor:
@@ -354,7 +408,9 @@ class CompressedModule(nn.Module):
         For a compiled module.
     """
 
-    def __init__(self, module: nn.Module, scheme: str = "standard", group_size: int = 512, min_size: int = 4096) -> None:
+    def __init__(
+        self, module: nn.Module, scheme: str = "standard", group_size: int = 512, min_size: int = 4096
+    ) -> None:
         super().__init__()
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
             raise TypeError("a compiled module decides by itself what to save; wrap it before torch.compile, whose "

@@ -7,6 +7,7 @@ training), ``last.pt``, ``best.pt`` and ``log.jsonl`` (see `Finetuner.fit`), and
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -23,7 +24,7 @@ from ._errors import ConfigurationError
 from ._files import replacing
 from .compare import Reporter
 from .data import load_data
-from .finetuner import CheckpointError, Finetuner, FitResult, read_checkpoint
+from .finetuner import CheckpointError, Finetuner, FitResult, LayerTime, layer_table, read_checkpoint
 from .finetuner.fit import LAST
 from .measurement_utils import (
     current_rss_mb,
@@ -33,8 +34,8 @@ from .measurement_utils import (
     reset_peak_rss,
     saved_for_backward_bytes,
 )
-from .network_utils import sparsity
-from .pruning_utils import make_mask_enforcer
+from .network_utils import sparsity, swap_modules_for_state
+from .pruning_utils import GradualPruner, make_mask_enforcer
 from .setup_run import (
     PRUNERS,
     TrainingMode,
@@ -47,9 +48,13 @@ from .setup_run import (
     swap_model,
 )
 
-__all__ = ["RunConfig", "Stopped", "run_training"]
+__all__ = ["RunConfig", "Stopped", "format_result", "run_training"]
 
 SETTINGS, RESULT = "run.json", "result.json"
+
+#: Pruning that goes on while the network is fine-tuned, up to this share of the steps, in about so many turns.
+GRADUAL = "gradual"
+_GRADUAL_END, _GRADUAL_TURNS = 0.6, 20
 
 
 class Stopped(Exception):
@@ -96,8 +101,12 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.prune not in PRUNERS:
-            raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join(PRUNERS)}")
+        if self.prune not in (*PRUNERS, GRADUAL):
+            raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join((*PRUNERS, GRADUAL))}")
+        if self.prune == "none" and self.weights is None:
+            raise ConfigurationError("without pruning there must be weights that have zeros already")
+        if self.prune == GRADUAL and self.scheme == "dense":
+            raise ConfigurationError("gradual pruning goes with sparse layers only, not with the scheme dense")
         if not 0 < self.sparsity < 1:
             raise ConfigurationError(f"sparsity must be between 0 and 1, got {self.sparsity}")
         if self.precision not in ("bf16", "fp32"):
@@ -236,7 +245,10 @@ class _State:
         config = self.config
         trainer = make_finetuner(model, config.mode, config.learning_rate, 1)
         dense_top1 = trainer.evaluate(test_loader)
-        pruned = prune_model(model, config.prune, config.sparsity)
+        gradual = config.prune == GRADUAL
+        # e.g. 80 % on the way to 96 %: enough for sparse layers to pay from the first step on
+        start = 1 - math.sqrt(1 - config.sparsity) if gradual else config.sparsity
+        pruned = prune_model(model, "global" if gradual else config.prune, start)
         self.masks = pruned["masks"]
         self.facts = {"dense_top1": dense_top1, "pruned_top1": trainer.evaluate(test_loader),
                       "layer_sparsity": pruned["layers"], "sparsity": pruned["sparsity"]}  # fmt: skip
@@ -257,7 +269,7 @@ class _State:
             say(f"Resuming at step {len(state['history']['losses'])}.")
         elif config.scheme != "dense":
             began = time.perf_counter()
-            # pruning globally leaves some layers much denser than others; which are worth it is for the stopwatch to say
+            # global pruning leaves some layers much denser than others; which are worth it is for the stopwatch to say
             replaced, table = swap_model(model, shape, config.mode, config.scheme, min(0.5, config.sparsity))
             self.facts |= {"replaced_layers": replaced, "setup_s": time.perf_counter() - began}
             say(table)
@@ -266,6 +278,13 @@ class _State:
         tuner = make_finetuner(model, config.mode, config.learning_rate, config.epochs * len(loader), after_step,
                                config.compress_saved)  # fmt: skip
         tuner.stateful["run"] = self
+        if config.prune == GRADUAL:
+            steps = config.epochs * len(loader)
+            end = max(1, int(_GRADUAL_END * steps))
+            pruner = GradualPruner(model, tuner.optimizer, config.sparsity, end_step=end,
+                                   interval=max(1, end // _GRADUAL_TURNS))  # fmt: skip
+            tuner.after_step = pruner.step
+            tuner.stateful["pruner"] = pruner
         return tuner
 
     def finetune(self, tuner: Finetuner, loaders: Any, progress: bool | None, time_layers: int,
@@ -300,6 +319,26 @@ class _State:
         return result
 
 
+def format_result(result: dict[str, Any]) -> str:
+    """Return what the ``finetune`` command prints of a result of `run_training`."""
+    config = result["config"]
+    rows = [
+        ("top-1", f"{result['top1']:.1f} % (best {result['best_top1']:.1f} %, before pruning "
+                  f"{result['dense_top1']:.1f} %, right after {result['pruned_top1']:.1f} %)"),
+        ("zeros", f"{100 * result['model_sparsity']:.1f} % of the weights of all layers"),
+        ("sparse layers", str(len(result.get("replaced_layers", [])))),
+        ("time", f"{result['step_ms']:.1f} ms a step (median), {result['train_s']:.1f} s for {result['steps']} steps "
+                 f"of {config['batch_size']} images"),
+        ("saved for backward", f"{result['saved_mb']:.1f} MB"),
+        ("peak memory", f"{result['peak_rss_mb']:.0f} MB, of which {result['rss_before_training_mb']:.0f} MB before "
+                        "the training"),
+    ]  # fmt: skip
+    lines = [f"{name:<20}{value}" for name, value in rows]
+    if result["layer_times"]:
+        lines += ["", layer_table([LayerTime(**t) for t in result["layer_times"]], 20)]
+    return "\n".join(lines)
+
+
 def _plain(value: Any) -> Any:
     """JSON knows no NaN: a figure that the system does not tell becomes null."""
     if isinstance(value, dict):
@@ -313,7 +352,5 @@ def _swap_like(model: nn.Module, state: Mapping[str, torch.Tensor], config: RunC
     """Replace the layers of a fresh model that are sparse in a state by empty ones of the same pattern."""
     if config.scheme == "dense":
         return
-    from .network_utils import swap_modules_for_state
-
     quantize, qconfig = parse_scheme(config.scheme)
     swap_modules_for_state(model, state, quantize, qconfig)
