@@ -78,7 +78,8 @@ class BitHardtanh(_Masked):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float, inplace: bool) -> Tensor:
-        mask = (x > low) & (x < high)
+        # torch's own rule, which is subtle about bounds that a 16-bit number cannot hold
+        mask = torch.ops.aten.hardtanh_backward(torch.ones_like(x), x, low, high) != 0
         y = torch.ops.aten.hardtanh_(x, low, high) if inplace else torch.ops.aten.hardtanh(x, low, high)
         if inplace:
             ctx.mark_dirty(x)
