@@ -341,5 +341,17 @@ def test_nonsense_is_refused():
     compression = compress_saved_tensors()
     with compression, pytest.raises(RuntimeError, match="active already"):
         compression.__enter__()
-    with pytest.raises(TypeError, match="compiled module"):
-        CompressedModule(torch.compile(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("compiled", ["model inside", "wrapper"])
+def test_with_torch_compile(compiled):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    x = torch.randn(512, 64)
+    loss, plain = gradients(model, x)
+    if compiled == "wrapper":
+        compressed_loss, compressed = gradients(torch.compile(CompressedModule(model)), x)
+    else:
+        compressed_loss, compressed = gradients(torch.compile(model), x, compress_saved_tensors())
+    torch.testing.assert_close(compressed_loss, loss)
+    assert relative_error(compressed, plain) < 0.02

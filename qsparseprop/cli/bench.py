@@ -46,7 +46,8 @@ def add_parser(commands: Any) -> None:
     add("--sparsity", nargs="+", type=number_between(0, 1), default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.98], metavar="S",
         help="shares of zeros, at random places (default: %(default)s)")
     add("--threads", type=whole_number(1), metavar="N", help="threads to compute with (default: PyTorch's choice)")
-    add("--repeats", type=whole_number(1), default=5, metavar="N", help="timed steps of each (default: %(default)s)")
+    add("--repeats", type=whole_number(1), default=5, metavar="N",
+        help="timed steps of each, at least (default: %(default)s)")
     add("--out", type=Path, metavar="DIR",
         help="write bench.json, speedup.png (speed-up against sparsity, with the break-even) and, for layers, "
         "roofline.png there; made if need be")

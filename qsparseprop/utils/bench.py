@@ -28,6 +28,9 @@ __all__ = ["BenchConfig", "bench", "break_even", "parse_layer"]
 #: Measured where nothing is asked for.
 DEFAULT_LAYERS = (("Conv2d(128, 128, 3, padding=1)", (64, 128, 16, 16)), ("Linear(1024, 1024)", (1024, 1024)))
 
+#: Short steps are timed more often: until a comparison has taken so long, but not more often than that.
+_SECONDS, _MOST_STEPS = 0.5, 100
+
 _MODES = tuple(TrainingMode(bf16, channels_last) for bf16 in (False, True) for channels_last in (False, True))
 _SPARSE_KINDS = {nn.Linear: "QuantizedSparseLinear", nn.Conv1d: "QuantizedSparseConv1d",
                  nn.Conv2d: "QuantizedSparseConv2d"}  # fmt: skip
@@ -52,7 +55,7 @@ class BenchConfig:
     threads : int or None
         torch's threads; None for its own choice.
     repeats : int
-        Timed steps.
+        Timed steps at least.
     """
 
     layers: tuple[str, ...] = ()
@@ -211,7 +214,9 @@ def _measure(name: str, module: nn.Module, x: Tensor, x_grad: bool, sparsity: fl
     steps = {f"dense {mode.name}": _step(pruned, x, x_grad, mode) for mode in modes}
     fast = [mode for mode in modes if mode.channels_last or x.ndim != 4]
     steps |= {f"int8 {mode.name}": _step(sparse, x, x_grad, mode) for mode in fast}
-    ms = {key: 1e3 * seconds for key, seconds in interleaved_medians(steps, repeats=repeats, warmup=2).items()}
+    turn = sum(interleaved_medians(steps, repeats=1, warmup=2).values())
+    medians = interleaved_medians(steps, max(repeats, min(_MOST_STEPS, int(_SECONDS / turn))), warmup=0)
+    ms = {key: 1e3 * seconds for key, seconds in medians.items()}
     best = {kind: min((k for k in ms if k.startswith(kind)), key=ms.__getitem__) for kind in ("dense", "int8")}
     result = {
         "name": name, "sparsity": sparsity, "input": list(x.shape), "ms": ms, "best_dense": best["dense"],

@@ -122,7 +122,7 @@ def plot_roofline(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
                   fontsize=9, color="#333333")  # fmt: skip
     knee = max(limits["fp32"], limits["bf16"]) / limits["memory"]
     axes.plot([low, knee], [limits["memory"] * x / 1e9 for x in (low, knee)], color="#555555", linewidth=1.5)
-    axes.text(low * 1.15, limits["memory"] * low * 1.6 / 1e9, f"memory, {limits['memory'] / 1e9:.0f} GB/s",
+    axes.text(low * 3.2, limits["memory"] * low * 2 / 1e9, f"memory, {limits['memory'] / 1e9:.0f} GB/s",
               fontsize=9, color="#333333")  # fmt: skip
     names = list(dict.fromkeys(r["name"] for r in result["results"]))
     sparsities = sorted({r["sparsity"] for r in result["results"]})

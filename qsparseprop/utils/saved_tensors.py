@@ -9,7 +9,8 @@ around one. What operators save for backward is encoded by group (see `_codec`),
   come from a parameter at all (inputs, buffers, constants): these are not touched;
 - values whose error would grow: logarithms of probabilities, and tensors with NaN or Inf.
 
-A tensor that several operators save is encoded once. What another hook has taken over, such as activation checkpointing
+A compiled model may run inside: of what its graphs save, only tensors from outside of them are encoded, since the others
+do not tell where they come from. A tensor that several operators save is encoded once. What another hook has taken over, such as activation checkpointing
 inside of the context, is left to it.
 """
 
@@ -163,7 +164,7 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
     ValueError
         For settings that make no sense.
     RuntimeError
-        If it is entered while it is active, or inside of ``torch.compile``.
+        If it is entered while it is active.
 
     Examples
     --------
@@ -191,9 +192,8 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
         """What was saved since the context was last entered."""
         return SavedBytes(sum(size for _, size in self._before.values()), sum(size for _, size in self._after.values()))
 
+    @torch.compiler.disable  # a graph of torch.compile ends here; what runs inside may be another one
     def __enter__(self) -> compress_saved_tensors:
-        if torch.compiler.is_compiling():
-            raise RuntimeError("compress_saved_tensors cannot be compiled: enter it around the compiled model")
         if self._stack is not None:
             raise RuntimeError("this compress_saved_tensors is active already")
         self._start_counting()
@@ -203,6 +203,7 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
             self._stack = stack.pop_all()
         return self
 
+    @torch.compiler.disable
     def __exit__(self, *exception: object) -> None:
         stack, self._stack = self._stack, None
         stack.close()
@@ -225,6 +226,7 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
 
     # ---- the hooks ----
 
+    @torch.compiler.disable
     def pack(self, tensor: Tensor, keep_sign: bool = False) -> Any:
         """What is kept in place of a tensor that an operator saves."""
         if tensor.layout != torch.strided or not tensor.is_cpu:
@@ -275,6 +277,7 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
         return _innermost_compression() is self
 
 
+@torch.compiler.disable
 def _unpack(packed: _Packed | _Untouched) -> Tensor:
     if isinstance(packed, _Packed):
         return packed.entry.decode().as_strided(packed.shape, packed.stride)
@@ -306,7 +309,7 @@ class _Exchange(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        exchange = _EXCHANGES.get(func)
+        exchange = None if torch.compiler.is_compiling() else _EXCHANGES.get(func)
         if exchange is None:
             return func(*args, **kwargs)
         return exchange(self.compression, func, *args, **kwargs)
@@ -392,7 +395,7 @@ class CompressedModule(nn.Module):
     Parameters
     ----------
     module : nn.Module
-        Anything but the result of ``torch.compile``, whose operators save what they made out of sight.
+        Any one.
     scheme, group_size, min_size
         As for `compress_saved_tensors`.
 
@@ -402,19 +405,12 @@ class CompressedModule(nn.Module):
     compression : compress_saved_tensors
         Its `saved` tells of the last forward pass.
 
-    Raises
-    ------
-    TypeError
-        For a compiled module.
     """
 
     def __init__(
         self, module: nn.Module, scheme: str = "standard", group_size: int = 512, min_size: int = 4096
     ) -> None:
         super().__init__()
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
-            raise TypeError("a compiled module decides by itself what to save; wrap it before torch.compile, whose "
-                            "graph then ends at the compression")  # fmt: skip
         self.module = module
         self.compression = compress_saved_tensors(scheme, group_size, min_size)
 
