@@ -38,14 +38,14 @@ def npz(tmp_path_factory):
 
 
 def command(npz, *arguments):
-    return ["finetune", "--data", str(npz), "--model", "resnet20", "--width", "8", "--threads", "1", "--batch-size", "32",
-            "--quiet", "--no-compare", *map(str, arguments)]  # fmt: skip
+    return ["finetune", "--data", str(npz), "--model", "resnet20", "--width", "8", "--threads", "1", "--quiet",
+            "--batch-size", "32", "--no-compare", *map(str, arguments)]  # fmt: skip
 
 
 def small_model(num_classes, in_channels, image_size):
     """For --model test_module:function."""
-    return nn.Sequential(nn.Conv2d(in_channels, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
-                         nn.Flatten(), nn.Linear(16 * image_size**2, num_classes))  # fmt: skip
+    return nn.Sequential(nn.Conv2d(in_channels, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(16 * image_size**2, num_classes))  # fmt: skip
 
 
 def test_a_single_training_learns_and_its_checkpoint_can_be_shown(npz, tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_a_terminated_training_is_resumed(options, npz, tmp_path, capsys):
         assert ours["losses"] == theirs["losses"]
         assert ours["top1"] == theirs["top1"]
     if "gradual" in options:
-        assert ours["model_sparsity"] > 0.5
+        assert ours["model_sparsity"] > 0.9
         assert ours["sparsity"] == pytest.approx(0.8, abs=0.01)  # where it began
 
 
@@ -218,7 +218,7 @@ def test_bench_of_layers(tmp_path, capsys):
 
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_bench_of_a_model(by_layer, capsys):
-    arguments = ["bench", "--model", "mlp", "--input", "32,1,8,8", "--sparsity", "0.9", "--repeats", "1", "--threads", "1"]
+    arguments = ["bench", "--model", "mlp", "--input", "32,1,8,8", "--sparsity", "0.9", "--threads", "1"]
     assert main([*arguments, *(["--by-layer"] if by_layer else [])]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "x" in line and "90 %" in line]
     assert len([line for line in lines if "..." not in line]) == (3 if by_layer else 1)
@@ -244,3 +244,16 @@ def test_help_of_every_command(capsys):
         assert stop.value.code == 0
         printed = capsys.readouterr().out
         assert all(option in printed for option in options)
+
+
+def test_masks_hold_in_every_memory_format():
+    from qsparseprop.utils.setup_run import TrainingMode, make_finetuner, prune_model
+
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        model = resnet20(width=8, num_classes=4)
+        masks = prune_model(model, "uniform", 0.8)["masks"]
+        tuner = make_finetuner(model, TrainingMode(False, channels_last), 1e-2, 8, masks)
+        tuner.train_step(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)
+        for name, mask in masks.items():
+            assert not model.get_submodule(name).weight[~mask].any(), name

@@ -9,7 +9,6 @@ few steps, so that a slow minute of the machine hits all of them alike.
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import tempfile
 import time
@@ -45,6 +44,7 @@ RUN_LABELS = {
     "dense_best": "dense best",
     "qsparseprop": "qsparseprop",
     "compressed": "+ compress saved",
+    "sparse_fp32": "sparse fp32",
 }
 
 DENSE_MODES = (
@@ -61,6 +61,9 @@ SPARSE_MODE = TrainingMode(bf16=True, channels_last=True)
 # A turn is long enough that its first step, which finds cold caches and sleeping threads and is not timed, is a small
 # part of it, and short enough that the runs see the same state of the machine.
 _STEPS_PER_TURN = 4
+
+#: Evaluations of each run, at about equal distances.
+_EVALUATIONS = 6
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,11 @@ class CompareConfig:
     scheme : str
         How the swapped layers compute, see `parse_scheme`.
     compress_saved : bool
-        Make a fourth run, swapped and with `compress_saved_tensors`.
+        Make a further run, swapped and with `compress_saved_tensors`.
+    sparse_fp32 : bool
+        Make a further run, with sparse layers in float32.
+    max_images : int or None
+        Use only so many of the training and of the test images.
     epochs, pretrain_epochs : int
         Passes over the training images of each fine-tuning, and of the dense training before it.
     batch_size : int
@@ -111,6 +118,8 @@ class CompareConfig:
     prune: str = "global"
     scheme: str = "int8"
     compress_saved: bool = False
+    sparse_fp32: bool = False
+    max_images: int | None = None
     epochs: int = 2
     pretrain_epochs: int = 1
     batch_size: int = 64
@@ -175,8 +184,8 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
         What ``result.json`` holds. Times are in s or, where the key says so, ms; memory in MB of 10**6 bytes;
         accuracies in percent; sparsities are shares in [0, 1].
 
-        - ``runs``: one entry each for ``dense_fp32``, ``dense_best``, ``qsparseprop`` and, where it was asked for,
-          ``compressed``, see below;
+        - ``runs``: one entry each for ``dense_fp32``, ``dense_best``, ``qsparseprop`` and, where they were asked for,
+          ``sparse_fp32`` and ``compressed``, see below;
         - ``speedup_vs_dense_fp32``, ``speedup_vs_dense_best``: ratios of ``step_ms``;
         - ``sparsity`` as asked for, ``layer_sparsity`` as reached in each pruned layer;
         - ``dense_top1``, ``pruned_top1``: accuracy before pruning and right after it;
@@ -208,7 +217,7 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
     config = config or CompareConfig()
     reporter = reporter or _Silent()
     began = time.perf_counter()
-    data = load_data(config.data, config.image_size, config.seed, config.normalize)
+    data = load_data(config.data, config.image_size, config.seed, config.normalize, config.max_images)
     if config.batch_size > len(data.train_labels):
         raise ConfigurationError(
             f"the batch size must be at most the number of training images, {len(data.train_labels)}, "
@@ -251,6 +260,8 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
         # Pruning globally leaves some layers much denser than others; which are worth it is for the stopwatch to say.
         "qsparseprop": RunSpec(mode=SPARSE_MODE, swap=True, min_sparsity=min(0.5, config.sparsity)),
     }
+    if config.sparse_fp32:
+        specs["sparse_fp32"] = replace(specs["qsparseprop"], scheme="float32")
     if config.compress_saved:
         specs["compressed"] = replace(specs["qsparseprop"], compress_saved=True)
     start = {"model": model.state_dict(), "masks": pruned["masks"], "data": vars(data), "config": asdict(config)}
@@ -303,7 +314,9 @@ def _finetune_all(specs: dict[str, RunSpec], start: dict[str, Any], reporter: Re
         reporter.message(f"Fine-tuning for {steps} steps each, in turns of {_STEPS_PER_TURN} ...")
         bars = {name: reporter.progress(RUN_LABELS[name], steps) for name in handles}
         done = 0
-        evaluate_at = {steps, *itertools.islice(_turn_ends(steps), 1, None, 2)}
+        ends = _turn_ends(steps)
+        every = max(2, -(-len(ends) // _EVALUATIONS))
+        evaluate_at = {steps, *ends[every - 1 :: every]}
         for end in _turn_ends(steps):
             for name, handle in handles.items():
                 handle.call("train", end - done, on_step=bars[name])

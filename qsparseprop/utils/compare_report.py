@@ -17,6 +17,7 @@ _STYLES = {
     "dense_best": {"color": "#0072B2", "linestyle": "--", "marker": "^"},
     "qsparseprop": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
     "compressed": {"color": "#009E73", "linestyle": "-.", "marker": "D"},
+    "sparse_fp32": {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
 }
 
 # Steps do equal work, so that on a quiet machine mean and median differ by a few percent.

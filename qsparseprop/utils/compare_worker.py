@@ -25,7 +25,6 @@ from .measurement_utils import (
     reset_peak_rss,
     saved_for_backward_bytes,
 )
-from .pruning_utils import make_mask_enforcer
 from .setup_run import TrainingMode, make_finetuner, make_loaders, make_network, swap_model
 
 __all__ = ["RunHandle", "RunSpec"]
@@ -45,12 +44,15 @@ class RunSpec:
         Passed on to ``swap_modules_with_sparse``.
     compress_saved : bool
         Train with `compress_saved_tensors`.
+    scheme : str or None
+        Of the swapped layers; ``None`` for that of the comparison.
     """
 
     mode: TrainingMode
     swap: bool = False
     min_sparsity: float = 0.5
     compress_saved: bool = False
+    scheme: str | None = None
 
 
 class _Run:
@@ -80,13 +82,10 @@ class _Run:
         began = time.perf_counter()
         replaced: list[str] = []
         table = ""
-        after_step = None
         if self.spec.swap:
             replaced, table = self._swap()
-        else:
-            after_step = make_mask_enforcer(self.model, self.masks)
         setup_seconds = time.perf_counter() - began
-        self.trainer = make_finetuner(self.model, self.spec.mode, self.config["learning_rate"], steps, after_step,
+        self.trainer = make_finetuner(self.model, self.spec.mode, self.config["learning_rate"], steps, self.masks,
                                       self.spec.compress_saved)  # fmt: skip
         release_free_memory()
         self.rss_before = current_rss_mb()
@@ -101,7 +100,8 @@ class _Run:
 
     def _swap(self) -> tuple[list[str], str]:
         shape = (self.config["batch_size"], *self.train_loader.dataset.tensors[0].shape[1:])
-        return swap_model(self.model, shape, self.spec.mode, self.config["scheme"], self.spec.min_sparsity)
+        return swap_model(self.model, shape, self.spec.mode, self.spec.scheme or self.config["scheme"],
+                          self.spec.min_sparsity)  # fmt: skip
 
     def train(self, steps: int) -> None:
         self.trainer.train(itertools.islice(self.batches, steps), warmup=1, on_step=self.send_loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,7 @@ def load_digits_data(size: int = 32, channels: int = 3, test_fraction: float = 0
 
 
 def load_data(
-    source: str, image_size: int | None = None, seed: int = 0, normalize: str = "data", max_train: int | None = None
+    source: str, image_size: int | None = None, seed: int = 0, normalize: str = "data", max_images: int | None = None
 ) -> ImageData:
     """Load images from whatever `source` names.
 
@@ -118,8 +118,8 @@ def load_data(
         Decides which images are the test set, where the source does not.
     normalize : {"data", "imagenet"}
         Subtract the mean and divide by the standard deviation, by channel: of the training images, or of ImageNet.
-    max_train : int, optional
-        Use only so many training images, the first ones.
+    max_images : int, optional
+        Use only so many training images, the first ones, and as many test images.
 
     Raises
     ------
@@ -138,10 +138,9 @@ def load_data(
         raise ConfigurationError(f"there is no folder {source!r}; a file must be *.npz")
     else:
         data = _load_torchvision(source, image_size, normalize)
-    if max_train is None:
-        return data
-    return ImageData(data.train_images[:max_train], data.train_labels[:max_train], data.test_images, data.test_labels,
-                     data.num_classes, data.name)  # fmt: skip
+    first = slice(max_images)
+    return replace(data, train_images=data.train_images[first], train_labels=data.train_labels[first],
+                   test_images=data.test_images[first], test_labels=data.test_labels[first])  # fmt: skip
 
 
 def _images(arrays: Sequence[np.ndarray], image_size: int | None, normalize: str) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from .pruning_utils import (
     global_magnitude_prune,
     layer_sparsity,
     layerwise_magnitude_prune,
+    make_mask_enforcer,
     make_pruning_permanent,
     prunable_modules,
 )
@@ -44,6 +45,12 @@ __all__ = [
 
 #: How `prune_model` makes zeros; None takes those that are there.
 PRUNERS = {"global": global_magnitude_prune, "uniform": layerwise_magnitude_prune, "none": None}
+
+#: Dense layers whose zeros are held by masks.
+_MASKED = (nn.Linear, nn.Conv2d)
+
+#: Steps of the shortest one-cycle schedule that torch can compute: one fourth of them, less one, is its rise.
+_SHORTEST = 5
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,14 @@ def make_finetuner(
     mode: TrainingMode,
     learning_rate: float,
     steps: int,
-    after_step: Callable[[], None] | None = None,
+    masks: Mapping[str, torch.Tensor] | None = None,
     compress_saved: bool = False,
 ) -> Finetuner:
     """Return a `Finetuner` with the optimizer and the schedule that all trainings of the ``finetune`` command share."""
     memory_format = torch.channels_last if mode.channels_last else torch.contiguous_format
     model.to(memory_format=memory_format)
+    # After the conversion, which gives the weights other memory. Sparse layers need no mask.
+    held = {name: mask for name, mask in (masks or {}).items() if isinstance(model.get_submodule(name), _MASKED)}
     # The fused AdamW is the fastest of torch's; anything else would slow down the dense network, which has ten times as
     # many weights to update.
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
@@ -85,11 +94,11 @@ def make_finetuner(
         model,
         optimizer,
         scheduler=torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, learning_rate, total_steps=steps, pct_start=0.25, cycle_momentum=False
+            optimizer, learning_rate, total_steps=max(steps, _SHORTEST), pct_start=0.25, cycle_momentum=False
         ),
         autocast_dtype=torch.bfloat16 if mode.bf16 else None,
         memory_format=memory_format,
-        after_step=after_step,
+        after_step=make_mask_enforcer(model, held) if held else None,
         forward_context=compress_saved_tensors if compress_saved else None,
     )
 
@@ -200,9 +209,10 @@ def prune_model(model: nn.Module, kind: str, sparsity: float) -> dict[str, Any]:
 
 
 def swap_model(
-    model: nn.Module, input_shape: tuple[int, ...], mode: TrainingMode, scheme: str, min_sparsity: float
+    model: nn.Module, input_shape: tuple[int, ...], mode: TrainingMode, scheme: str, min_sparsity: float,
+    include_dense: bool = True,
 ) -> tuple[list[str], str]:
-    """Swap a model in place, in the memory format that it is going to be trained in.
+    """Swap a model in place, in the memory format that it is going to be trained in; see `swap_modules_with_sparse`.
 
     Returns
     -------
@@ -218,6 +228,6 @@ def swap_model(
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
         swap_modules_with_sparse(model, input_shape, min_sparsity=min_sparsity, quantize=quantize, qconfig=qconfig,
-                                 verbose=True)  # fmt: skip
+                                 include_dense=include_dense, verbose=True)  # fmt: skip
     after = {name: type(module) for name, module in model.named_modules()}
     return [name for name, kind in before.items() if after.get(name) is not kind], table.getvalue().rstrip()

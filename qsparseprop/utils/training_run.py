@@ -35,7 +35,7 @@ from .measurement_utils import (
     saved_for_backward_bytes,
 )
 from .network_utils import sparsity, swap_modules_for_state
-from .pruning_utils import GradualPruner, make_mask_enforcer
+from .pruning_utils import GradualPruner
 from .setup_run import (
     PRUNERS,
     TrainingMode,
@@ -257,7 +257,6 @@ class _State:
 
     def finetuner(self, model: nn.Module, loader: Any, say: Any) -> Finetuner:
         config = self.config
-        after_step = None
         shape = (config.batch_size, *loader.dataset.tensors[0].shape[1:])
         if (self.folder / LAST).exists():
             state = read_checkpoint(self.folder / LAST)
@@ -270,12 +269,12 @@ class _State:
         elif config.scheme != "dense":
             began = time.perf_counter()
             # global pruning leaves some layers much denser than others; which are worth it is for the stopwatch to say
-            replaced, table = swap_model(model, shape, config.mode, config.scheme, min(0.5, config.sparsity))
+            # Gradual pruning is for sparse layers, and what does not pay at its beginning may do so at its end.
+            replaced, table = swap_model(model, shape, config.mode, config.scheme, min(0.5, config.sparsity),
+                                         include_dense=config.prune != GRADUAL)  # fmt: skip
             self.facts |= {"replaced_layers": replaced, "setup_s": time.perf_counter() - began}
             say(table)
-        if config.scheme == "dense":
-            after_step = make_mask_enforcer(model, self.masks)
-        tuner = make_finetuner(model, config.mode, config.learning_rate, config.epochs * len(loader), after_step,
+        tuner = make_finetuner(model, config.mode, config.learning_rate, config.epochs * len(loader), self.masks,
                                config.compress_saved)  # fmt: skip
         tuner.stateful["run"] = self
         if config.prune == GRADUAL:
@@ -283,7 +282,8 @@ class _State:
             end = max(1, int(_GRADUAL_END * steps))
             pruner = GradualPruner(model, tuner.optimizer, config.sparsity, end_step=end,
                                    interval=max(1, end // _GRADUAL_TURNS))  # fmt: skip
-            tuner.after_step = pruner.step
+            hold, prune = tuner.after_step, pruner.step
+            tuner.after_step = prune if hold is None else lambda: (hold(), prune())
             tuner.stateful["pruner"] = pruner
         return tuner
 
