@@ -1,8 +1,8 @@
 """Whole fine-tuning runs on real data: time, memory and accuracy, written to docs/results.md.
 
-Each data set is one command. For every sparsity and seed a network is trained dense, pruned, and fine-tuned from the same
-point on the same batches: dense in fp32 and in the fastest dense configuration (zeros held by masks), with sparse layers
-in float32 and in int8, and the latter with compress_saved_tensors. The runs take turns, each in a process of its own.
+Each data set is one command. For each sparsity and seed a network is trained dense, pruned, and fine-tuned from one
+point on the same batches: dense in fp32 and in the best dense configuration (zeros held by masks), with sparse layers in
+float32 and in int8, and the latter with compress_saved_tensors. The runs take turns, each in a process of its own.
 
   python benchmarks/results.py digits
   python benchmarks/results.py mnist --data ../shared/data           also: fashion_mnist, cifar10
@@ -29,12 +29,12 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 HEAD = """\
 # Results
 
-Every section is one command and was measured by it on the machine that it names; `benchmarks/results.py` writes this
-page. Runs of a section start from the same pruned network and see the same batches, in turns of four steps. *ms/step* is
-the median of whole training steps, *saved* what one step keeps from forward to backward, *peak RSS* the largest resident
-memory of the run's own process while it trains, *added* what of it was not there before. *Best dense* is the fastest of
-{fp32, bf16} x {contiguous, channels_last}, measured in the same run. Accuracies are the mean of the seeds, and their
-standard deviation where there are several.
+Every section is one command and was measured by it on the machine that it names; `benchmarks/results.py` writes the
+page. Runs of a section start from the same pruned network and see the same batches, in turns of four steps. *ms/step*
+is the median of whole training steps, *saved* what one step keeps from forward to backward, *peak RSS* the largest memory
+of the run's own process while it trains, *added* what of it was not there before. *Best dense* is the fastest of {fp32,
+bf16} x {contiguous, channels_last}, measured in the same run. Accuracies are the mean of the seeds, and their standard
+deviation where there are several.
 """
 
 

@@ -1,7 +1,8 @@
 """Flat float tensors as 8-bit codes in groups, decoded as a whole.
 
 An affine group holds [low, high], widened to contain 0, in 0..255: ``x ~ scale * (code - zero_point)``, off by half a
-scale at most. Work goes chunk by chunk through a scratch that stays in the cache.
+scale at most. float32 and bfloat16 go through the package's own kernels, where it has them; the rest goes through torch,
+chunk by chunk in a scratch that stays in the cache.
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+try:
+    from qsparseprop import quantize_ops as _kernels
+except ImportError:
+    _kernels = None
 
 __all__ = ["SCHEMES", "Codes", "encode"]
 
@@ -29,7 +35,7 @@ class Codes:
     codes : Tensor
         (elements,) uint8.
     scale, zero_point : Tensor
-        (groups,) float32; the last group may be shorter than the others.
+        (groups,) float32, and int32 where the kernels made it; the last group may be shorter than the others.
     group_size : int
     dtype : torch.dtype
         Of what was encoded.
@@ -48,6 +54,8 @@ class Codes:
 
     def decode(self) -> Tensor:
         """The values that the codes stand for: (elements,), of the original dtype."""
+        if self.zero_point.dtype == torch.int32:
+            return _kernels.dequantize(self.codes, self.scale, self.zero_point, None, self.group_size, self.dtype)
         out = torch.empty(self.codes.numel(), dtype=self.dtype)
         offset = -self.zero_point * self.scale
         for codes, values, groups in _chunks(self.group_size, self.codes, out):
@@ -89,6 +97,9 @@ def encode(x: Tensor, scheme: str, group_size: int, keep_sign: bool = False) -> 
     Codes or None
         None where a value is not finite, or the range of a group does not fit into float32.
     """
+    if _kernels is not None and not keep_sign and x.dtype in (torch.float32, torch.bfloat16):
+        codes, scale, zero = _kernels.quantize(x, scheme, 8, None, group_size, False, None, ())
+        return Codes(codes, scale, zero, group_size, x.dtype) if torch.isfinite(scale).all() else None
     groups = -(-x.numel() // group_size)
     low, high = torch.empty(groups), torch.empty(groups)
     for values, index in _chunks(group_size, x):
