@@ -1,8 +1,8 @@
 """Whole fine-tuning runs on real data: time, memory and accuracy, written to docs/results.md.
 
 Each data set is one command. For each sparsity and seed a network is trained dense, pruned, and fine-tuned from one
-point on the same batches: dense in fp32 and in the best dense configuration (zeros held by masks), with sparse layers in
-float32 and in int8, and the latter with compress_saved_tensors. The runs take turns, each in a process of its own.
+point on the same batches: dense in fp32 and in the best dense configuration (zeros held by masks), with sparse layers
+in float32 and in int8, and the latter with compress_saved_tensors. The runs take turns, each in a process of its own.
 
   python benchmarks/results.py digits
   python benchmarks/results.py mnist --data ../shared/data           also: fashion_mnist, cifar10
@@ -31,10 +31,10 @@ HEAD = """\
 
 Every section is one command and was measured by it on the machine that it names; `benchmarks/results.py` writes the
 page. Runs of a section start from the same pruned network and see the same batches, in turns of four steps. *ms/step*
-is the median of whole training steps, *saved* what one step keeps from forward to backward, *peak RSS* the largest memory
-of the run's own process while it trains, *added* what of it was not there before. *Best dense* is the fastest of {fp32,
-bf16} x {contiguous, channels_last}, measured in the same run. Accuracies are the mean of the seeds, and their standard
-deviation where there are several.
+is the median of whole training steps, *saved* what one step keeps from forward to backward, *peak RSS* the largest
+memory of the run's own process while it trains, *added* what of it was not there before. *Best dense* is the fastest of
+{fp32, bf16} x {contiguous, channels_last}, measured in the same run. Accuracies are the mean of the seeds, and their
+standard deviation where there are several.
 """
 
 
@@ -124,7 +124,7 @@ def write_page(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SETTINGS, help="data set")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with mnist.npz, fashion_mnist.npz, cifar10.npz")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of mnist.npz, fashion_mnist.npz, cifar10.npz")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95], metavar="S")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--model", metavar="NAME", help="another network")

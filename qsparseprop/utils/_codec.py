@@ -1,7 +1,7 @@
 """Flat float tensors as 8-bit codes in groups, decoded as a whole.
 
 An affine group holds [low, high], widened to contain 0, in 0..255: ``x ~ scale * (code - zero_point)``, off by half a
-scale at most. float32 and bfloat16 go through the package's own kernels, where it has them; the rest goes through torch,
+scale at most. float32 and bfloat16 go through the package's own kernels, where it has them; the rest through torch,
 chunk by chunk in a scratch that stays in the cache.
 """
 

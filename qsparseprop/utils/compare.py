@@ -306,7 +306,7 @@ def _finetune_all(specs: dict[str, RunSpec], start: dict[str, Any], reporter: Re
         path = os.path.join(folder, "start.pt")
         torch.save(start, path)
         handles = {name: stack.enter_context(RunHandle(name, spec, path)) for name, spec in specs.items()}
-        reporter.message("Starting the three runs, each in a process of its own ...")
+        reporter.message(f"Starting {len(handles)} runs, each in a process of its own ...")
         prepared = {name: handle.call("prepare") for name, handle in handles.items()}
         if prepared["qsparseprop"]["swap_table"]:
             reporter.message(prepared["qsparseprop"]["swap_table"])

@@ -10,8 +10,8 @@ around one. What operators save for backward is encoded by group (see `_codec`),
 - values whose error would grow: logarithms of probabilities, and tensors with NaN or Inf.
 
 A tensor that several operators save is encoded once. What another hook has taken over, such as activation checkpointing
-inside of the context, is left to it. A compiled model may run inside: of what its graphs save, only tensors from outside
-of them are encoded; the others do not tell where they come from.
+inside of the context, is left to it. A compiled model may run inside: of what its graphs save, only tensors from
+outside of them are encoded; the others do not tell where they come from.
 """
 
 from __future__ import annotations
