@@ -135,7 +135,9 @@ def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         axes.set_xlim(left=0)
         axes.grid(True, alpha=0.3)
     figure.suptitle("\n".join(filter(None, (_title(result), _busy(result)))), fontsize=11)
-    figure.legend(loc="outside lower center", ncols=min(3, len(result["runs"])), fontsize=10, frameon=False)
+    # three captions are as much as a line holds, and only where they are short
+    columns = 3 if len(result["runs"]) == 3 else 2
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
