@@ -143,3 +143,25 @@ def accuracy(result, arguments):
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(result.read_text()), done.stdout
+
+
+def test_results_of_whole_runs_become_a_page(tmp_path):
+    for module in ("sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    package = str(Path(qsparseprop.__file__).parents[1])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(BENCHMARKS / "results.py"), "digits", "--quick", "--threads", "1",
+               "--sparsity", "0.9", "--docs", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "results" / "digits.json").read_text())
+    runs = ["dense_fp32", "dense_best", "qsparseprop", "sparse_fp32", "compressed"]
+    assert list(document["summaries"]["0.9"]) == runs
+    saved = {name: run["saved_mb"] for name, run in document["summaries"]["0.9"].items()}
+    assert saved["compressed"] < saved["qsparseprop"] < saved["sparse_fp32"]
+    assert (tmp_path / "results" / "digits-90.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "results.md").read_text()
+    assert "## digits" in page
+    assert str(tmp_path) not in page
+    assert all(label in page for label in ("dense best", "+ compress saved", "results/digits-90.png"))

@@ -76,7 +76,7 @@ def test_ctrl_c_prints_one_line_and_leaves_nothing(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         for line in process.stdout:
-            if line.startswith("Starting the three runs"):
+            if line.startswith("Starting 3 runs"):
                 os.killpg(process.pid, signal.SIGINT)
         errors = process.stderr.read()
         assert process.wait(timeout=60) == 130

@@ -1,4 +1,4 @@
-"""Command line: ``python -m qsparseprop {info,finetune}``."""
+"""Command line: ``python -m qsparseprop {info,bench,finetune}``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import finetune
+from . import bench, finetune, info
 
 __all__ = ["main"]
 
@@ -19,21 +19,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qsparseprop {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    info = commands.add_parser(
-        "info",
-        help="show what was built, what this CPU offers and what is used",
-        description="Show which instruction sets were built, which of them this CPU has, and which one is used.",
-    )
-    info.set_defaults(run=_info)
+    info.add_parser(commands)
+    bench.add_parser(commands)
     finetune.add_parser(commands)
     return parser
-
-
-def _info(arguments: argparse.Namespace) -> int:
-    import qsparseprop
-
-    qsparseprop.show_config()
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 done, 1 failed, 2 wrong use or something missing, 130 interrupted (Ctrl-C).
+        Exit code: 0 done, 1 failed, 2 wrong use or something missing, 130 interrupted (Ctrl-C), 143
+        terminated.
 
     Raises
     ------
@@ -55,8 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         From argparse: with code 0 after ``--help`` and ``--version``, with code 2 for arguments it does not accept.
     """
     arguments = _build_parser().parse_args(argv)
+    from qsparseprop.utils._errors import ConfigurationError
+
+    prog = arguments.parser.prog
     try:
         return arguments.run(arguments)
+    except ConfigurationError as error:
+        arguments.parser.error(str(error))
+    except ImportError as error:
+        # of something optional: what is always needed was imported with the package
+        arguments.parser.exit(2, f"{prog}: error: {error}\n")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except (FloatingPointError, OSError, RuntimeError) as error:
+        print(f"{prog}: failed: {error}", file=sys.stderr)
+        return 1

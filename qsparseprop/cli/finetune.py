@@ -1,144 +1,106 @@
-"""``python -m qsparseprop finetune``: arguments, checks and printing; the work is in ``qsparseprop.utils.compare``."""
+"""``python -m qsparseprop finetune``: arguments, checks and printing; the work is in ``qsparseprop.utils``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ._arguments import missing_package, model_name, number_between, prepare_directory, whole_number
+
 __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
-Show what sparse int8 training brings on this machine. Needs no download and takes about two minutes on two cores.
+Train, prune and fine-tune a network with sparse int8 layers, or compare that with dense training.
 
-A ResNet-18 learns the handwritten digits that scikit-learn ships (1,797 images, scaled up to 32x32), is pruned, and is
-then fine-tuned three times from the same point on the same batches:
+Without arguments: show what sparse int8 training brings on this machine. Needs no download and takes about two minutes
+on two cores. A ResNet-18 learns the handwritten digits that scikit-learn ships (1,797 images, scaled up to 32x32), is
+pruned, and is then fine-tuned three times from the same point on the same batches:
   dense fp32    plain PyTorch, pruned weights held at zero by masks
   dense best    the same in the fastest of {fp32, bf16} x {contiguous, channels_last}, which is measured first
   qsparseprop   after swap_modules_with_sparse(model, input_shape)
-At the end a table compares accuracy, time and memory."""
+At the end a table compares accuracy, time and memory. The same for other networks and data: --compare.
+
+With --no-compare, or an option that only a single training has (they are marked with *): one training with sparse
+layers, which can be stopped with Ctrl-C and resumed."""
 
 _EPILOG = """\
-exit codes: 0 done, 1 failed, 2 wrong arguments or a missing package, 130 interrupted (Ctrl-C)"""
+examples:
+  python -m qsparseprop finetune
+  python -m qsparseprop finetune --data cifar10.npz --model resnet20 --weights resnet20.th --normalize imagenet \\
+      --sparsity 0.9 --epochs 5 --no-compare --out run
+  python -m qsparseprop finetune --resume --out run
+  python -m qsparseprop finetune --data photos/ --model vgg11 --prune gradual --sparsity 0.95 --out run2
 
+exit codes: 0 done, 1 failed, 2 wrong arguments or a missing package, 130 interrupted (Ctrl-C), 143 terminated; a
+single training with --out has left a checkpoint then"""
 
-def _whole_number(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
-        return value
-
-    return parse
-
-
-def _number_between(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        # Written so that NaN fails too.
-        if not low < value < high:
-            raise argparse.ArgumentTypeError(f"must lie between {low:g} and {high:g}, both excluded, got {text}")
-        return value
-
-    return parse
+#: Options of a single training, with the values that ask for none.
+_SINGLE = {"resume": False, "layer_times": False, "precision": None}
 
 
 def add_parser(commands: Any) -> None:
     """Add the ``finetune`` command to the sub-parsers of the program."""
     parser = commands.add_parser(
         "finetune",
-        help="fine-tune a pruned network dense and with qsparseprop, and compare",
+        help="train, prune and fine-tune a network, with sparse layers or compared with dense ones",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--sparsity",
-        type=_number_between(0, 1),
-        default=0.9,
-        metavar="S",
+    add = parser.add_argument
+    add("--model", type=model_name, default="resnet18", metavar="NAME",
+        help="resnet18, resnet20, vgg11, mlp, vit-tiny, or package.module:function for one of your own; the function "
+        "gets num_classes, in_channels, image_size and width where it has such parameters (default: %(default)s)")
+    add("--width", type=whole_number(4), metavar="N",
+        help="channels of the network's first stage, which scale all others (default: the network's own)")
+    add("--weights", metavar="FILE",
+        help="trained weights to start from: a state dict (.pt, .pth, .th) or .safetensors; otherwise the network is "
+        "trained first")
+    add("--data", default="digits", metavar="SOURCE",
+        help="digits; FILE.npz with x_train, y_train, x_test, y_test; a folder with one of images for each class; or, "
+        "where torchvision is installed, the name of one of its data sets (default: %(default)s)")
+    add("--normalize", choices=("data", "imagenet"), default="data",
+        help="scale pixels by mean and standard deviation of the training images, or by those of ImageNet, with which "
+        "published weights were mostly trained (default: %(default)s)")
+    add("--image-size", type=whole_number(8), metavar="N", help="scale images to N x N pixels")
+    add("--sparsity", type=number_between(0, 1), default=0.9, metavar="S",
         help="share of the weights that are pruned to zero, between 0 and 1; the first convolution and the classifier "
-        "stay dense (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--scope",
-        choices=("global", "layer"),
-        default="global",
+        "stay dense (default: %(default)s)")
+    add("--prune", choices=("global", "uniform", "gradual", "none"), default="global",
         help="global: one magnitude threshold for the whole network, so wide layers become sparser than narrow ones; "
-        "layer: the same sparsity in every layer (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--epochs",
-        type=_whole_number(1),
-        default=2,
-        metavar="N",
-        help="passes over the training images in each of the three fine-tunings (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pretrain-epochs",
-        type=_whole_number(1),
-        default=1,
-        metavar="N",
-        help="passes over the training images before pruning (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=_whole_number(1),
-        default=64,
-        metavar="N",
-        help="images in a training step, at most 1437 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--model", choices=("resnet18", "resnet20"), default="resnet18", help="network (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--width",
-        type=_whole_number(4),
-        metavar="N",
-        help="channels of the network's first stage, which scale all others (default: resnet18 64, resnet20 16)",
-    )
-    parser.add_argument(
-        "--threads", type=_whole_number(1), metavar="N", help="threads to compute with (default: PyTorch's choice)"
-    )
-    parser.add_argument(
-        "--seed",
-        type=_whole_number(0),
-        default=0,
-        metavar="N",
-        help="seed of initial weights, test split, order of the batches and stochastic rounding (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="write result.json and result.png (loss and accuracy against time) into this directory, which is made if "
-        "need be",
-    )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the table")
-    parser.set_defaults(run=run, parser=parser)
-
-
-def _require(*modules: tuple[str, str]) -> str | None:
-    """Return what to tell the user if one of the (module, package) pairs cannot be imported."""
-    for module, package in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            return (
-                f"the finetune command needs {package}, which cannot be imported ({error})\n"
-                'install it with:  pip install "qsparseprop[finetune]"'
-            )
-    return None
+        "uniform: the same sparsity in every layer; gradual*: globally, more and more during the fine-tuning; none: "
+        "take the zeros in --weights (default: %(default)s)")
+    add("--scope", choices=("global", "layer"), help="older spelling of --prune global and --prune uniform")
+    add("--scheme", default="int8", metavar="SCHEME",
+        help="how sparse layers compute: int8; float32; settings of QuantConfig such as input=standard,grad=absmax; "
+        "dense*: no sparse layers, zeros are held by masks (default: %(default)s)")
+    add("--compress-saved", action="store_true",
+        help="keep what other layers save for the backward pass in 8 bits or less (with --compare: a fourth run)")
+    add("--epochs", type=whole_number(1), default=2, metavar="N",
+        help="passes over the training images in each fine-tuning (default: %(default)s)")
+    add("--pretrain-epochs", type=whole_number(1), default=1, metavar="N",
+        help="passes over the training images before pruning, without --weights (default: %(default)s)")
+    add("--batch-size", type=whole_number(1), default=64, metavar="N",
+        help="images in a training step, at most as many as there are (default: %(default)s)")
+    add("--learning-rate", type=number_between(0, 10), default=2e-3, metavar="R",
+        help="peak of AdamW's one-cycle schedule (default: %(default)s)")
+    add("--precision", choices=("bf16", "fp32"),
+        help="* of everything but the 8-bit layers: bfloat16 autocast or float32 (default: bf16)")
+    add("--threads", type=whole_number(1), metavar="N", help="threads to compute with (default: PyTorch's choice)")
+    add("--seed", type=whole_number(0), default=0, metavar="N",
+        help="seed of initial weights, test split, order of the batches and stochastic rounding (default: %(default)s)")
+    add("--compare", action=argparse.BooleanOptionalAction, default=None,
+        help="fine-tune dense as well and compare (default: unless an option marked with * is given)")
+    add("--resume", action="store_true", help="* go on with the run in --out; its settings count")
+    add("--layer-times", action="store_true", help="* show how long each layer takes, forward and backward")
+    add("--out", type=Path, metavar="DIR",
+        help="directory for results, made if need be: result.json and result.png (loss and accuracy against time) of a "
+        "comparison; result.json, log.jsonl and checkpoints of a single training")
+    add("--quiet", action="store_true", help="print nothing but the table")
+    parser.set_defaults(run=run, parser=parser, defaults={a.dest: a.default for a in parser._actions})
 
 
 class _Terminal:
@@ -177,64 +139,78 @@ class _Terminal:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check the arguments, run the comparison, print the table and write the files; return the exit code."""
+    """Check the arguments, do the work, print the table and write the files; return the exit code."""
     parser: argparse.ArgumentParser = arguments.parser
-    needed = [("sklearn", "scikit-learn")]
+    if arguments.scope is not None:
+        arguments.prune = {"global": "global", "layer": "uniform"}[arguments.scope]
+    single = [name for name, default in _SINGLE.items() if getattr(arguments, name) != default]
+    single += [name for name, value in (("prune", "gradual"), ("scheme", "dense")) if getattr(arguments, name) == value]
+    compare = not single if arguments.compare is None else arguments.compare
+    if compare and single:
+        parser.error(f"--{single[0].replace('_', '-')} is for a single training and does not go with --compare")
+    if arguments.resume and arguments.out is None:
+        parser.error("--resume needs --out, the directory of the run")
+    needed = [("sklearn", "scikit-learn")] if arguments.data == "digits" else []
     if not arguments.quiet:
         needed.append(("tqdm", "tqdm"))
     if arguments.out is not None:
-        # Before minutes of work, not after.
-        needed.append(("matplotlib", "matplotlib"))
-        problem = _prepare_directory(arguments.out)
+        if compare:
+            # Before minutes of work, not after.
+            needed.append(("matplotlib", "matplotlib"))
+        problem = None if arguments.resume else prepare_directory(arguments.out)
         if problem:
             parser.error(problem)
-    problem = _require(*needed)
+    problem = missing_package("finetune", *needed)
     if problem:
         parser.exit(2, f"{parser.prog}: error: {problem}\n")
-
-    from qsparseprop.utils.compare import CompareConfig, ConfigurationError, compare
-    from qsparseprop.utils.compare_report import format_table, write_json, write_plot
-
-    config = CompareConfig(
-        model=arguments.model,
-        width=arguments.width,
-        sparsity=arguments.sparsity,
-        scope=arguments.scope,
-        epochs=arguments.epochs,
-        pretrain_epochs=arguments.pretrain_epochs,
-        batch_size=arguments.batch_size,
-        threads=arguments.threads,
-        seed=arguments.seed,
-    )
     terminal = None if arguments.quiet else _Terminal()
     try:
-        result = compare(config, terminal)
-    except ConfigurationError as error:
-        parser.error(str(error))
-    except (RuntimeError, FloatingPointError) as error:
-        print(f"{parser.prog}: failed: {error}", file=sys.stderr)
-        return 1
+        return (_compare if compare else _train)(arguments, terminal)
     finally:
         if terminal is not None:
             terminal.close()
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What both kinds of work are configured with."""
+    names = ("model", "width", "weights", "data", "normalize", "image_size", "sparsity", "prune", "scheme",
+             "compress_saved", "epochs", "pretrain_epochs", "batch_size", "learning_rate", "threads",
+             "seed")  # fmt: skip
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _compare(arguments: argparse.Namespace, terminal: _Terminal | None) -> int:
+    from qsparseprop.utils.compare import CompareConfig, compare
+    from qsparseprop.utils.compare_report import format_table, write_json, write_plot
+
+    result = compare(CompareConfig(**_settings(arguments)), terminal)
     print(format_table(result))
     if arguments.out is not None:
-        try:
-            write_json(result, arguments.out / "result.json")
-            write_plot(result, arguments.out / "result.png")
-        except OSError as error:
-            print(f"{parser.prog}: cannot write the results: {error}", file=sys.stderr)
-            return 1
+        write_json(result, arguments.out / "result.json")
+        write_plot(result, arguments.out / "result.png")
         if not arguments.quiet:
             print(f"Written: {arguments.out / 'result.json'} and {arguments.out / 'result.png'}")
     return 0
 
 
-def _prepare_directory(path: Path) -> str | None:
+def _train(arguments: argparse.Namespace, terminal: _Terminal | None) -> int:
+    from qsparseprop.utils.training_run import RunConfig, Stopped, format_result, run_training
+
+    settings = _settings(arguments)
+    if arguments.precision is not None:
+        settings["precision"] = arguments.precision
+    chosen = {name: value for name, value in settings.items() if value != arguments.defaults.get(name)}
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"argument --out: cannot make the directory {path}: {error.strerror}"
-    if not os.access(path, os.W_OK | os.X_OK):
-        return f"argument --out: cannot write to {path}"
-    return None
+        result = run_training(
+            RunConfig(**settings), arguments.out, resume=arguments.resume, chosen=chosen, reporter=terminal,
+            progress=False if arguments.quiet else None, time_layers=5 if arguments.layer_times else 0,
+        )  # fmt: skip
+    except Stopped as stop:
+        command = f"{arguments.parser.prog} --resume --out {arguments.out}"
+        where = "" if arguments.out is None else f"; go on with:  {command}"
+        print(f"\n{stop}{where}", file=sys.stderr)
+        return 128 + stop.signal
+    print(format_result(result))
+    if arguments.out is not None and not arguments.quiet:
+        print(f"Written: {arguments.out / 'result.json'}")
+    return 0

@@ -9,7 +9,6 @@ few steps, so that a slow minute of the machine hits all of them alike.
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import tempfile
 import time
@@ -21,22 +20,32 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .compare_worker import RunHandle, RunSpec, TrainingMode, make_finetuner, make_loaders, make_network
-from .data import load_digits_data
+from ._errors import ConfigurationError
+from .compare_worker import RunHandle, RunSpec
+from .data import load_data
 from .finetuner import Finetuner
 from .measurement_utils import environment, interleaved_medians
-from .pruning_utils import (
-    collect_masks,
-    global_magnitude_prune,
-    layer_sparsity,
-    layerwise_magnitude_prune,
-    make_pruning_permanent,
+from .setup_run import (
+    PRUNERS,
+    TrainingMode,
+    load_weights,
+    make_finetuner,
+    make_loaders,
+    make_network,
+    parse_scheme,
+    prune_model,
 )
 
 __all__ = ["RUN_LABELS", "CompareConfig", "ConfigurationError", "Reporter", "compare"]
 
 #: Keys of the runs in the result, in the order of the table, with their names for people.
-RUN_LABELS = {"dense_fp32": "dense fp32", "dense_best": "dense best", "qsparseprop": "qsparseprop"}
+RUN_LABELS = {
+    "dense_fp32": "dense fp32",
+    "dense_best": "dense best",
+    "qsparseprop": "qsparseprop",
+    "compressed": "+ compress saved",
+    "sparse_fp32": "sparse fp32",
+}
 
 DENSE_MODES = (
     TrainingMode(bf16=False, channels_last=False),
@@ -49,15 +58,12 @@ DENSE_MODES = (
 #: and bfloat16 halves what it, ReLU and the additions read and write; the kernels read and write both.
 SPARSE_MODE = TrainingMode(bf16=True, channels_last=True)
 
-_PRUNERS = {"global": global_magnitude_prune, "layer": layerwise_magnitude_prune}
-
 # A turn is long enough that its first step, which finds cold caches and sleeping threads and is not timed, is a small
 # part of it, and short enough that the runs see the same state of the machine.
 _STEPS_PER_TURN = 4
 
-
-class ConfigurationError(ValueError):
-    """What was asked for makes no sense; the message says why."""
+#: Evaluations of each run, at about equal distances.
+_EVALUATIONS = 6
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,29 @@ class CompareConfig:
 
     Attributes
     ----------
-    model : {"resnet18", "resnet20"}
-        Network, see `qsparseprop.utils.models`.
+    model : str
+        Network, see `qsparseprop.utils.models.build_model`.
     width : int or None
         Channels of its first stage; ``None`` for the network's own.
+    weights : str or None
+        File of trained weights to start from; they replace the dense training.
+    data : str
+        Images, see `qsparseprop.utils.data.load_data`.
+    normalize : {"data", "imagenet"}
+        What the pixels are scaled by.
     sparsity : float
         Share of the pruned layers' weights that become zero, in (0, 1).
-    scope : {"global", "layer"}
-        One magnitude threshold for the whole network, or the same sparsity in every layer.
+    prune : {"global", "uniform", "none"}
+        One magnitude threshold for the whole network, the same sparsity in every layer, or the zeros that are in
+        `weights` already.
+    scheme : str
+        How the swapped layers compute, see `parse_scheme`.
+    compress_saved : bool
+        Make a further run, swapped and with `compress_saved_tensors`.
+    sparse_fp32 : bool
+        Make a further run, with sparse layers in float32.
+    max_images : int or None
+        Use only so many of the training and of the test images.
     epochs, pretrain_epochs : int
         Passes over the training images of each fine-tuning, and of the dense training before it.
     batch_size : int
@@ -84,27 +105,37 @@ class CompareConfig:
         torch's threads; ``None`` for torch's own choice.
     seed : int
         Of the initial weights, the test split, the order of the batches and the stochastic rounding.
-    image_size : int
-        Height and width of the images, in pixels.
+    image_size : int or None
+        Height and width of the images, in pixels; ``None`` for the data's own.
     """
 
     model: str = "resnet18"
     width: int | None = None
+    weights: str | None = None
+    data: str = "digits"
+    normalize: str = "data"
     sparsity: float = 0.9
-    scope: str = "global"
+    prune: str = "global"
+    scheme: str = "int8"
+    compress_saved: bool = False
+    sparse_fp32: bool = False
+    max_images: int | None = None
     epochs: int = 2
     pretrain_epochs: int = 1
     batch_size: int = 64
     learning_rate: float = 2e-3
     threads: int | None = None
     seed: int = 0
-    image_size: int = 32
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
             raise ConfigurationError(f"sparsity must be between 0 and 1, got {self.sparsity}")
-        if self.scope not in _PRUNERS:
-            raise ConfigurationError(f"unknown scope {self.scope!r}, choose from {', '.join(_PRUNERS)}")
+        if self.prune not in PRUNERS:
+            raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join(PRUNERS)}")
+        if self.prune == "none" and self.weights is None:
+            raise ConfigurationError("without pruning there must be weights that have zeros already")
+        parse_scheme(self.scheme)
         for name in ("epochs", "pretrain_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -153,7 +184,8 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
         What ``result.json`` holds. Times are in s or, where the key says so, ms; memory in MB of 10**6 bytes;
         accuracies in percent; sparsities are shares in [0, 1].
 
-        - ``runs``: one entry each for ``dense_fp32``, ``dense_best`` and ``qsparseprop``, see below;
+        - ``runs``: one entry each for ``dense_fp32``, ``dense_best``, ``qsparseprop`` and, where they were asked for,
+          ``sparse_fp32`` and ``compressed``, see below;
         - ``speedup_vs_dense_fp32``, ``speedup_vs_dense_best``: ratios of ``step_ms``;
         - ``sparsity`` as asked for, ``layer_sparsity`` as reached in each pruned layer;
         - ``dense_top1``, ``pruned_top1``: accuracy before pruning and right after it;
@@ -174,9 +206,9 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
     Raises
     ------
     ImportError
-        If scikit-learn is missing.
+        If a package that the data need is missing, such as scikit-learn for the digits.
     ConfigurationError
-        If the batch size is larger than the training set.
+        If the batch size is larger than the training set, or model, weights and data do not go together.
     FloatingPointError
         If the dense training diverges.
     RuntimeError
@@ -185,7 +217,7 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
     config = config or CompareConfig()
     reporter = reporter or _Silent()
     began = time.perf_counter()
-    data = load_digits_data(config.image_size, seed=config.seed)
+    data = load_data(config.data, config.image_size, config.seed, config.normalize, config.max_images)
     if config.batch_size > len(data.train_labels):
         raise ConfigurationError(
             f"the batch size must be at most the number of training images, {len(data.train_labels)}, "
@@ -196,7 +228,9 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
     config = replace(config, threads=torch.get_num_threads())
     torch.manual_seed(config.seed)
     train_loader, test_loader = make_loaders(data, config.batch_size, config.seed)
-    model = make_network(config.model, config.width, data.num_classes)
+    model = make_network(config.model, config.width, data)
+    if config.weights is not None:
+        load_weights(model, config.weights)
 
     reporter.message(f"Timing {len(DENSE_MODES)} ways to train the dense network ...")
     mode_seconds = _time_dense_modes(model, *next(iter(train_loader)))
@@ -205,14 +239,15 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
     reporter.message(f"  ms a step: {listed}. Best: {best.name}.")
 
     steps = config.pretrain_epochs * len(train_loader)
-    reporter.message(f"Training dense for {steps} steps ...")
     trainer = make_finetuner(model, best, config.learning_rate, steps)
-    on_step = reporter.progress("dense", steps)
-    for _ in range(config.pretrain_epochs):
-        trainer.train(train_loader, on_step=on_step)
-    reporter.close()
+    if config.weights is None:
+        reporter.message(f"Training dense for {steps} steps ...")
+        on_step = reporter.progress("dense", steps)
+        for _ in range(config.pretrain_epochs):
+            trainer.train(train_loader, on_step=on_step)
+        reporter.close()
     dense_top1 = trainer.evaluate(test_loader)
-    pruned = _prune(model, config)
+    pruned = prune_model(model, config.prune, config.sparsity)
     pruned_top1 = trainer.evaluate(test_loader)
     reporter.message(
         f"  top-1 {dense_top1:.1f} %. Pruned {len(pruned['masks'])} layers to {100 * pruned['sparsity']:.1f} % zeros: "
@@ -225,6 +260,10 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
         # Pruning globally leaves some layers much denser than others; which are worth it is for the stopwatch to say.
         "qsparseprop": RunSpec(mode=SPARSE_MODE, swap=True, min_sparsity=min(0.5, config.sparsity)),
     }
+    if config.sparse_fp32:
+        specs["sparse_fp32"] = replace(specs["qsparseprop"], scheme="float32")
+    if config.compress_saved:
+        specs["compressed"] = replace(specs["qsparseprop"], compress_saved=True)
     start = {"model": model.state_dict(), "masks": pruned["masks"], "data": vars(data), "config": asdict(config)}
     runs = _finetune_all(specs, start, reporter)
 
@@ -260,17 +299,6 @@ def _time_dense_modes(model: nn.Module, inputs: torch.Tensor, targets: torch.Ten
     return interleaved_medians({name: step(trainer) for name, trainer in trainers.items()}, repeats=2)
 
 
-def _prune(model: nn.Module, config: CompareConfig) -> dict[str, Any]:
-    modules = _PRUNERS[config.scope](model, config.sparsity)
-    masks = collect_masks(model)
-    make_pruning_permanent(model)
-    return {
-        "masks": masks,
-        "layers": layer_sparsity(model, modules),
-        "sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values()),
-    }
-
-
 def _finetune_all(specs: dict[str, RunSpec], start: dict[str, Any], reporter: Reporter) -> dict[str, dict[str, Any]]:
     """Fine-tune in one process a run, taking turns, and return what each measured."""
     with ExitStack() as stack:
@@ -278,7 +306,7 @@ def _finetune_all(specs: dict[str, RunSpec], start: dict[str, Any], reporter: Re
         path = os.path.join(folder, "start.pt")
         torch.save(start, path)
         handles = {name: stack.enter_context(RunHandle(name, spec, path)) for name, spec in specs.items()}
-        reporter.message("Starting the three runs, each in a process of its own ...")
+        reporter.message(f"Starting {len(handles)} runs, each in a process of its own ...")
         prepared = {name: handle.call("prepare") for name, handle in handles.items()}
         if prepared["qsparseprop"]["swap_table"]:
             reporter.message(prepared["qsparseprop"]["swap_table"])
@@ -286,7 +314,9 @@ def _finetune_all(specs: dict[str, RunSpec], start: dict[str, Any], reporter: Re
         reporter.message(f"Fine-tuning for {steps} steps each, in turns of {_STEPS_PER_TURN} ...")
         bars = {name: reporter.progress(RUN_LABELS[name], steps) for name in handles}
         done = 0
-        evaluate_at = {steps, *itertools.islice(_turn_ends(steps), 1, None, 2)}
+        ends = _turn_ends(steps)
+        every = max(2, -(-len(ends) // _EVALUATIONS))
+        evaluate_at = {steps, *ends[every - 1 :: every]}
         for end in _turn_ends(steps):
             for name, handle in handles.items():
                 handle.call("train", end - done, on_step=bars[name])

@@ -16,6 +16,8 @@ _STYLES = {
     "dense_fp32": {"color": "#000000", "linestyle": ":", "marker": "s"},
     "dense_best": {"color": "#0072B2", "linestyle": "--", "marker": "^"},
     "qsparseprop": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
+    "compressed": {"color": "#009E73", "linestyle": "-.", "marker": "D"},
+    "sparse_fp32": {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
 }
 
 # Steps do equal work, so that on a quiet machine mean and median differ by a few percent.
@@ -38,8 +40,8 @@ def format_table(result: dict[str, Any]) -> str:
     header = ("run", "top-1 %", "ms/step", "saved MB", "peak RSS MB", "vs fp32", "vs best")
     runs = result["runs"]
     rows = [header]
-    for name, label in RUN_LABELS.items():
-        run = runs[name]
+    for name, run in runs.items():
+        label = RUN_LABELS[name]
         rows.append(
             (
                 f"{label} ({run['config']})",
@@ -114,8 +116,8 @@ def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
     figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for name, label in RUN_LABELS.items():
-        run, style = result["runs"][name], _STYLES[name]
+    for name, run in result["runs"].items():
+        label, style = RUN_LABELS[name], _STYLES[name]
         ends = _running_sum(run["step_s"])
         plain = {key: value for key, value in style.items() if key != "marker"}
         loss_axes.plot(ends, _smooth(run["losses"]), linewidth=2, **plain)
@@ -133,7 +135,9 @@ def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         axes.set_xlim(left=0)
         axes.grid(True, alpha=0.3)
     figure.suptitle("\n".join(filter(None, (_title(result), _busy(result)))), fontsize=11)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=10, frameon=False)
+    # three captions are as much as a line holds, and only where they are short
+    columns = 3 if len(result["runs"]) == 3 else 2
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 

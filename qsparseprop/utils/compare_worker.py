@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import multiprocessing
 import signal
@@ -17,11 +16,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
-from .data import ImageData, evaluation_loader, training_loader
-from .finetuner import Finetuner
+from .data import ImageData
 from .measurement_utils import (
     current_rss_mb,
     peak_rss_mb,
@@ -29,31 +25,9 @@ from .measurement_utils import (
     reset_peak_rss,
     saved_for_backward_bytes,
 )
-from .models import build_model
-from .pruning_utils import make_mask_enforcer
+from .setup_run import TrainingMode, make_finetuner, make_loaders, make_network, swap_model
 
-__all__ = ["RunHandle", "RunSpec", "TrainingMode", "make_finetuner", "make_loaders", "make_network"]
-
-
-@dataclass(frozen=True)
-class TrainingMode:
-    """Precision and memory layout of a training.
-
-    Attributes
-    ----------
-    bf16 : bool
-        Run under bfloat16 autocast.
-    channels_last : bool
-        Lay out images and convolution weights channels_last.
-    """
-
-    bf16: bool
-    channels_last: bool
-
-    @property
-    def name(self) -> str:
-        """For reports, like ``bf16 channels_last``."""
-        return f"{'bf16' if self.bf16 else 'fp32'} {'channels_last' if self.channels_last else 'contiguous'}"
+__all__ = ["RunHandle", "RunSpec"]
 
 
 @dataclass(frozen=True)
@@ -68,54 +42,17 @@ class RunSpec:
         Train the network swapped to qsparseprop; otherwise dense, with masks.
     min_sparsity : float
         Passed on to ``swap_modules_with_sparse``.
+    compress_saved : bool
+        Train with `compress_saved_tensors`.
+    scheme : str or None
+        Of the swapped layers; ``None`` for that of the comparison.
     """
 
     mode: TrainingMode
     swap: bool = False
     min_sparsity: float = 0.5
-
-
-def make_finetuner(
-    model: nn.Module,
-    mode: TrainingMode,
-    learning_rate: float,
-    steps: int,
-    after_step: Callable[[], None] | None = None,
-) -> Finetuner:
-    """Return a `Finetuner` with the optimizer and the schedule that all trainings of the comparison share."""
-    memory_format = torch.channels_last if mode.channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format)
-    # The fused AdamW is the fastest of torch's; anything else would slow down the dense network, which has ten times as
-    # many weights to update.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
-    return Finetuner(
-        model,
-        optimizer,
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, learning_rate, total_steps=steps, pct_start=0.25, cycle_momentum=False
-        ),
-        autocast_dtype=torch.bfloat16 if mode.bf16 else None,
-        memory_format=memory_format,
-        after_step=after_step,
-    )
-
-
-def make_network(name: str, width: int | None, num_classes: int) -> nn.Module:
-    """Return the randomly initialised network of the comparison; `width` as in `CompareConfig`."""
-    model = build_model(name, num_classes=num_classes, **({} if width is None else {"width": width}))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            # In so few steps torch's 0.1 would leave the running statistics far behind the weights.
-            module.momentum = 0.3
-    return model
-
-
-def make_loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
-    """Return the loader of the training images, shuffled by `seed`, and that of the test images."""
-    return (
-        training_loader(data.train_images, data.train_labels, batch_size, seed),
-        evaluation_loader(data.test_images, data.test_labels, batch_size),
-    )
+    compress_saved: bool = False
+    scheme: str | None = None
 
 
 class _Run:
@@ -128,7 +65,7 @@ class _Run:
         data = ImageData(**start["data"])
         self.masks = start["masks"]
         self.config = start["config"]
-        self.model = make_network(self.config["model"], self.config["width"], data.num_classes)
+        self.model = make_network(self.config["model"], self.config["width"], data)
         self.model.load_state_dict(start["model"])
         torch.set_num_threads(self.config["threads"])
         torch.manual_seed(self.config["seed"])
@@ -145,13 +82,11 @@ class _Run:
         began = time.perf_counter()
         replaced: list[str] = []
         table = ""
-        after_step = None
         if self.spec.swap:
             replaced, table = self._swap()
-        else:
-            after_step = make_mask_enforcer(self.model, self.masks)
         setup_seconds = time.perf_counter() - began
-        self.trainer = make_finetuner(self.model, self.spec.mode, self.config["learning_rate"], steps, after_step)
+        self.trainer = make_finetuner(self.model, self.spec.mode, self.config["learning_rate"], steps, self.masks,
+                                      self.spec.compress_saved)  # fmt: skip
         release_free_memory()
         self.rss_before = current_rss_mb()
         peak_is_of_training = reset_peak_rss()
@@ -164,17 +99,9 @@ class _Run:
         }
 
     def _swap(self) -> tuple[list[str], str]:
-        from .network_utils import swap_modules_with_sparse
-
-        before = {name: type(module) for name, module in self.model.named_modules()}
         shape = (self.config["batch_size"], *self.train_loader.dataset.tensors[0].shape[1:])
-        if self.spec.mode.channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        table = io.StringIO()
-        with contextlib.redirect_stdout(table):
-            self.model = swap_modules_with_sparse(self.model, shape, min_sparsity=self.spec.min_sparsity, verbose=True)
-        after = {name: type(module) for name, module in self.model.named_modules()}
-        return [name for name, kind in before.items() if after.get(name) is not kind], table.getvalue().rstrip()
+        return swap_model(self.model, shape, self.spec.mode, self.spec.scheme or self.config["scheme"],
+                          self.spec.min_sparsity)  # fmt: skip
 
     def train(self, steps: int) -> None:
         self.trainer.train(itertools.islice(self.batches, steps), warmup=1, on_step=self.send_loss)

@@ -1,14 +1,34 @@
-"""Image data for the ``finetune`` job: scikit-learn's handwritten digits, which its package ships (no download)."""
+"""Image data for the ``finetune`` job: scikit-learn's digits, which its package ships, or files of the user."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-__all__ = ["ImageData", "evaluation_loader", "load_digits_data", "training_loader"]
+from ._errors import ConfigurationError
+
+__all__ = [
+    "ImageData",
+    "evaluation_loader",
+    "load_data",
+    "load_digits_data",
+    "load_folder",
+    "load_npz",
+    "training_loader",
+]
+
+#: Mean and standard deviation by channel with which most published colour networks were trained.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -80,6 +100,190 @@ def load_digits_data(size: int = 32, channels: int = 3, test_fraction: float = 0
         num_classes=int(labels.max()) + 1,
         name="scikit-learn digits",
     )
+
+
+def load_data(
+    source: str, image_size: int | None = None, seed: int = 0, normalize: str = "data", max_images: int | None = None
+) -> ImageData:
+    """Load images from whatever `source` names.
+
+    Parameters
+    ----------
+    source : str
+        ``digits`` (scikit-learn's), a file ``*.npz`` (see `load_npz`), a folder of images (see `load_folder`), or the
+        name of a data set of torchvision, such as ``CIFAR10``, which is downloaded to ``./data`` where it is missing.
+    image_size : int, optional
+        Height and width to scale to; by default 32 for digits and folders, and as they are otherwise.
+    seed : int
+        Decides which images are the test set, where the source does not.
+    normalize : {"data", "imagenet"}
+        Subtract the mean and divide by the standard deviation, by channel: of the training images, or of ImageNet.
+    max_images : int, optional
+        Use only so many training images, the first ones, and as many test images.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such thing, or its content does not fit.
+    ImportError
+        If a package that this source needs is missing.
+    """
+    if source == "digits":
+        data = load_digits_data(image_size or 32, seed=seed)
+    elif source.endswith(".npz"):
+        data = load_npz(source, image_size, normalize)
+    elif os.path.isdir(source):
+        data = load_folder(source, image_size or 32, seed, normalize)
+    elif os.sep in source or "." in source:
+        raise ConfigurationError(f"there is no folder {source!r}; a file must be *.npz")
+    else:
+        data = _load_torchvision(source, image_size, normalize)
+    first = slice(max_images)
+    return replace(data, train_images=data.train_images[first], train_labels=data.train_labels[first],
+                   test_images=data.test_images[first], test_labels=data.test_labels[first])  # fmt: skip
+
+
+def _images(arrays: Sequence[np.ndarray], image_size: int | None, normalize: str) -> list[torch.Tensor]:
+    """Turn ``[images, height, width(, channels)]``, uint8 or float, into float32 NCHW, normalised like the first."""
+    tensors = []
+    for array in arrays:
+        x = torch.from_numpy(np.ascontiguousarray(array))
+        x = x[..., None] if x.ndim == 3 else x
+        x = x.permute(0, 3, 1, 2).float() / (255 if array.dtype == np.uint8 else 1)
+        if image_size is not None and tuple(x.shape[2:]) != (image_size, image_size):
+            x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
+        tensors.append(x.contiguous())
+    channels = tensors[0].shape[1]
+    if normalize == "imagenet":
+        if channels != 3:
+            raise ConfigurationError(f"ImageNet's normalisation is for 3 channels, the images have {channels}")
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    else:
+        # only the training images: the test set must stay unseen
+        mean = tensors[0].mean((0, 2, 3), keepdim=True)
+        std = tensors[0].std((0, 2, 3), keepdim=True).clamp(min=1e-6)
+    return [x.sub_(mean).div_(std) for x in tensors]
+
+
+def load_npz(path: str | os.PathLike[str], image_size: int | None = None, normalize: str = "data") -> ImageData:
+    """Load a file written by ``numpy.savez``.
+
+    Parameters
+    ----------
+    path : path-like
+        With the arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``: images ``[images, height, width]`` or
+        ``[images, height, width, channels]``, uint8 or float; labels integers from 0. Nothing is unpickled.
+    image_size, normalize
+        See `load_data`.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is no such file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {key: content[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"there is no file {os.fspath(path)!r}") from error
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigurationError(f"{os.fspath(path)} is not an npz file with x_train, y_train, x_test and y_test: "
+                                 f"{error}") from error  # fmt: skip
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.ndim not in (3, 4) or y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu" or not len(y):
+            raise ConfigurationError(f"{os.fspath(path)}: x_{part} must be images and y_{part} whole numbers, got "
+                                     f"shapes {x.shape} and {y.shape} of {y.dtype}")  # fmt: skip
+    train, test = _images([arrays["x_train"], arrays["x_test"]], image_size, normalize)
+    labels = [torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")]
+    return ImageData(train, labels[0], test, labels[1], _count_classes(labels), Path(path).stem)
+
+
+def _count_classes(labels: Sequence[torch.Tensor]) -> int:
+    if min(int(part.min()) for part in labels) < 0:
+        raise ConfigurationError("labels must not be negative")
+    return max(int(part.max()) for part in labels) + 1
+
+
+def load_folder(
+    path: str | os.PathLike[str], image_size: int = 32, seed: int = 0, normalize: str = "data"
+) -> ImageData:
+    """Load images from a folder with one sub-folder a class.
+
+    Parameters
+    ----------
+    path : path-like
+        ``path/class/image``, of which every fifth image of a class is for the test; or ``path/train/class/image`` and
+        ``path/test/class/image`` (or ``val``).
+    image_size, seed, normalize
+        See `load_data`; images are scaled to a square.
+
+    Raises
+    ------
+    ConfigurationError
+        If there are no images, or both parts do not have the same classes.
+    ImportError
+        If Pillow is missing.
+    """
+    path = Path(path)
+    train = path / "train"
+    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    split = train.is_dir() and test is not None
+    parts = [_image_files(train), _image_files(test)] if split else [_image_files(path)]
+    if not parts[0] or any(part.keys() != parts[0].keys() for part in parts):
+        raise ConfigurationError(f"{path} must have one folder of images a class, or train/ and test/ with the same "
+                                 "classes")  # fmt: skip
+    if not split:
+        order = np.random.default_rng(seed)
+        whole = {name: [files[i] for i in order.permutation(len(files))] for name, files in parts[0].items()}
+        parts = [{name: [f for i, f in enumerate(files) if (i % 5 == 0) == test_part] for name, files in whole.items()}
+                 for test_part in (False, True)]  # fmt: skip
+        if not all(parts[0].values()):
+            raise ConfigurationError(f"{path} needs at least two images a class")
+    arrays = [_read_images([f for files in part.values() for f in files], image_size) for part in parts]
+    labels = [torch.tensor([i for i, files in enumerate(part.values()) for _ in files]) for part in parts]
+    images = _images(arrays, None, normalize)
+    return ImageData(images[0], labels[0], images[1], labels[1], len(parts[0]), path.name)
+
+
+def _image_files(folder: Path) -> dict[str, list[Path]]:
+    classes = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            files = sorted(f for f in entry.iterdir() if f.suffix.lower() in _IMAGE_SUFFIXES)
+            if files:
+                classes[entry.name] = files
+    return classes
+
+
+def _read_images(files: Sequence[Path], size: int) -> np.ndarray:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("reading images needs Pillow: pip install pillow") from error
+    images = np.empty((len(files), size, size, 3), np.uint8)
+    for index, file in enumerate(files):
+        try:
+            with Image.open(file) as image:
+                images[index] = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        except OSError as error:
+            raise ConfigurationError(f"cannot read the image {file}: {error}") from error
+    return images
+
+
+def _load_torchvision(name: str, image_size: int | None, normalize: str) -> ImageData:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ConfigurationError(f"{name!r} is neither digits, an .npz file, nor a folder; a data set of torchvision "
+                                 f"needs torchvision ({error})") from error  # fmt: skip
+    kind = getattr(datasets, name, None)
+    if kind is None:
+        raise ConfigurationError(f"torchvision has no data set called {name!r}")
+    parts = [kind("data", train=train, download=True) for train in (True, False)]
+    images = _images([np.asarray(part.data) for part in parts], image_size, normalize)
+    labels = [torch.as_tensor(part.targets).long() for part in parts]
+    return ImageData(images[0], labels[0], images[1], labels[1], _count_classes(labels), name)
 
 
 def training_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int) -> DataLoader:

@@ -63,8 +63,11 @@ def saved_for_backward_bytes(forward: Callable[[], Any], model: nn.Module | None
     -----
     Seen is what goes through ``save_for_backward``. Not seen are tensors that an ``autograd.Function`` keeps as other
     attributes of its context, and what is saved inside another ``saved_tensors_hooks`` that `forward` itself enters,
-    since torch calls only the innermost hooks.
+    since torch calls only the innermost hooks. `compress_saved_tensors` counts for itself what it keeps, and it is
+    added, whether `forward` enters it or runs inside of it.
     """
+    from .saved_tensors import counting_compressed
+
     known: set[int] = set()
     if model is not None:
         known = {_storage(tensor)[0] for tensor in (*model.parameters(), *model.buffers())}
@@ -76,7 +79,7 @@ def saved_for_backward_bytes(forward: Callable[[], Any], model: nn.Module | None
             sizes[key] = size
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with counting_compressed(pack) as hooks, torch.autograd.graph.saved_tensors_hooks(*hooks):
         # The result holds the graph and thereby every saved tensor, so that no address is used twice meanwhile.
         result = forward()
     del result

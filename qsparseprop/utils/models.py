@@ -1,27 +1,40 @@
-"""Small residual networks for 32x32 images, used by the ``finetune`` job, the tests and the benchmarks.
+"""Small networks for small images, used by the ``finetune`` job, the tests and the benchmarks.
 
-The sub-modules are called ``conv1, bn1, layer1 .. layerN, shortcut, linear``, the names that the widespread CIFAR
-checkpoints carry, so that those load without renaming anything but a ``module.`` prefix.
+The residual networks call their sub-modules ``conv1, bn1, layer1 .. layerN, shortcut, linear``, the names that the
+widespread CIFAR checkpoints carry, so that those load without renaming anything but a ``module.`` prefix.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import itertools
 import os
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._errors import ConfigurationError
+
 __all__ = [
+    "MODELS",
     "BasicBlock",
     "CifarResNet",
     "SubsampleAndPad",
+    "TransformerBlock",
+    "VisionTransformer",
     "build_model",
     "load_checkpoint",
+    "mlp",
+    "read_state_dict",
     "resnet18",
     "resnet20",
     "strip_prefix",
+    "vgg11",
+    "vit_tiny",
 ]
 
 
@@ -189,32 +202,209 @@ def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> Ci
     return CifarResNet((3, 3, 3), (width, 2 * width, 4 * width), num_classes, in_channels, SubsampleAndPad)
 
 
-_BUILDERS: dict[str, Callable[..., CifarResNet]] = {"resnet18": resnet18, "resnet20": resnet20}
-
-
-def build_model(name: str, **kwargs: int) -> CifarResNet:
-    """Build one of the networks of this module by name.
+def vgg11(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> nn.Sequential:
+    """VGG-11 with batch normalisation and one linear layer: 9.2 M weights for the default width.
 
     Parameters
     ----------
-    name : {"resnet18", "resnet20"}
-        Which network.
+    num_classes, in_channels : int
+        Outputs of the classifier, and channels of the images, which have at least 32 x 32 pixels.
+    width : int
+        Channels of the first convolution; the others have 2, 4 and 8 times as many.
+    """
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for factor in (1, None, 2, None, 4, 4, None, 8, 8, None, 8, 8, None):
+        if factor is None:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [nn.Conv2d(channels, factor * width, 3, padding=1, bias=False), nn.BatchNorm2d(factor * width),
+                   nn.ReLU(inplace=True)]  # fmt: skip
+        channels = factor * width
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def mlp(num_classes: int = 10, in_channels: int = 3, width: int = 1024, image_size: int = 32) -> nn.Sequential:
+    """Three hidden linear layers over the pixels.
+
+    Parameters
+    ----------
+    num_classes, in_channels, image_size : int
+        Outputs of the classifier; channels, and height and width of the images.
+    width : int
+        Units of a hidden layer.
+    """
+    sizes = [in_channels * image_size**2, width, width, width]
+    hidden = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, num_classes))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a two-layer network, each after a layer normalisation and added to its input.
+
+    All weights are in ``nn.Linear`` modules, unlike those of ``nn.MultiheadAttention``.
+
+    Parameters
+    ----------
+    width, heads : int
+        Features of a token, and attention heads; the latter divide the former.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[batch, tokens, width]`` to the same shape."""
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads).unbind(2)
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """Small vision transformer: patches to tokens, blocks, and a classifier of the mean token.
+
+    Parameters
+    ----------
+    num_classes, in_channels, image_size : int
+        Outputs; channels, and height and width of the images, multiples of `patch`.
+    patch : int
+        Height and width of a patch.
+    width, depth, heads : int
+        Features of a token, blocks, and attention heads.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, image_size: int, patch: int, width: int, depth: int,
+                 heads: int) -> None:  # fmt: skip
+        super().__init__()
+        if image_size % patch:
+            raise ConfigurationError(f"the image size must be a multiple of {patch} for this model, got {image_size}")
+        if width % heads:
+            raise ConfigurationError(f"the width must be a multiple of {heads} for this model, got {width}")
+        self.patches = nn.Conv2d(in_channels, width, patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (image_size // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images ``[batch, in_channels, image_size, image_size]`` to logits ``[batch, num_classes]``."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+def vit_tiny(num_classes: int = 10, in_channels: int = 3, width: int = 192, image_size: int = 32) -> VisionTransformer:
+    """Vision transformer of 6 blocks on patches of 4 x 4 pixels: 2.7 M weights at the default width.
+
+    Parameters
+    ----------
+    num_classes, in_channels, image_size : int
+        Outputs; channels, and height and width of the images.
+    width : int
+        Features of a token, a multiple of 4.
+    """
+    return VisionTransformer(num_classes, in_channels, image_size, patch=4, width=width, depth=6, heads=4)
+
+
+#: What `build_model` knows by name.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": resnet18, "resnet20": resnet20, "vgg11": vgg11, "mlp": mlp, "vit-tiny": vit_tiny,
+}  # fmt: skip
+
+
+def build_model(name: str, **kwargs: int) -> nn.Module:
+    """Build a network by name.
+
+    Parameters
+    ----------
+    name : str
+        One of `MODELS`, or ``package.module:function``, where the function returns an ``nn.Module``.
     **kwargs
-        Passed on: ``num_classes``, ``in_channels``, ``width``.
+        ``num_classes``, ``in_channels``, ``width``, ``image_size``: those that the function has as parameters are
+        passed on.
 
     Raises
     ------
-    ValueError
-        If the name is unknown.
+    ConfigurationError
+        (a ValueError) If the name is unknown, or the function cannot be imported, called, or returns something else.
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"unknown model {name!r}, choose from {', '.join(_BUILDERS)}")
-    return _BUILDERS[name](**kwargs)
+    if name in MODELS:
+        builder = MODELS[name]
+    elif ":" in name:
+        builder = _import_function(name)
+    else:
+        raise ConfigurationError(f"unknown model {name!r}, choose from {', '.join(MODELS)}, or give "
+                                 "package.module:function")  # fmt: skip
+    parameters = inspect.signature(builder).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    accepted = {key: value for key, value in kwargs.items() if takes_all or key in parameters}
+    try:
+        model = builder(**accepted)
+    except TypeError as error:
+        raise ConfigurationError(f"{name} cannot be called with {accepted}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _import_function(name: str) -> Callable[..., nn.Module]:
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"cannot import the model {name}: {error}") from error
+    if not callable(function):
+        raise ConfigurationError(f"{name} is not a function")
+    return function
 
 
 def strip_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str = "module.") -> dict[str, torch.Tensor]:
     """Return `state_dict` with `prefix` removed from the keys that start with it (``DataParallel`` leaves one)."""
     return {key.removeprefix(prefix): value for key, value in state_dict.items()}
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read the tensors of a model from a file.
+
+    Parameters
+    ----------
+    path : path-like
+        Written by ``torch.save`` - a state dict, one under ``"state_dict"``, or a checkpoint of a ``Finetuner`` - or a
+        ``.safetensors`` file. Keys may start with ``module.``. Only tensors and plain containers are unpickled.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is no such file.
+    OSError
+        If it cannot be read.
+    """
+    if os.fspath(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ConfigurationError("a .safetensors file needs safetensors: pip install safetensors") from error
+        return strip_prefix(load_file(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.PickleError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        raise ConfigurationError(f"{os.fspath(path)} holds no weights: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not any(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ConfigurationError(f"{os.fspath(path)} holds no weights: it is not a state dict")
+    return strip_prefix({key: value for key, value in content.items() if isinstance(value, torch.Tensor)})
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -225,8 +415,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     model : nn.Module
         Network of the matching architecture.
     path : path-like
-        File written by ``torch.save``: a state dict, or a dict that holds one under ``"state_dict"``; keys may start
-        with ``module.``. Only tensors and plain containers are unpickled (``weights_only=True``).
+        See `read_state_dict`.
 
     Returns
     -------
@@ -235,9 +424,10 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
 
     Raises
     ------
+    ConfigurationError
+        If the file holds no weights.
     RuntimeError
         If keys or shapes do not match.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(strip_prefix(content.get("state_dict", content)))
+    model.load_state_dict(read_state_dict(path))
     return model

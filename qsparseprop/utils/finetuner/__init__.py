@@ -3,7 +3,7 @@
 from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from .fit import FitResult
 from .history import Evaluation, History
-from .layer_times import LayerTime, LayerTimer
+from .layer_times import LayerTime, LayerTimer, layer_table
 from .trainer import Finetuner, NonFiniteLossError
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "LayerTime",
     "LayerTimer",
     "NonFiniteLossError",
+    "layer_table",
     "read_checkpoint",
     "write_checkpoint",
 ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["LayerTime", "LayerTimer"]
+__all__ = ["LayerTime", "LayerTimer", "layer_table"]
 
 
 @dataclass
@@ -32,6 +32,16 @@ class LayerTime:
     calls: int = 0
     forward_ms: float = 0.0
     backward_ms: float = 0.0
+
+
+def layer_table(times: Sequence[LayerTime], rows: int | None = None) -> str:
+    """Return a table of times, the slowest first: all of them, or so many rows."""
+    ordered = sorted(times, key=lambda t: -(t.forward_ms + t.backward_ms) * t.calls)
+    lines = [f"{'module':<32} {'type':<24} {'calls':>6} {'forward ms':>11} {'backward ms':>12}"]
+    for t in ordered[:rows]:
+        name = t.name or "(model)"
+        lines.append(f"{name:<32} {t.kind:<24} {t.calls:>6} {t.forward_ms:>11.3f} {t.backward_ms:>12.3f}")
+    return "\n".join(lines)
 
 
 class _Record:
@@ -98,15 +108,6 @@ class LayerTimer:
                       1e3 * r.backward / r.calls)
             for name, r in self._records.items() if r.calls
         ]  # fmt: skip
-
-    def table(self, rows: int | None = None) -> str:
-        """Return a table, the slowest first: all modules that took time, or so many of them."""
-        times = sorted(self.times(), key=lambda t: -(t.forward_ms + t.backward_ms) * t.calls)
-        lines = [f"{'module':<32} {'type':<24} {'calls':>6} {'forward ms':>11} {'backward ms':>12}"]
-        for t in times[:rows]:
-            name = t.name or "(model)"
-            lines.append(f"{name:<32} {t.kind:<24} {t.calls:>6} {t.forward_ms:>11.3f} {t.backward_ms:>12.3f}")
-        return "\n".join(lines)
 
     def _before(self, name: str):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,87 @@
+"""Types of command line arguments, and checks that all commands share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["missing_package", "model_name", "number_between", "prepare_directory", "shape", "whole_number"]
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """Whole numbers from a minimum on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        return value
+
+    return parse
+
+
+def number_between(low: float, high: float) -> Callable[[str], float]:
+    """Numbers between two others, both excluded."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        # Written so that NaN fails too.
+        if not low < value < high:
+            raise argparse.ArgumentTypeError(f"must lie between {low:g} and {high:g}, both excluded, got {text}")
+        return value
+
+    return parse
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Sizes like ``64,3,32,32`` or ``64x3x32x32``."""
+    try:
+        sizes = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape like 64,3,32,32") from None
+    if not all(size > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"all sizes must be positive, got {text}")
+    return sizes
+
+
+def model_name(text: str) -> str:
+    """Name of a model, or module:function."""
+    from qsparseprop.utils.models import MODELS
+
+    if text not in MODELS and ":" not in text:
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(MODELS)}, or give "
+                                         "package.module:function)")  # fmt: skip
+    return text
+
+
+def missing_package(command: str, *modules: tuple[str, str]) -> str | None:
+    """Return what to tell the user if one of the (module, package) pairs cannot be imported."""
+    for module, package in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return (
+                f"the {command} command needs {package}, which cannot be imported ({error})\n"
+                'install it with:  pip install "qsparseprop[finetune]"'
+            )
+    return None
+
+
+def prepare_directory(path: Path) -> str | None:
+    """Make a directory; returns what is wrong, if anything."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"argument --out: cannot make the directory {path}: {error.strerror}"
+    if not os.access(path, os.W_OK | os.X_OK):
+        return f"argument --out: cannot write to {path}"
+    return None

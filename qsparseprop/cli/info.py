@@ -1,0 +1,46 @@
+"""``python -m qsparseprop info``: the configuration, or what is in a file of weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_parser"]
+
+_DESCRIPTION = """\
+Without a file: show which instruction sets were built, which of them this CPU has, and which one is used.
+
+With a file - a checkpoint of `finetune` or of a Finetuner, a state dict of PyTorch, or .safetensors: show shape,
+sparsity and size of each weight."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the ``info`` command to the sub-parsers of the program."""
+    parser = commands.add_parser(
+        "info",
+        help="show what was built and is used, or what is in a file of weights",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="checkpoint, state dict or .safetensors")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what was asked for; return the exit code."""
+    import qsparseprop
+
+    if arguments.file is None:
+        qsparseprop.show_config()
+        return 0
+    from qsparseprop.utils._errors import ConfigurationError
+    from qsparseprop.utils.models import read_state_dict
+    from qsparseprop.utils.state_report import format_weights, weight_infos
+
+    try:
+        state = read_state_dict(arguments.file)
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {arguments.file}: {error.strerror or error}") from error
+    print(format_weights(weight_infos(state)))
+    return 0

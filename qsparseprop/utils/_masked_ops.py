@@ -1,0 +1,140 @@
+"""ReLU, ReLU6, max-pooling and dropout that keep one bit an element, or the place of the maximum, for backward.
+
+Results and gradients are those of PyTorch's own operators, bit for bit, random numbers included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["BitDropout", "BitHardtanh", "BitReLU", "ByteMaxPool2d", "dense_layout"]
+
+
+def dense_layout(x: Tensor) -> Tensor | None:
+    """The memory of a tensor as a flat one, or None where it has gaps or overlaps."""
+    if x.is_contiguous():
+        return x.view(-1)
+    strides = sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1)
+    expected = 1
+    for stride, size in strides:
+        if stride != expected:
+            return None
+        expected *= size
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    """Bits of a bool tensor, in the order of its memory."""
+    flat = dense_layout(mask)
+    return torch.from_numpy(np.packbits((mask.reshape(-1) if flat is None else flat).numpy()))
+
+
+def _unpack_bits(bits: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 and 1 in a dtype, in the shape and memory format of `like`, whose memory has the order that was packed."""
+    mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=like.numel())).to(dtype)
+    return mask.as_strided(like.shape, like.stride())
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    """Shape and strides that torch gives to an elementwise result, without memory."""
+    return torch.empty_like(x, device="meta")
+
+
+class _Masked(torch.autograd.Function):
+    """Gradients pass where a bit is set."""
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (bits,) = ctx.saved_tensors
+        mask = _unpack_bits(bits, ctx.layout, dy.dtype)
+        # the operator behind ReLU's own backward pass; several times as fast as a product with a bool mask
+        return torch.ops.aten.threshold_backward(dy, mask, 0), None, None, None
+
+
+class BitReLU(_Masked):
+    """``relu(x)``, in place or not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        y = x.relu_() if inplace else x.relu()
+        if inplace:
+            ctx.mark_dirty(x)
+        mask = y > 0
+        ctx.layout = _dense_like(mask)
+        ctx.save_for_backward(_pack_bits(mask))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return _Masked.backward(ctx, dy)[:2]
+
+
+class BitHardtanh(_Masked):
+    """``hardtanh(x, low, high)``, in place or not; ReLU6 is one from 0 to 6."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float, inplace: bool) -> Tensor:
+        # torch's own rule, which is subtle about bounds that a 16-bit number cannot hold
+        mask = torch.ops.aten.hardtanh_backward(torch.ones_like(x), x, low, high) != 0
+        y = torch.ops.aten.hardtanh_(x, low, high) if inplace else torch.ops.aten.hardtanh(x, low, high)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.layout = _dense_like(mask)
+        ctx.save_for_backward(_pack_bits(mask))
+        return y
+
+
+class BitDropout(torch.autograd.Function):
+    """``dropout(x, p)`` in training, with the random numbers that torch draws for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        noise = torch.empty_like(x).bernoulli_(1 - p)
+        mask = noise != 0
+        ctx.layout, ctx.p = _dense_like(mask), p
+        ctx.save_for_backward(_pack_bits(mask))
+        return x * noise.div_(1 - p)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (bits,) = ctx.saved_tensors
+        return dy * _unpack_bits(bits, ctx.layout, dy.dtype).div_(1 - ctx.p), None
+
+
+class ByteMaxPool2d(torch.autograd.Function):
+    """``max_pool2d`` of ``[batch, channels, height, width]`` whose windows have at most 256 places."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+                dilation: tuple[int, int], ceil_mode: bool) -> Tensor:  # fmt: skip
+        settings = (kernel, stride, padding, dilation)
+        y, index = torch.ops.aten.max_pool2d_with_indices(x, *settings, ceil_mode)
+        first_row, first_column = _window_starts(y, stride, padding)
+        row = (index // x.shape[3] - first_row) // dilation[0]
+        column = (index % x.shape[3] - first_column) // dilation[1]
+        ctx.save_for_backward((row * kernel[1] + column).to(torch.uint8))
+        ctx.settings, ctx.ceil_mode, ctx.layout = settings, ceil_mode, _dense_like(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (place,) = ctx.saved_tensors
+        kernel, stride, padding, dilation = ctx.settings
+        place = place.long()
+        first_row, first_column = _window_starts(dy, stride, padding)
+        row = first_row + place // kernel[1] * dilation[0]
+        index = row * ctx.layout.shape[3] + first_column + place % kernel[1] * dilation[1]
+        # only its shape and memory format are looked at
+        like = torch.empty_strided(ctx.layout.shape, ctx.layout.stride(), dtype=dy.dtype)
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(dy, like, *ctx.settings, ctx.ceil_mode, index)
+        return dx, None, None, None, None, None
+
+
+def _window_starts(y: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row and column at which the window of each output begins, padding included."""
+    rows = (torch.arange(y.shape[2]) * stride[0] - padding[0])[:, None]
+    return rows, torch.arange(y.shape[3]) * stride[1] - padding[1]

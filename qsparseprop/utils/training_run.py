@@ -1,0 +1,356 @@
+"""One training of the ``finetune`` command: dense training or given weights, pruning, conversion, fine-tuning.
+
+A run lives in a folder, from which it goes on after it was stopped: ``run.json`` (settings), ``dense/`` (the dense
+training), ``last.pt``, ``best.pt`` and ``log.jsonl`` (see `Finetuner.fit`), and at the end ``result.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._errors import ConfigurationError
+from ._files import replacing
+from .compare import Reporter
+from .data import load_data
+from .finetuner import CheckpointError, Finetuner, FitResult, LayerTime, layer_table, read_checkpoint
+from .finetuner.fit import LAST
+from .measurement_utils import (
+    current_rss_mb,
+    environment,
+    peak_rss_mb,
+    release_free_memory,
+    reset_peak_rss,
+    saved_for_backward_bytes,
+)
+from .network_utils import sparsity, swap_modules_for_state
+from .pruning_utils import GradualPruner
+from .setup_run import (
+    PRUNERS,
+    TrainingMode,
+    load_weights,
+    make_finetuner,
+    make_loaders,
+    make_network,
+    parse_scheme,
+    prune_model,
+    swap_model,
+)
+
+__all__ = ["RunConfig", "Stopped", "format_result", "run_training"]
+
+SETTINGS, RESULT = "run.json", "result.json"
+
+#: Pruning that goes on while the network is fine-tuned, up to this share of the steps, in about so many turns.
+GRADUAL = "gradual"
+_GRADUAL_END, _GRADUAL_TURNS = 0.6, 20
+
+
+class Stopped(Exception):
+    """A signal ended the run; it can be resumed.
+
+    Attributes
+    ----------
+    signal : signal.Signals
+    """
+
+    def __init__(self, result: FitResult) -> None:
+        super().__init__(f"stopped by {result.stopped_by.name}")
+        self.signal = result.stopped_by
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `run_training` does; attributes that `CompareConfig` has as well mean the same.
+
+    Attributes
+    ----------
+    scheme : str
+        Besides what `parse_scheme` takes: ``dense`` for no conversion, with masks that keep the zeros.
+    precision : {"bf16", "fp32"}
+        Of everything but the 8-bit layers; bf16 is autocast.
+    """
+
+    model: str = "resnet18"
+    width: int | None = None
+    weights: str | None = None
+    data: str = "digits"
+    normalize: str = "data"
+    image_size: int | None = None
+    sparsity: float = 0.9
+    prune: str = "global"
+    scheme: str = "int8"
+    precision: str = "bf16"
+    compress_saved: bool = False
+    epochs: int = 2
+    pretrain_epochs: int = 1
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prune not in (*PRUNERS, GRADUAL):
+            raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join((*PRUNERS, GRADUAL))}")
+        if self.prune == "none" and self.weights is None:
+            raise ConfigurationError("without pruning there must be weights that have zeros already")
+        if self.prune == GRADUAL and self.scheme == "dense":
+            raise ConfigurationError("gradual pruning goes with sparse layers only, not with the scheme dense")
+        if not 0 < self.sparsity < 1:
+            raise ConfigurationError(f"sparsity must be between 0 and 1, got {self.sparsity}")
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigurationError(f"unknown precision {self.precision!r}, choose from bf16, fp32")
+        if self.scheme != "dense":
+            parse_scheme(self.scheme)
+
+    @property
+    def mode(self) -> TrainingMode:
+        """Precision and memory layout; channels_last is the faster one."""
+        return TrainingMode(self.precision == "bf16", channels_last=True)
+
+
+def _stored_settings(folder: Path, config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
+    """Settings of the run in a folder, with which those that the user names must agree."""
+    try:
+        stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"{folder} holds no run to resume: there is no {SETTINGS}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{folder / SETTINGS} cannot be read: {error}") from error
+    known = {field.name for field in fields(RunConfig)}
+    if not isinstance(stored, dict) or not stored.keys() <= known:
+        raise ConfigurationError(f"{folder / SETTINGS} is not the settings of a run")
+    for name, value in chosen.items():
+        if name in stored and stored[name] != value:
+            raise ConfigurationError(f"the run in {folder} has {name} {stored[name]}, not {value}; leave it out, or "
+                                     "start another run")  # fmt: skip
+    return RunConfig(**{**asdict(config), **stored})
+
+
+def run_training(
+    config: RunConfig,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    chosen: Mapping[str, Any] | None = None,
+    reporter: Reporter | None = None,
+    progress: bool | None = None,
+    time_layers: int = 0,
+) -> dict[str, Any]:
+    """Train a network dense (or take given weights), prune it, convert it, and fine-tune it.
+
+    Parameters
+    ----------
+    config : RunConfig
+    folder : path-like, optional
+        Where everything is written to.
+    resume : bool
+        Go on with the run in the folder; its settings count.
+    chosen : mapping, optional
+        Settings that the user has named: with `resume` they must be those of the run.
+    reporter : Reporter, optional
+        Where to tell what happens.
+    progress, time_layers
+        See `Finetuner.fit`.
+
+    Returns
+    -------
+    dict
+        What ``result.json`` holds: ``top1`` of the end, ``best_top1``, ``dense_top1`` before and ``pruned_top1`` right
+        after pruning, in percent; ``step_ms`` (median), ``train_s``, ``saved_mb``, ``peak_rss_mb``; ``sparsity``,
+        ``layer_sparsity``, ``replaced_layers``, ``config``, ``environment``; with `time_layers` ``layer_times``.
+
+    Raises
+    ------
+    ConfigurationError
+        If settings, files or folder do not go together.
+    Stopped
+        If a signal ended it.
+    NonFiniteLossError, OSError, ImportError
+        As from `Finetuner.fit` and `load_data`.
+    """
+    say = (lambda text: None) if reporter is None else reporter.message
+    if folder is None:
+        if resume:
+            raise ConfigurationError("to resume a run its folder must be given")
+        with tempfile.TemporaryDirectory(prefix="qsparseprop-") as temporary:
+            return run_training(config, temporary, reporter=reporter, progress=progress, time_layers=time_layers)
+    folder = Path(folder)
+    if resume:
+        config = _stored_settings(folder, config, chosen or {})
+    elif (folder / SETTINGS).exists():
+        raise ConfigurationError(f"{folder} holds a run already: resume it, or choose another folder")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = load_data(config.data, config.image_size, config.seed, config.normalize)
+    if config.batch_size > len(data.train_labels):
+        raise ConfigurationError(f"the batch size must be at most the number of training images, "
+                                 f"{len(data.train_labels)}, got {config.batch_size}")  # fmt: skip
+    torch.manual_seed(config.seed)
+    model = make_network(config.model, config.width, data)
+    if config.weights is not None and not (folder / LAST).exists():
+        load_weights(model, config.weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        with replacing(folder / SETTINGS) as temporary:
+            temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+
+    setup = _State(config, folder, resume)
+    loaders = make_loaders(data, config.batch_size, config.seed)
+    if not (folder / LAST).exists():
+        if config.weights is None:
+            setup.train_dense(model, loaders, progress, say)
+        setup.prune(model, loaders[1], say)
+    # the same order of batches in every fine-tuning, but not that of the dense training again
+    loaders = make_loaders(data, config.batch_size, config.seed + 1)
+    tuner = setup.finetuner(model, loaders[0], say)
+    return setup.finetune(tuner, loaders, progress, time_layers, say)
+
+
+class _State:
+    """A run while it goes on, and what of it is needed to resume it: kept in the checkpoints as a tuner's state."""
+
+    def __init__(self, config: RunConfig, folder: Path, resume: bool) -> None:
+        self.config, self.folder, self.resume = config, folder, resume
+        self.facts: dict[str, Any] = {}
+        self.masks: dict[str, torch.Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"facts": self.facts, "masks": self.masks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.facts, self.masks = dict(state["facts"]), dict(state["masks"])
+
+    def train_dense(self, model: nn.Module, loaders: Any, progress: bool | None, say: Any) -> None:
+        config = self.config
+        say(f"Training {config.model} dense for {config.pretrain_epochs} epoch(s) of {len(loaders[0])} steps ...")
+        tuner = make_finetuner(model, config.mode, config.learning_rate, config.pretrain_epochs * len(loaders[0]))
+        result = tuner.fit(loaders[0], config.pretrain_epochs, folder=self.folder / "dense", resume=self.resume,
+                           progress=progress)  # fmt: skip
+        if result.stopped_by is not None:
+            raise Stopped(result)
+
+    def prune(self, model: nn.Module, test_loader: Any, say: Any) -> None:
+        config = self.config
+        trainer = make_finetuner(model, config.mode, config.learning_rate, 1)
+        dense_top1 = trainer.evaluate(test_loader)
+        gradual = config.prune == GRADUAL
+        # e.g. 80 % on the way to 96 %: enough for sparse layers to pay from the first step on
+        start = 1 - math.sqrt(1 - config.sparsity) if gradual else config.sparsity
+        pruned = prune_model(model, "global" if gradual else config.prune, start)
+        self.masks = pruned["masks"]
+        self.facts = {"dense_top1": dense_top1, "pruned_top1": trainer.evaluate(test_loader),
+                      "layer_sparsity": pruned["layers"], "sparsity": pruned["sparsity"]}  # fmt: skip
+        say(f"  top-1 {dense_top1:.1f} %. {len(self.masks)} layers with {100 * pruned['sparsity']:.1f} % zeros: "
+            f"top-1 {self.facts['pruned_top1']:.1f} %.")  # fmt: skip
+
+    def finetuner(self, model: nn.Module, loader: Any, say: Any) -> Finetuner:
+        config = self.config
+        shape = (config.batch_size, *loader.dataset.tensors[0].shape[1:])
+        if (self.folder / LAST).exists():
+            state = read_checkpoint(self.folder / LAST)
+            try:
+                self.load_state_dict(state["stateful"]["run"])
+            except KeyError as error:
+                raise CheckpointError(f"{self.folder / LAST} is not that of such a run: it lacks {error}") from error
+            _swap_like(model, state["model"], config)
+            say(f"Resuming at step {len(state['history']['losses'])}.")
+        elif config.scheme != "dense":
+            began = time.perf_counter()
+            # global pruning leaves some layers much denser than others; which are worth it is for the stopwatch to say
+            # Gradual pruning is for sparse layers, and what does not pay at its beginning may do so at its end.
+            replaced, table = swap_model(model, shape, config.mode, config.scheme, min(0.5, config.sparsity),
+                                         include_dense=config.prune != GRADUAL)  # fmt: skip
+            self.facts |= {"replaced_layers": replaced, "setup_s": time.perf_counter() - began}
+            say(table)
+        tuner = make_finetuner(model, config.mode, config.learning_rate, config.epochs * len(loader), self.masks,
+                               config.compress_saved)  # fmt: skip
+        tuner.stateful["run"] = self
+        if config.prune == GRADUAL:
+            steps = config.epochs * len(loader)
+            end = max(1, int(_GRADUAL_END * steps))
+            pruner = GradualPruner(model, tuner.optimizer, config.sparsity, end_step=end,
+                                   interval=max(1, end // _GRADUAL_TURNS))  # fmt: skip
+            hold, prune = tuner.after_step, pruner.step
+            tuner.after_step = prune if hold is None else lambda: (hold(), prune())
+            tuner.stateful["pruner"] = pruner
+        return tuner
+
+    def finetune(self, tuner: Finetuner, loaders: Any, progress: bool | None, time_layers: int,
+                 say: Any) -> dict[str, Any]:  # fmt: skip
+        config = self.config
+        say(f"Fine-tuning for {config.epochs} epoch(s) of {len(loaders[0])} steps ...")
+        release_free_memory()
+        before = current_rss_mb()
+        of_training = reset_peak_rss()
+        fitted = tuner.fit(loaders[0], config.epochs, evaluation_batches=loaders[1], folder=self.folder,
+                           resume=self.resume, progress=progress, time_layers=time_layers)  # fmt: skip
+        if fitted.stopped_by is not None:
+            raise Stopped(fitted)
+        peak = peak_rss_mb()
+        history = tuner.history
+        tuner.model.train()
+        saved = saved_for_backward_bytes(lambda: tuner.loss(*next(iter(loaders[0]))), tuner.model)
+        timed = history.timed_seconds()
+        result = {
+            "top1": history.evaluations[-1].top1, "best_top1": fitted.best.top1, **self.facts,
+            "model_sparsity": sparsity(tuner.model), "step_ms": 1e3 * history.median_step_seconds(),
+            "mean_to_median_step": statistics.fmean(timed) / statistics.median(timed),
+            "train_s": history.train_seconds, "steps": len(history.losses), "saved_mb": saved / 1e6,
+            "peak_rss_mb": peak, "rss_before_training_mb": before,
+            "peak_rss_of": "training" if of_training else "process",
+            "losses": history.losses, "evaluations": [vars(e) for e in history.evaluations],
+            "layer_times": [vars(t) for t in fitted.layer_times], "config": asdict(config),
+            "environment": environment(),
+        }  # fmt: skip
+        with replacing(self.folder / RESULT) as temporary:
+            temporary.write_text(json.dumps(_plain(result), indent=1) + "\n", encoding="utf-8")
+        return result
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """Return what the ``finetune`` command prints of a result of `run_training`."""
+    config = result["config"]
+    rows = [
+        ("top-1", f"{result['top1']:.1f} % (best {result['best_top1']:.1f} %, before pruning "
+                  f"{result['dense_top1']:.1f} %, right after {result['pruned_top1']:.1f} %)"),
+        ("zeros", f"{100 * result['model_sparsity']:.1f} % of the weights of all layers"),
+        ("sparse layers", str(len(result.get("replaced_layers", [])))),
+        ("time", f"{result['step_ms']:.1f} ms a step (median), {result['train_s']:.1f} s for {result['steps']} steps "
+                 f"of {config['batch_size']} images"),
+        ("saved for backward", f"{result['saved_mb']:.1f} MB"),
+        ("peak memory", f"{result['peak_rss_mb']:.0f} MB, of which {result['rss_before_training_mb']:.0f} MB before "
+                        "the training"),
+    ]  # fmt: skip
+    lines = [f"{name:<20}{value}" for name, value in rows]
+    if result["layer_times"]:
+        lines += ["", layer_table([LayerTime(**t) for t in result["layer_times"]], 20)]
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN: a figure that the system does not tell becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _swap_like(model: nn.Module, state: Mapping[str, torch.Tensor], config: RunConfig) -> None:
+    """Replace the layers of a fresh model that are sparse in a state by empty ones of the same pattern."""
+    if config.scheme == "dense":
+        return
+    quantize, qconfig = parse_scheme(config.scheme)
+    swap_modules_for_state(model, state, quantize, qconfig)
