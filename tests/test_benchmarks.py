@@ -143,3 +143,13 @@ def accuracy(result, arguments):
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(result.read_text()), done.stdout
+
+
+def test_gradual(tmp_path):
+    document, printed = run(tmp_path, "gradual.py")
+    names = [r["name"] for r in document["runs"]]
+    assert names == ["dense with masks, fp32", "dense with masks, bf16", "qsparseprop int8"]
+    for result in document["runs"]:
+        assert result["name"] in printed
+        assert result["zeros"] == pytest.approx(0.95, abs=1e-3)
+        assert len(result["top1"]) == 3
