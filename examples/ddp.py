@@ -29,7 +29,7 @@ def make_model(sparsity: float, kind: str) -> nn.Module:
         return model
     # without timing: every process has to come to the same decisions
     return swap_modules_with_sparse(model, (16, 1, 16, 16), quantize=kind == "int8", include_dense=False,
-                                    min_sparsity=min(sparsity, 0.8), verbose=False)  # fmt: skip
+                                    min_sparsity=0.9 * sparsity, verbose=False)  # fmt: skip
 
 
 def main() -> None:

@@ -255,7 +255,7 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
                 parent._modules[name] = replacements[id(child)]
         if isinstance(parent, nn.TransformerEncoderLayer):
             # in evaluation it hands the layers' weights to a function that expects dense ones, unless this is 0
-            sparse = any(isinstance(m, SparseModule) for m in parent.modules())
+            sparse = any(isinstance(m, (SparseModule, sparse_nn.MultiheadAttention)) for m in parent.modules())
             kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))
             parent.activation_relu_or_gelu = 0 if sparse else next(
                 (i for i, (f, m) in enumerate(kinds, 1) if parent.activation is f or isinstance(parent.activation, m)),
@@ -479,4 +479,28 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
     if not inplace:
         model = _copy_model(model)
     _replace_children(model, {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseModule)})
+    return model
+
+
+def unfold_attention(model: nn.Module) -> nn.Module:
+    """Replace the nn.MultiheadAttention modules of a model by ones whose projections can be made sparse, in place.
+
+    To be called before pruning, or after pruning was made permanent, and before `swap_modules_with_sparse`. Modules
+    with ``add_bias_kv``, ``add_zero_attn`` or attached masks, and subclasses, stay as they are.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+        The same `model`; parameters of the projections are new ones.
+    """
+    replacements = {}
+    for module in model.modules():
+        plain = type(module) is nn.MultiheadAttention and not prune.is_pruned(module)
+        if plain and module.bias_k is None and not module.add_zero_attn:
+            replacements[id(module)] = sparse_nn.MultiheadAttention.from_dense(module)
+    _replace_children(model, replacements)
     return model
