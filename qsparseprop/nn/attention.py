@@ -21,7 +21,7 @@ class MultiheadAttention(nn.Module):
     """
 
     # What torch's encoder layers look at before they compute with weights that do not exist here.
-    in_proj_weight = in_proj_bias = None
+    in_proj_bias = None
     _qkv_same_embed_dim = False
 
     def __init__(

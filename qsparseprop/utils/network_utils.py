@@ -247,19 +247,25 @@ def _own_hooks(module: nn.Module) -> bool:
     return bool(pre or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
+    """Keep torch's encoders from computing, in evaluation, with weights instead of modules that are not dense."""
+    replaced = any(isinstance(m, (SparseModule, sparse_nn.MultiheadAttention)) for m in encoder.modules())
+    if isinstance(encoder, nn.TransformerEncoder):
+        encoder.use_nested_tensor = encoder.use_nested_tensor and not replaced
+        return
+    kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))  # 1 and 2 let it take the fast path
+    encoder.activation_relu_or_gelu = 0 if replaced else next(
+        (i for i, (f, m) in enumerate(kinds, 1) if encoder.activation is f or isinstance(encoder.activation, m)), 0)
+
+
 def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
     """Put modules in the places of others, given by their ids, wherever those appear."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # in evaluation it hands the layers' weights to a function that expects dense ones, unless this is 0
-            sparse = any(isinstance(m, (SparseModule, sparse_nn.MultiheadAttention)) for m in parent.modules())
-            kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))
-            parent.activation_relu_or_gelu = 0 if sparse else next(
-                (i for i, (f, m) in enumerate(kinds, 1) if parent.activation is f or isinstance(parent.activation, m)),
-                0)  # fmt: skip
+        if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            _mind_fast_path(parent)
     if any(isinstance(m, SparseModule) for m in model.modules()):
         check_before_loading(model)
 
