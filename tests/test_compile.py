@@ -238,7 +238,7 @@ def _arguments(value):
     return [_arguments(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("qconfig", [None, QuantConfig(), QuantConfig(input="standard", grad="absmax")], ids=str)
+@pytest.mark.parametrize("qconfig", [None, QuantConfig(), QuantConfig(input="standard", granularity="channel")], ids=str)
 def test_opcheck_of_the_operators_in_a_layer(qconfig):
     calls = recorded_calls(qconfig)
     assert {"layer_forward", "layer_backward", "spmm", "sddmm"} <= set(calls)
@@ -247,7 +247,9 @@ def test_opcheck_of_the_operators_in_a_layer(qconfig):
                               test_utils=["test_schema", "test_faketensor", "test_autograd_registration"])  # fmt: skip
 
 
-@pytest.mark.parametrize("qconfig", [None, QuantConfig(grad="absmax")], ids=str)
+@pytest.mark.parametrize(
+    "qconfig", [None, QuantConfig(grad="absmax"), QuantConfig(grad="absmax", granularity="channel")], ids=str
+)
 @pytest.mark.parametrize("trained", [True, False])
 def test_opcheck_of_the_operator_for_graphs(qconfig, trained):
     """All checks, gradients under compilation included."""

@@ -62,5 +62,5 @@ def test_a_layer_alone_and_nothing_to_do():
     model = nn.Sequential(nn.Linear(2, 2))
     before = model[0]
     assert swap_modules_with_dense(model)[0] is before
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
         swap_modules_with_dense([conv])
