@@ -238,7 +238,10 @@ def _arguments(value):
     return [_arguments(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("qconfig", [None, QuantConfig(), QuantConfig(input="standard", granularity="channel")], ids=str)
+SCHEMES = [None, QuantConfig(), QuantConfig(input="standard", granularity="channel")]
+
+
+@pytest.mark.parametrize("qconfig", SCHEMES, ids=str)
 def test_opcheck_of_the_operators_in_a_layer(qconfig):
     calls = recorded_calls(qconfig)
     assert {"layer_forward", "layer_backward", "spmm", "sddmm"} <= set(calls)
