@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _common import precision, say, write_json
+from _common import huge_pages, precision, say, write_json
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.epochs, args.pruning_epochs, args.batch_size = 2, 1, 16
     torch.set_num_threads(args.threads)
-    machine = {**environment(), "threads": args.threads}
+    machine = {**environment(), "threads": args.threads, "huge_pages": huge_pages()}
     for key, value in machine.items():
         say(f"{key:<12} {value}")
 

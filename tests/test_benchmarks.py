@@ -165,3 +165,13 @@ def test_results_of_whole_runs_become_a_page(tmp_path):
     assert "## digits" in page
     assert str(tmp_path) not in page
     assert all(label in page for label in ("dense best", "+ compress saved", "results/digits-90.png"))
+
+
+def test_gradual(tmp_path):
+    document, printed = run(tmp_path, "gradual.py")
+    names = [r["name"] for r in document["runs"]]
+    assert names == ["dense with masks, fp32", "dense with masks, bf16", "qsparseprop int8"]
+    for result in document["runs"]:
+        assert result["name"] in printed
+        assert result["zeros"] == pytest.approx(0.95, abs=1e-3)
+        assert len(result["top1"]) == 3

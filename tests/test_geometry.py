@@ -80,8 +80,8 @@ def _check_grid(grid: Grid) -> None:
     assert grid.block % UNIT == 0
     assert grid.block >= grid.planes * grid.pitch
     assert grid.pitch > grid.front >= 0
-    assert grid.numbers == [grid.images, grid.lane_b, grid.lane_y, grid.lane_x, grid.planes, grid.pitch, grid.front,
-                            grid.block]
+    assert grid.numbers == (grid.images, grid.lane_b, grid.lane_y, grid.lane_x, grid.planes, grid.pitch, grid.front,
+                            grid.block)
 
 
 def _check(g: Geometry, case, batch: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -111,7 +113,7 @@ class SparseLinear(SparseModule):
         if 0 in self.weight_shape:  # nothing to multiply
             return nn.functional.linear(x, self.dense_weight(), self.bias)
         leading = x.shape[:-1]
-        rows = x if x.ndim == 2 else x.reshape(leading.numel(), self.in_features)
+        rows = x if x.ndim == 2 else x.reshape(math.prod(leading), self.in_features)
         images = rows[..., None, None]
         if torch.compiler.is_compiling():
             y = self._trace(images, linear_numbers(self.in_features, self.out_features), 1)

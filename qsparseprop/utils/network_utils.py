@@ -248,19 +248,25 @@ def _own_hooks(module: nn.Module) -> bool:
     return bool(pre or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
+    """Keep torch's encoders from computing, in evaluation, with weights instead of modules that are not dense."""
+    replaced = any(isinstance(m, (SparseModule, sparse_nn.MultiheadAttention)) for m in encoder.modules())
+    if isinstance(encoder, nn.TransformerEncoder):
+        encoder.use_nested_tensor = encoder.use_nested_tensor and not replaced
+        return
+    kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))  # 1 and 2 let it take the fast path
+    encoder.activation_relu_or_gelu = 0 if replaced else next(
+        (i for i, (f, m) in enumerate(kinds, 1) if encoder.activation is f or isinstance(encoder.activation, m)), 0)
+
+
 def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
     """Put modules in the places of others, given by their ids, wherever those appear."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # in evaluation it hands the layers' weights to a function that expects dense ones, unless this is 0
-            sparse = any(isinstance(m, SparseModule) for m in parent.modules())
-            kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))
-            parent.activation_relu_or_gelu = 0 if sparse else next(
-                (i for i, (f, m) in enumerate(kinds, 1) if parent.activation is f or isinstance(parent.activation, m)),
-                0)  # fmt: skip
+        if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            _mind_fast_path(parent)
     if any(isinstance(m, SparseModule) for m in model.modules()):
         check_before_loading(model)
 
@@ -493,4 +499,28 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
         model = _copy_model(model)
     unfuse_modules(model)
     _replace_children(model, {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseModule)})
+    return model
+
+
+def unfold_attention(model: nn.Module) -> nn.Module:
+    """Replace the nn.MultiheadAttention modules of a model by ones whose projections can be made sparse, in place.
+
+    To be called before pruning, or after pruning was made permanent, and before `swap_modules_with_sparse`. Modules
+    with ``add_bias_kv``, ``add_zero_attn`` or attached masks, and subclasses, stay as they are.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+        The same `model`; parameters of the projections are new ones.
+    """
+    replacements = {}
+    for module in model.modules():
+        plain = type(module) is nn.MultiheadAttention and not prune.is_pruned(module)
+        if plain and module.bias_k is None and not module.add_zero_attn:
+            replacements[id(module)] = sparse_nn.MultiheadAttention.from_dense(module)
+    _replace_children(model, replacements)
     return model

@@ -1,0 +1,272 @@
+"""torch.compile, torch.export, and the operators that they see."""
+
+from __future__ import annotations
+
+import copy
+import io
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qsparseprop import nn as qnn
+from qsparseprop import ops
+from qsparseprop.nn._traced import config_text
+from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils.models import CifarResNet
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune
+
+from ._helpers import generator, random_mask, relative_error, set_weight
+
+# torch's own use of what torch deprecates
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class SmallTransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.blocks = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 32, 0.0, activation="gelu", batch_first=True, norm_first=True), 2,
+            enable_nested_tensor=False)  # fmt: skip
+        self.head = nn.Linear(16, 30)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.embedding(tokens)))
+
+
+def small_resnet(quantize: bool, **arguments) -> nn.Module:
+    model = CifarResNet((1, 1), (8, 16))
+    layerwise_magnitude_prune(model, 0.85)
+    return swap_modules_with_sparse(model, (2, 3, 8, 8), quantize=quantize, include_dense=False, verbose=False,
+                                    **arguments)  # fmt: skip
+
+
+def small_transformer(quantize: bool) -> nn.Module:
+    model = SmallTransformer()
+    layerwise_magnitude_prune(model, 0.85, skip=["head", *(f"blocks.layers.{i}.self_attn.out_proj" for i in (0, 1))])
+    return swap_modules_with_sparse(model, torch.randint(30, (2, 5)), quantize=quantize, include_dense=False,
+                                    verbose=False)  # fmt: skip
+
+
+def step(call, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(1)
+    y = call(x)
+    loss = y.square().mean()
+    loss.backward()
+    return [y.detach(), *[p.grad.clone() for p in model.parameters()]]
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize("network", ["resnet", "transformer"])
+def test_one_graph_and_the_same_results(network, quantize):
+    if network == "resnet":
+        model = small_resnet(quantize).to(memory_format=torch.channels_last)
+        inputs = [torch.randn(n, 3, 8, 8).to(memory_format=torch.channels_last) for n in (4, 4, 6)]
+    else:
+        model, inputs = small_transformer(quantize), [torch.randint(30, (n, 5)) for n in (4, 4, 6)]
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for x in inputs:
+        for a, b in zip(step(compiled, model, x), step(eager, eager, x), strict=True):
+            assert relative_error(a, b) < 1e-5
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # another batch size is one more
+
+
+def test_a_compiled_model_trains_like_eager():
+    model = small_resnet(True)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    batches = [(torch.randn(4, 3, 8, 8), torch.randint(10, (4,))) for _ in range(3)]
+    losses = []
+    for call, owner in ((compiled, model), (eager, eager)):
+        torch.manual_seed(5)
+        optimizer = torch.optim.SGD(owner.parameters(), 0.05, momentum=0.9)
+        losses.append([])
+        for x, y in batches:
+            loss = F.cross_entropy(call(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_pattern_may_change_after_compilation(quantize):
+    """The graph takes the pattern as an input: another one of the same size must not be overlooked."""
+    dense = set_weight(nn.Linear(20, 12), 0.3, 0)
+    cls = qnn.QuantizedSparseLinear if quantize else qnn.SparseLinear
+    layer = cls.from_dense(dense)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 20)
+    assert torch.equal(compiled(x), layer(x))
+    with torch.no_grad():
+        dense.weight.copy_(dense.weight.flip(0, 1))
+    layer.load_state_dict(cls.from_dense(dense).state_dict())
+    assert torch.equal(compiled(x), cls.from_dense(dense)(x))
+    with torch.no_grad():
+        layer.col_indices[:1] = (layer.col_indices[:1] + 0).clamp(min=0)  # in place, valid
+    assert torch.equal(compiled(x), layer(x))
+    mask = random_mask((12, 20), 0.5, 1)
+    layer.apply_further_mask(mask)
+    layer.regrow(~mask, torch.ones(12, 20))
+    assert torch.equal(compiled(x), layer(x))
+    with torch.no_grad():
+        layer.col_indices.fill_(99)
+    with pytest.raises(ValueError, match=r"col_indices must lie in \[0, 20\)"):
+        compiled(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_modes_under_compilation(dtype):
+    layer = qnn.QuantizedSparseConv1d.from_dense(set_weight(nn.Conv1d(4, 6, 3, padding=1), 0.4, 0))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 9, dtype=dtype)
+    for context in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.enable_grad()):
+        with context:
+            y, wanted = compiled(x), layer(x)
+        assert y.dtype == wanted.dtype
+        assert torch.equal(y, wanted)
+    layer.weight.requires_grad_(False)
+    y = compiled(x.requires_grad_())
+    y.sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_check_finite_under_compilation():
+    dense = set_weight(nn.Linear(6, 4), 0.5, 0)
+    layer = qnn.QuantizedSparseLinear.from_dense(dense, qconfig=QuantConfig(check_finite=True))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 6)
+    compiled(x)
+    x[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="the input has NaN or Inf"):
+        compiled(x)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor():
+    dense = set_weight(nn.Linear(20, 12), 0.3, 0)
+    model = nn.Sequential(qnn.SparseLinear.from_dense(dense), nn.ReLU(), nn.Linear(12, 3))
+    eager, x = copy.deepcopy(model), torch.randn(5, 20)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor")
+    for a, b in zip(step(compiled, model, x), step(eager, eager, x), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_export(tmp_path):
+    """The exported program holds the pattern and runs at every batch size; convolutions at those of its magnitude."""
+    model = nn.Sequential(qnn.QuantizedSparseLinear.from_dense(set_weight(nn.Linear(20, 12), 0.3, 0)), nn.ReLU(),
+                          qnn.SparseLinear.from_dense(set_weight(nn.Linear(12, 5), 0.5, 1)))  # fmt: skip
+    x = torch.randn(7, 20)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for n in (7, 2, 100):
+        x = torch.randn(n, 20)
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_export_of_a_convolution():
+    conv = qnn.QuantizedSparseConv2d.from_dense(set_weight(nn.Conv2d(3, 4, 3), 0.5, 0))
+    x = torch.randn(4, 3, 6, 6)
+    assert torch.equal(torch.export.export(conv, (x,)).module()(x), conv(x))
+
+
+# ---- opcheck ----
+
+X = torch.randn(3, 4, 5, 5, generator=generator(0))
+CONV = set_weight(nn.Conv2d(4, 6, 3, padding=1), 0.4, 0)
+
+
+def recorded_calls(qconfig: QuantConfig | None) -> dict[str, tuple]:
+    """Arguments of every operator in a forward and backward pass, as the kernels get them."""
+    calls: dict[str, tuple] = {}
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "qsparseprop":
+                calls.setdefault(function._schema.name.partition("::")[2], (function, args, kwargs or {}))
+            return function(*args, **(kwargs or {}))
+
+    cls = qnn.SparseConv2d if qconfig is None else qnn.QuantizedSparseConv2d
+    layer = cls.from_dense(CONV, qconfig=qconfig)
+    direct = ops._inner  # how a layer's operator calls those that it consists of
+
+    def inner(name: str):
+        overload = getattr(torch.ops.qsparseprop, name).default
+
+        def call(*args, **kwargs):
+            calls.setdefault(name, (overload, args, kwargs))
+            return direct(name)(*args, **kwargs)
+
+        return call
+
+    ops._inner = inner
+    try:
+        with Record():
+            layer(X.clone().requires_grad_()).square().sum().backward()
+    finally:
+        ops._inner = direct
+    return calls
+
+
+def _arguments(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    return [_arguments(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+SCHEMES = [None, QuantConfig(), QuantConfig(input="standard", granularity="channel")]
+
+
+@pytest.mark.parametrize("qconfig", SCHEMES, ids=str)
+def test_opcheck_of_the_operators_in_a_layer(qconfig):
+    calls = recorded_calls(qconfig)
+    assert {"layer_forward", "layer_backward", "spmm", "sddmm"} <= set(calls)
+    for function, args, kwargs in calls.values():
+        torch.library.opcheck(function, tuple(_arguments(a) for a in args), _arguments(kwargs) or None,
+                              test_utils=["test_schema", "test_faketensor", "test_autograd_registration"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "qconfig", [None, QuantConfig(grad="absmax"), QuantConfig(grad="absmax", granularity="channel")], ids=str
+)
+@pytest.mark.parametrize("trained", [True, False])
+def test_opcheck_of_the_operator_for_graphs(qconfig, trained):
+    """All checks, gradients under compilation included."""
+    layer = qnn.SparseConv2d.from_dense(CONV)
+    x, values, bias = (t.detach().clone().requires_grad_(trained) for t in (X, layer.weight, layer.bias))
+    geometry = [4, 6, 5, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 4, 0]
+    torch.library.opcheck(
+        torch.ops.qsparseprop.sparse_layer.default,
+        (x, values, bias, layer.crow_indices, layer.col_indices, geometry, 1, config_text(qconfig), torch.float32),
+    )
+
+
+def test_every_operator_is_checked():
+    names = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("qsparseprop::")}  # fmt: skip
+    seen = set(recorded_calls(None)) | set(recorded_calls(QuantConfig()))
+    assert names - seen <= {"sparse_layer", "sparse_layer_backward"}

@@ -1,0 +1,128 @@
+"""DistributedDataParallel over gloo, with two real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import qsparseprop
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune
+
+from ._helpers import relative_error
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+STEPS, BATCH = 6, 16
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+WORKER = '''
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+folder = sys.argv[1]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+for kind in ("fp32", "int8"):
+    start = torch.load(f"{folder}/start_{kind}.pt", weights_only=False)
+    if rank:  # what the first process has is what counts
+        for tensor in start.parameters():
+            tensor.data.zero_()
+    model = DistributedDataParallel(start, forward_sync_buffers=False)
+    sent = []
+
+    def count(state, bucket):
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)
+
+    model.register_comm_hook(None, count)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    torch.manual_seed(rank)
+    batches = torch.load(f"{folder}/batches.pt")
+    for x, y in batches:
+        part = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+        loss = torch.nn.functional.cross_entropy(model(x[part]), y[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save((model.module.state_dict(), sum(sent) / len(batches)), f"{folder}/end_{kind}_{rank}.pt")
+dist.destroy_process_group()
+'''
+
+
+def torchrun(script: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+    package = os.pathsep.join([str(Path(qsparseprop.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               str(script), *arguments]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, cwd=script.parent, capture_output=True, text=True, timeout=300,
+                          check=False)  # fmt: skip
+
+
+def network(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(144, 20), nn.ReLU(), nn.Linear(20, 4))  # fmt: skip
+    layerwise_magnitude_prune(model, 0.8)
+    return swap_modules_with_sparse(model, (2, 3, 8, 8), quantize=kind == "int8", include_dense=False,
+                                    min_sparsity=0.5, verbose=False)  # fmt: skip
+
+
+def train(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for x, y in batches:
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def test_two_processes_train_like_one_with_the_joint_batch(tmp_path):
+    batches = [(torch.randn(BATCH, 3, 8, 8), torch.randint(4, (BATCH,))) for _ in range(STEPS)]
+    torch.save(batches, tmp_path / "batches.pt")
+    for kind in ("fp32", "int8"):
+        torch.save(network(kind), tmp_path / f"start_{kind}.pt")
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    done = torchrun(script, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for kind in ("fp32", "int8"):
+        start = network(kind)
+        alone = train(network(kind), batches)
+        again = network(kind)
+        torch.manual_seed(77)
+        train(again, batches)  # other random numbers: how far apart quantised runs are by chance
+        (first, sent), (second, _) = (torch.load(tmp_path / f"end_{kind}_{rank}.pt") for rank in (0, 1))
+        assert sent == 4 * sum(p.numel() for p in start.parameters())  # gradients of nonzeros, and nothing else
+        for key, wanted in alone.state_dict().items():
+            assert torch.equal(first[key], second[key]), key
+            if not wanted.is_floating_point():
+                assert torch.equal(first[key], wanted)
+            elif kind == "fp32":
+                assert relative_error(first[key], wanted) < 1e-5, key
+            else:
+                moved = (wanted - start.state_dict()[key]).norm()
+                noise = (again.state_dict()[key] - wanted).norm()
+                assert (first[key] - wanted).norm() < 3 * noise + 0.05 * moved, key
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are not beside the tests")
+def test_the_example():
+    done = torchrun(EXAMPLES / "ddp.py", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1].split()
+    assert last[0] == "int8:"
+    assert int(last[3]) == 4 * int(last[1])
