@@ -352,15 +352,9 @@ def _packed(
 
 
 def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, scheme, seed, dtype, per_channel=False,
-<<<<<<< HEAD
-                        options=(), clip=None, keep_floats=False):
-    out = _spmm_fake(x, None, None, None, None, None, None, None, None, None, None, shape, is_channels_last(x), False,
-                     dtype)
-=======
-                        channels_last=None):
+                        options=(), clip=None, keep_floats=False, channels_last=None):
     channels_last = is_channels_last(x) if channels_last is None else channels_last
     out = _spmm_fake(x, None, None, None, None, None, None, None, None, None, None, shape, channels_last, False, dtype)
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
     size = 0 if scheme is None else _scales(grid, per_channel)
     kept = torch.float32 if scheme is None or keep_floats else torch.uint8
     planes = x.new_empty(buffer_lanes(grid, x.shape[0]), dtype=kept)
@@ -374,13 +368,9 @@ def is_channels_last(x: Tensor) -> bool:
 
 @_operator(
     "layer_forward(Tensor x, Tensor values, Tensor? bias, Tensor[] rows, int[] grid, int[] views, int[] out_views, "
-<<<<<<< HEAD
     "SymInt[] shape, str? scheme, Tensor? seed, ScalarType dtype, bool per_channel=False, "
-    "float[] options=[], Tensor? clip=None, bool keep_floats=False) -> (Tensor, Tensor, Tensor, Tensor)",
-=======
-    "SymInt[] shape, str? scheme, Tensor? seed, ScalarType dtype, bool per_channel=False, bool? channels_last=None) "
+    "float[] options=[], Tensor? clip=None, bool keep_floats=False, bool? channels_last=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
     _layer_forward_fake,
 )
 def layer_forward(
@@ -396,13 +386,10 @@ def layer_forward(
     seed: Tensor | None,
     dtype: torch.dtype,
     per_channel: bool = False,
-<<<<<<< HEAD
     options: Sequence[float] = (),
     clip: Tensor | None = None,
     keep_floats: bool = False,
-=======
     channels_last: bool | None = None,
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A layer's forward pass: pack the input, quantise the weight, multiply.
 
@@ -422,15 +409,12 @@ def layer_forward(
         Of the output, float32 or bfloat16.
     per_channel : bool
         One scale for each channel of the input, folded into the weights before they are quantised.
-<<<<<<< HEAD
     options, clip
         Of the input's scheme (`quantize_pack`) and of the weight (`quantize_weight`).
     keep_floats : bool
         Return the input packed without quantisation, for a weight gradient in float32.
-=======
     channels_last : bool, optional
         Memory format of the output; without it x's.
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
 
     Returns
     -------
@@ -454,12 +438,8 @@ def layer_forward(
 
 
 def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views,
-<<<<<<< HEAD
                          x_shape, complete, scheme, seed, grads, x_dtype, per_channel=False, options=(),
-                         clip=None):
-=======
-                         x_shape, complete, scheme, seed, grads, x_dtype, per_channel=False, channels_last=None):
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
+                         clip=None, channels_last=None):
     make = torch.float32
     channels_last = is_channels_last(dy) if channels_last is None else channels_last
     dx = _spmm_fake(dy, None, None, None, None, None, None, None, None, None, None, x_shape, channels_last, False,
@@ -474,13 +454,8 @@ def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, column
 @_operator(
     "layer_backward(Tensor dy, Tensor values, Tensor? planes, Tensor? x_scale, Tensor? x_zero_point, Tensor[] rows, "
     "Tensor[] columns, int[] grid, int[] dy_grid, int[] views, int[] dy_views, SymInt[] x_shape, bool complete, "
-<<<<<<< HEAD
     "str? scheme, Tensor? seed, bool[] grads, ScalarType x_dtype, bool per_channel=False, "
-    "float[] options=[], Tensor? clip=None) -> (Tensor, Tensor, Tensor)",
-=======
-    "str? scheme, Tensor? seed, bool[] grads, ScalarType x_dtype, bool per_channel=False, bool? channels_last=None) "
-    "-> (Tensor, Tensor, Tensor)",
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
+    "float[] options=[], Tensor? clip=None, bool? channels_last=None) -> (Tensor, Tensor, Tensor)",
     _layer_backward_fake,
 )
 def layer_backward(
@@ -502,12 +477,9 @@ def layer_backward(
     grads: Sequence[bool],
     x_dtype: torch.dtype,
     per_channel: bool = False,
-<<<<<<< HEAD
     options: Sequence[float] = (),
     clip: Tensor | None = None,
-=======
     channels_last: bool | None = None,
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's backward pass: pack the output's gradient once, for the input's and the weight's.
 

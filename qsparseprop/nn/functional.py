@@ -36,12 +36,7 @@ def forward_pass(
     scheme, *rest = quantisation
     return ops.shortcut("layer_forward", x)(
         x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
-<<<<<<< HEAD
-        (x.shape[0], g.output_grid.planes, *g.output_size), scheme, None, dtype, *rest,
-=======
-        (x.shape[0], g.output_grid.planes, *g.output_size), None if qconfig is None else qconfig.input, None, dtype,
-        qconfig is not None and qconfig.granularity == "channel", channels_last,
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
+        (x.shape[0], g.output_grid.planes, *g.output_size), scheme, None, dtype, *rest, channels_last,
     )  # fmt: skip
 
 
@@ -66,13 +61,8 @@ def backward_pass(
         rest = (qconfig.granularity == "channel", qconfig.grad_options, qconfig.weight_clip(values, plan.entries))
     return ops.shortcut("layer_backward", dy)(
         dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
-<<<<<<< HEAD
         g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None,
-        grads, x_dtype, *rest,
-=======
-        g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme == "stochastic" else None, grads,
-        x_dtype, qconfig is not None and qconfig.granularity == "channel", channels_last,
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
+        grads, x_dtype, *rest, channels_last,
     )  # fmt: skip
 
 

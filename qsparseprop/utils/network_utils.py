@@ -335,17 +335,10 @@ def swap_modules_with_sparse(
         raise ValueError(f"min_sparsity must be a fraction between 0 and 1, got {min_sparsity!r}")
     if qconfig is not None and not quantize:
         raise ValueError("qconfig only goes with quantize=True")
-<<<<<<< HEAD
     if prototype and not quantize:
         raise ValueError("prototype=True simulates quantised layers and only goes with quantize=True")
-    if fuse:
-        raise NotImplementedError("fuse=True is not available yet")
-=======
-    if prototype:
-        raise NotImplementedError("prototype=True is not available yet")
-    if fuse and not quantize:
-        raise ValueError("fuse=True only goes with quantize=True")
->>>>>>> 8d1b529 (Blocks of convolution, batch normalisation, addition and activation)
+    if fuse and (prototype or not quantize):
+        raise ValueError("fuse=True only goes with quantize=True, and not with prototype=True")
     example = _example_input(model, input_shape)
     named = dict(model.named_modules())
     skipped: set[int] = set()
