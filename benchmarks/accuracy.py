@@ -45,7 +45,7 @@ SETTINGS: dict[str, QuantConfig | str | None] = {
     "fp32 masked dense": None,
     "fp32 sparse": "float",
     "default": QuantConfig(),
-    "channel": QuantConfig(granularity="channel"),
+    "per tensor": QuantConfig(granularity="tensor"),
     "ancestor": QuantConfig.ancestor(),
     "grad_weight float32": QuantConfig(grad_weight="float32"),
     "standard inputs": QuantConfig(input="standard"),

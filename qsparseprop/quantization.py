@@ -35,8 +35,9 @@ class QuantConfig:
         that never saturates); most codes are zeros. "luq": logarithmic, alpha = max|g| / 2^(levels - 1); below alpha
         0 or alpha, above neighbouring alpha 2^k, at random and unbiased (arXiv 2112.10769).
     granularity : {"channel", "tensor"}
-        One scale for an input or a gradient, or one for each of its channels or features. The latter are multiplied
-        into the weights before these are quantised, so that the integer kernels do not know of them.
+        "channel": inputs and gradients have one scale for each channel or feature, multiplied into the weights before
+        these are quantised, so that the integer kernels do not know of them. "tensor": one scale for all of a tensor;
+        a few percent faster, and less accurate at very high sparsity (docs/numerics.md).
     grad_weight : {"int8", "float32"}
         Whether the weight's gradient is a product of the codes, or of the float32 input and gradient. The latter keeps
         four bytes of an activation for the backward pass and takes several times as long.
@@ -62,7 +63,7 @@ class QuantConfig:
     weight: str = "absmax"
     input: str = "absmax"
     grad: str = "stochastic"
-    granularity: str = "tensor"
+    granularity: str = "channel"
     grad_weight: str = "int8"
     sawb: tuple[float, float] = SAWB_CONSTANTS[8]
     sawb_nonzeros: bool = False
@@ -108,7 +109,8 @@ class QuantConfig:
     @classmethod
     def ancestor(cls) -> QuantConfig:
         """The setting of QSparseProp, for comparison: SAWB with 12.1 and 12.2 over nonzeros, gradients dithered."""
-        return cls(weight="sawb", input="sawb", grad="dithered", sawb=(12.1, 12.2), sawb_nonzeros=True)
+        return cls(weight="sawb", input="sawb", grad="dithered", granularity="tensor", sawb=(12.1, 12.2),
+                   sawb_nonzeros=True)
 
     @property
     def input_options(self) -> tuple[float, ...]:
