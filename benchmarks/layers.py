@@ -4,9 +4,8 @@ Every competitor is a module under autograd: its input requires a gradient, the 
 all gradients are set to None before each step. Dense layers run in float32 and under bfloat16 autocast, convolutions
 also channels_last (cl); their weights carry the same zeros. "fp32 oneDNN" is a float32 Linear whose three products go
 through oneDNN, where torch itself may take MKL. Ours is measured in 8 bits (int8; int8 bf16 under the same autocast as
-the dense layer, whose output and its gradient then are bfloat16) and in float32 (sparse fp32), convolutions with inputs of
-both memory formats. A ratio is the time of the fastest dense competitor over that of our
-fastest one.
+the dense layer, whose output and its gradient then are bfloat16) and in float32 (sparse fp32), convolutions with inputs
+of both memory formats. A ratio is the time of the fastest dense competitor over that of our fastest one.
 
   python benchmarks/layers.py --json layers.json             everything: allow half an hour
   python benchmarks/layers.py --only linear --threads 1

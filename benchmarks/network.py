@@ -5,7 +5,8 @@ gradients to None. Two networks: "cifar" (32x32 images, batch 64, 3x3 stem) and 
 of stride 2 and max-pooling). All convolutions but the first have the given fraction of zeros, at random positions, and
 are sparse modules in our network; the rest of it is torch's. Dense networks run in float32 and under bfloat16 autocast,
 contiguous and channels_last (cl); ours channels_last, with the dense rest in float32 (int8 cl) or under bfloat16
-autocast (int8 cl bf16). Dense networks do not pay for keeping their zeros.
+autocast (int8 cl bf16), and with batch normalisation, additions and ReLU in blocks with the convolutions (fused cl
+bf16). Dense networks do not pay for keeping their zeros.
 
   python benchmarks/network.py --json network.json              allow a quarter of an hour
   python benchmarks/network.py --only cifar --threads 1 --sparsity 0.9
@@ -97,6 +98,7 @@ class Setting:
     channels_last: bool = False
     bf16: bool = False
     quantize: bool = True
+    fuse: bool = False
 
     @property
     def swapped(self) -> bool:
@@ -110,6 +112,7 @@ SETTINGS = (
     Setting("bf16 cl", channels_last=True, bf16=True),
     Setting("int8 cl", "int8", channels_last=True),
     Setting("int8 cl bf16", "int8", channels_last=True, bf16=True),
+    Setting("fused cl bf16", "int8", channels_last=True, bf16=True, fuse=True),
 )
 FLOAT_SETTING = Setting("sparse fp32 cl", "sparse fp32", channels_last=True, quantize=False)
 
@@ -148,7 +151,7 @@ def training_step(
     if setting.swapped:
         swap_modules_with_sparse(
             model, images, verbose=False, quantize=setting.quantize, skip_modules=KEPT_DENSE,
-            min_sparsity=sparsity - 0.01, include_dense=include_dense,
+            min_sparsity=sparsity - 0.01, include_dense=include_dense, fuse=setting.fuse,
         )  # fmt: skip
     # So slow that the network is the same after any number of steps.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True)
@@ -226,7 +229,7 @@ ROWS = {
     "AddBackward": "add",
 }
 #: Events of a sparse module, and the row for what is in none of its kernels: Python, allocation, casts.
-SPARSE = ("_SparseProduct", "qsparseprop::")
+SPARSE = ("_SparseProduct", "_ConvNormAct", "qsparseprop::")
 SPARSE_REST = "sparse modules, rest"
 REST = "rest"
 

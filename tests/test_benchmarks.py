@@ -56,7 +56,8 @@ def test_layers(tmp_path):
             assert {name + suffix for suffix in formats} <= set(result["ms"])
     int8 = [s for s in document["summary"] if s["group"] == "int8"]
     assert [(s["kind"], s["sparsity"], s["layers"]) for s in int8] == [
-        ("conv", 0.8, 2), ("conv", 0.9, 2), ("linear", 0.8, 1), ("linear", 0.9, 1),
+        ("conv", 0.8, 2), ("conv", 0.9, 2), ("conv 3x3", 0.8, 1), ("conv 3x3", 0.9, 1), ("linear", 0.8, 1),
+        ("linear", 0.9, 1),
     ]  # fmt: skip
     assert all(s["minimum"] <= s["geometric_mean"] * (1 + 1e-9) for s in int8)
 
@@ -79,7 +80,8 @@ def test_network(tmp_path):
     assert [r["network"] for r in document["results"]] == ["cifar", "imagenet"]
     for result in document["results"]:
         assert_race(result, {"dense", "int8", "sparse fp32"})
-        assert set(result["ms"]) == {"fp32", "fp32 cl", "bf16", "bf16 cl", "int8 cl", "int8 cl bf16", "sparse fp32 cl"}
+        assert set(result["ms"]) == {"fp32", "fp32 cl", "bf16", "bf16 cl", "int8 cl", "int8 cl bf16", "fused cl bf16",
+                                     "sparse fp32 cl"}  # fmt: skip
         assert result["network"] in printed
 
 

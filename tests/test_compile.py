@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qsparseprop import nn as qnn
-from qsparseprop import ops
+from qsparseprop import norm_ops, ops, quantize_ops
 from qsparseprop.nn._traced import config_text
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.models import CifarResNet
@@ -265,8 +265,32 @@ def test_opcheck_of_the_operator_for_graphs(qconfig, trained):
     )
 
 
+def _other_calls() -> list[tuple]:
+    """Operators that are no part of a plain layer, and arguments of them."""
+    x, one, f = torch.randn(6, 20), torch.rand(20), torch.randn(3, 20)
+    _, codes, mask = norm_ops.norm_act(x, x, one, one, 0.0, 6.0, one, one)
+    packed = quantize_ops.quantize(x, "standard", 8, None, 7, False, None, [])
+    return [
+        (norm_ops.channel_moments, (x,)),
+        (norm_ops.norm_act, (x, None, one, one, 0.0, 6.0, None, None)),
+        (norm_ops.norm_act, (x, x, one, one, 0.0, 6.0, one, one)),
+        (norm_ops.norm_act_sums, (x, codes, mask)),
+        (norm_ops.norm_act_grad, (x, codes, mask, f, False)),
+        (norm_ops.norm_act_grad, (x, codes, mask, f, True)),
+        (quantize_ops.quantize, (x, "standard", 8, None, 7, False, None, [])),
+        (quantize_ops.quantize, (x, "absmax", 8, 1, None, True, None, [])),
+        (quantize_ops.dequantize, (*packed, None, 7, torch.bfloat16)),
+    ]
+
+
+def test_opcheck_of_other_operators():
+    for function, arguments in _other_calls():
+        torch.library.opcheck(function, arguments)
+
+
 def test_every_operator_is_checked():
     names = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("qsparseprop::")}  # fmt: skip
     seen = set(recorded_calls(None)) | set(recorded_calls(QuantConfig()))
+    seen |= {function._schema.name.partition("::")[2] for function, _ in _other_calls()}
     assert names - seen <= {"sparse_layer", "sparse_layer_backward"}

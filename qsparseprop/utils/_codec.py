@@ -1,8 +1,8 @@
 """Flat float tensors as 8-bit codes in groups, decoded as a whole.
 
 An affine group holds [low, high], widened to contain 0, in 0..255: ``x ~ scale * (code - zero_point)``, off by half a
-scale at most. float32 and bfloat16 go through the package's own kernels, where it has them; the rest through torch,
-chunk by chunk in a scratch that stays in the cache.
+scale at most. float32 and bfloat16 go through the package's kernels; other dtypes, and values whose sign has to be
+kept, through torch, chunk by chunk in a scratch that stays in the cache.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-try:
-    from qsparseprop import quantize_ops as _kernels
-except ImportError:
-    _kernels = None
+from qsparseprop import quantize_ops
 
 __all__ = ["SCHEMES", "Codes", "encode"]
 
@@ -55,7 +52,7 @@ class Codes:
     def decode(self) -> Tensor:
         """The values that the codes stand for: (elements,), of the original dtype."""
         if self.zero_point.dtype == torch.int32:
-            return _kernels.dequantize(self.codes, self.scale, self.zero_point, None, self.group_size, self.dtype)
+            return quantize_ops.dequantize(self.codes, self.scale, self.zero_point, None, self.group_size, self.dtype)
         out = torch.empty(self.codes.numel(), dtype=self.dtype)
         offset = -self.zero_point * self.scale
         for codes, values, groups in _chunks(self.group_size, self.codes, out):
@@ -97,8 +94,8 @@ def encode(x: Tensor, scheme: str, group_size: int, keep_sign: bool = False) -> 
     Codes or None
         None where a value is not finite, or the range of a group does not fit into float32.
     """
-    if _kernels is not None and not keep_sign and x.dtype in (torch.float32, torch.bfloat16):
-        codes, scale, zero = _kernels.quantize(x, scheme, 8, None, group_size, False, None, ())
+    if not keep_sign and x.dtype in (torch.float32, torch.bfloat16):
+        codes, scale, zero = quantize_ops.quantize(x, scheme, 8, None, group_size, False, None, ())
         return Codes(codes, scale, zero, group_size, x.dtype) if torch.isfinite(scale).all() else None
     groups = -(-x.numel() // group_size)
     low, high = torch.empty(groups), torch.empty(groups)
