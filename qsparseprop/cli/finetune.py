@@ -20,7 +20,7 @@ on two cores. A ResNet-18 learns the handwritten digits that scikit-learn ships 
 pruned, and is then fine-tuned three times from the same point on the same batches:
   dense fp32    plain PyTorch, pruned weights held at zero by masks
   dense best    the same in the fastest of {fp32, bf16} x {contiguous, channels_last}, which is measured first
-  qsparseprop   after swap_modules_with_sparse(model, input_shape)
+  qsparseprop   after swap_modules_with_sparse(model, input_shape, fuse=True)
 At the end a table compares accuracy, time and memory. The same for other networks and data: --compare.
 
 With --no-compare, or an option that only a single training has (they are marked with *): one training with sparse
