@@ -251,7 +251,7 @@ def test_opcheck_of_the_operators_in_a_layer(qconfig):
 
 
 @pytest.mark.parametrize(
-    "qconfig", [None, QuantConfig(grad="absmax"), QuantConfig(grad="absmax", granularity="channel")], ids=str
+    "qconfig", [None, *(QuantConfig(grad="absmax", granularity=g) for g in ("tensor", "channel"))], ids=str
 )
 @pytest.mark.parametrize("trained", [True, False])
 def test_opcheck_of_the_operator_for_graphs(qconfig, trained):
@@ -286,6 +286,17 @@ def _other_calls() -> list[tuple]:
 def test_opcheck_of_other_operators():
     for function, arguments in _other_calls():
         torch.library.opcheck(function, arguments)
+
+
+@pytest.mark.parametrize(
+    "qconfig", [QuantConfig.ancestor(), QuantConfig(grad="luq"), QuantConfig(grad="dithered", grad_weight="float32")],
+    ids=["ancestor", "luq", "dithered"],
+)  # fmt: skip
+def test_every_scheme_compiles(qconfig):
+    layer = qnn.QuantizedSparseLinear.from_dense(set_weight(nn.Linear(20, 12), 0.3, 0), qconfig=qconfig)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(5, 20)
+    for a, b in zip(step(compiled, layer, x), step(layer, layer, x), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_every_operator_is_checked():

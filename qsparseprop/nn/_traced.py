@@ -30,7 +30,9 @@ def config_text(qconfig: QuantConfig | None) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _config(text: str) -> QuantConfig | None:
-    return QuantConfig(**json.loads(text)) if text else None
+    if not text:
+        return None
+    return QuantConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()})
 
 
 def _geometry(n: Sequence[int]) -> Geometry:
