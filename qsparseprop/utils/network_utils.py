@@ -425,6 +425,7 @@ def swap_modules_for_state(
     state_dict: Mapping[str, Any],
     quantize: bool = True,
     qconfig: QuantConfig | None = None,
+    fuse: bool = False,
 ) -> nn.Module:
     """Replace the dense layers of a fresh model that are sparse in a state dict by empty sparse ones, in place.
 
@@ -437,7 +438,7 @@ def swap_modules_for_state(
         As it was before `swap_modules_with_sparse`.
     state_dict : mapping of str to Tensor
         The state of a model that `swap_modules_with_sparse` has changed.
-    quantize, qconfig
+    quantize, qconfig, fuse
         As for `swap_modules_with_sparse`; they are not part of a state.
 
     Returns
@@ -452,6 +453,8 @@ def swap_modules_for_state(
     """
     if qconfig is not None and not quantize:
         raise ValueError("qconfig only goes with quantize=True")
+    if fuse and not quantize:
+        raise ValueError("fuse=True only goes with quantize=True")
     suffix = ".crow_indices"
     names = [key.removesuffix(suffix) for key in state_dict if key.endswith(suffix)]
     named = dict(model.named_modules(remove_duplicate=False))
@@ -465,6 +468,8 @@ def swap_modules_for_state(
             raise ValueError(f"{name} is a sparse layer in the state, the model {kind}")
         replacements[id(dense)] = _REPLACEMENTS[dense_type(dense), quantize].like(dense, qconfig)
     _replace_children(model, replacements)
+    if fuse:
+        fuse_modules(model)
     return model
 
 

@@ -353,4 +353,4 @@ def _swap_like(model: nn.Module, state: Mapping[str, torch.Tensor], config: RunC
     if config.scheme == "dense":
         return
     quantize, qconfig = parse_scheme(config.scheme)
-    swap_modules_for_state(model, state, quantize, qconfig)
+    swap_modules_for_state(model, state, quantize, qconfig, fuse=quantize)
