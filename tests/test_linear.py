@@ -152,13 +152,15 @@ def test_float_gradients_are_the_derivative(case):
 
 @pytest.mark.parametrize("scheme", ["absmax", "standard"])
 @pytest.mark.parametrize("grad_scheme", ["stochastic", "absmax"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_gradients_of_one_sign(scheme, grad_scheme, sign):
+def test_gradients_of_one_sign(scheme, grad_scheme, granularity, sign):
     """What a sum sends back: nothing negative, or nothing positive, and the same everywhere."""
     dense, x = dense_example("QuantizedSparseLinear")
-    layer = QuantizedSparseLinear.from_dense(dense, qconfig=QuantConfig(input=scheme, grad=grad_scheme))
+    qconfig = QuantConfig(input=scheme, grad=grad_scheme, granularity=granularity)
+    layer = QuantizedSparseLinear.from_dense(dense, qconfig=qconfig)
     (sign * layer(x).sum()).backward()
-    operand = dequantized(x[:, :, None, None], scheme)[0][:, :, 0, 0]
+    operand = dequantized(x[:, :, None, None], scheme, per_channel=granularity == "channel")[0][:, :, 0, 0]
     wanted = sign * operand.sum(0).expand(dense.weight.shape)[dense.weight != 0]
     assert relative_error(layer.weight.grad, wanted) < ROUNDING
 
@@ -658,7 +660,8 @@ def test_the_same_seed_gives_the_same_step(kind):
 
 def test_the_random_gradient_is_unbiased():
     """Over seeds, the gradients average to those of an unrounded gradient: within five standard errors."""
-    layer, dense, x = example("QuantizedSparseLinear")
+    dense, x = dense_example("QuantizedSparseLinear")
+    layer = QuantizedSparseLinear.from_dense(dense, qconfig=QuantConfig(granularity="tensor"))
     grads = [outputs_and_gradients(layer, x, seed)[1:3] for seed in range(300)]
     weight = dense.weight.detach()
     backward = dequantized_weight(weight, torch.arange(weight.shape[1]).expand(weight.shape))
@@ -836,8 +839,9 @@ def test_a_quantised_linear_keeps_a_byte_an_activation(inputs, batch):
     saved = saved_for_backward(lambda: layer(x), layer)
     size = sum(t.untyped_storage().nbytes() for t in saved)
     whole_blocks = -(-batch // 64) * 64
-    # a block of 64 images may have one plane more than there are features; and half a kilobyte of other things
-    assert inputs * batch <= size <= (inputs + 1) * whole_blocks + 512
+    # a block of 64 images may have one plane more than there are features; every feature has a scale and a zero point;
+    # and half a kilobyte of other things
+    assert inputs * batch <= size <= (inputs + 1) * whole_blocks + 8 * inputs + 512
 
 
 @pytest.mark.parametrize("shape", [(8, 16, 32, 32), (64, 32, 14, 14), (64, 64, 8, 8), (2, 64, 56, 56)])
@@ -851,7 +855,8 @@ def test_a_quantised_conv_keeps_little_more_than_a_byte_an_activation(shape):
 
 
 def test_nothing_of_the_float_input_is_kept():
-    layer, _, x = example("QuantizedSparseConv2d")
+    dense, x = dense_example("QuantizedSparseConv2d")
+    layer = QuantizedSparseConv2d.from_dense(dense, qconfig=QuantConfig(granularity="tensor"))
     saved = saved_for_backward(lambda: layer(x.requires_grad_()), layer)
     assert {t.dtype for t in saved} == {torch.uint8, torch.float32, torch.int32}
     assert [t.numel() for t in saved if t.dtype == torch.float32] == [1]
