@@ -75,7 +75,7 @@ def moments(x, int threads):
     for k in prange(chunks, nogil=True, num_threads=max(threads, 1), schedule="static",
                     use_threads_if=threads > 1 and rows * channels > SERIAL_ELEMENTS):
         kernels.norm_moments(data + k * chunk * width, dtype, min(chunk, rows - k * chunk), channels,
-                        part + 4 * k * channels)
+                             part + 4 * k * channels)
     for k in range(1, chunks):
         done, n = k * chunk, min(chunk, rows - k * chunk)
         for c in range(channels):
