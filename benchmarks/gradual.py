@@ -129,10 +129,11 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
 
     def sparse() -> nn.Module:
         return swap_modules_with_sparse(copy.deepcopy(start), (16, 3, 32, 32), include_dense=False, min_sparsity=0.1,
-                                        verbose=False)  # fmt: skip
+                                        fuse=True, verbose=False)  # fmt: skip
 
-    return [Run("dense with masks, fp32", dense(), False), Run("dense with masks, bf16", dense(), True),
-            Run("qsparseprop int8", sparse(), True)]
+    runs = [Run("dense with masks, fp32", dense(), False), Run("dense with masks, bf16", dense(), True),
+            Run("qsparseprop int8", sparse(), True)]  # fmt: skip
+    return [run for run in runs if any(text in run.name for text in args.runs)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of order and augmentation (default: %(default)s)")
+    parser.add_argument("--runs", nargs="+", metavar="TEXT", default=[""], help="only those whose names contain one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--quick", action="store_true", help="random images, two tiny epochs: only shows that it runs")
     args = parser.parse_args(argv)
