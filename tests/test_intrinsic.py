@@ -17,6 +17,7 @@ from qsparseprop.nn.intrinsic import (
     QuantizedSparseConvBnAddReLU2d,
     QuantizedSparseConvBnReLU2d,
 )
+from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.models import resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_dense, swap_modules_with_sparse
 
@@ -248,6 +249,33 @@ def test_dtypes_follow_autocast():
     assert block(x.detach().double()).dtype == torch.float64
     with torch.no_grad():
         assert block(x).grad_fn is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
+def test_derivatives_that_do_not_exist_are_explained():
+    block = QuantizedSparseConvBnReLU2d.fuse(sparse_conv(4, 6), batch_norm(6))
+    x = torch.randn(3, 4, 6, 6, requires_grad=True)
+    (grad,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="once only"):
+        grad.sum().backward()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        block(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()))
+
+
+def test_check_finite_names_the_tensor():
+    conv = QuantizedSparseConv2d.from_dense(nn.Conv2d(2, 3, 3), qconfig=QuantConfig(check_finite=True))
+    block = QuantizedSparseConvBn2d.fuse(conv, batch_norm(3))
+    with pytest.raises(ValueError, match="the input has NaN or Inf"):
+        block(torch.full((2, 2, 5, 5), math.nan))
+    y = block(torch.randn(2, 2, 5, 5))
+    with pytest.raises(ValueError, match="gradient of the output has NaN or Inf"):
+        y.backward(torch.full_like(y, math.inf))
+
+
+def test_a_fused_model_compiles():
+    model = swapped(pruned(Vgg()), (2, 3, 8, 8), fuse=True).eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x), rtol=1e-3, atol=1e-3)
 
 
 # ---- models ----

@@ -53,6 +53,10 @@ cdef int64_t _chunk_rows(int64_t channels) noexcept:
     return max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // max(channels, 1)))
 
 
+cdef int _team(int threads, int64_t elements) noexcept:
+    return threads if threads > 1 and elements > SERIAL_ELEMENTS else 1
+
+
 def moments(x, int threads):
     """Mean, sum of squared distances from it, least and greatest element of each channel: float64, (channels, 4).
 
@@ -72,8 +76,8 @@ def moments(x, int threads):
     cdef double *first
     cdef double *other
     width = channels * (4 if dtype == QSP_F32 else 2)
-    for k in prange(chunks, nogil=True, num_threads=max(threads, 1), schedule="static",
-                    use_threads_if=threads > 1 and rows * channels > SERIAL_ELEMENTS):
+    threads = _team(threads, rows * channels)
+    for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm_moments(data + k * chunk * width, dtype, min(chunk, rows - k * chunk), channels,
                              part + 4 * k * channels)
     for k in range(1, chunks):
@@ -96,7 +100,7 @@ def norm(x, residual, out, scale, shift, float low, float high, code_scale, code
     """
     cdef qsp_norm a
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t k, rows, chunk
+    cdef int64_t k, rows, chunk, chunks
     memset(&a, 0, sizeof(a))
     a.x = _matrix(x, &a.dtype, &rows, &a.channels, "x")
     a.residual = _same(residual, x, "residual")
@@ -115,8 +119,9 @@ def norm(x, residual, out, scale, shift, float low, float high, code_scale, code
     qsp_prefer_huge_pages(a.out, rows * a.channels * (4 if a.dtype == QSP_F32 else 2))
     chunk = _chunk_rows(a.channels)
     cdef const qsp_norm *args = &a
-    for k in prange((rows + chunk - 1) // chunk, nogil=True, num_threads=max(threads, 1), schedule="static",
-                    use_threads_if=threads > 1 and rows * args.channels > SERIAL_ELEMENTS):
+    chunks = (rows + chunk - 1) // chunk
+    threads = _team(threads, rows * a.channels)
+    for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm(args, k * chunk, min(rows, (k + 1) * chunk))
 
 
@@ -140,8 +145,8 @@ def norm_sums(dy, codes, mask, int threads):
     parts = torch.empty((chunks, a.channels, 2), dtype=_float64)
     cdef double *part = <double *> pointer(parts, _float64, 0, "parts")
     cdef const qsp_norm_grad *args = &a
-    for k in prange(chunks, nogil=True, num_threads=max(threads, 1), schedule="static",
-                    use_threads_if=threads > 1 and rows * args.channels > SERIAL_ELEMENTS):
+    threads = _team(threads, rows * a.channels)
+    for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm_sums(args, k * chunk, min(rows, (k + 1) * chunk), part + 2 * k * args.channels)
     out = torch.zeros((a.channels, 2), dtype=_float64)
     cdef double *total = <double *> pointer(out, _float64, 0, "out")
@@ -158,7 +163,7 @@ def norm_grad(dy, codes, mask, factor, dx, dresidual, int threads):
     """
     cdef qsp_norm_grad a
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t k, chunk, size, rows = _read_gradient(&a, dy, codes, mask)
+    cdef int64_t k, chunk, chunks, size, rows = _read_gradient(&a, dy, codes, mask)
     a.factor = <const float *> pointer(factor, _float32, 3 * a.channels, "factor")
     a.dx, a.dresidual = _same(dx, dy, "dx"), _same(dresidual, dy, "dresidual")
     if rows * a.channels == 0:
@@ -169,6 +174,7 @@ def norm_grad(dy, codes, mask, factor, dx, dresidual, int threads):
         qsp_prefer_huge_pages(a.dresidual, size)
     chunk = _chunk_rows(a.channels)
     cdef const qsp_norm_grad *args = &a
-    for k in prange((rows + chunk - 1) // chunk, nogil=True, num_threads=max(threads, 1), schedule="static",
-                    use_threads_if=threads > 1 and rows * args.channels > SERIAL_ELEMENTS):
+    chunks = (rows + chunk - 1) // chunk
+    threads = _team(threads, rows * a.channels)
+    for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm_grad(args, k * chunk, min(rows, (k + 1) * chunk))

@@ -105,7 +105,7 @@ class _SparseProduct(torch.autograd.Function):
             dbias.to(ctx.bias_dtype) if grads[2] else None,
         )
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _NoSecondDerivative.apply(dy, values, *gradients)
+            gradients = NoSecondDerivative.apply(dy, values, *gradients)
         return *gradients, None, None, None
 
     @staticmethod
@@ -114,15 +114,17 @@ class _SparseProduct(torch.autograd.Function):
                                   "the dense module that to_dense() gives")
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class NoSecondDerivative(torch.autograd.Function):
     """Passes gradients through, and refuses to be differentiated."""
 
     @staticmethod
     def forward(ctx, dy: Tensor, values: Tensor | None, *gradients: Tensor | None):
+        """The gradients as they are."""
         return tuple(g if g is None else g.view_as(g) for g in gradients)
 
     @staticmethod
     def backward(ctx, *_: Tensor):
+        """Refuse."""
         raise NotImplementedError("sparse modules can be differentiated once only: for second derivatives use the "
                                   "dense module that to_dense() gives")
 

@@ -20,7 +20,7 @@ from qsparseprop import norm_ops
 from qsparseprop.geometry import conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._conv import SparseConvNd
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d
-from qsparseprop.nn.functional import backward_pass, forward_pass
+from qsparseprop.nn.functional import NoSecondDerivative, backward_pass, check_finite, forward_pass
 from qsparseprop.ops import is_channels_last
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
@@ -58,6 +58,9 @@ class _ConvNormAct(torch.autograd.Function):
         variance: Tensor | None,
         s: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if s.qconfig is not None and s.qconfig.check_finite:
+            check_finite(x, "the input")
+            check_finite(values, "the weight")
         z, *packed = forward_pass(x, values, bias, s.plan, s.qconfig, s.dtype, True)
         shape = tuple(z.shape)
         z = _rows(z)
@@ -90,10 +93,24 @@ class _ConvNormAct(torch.autograd.Function):
         return _images(y, shape), mean, variance
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _ConvNormAct._gradients(ctx, dy)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = NoSecondDerivative.apply(dy, ctx.saved_tensors[0], *gradients)
+        return *gradients, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError("sparse modules have no forward-mode derivatives: use reverse mode (backward), or "
+                                  "the dense module that to_dense() gives")
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         values, planes, x_scale, x_zero, codes, mask, gamma, rstd, slope, offset = ctx.saved_tensors
         s: _Settings = ctx.settings
+        if s.qconfig is not None and s.qconfig.check_finite:
+            check_finite(dy, "the gradient of the output")
         need = ctx.needs_input_grad
         bias_dtype, gamma_dtype, beta_dtype, residual_dtype = ctx.dtypes
         dy = _rows(dy.to(s.dtype))
@@ -118,7 +135,6 @@ class _ConvNormAct(torch.autograd.Function):
             with_normalised.to(gamma_dtype) if need[3] else None,
             total.to(beta_dtype) if need[4] else None,
             _images(dresidual, ctx.shape).to(residual_dtype) if need[5] else None,
-            None, None, None,
         )  # fmt: skip
 
 
