@@ -72,6 +72,7 @@ def main() -> None:
     if rank == 0:
         weights = sum(p.numel() for p in model.parameters())
         print(f"{args.kind}: {weights} parameters, {sent[0] // sent[1]} bytes of gradients a step and process")
+    dist.barrier()  # a process that leaves first takes the connection from under the others
     dist.destroy_process_group()
 
 

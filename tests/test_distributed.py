@@ -58,6 +58,7 @@ for kind in ("fp32", "int8"):
         loss.backward()
         optimizer.step()
     torch.save((model.module.state_dict(), sum(sent) / len(batches)), f"{folder}/end_{kind}_{rank}.pt")
+dist.barrier()
 dist.destroy_process_group()
 '''
 
