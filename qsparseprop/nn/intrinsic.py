@@ -152,7 +152,6 @@ class QuantizedSparseConvBn2d(QuantizedSparseConv2d):
     """
 
     low, high = -math.inf, math.inf
-    _names = ("", "")
 
     @property
     def norm(self) -> nn.BatchNorm2d:
