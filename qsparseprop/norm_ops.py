@@ -6,11 +6,14 @@ matrices (rows, channels), which is how a channels_last tensor looks: a row is a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _norm
-from qsparseprop.ops import _operator
+from qsparseprop.ops import RANDOM_SCHEMES, _operator
+from qsparseprop.reference import mix_seed
 
 
 def _words(channels: int) -> int:
@@ -95,11 +98,107 @@ def norm_act(
 
 
 @_operator(
+    "norm_act_range(Tensor x, Tensor? residual, Tensor scale, Tensor shift, float low, float high) -> Tensor",
+    lambda x, residual, scale, shift, low, high: x.new_empty((x.shape[1], 2), dtype=torch.float32),
+)
+def norm_act_range(
+    x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, low: float, high: float
+) -> Tensor:
+    """Least and greatest element of each channel of what `norm_act` gives, before it is rounded to x's dtype.
+
+    Parameters
+    ----------
+    x, residual, scale, shift, low, high
+        As for `norm_act`; at least one row.
+
+    Returns
+    -------
+    Tensor
+        float32, (channels, 2); NaN where an element is not finite.
+    """
+    return _norm.norm_range(x, residual, scale, shift, low, high, torch.get_num_threads())
+
+
+def _norm_act_pack_fake(x, residual, scale, shift, low, high, code_scale, code_shift, images, ranges, grid, views,
+                        lanes, scheme, per_channel, keep):
+    out, codes, mask = _norm_act_fake(x, residual, scale, shift, low, high, code_scale, code_shift)
+    scales = grid[4] if per_channel else 1
+    return (
+        out if keep else x.new_empty(0), codes, mask, x.new_empty(lanes, dtype=torch.uint8),
+        x.new_empty(scales, dtype=torch.float32), x.new_empty(scales, dtype=torch.int32),
+    )  # fmt: skip
+
+
+@_operator(
+    "norm_act_pack(Tensor x, Tensor? residual, Tensor scale, Tensor shift, float low, float high, Tensor? code_scale, "
+    "Tensor? code_shift, int[] images, Tensor ranges, int[] grid, int[] views, int lanes, str scheme, "
+    "bool per_channel, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _norm_act_pack_fake,
+)
+def norm_act_pack(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    low: float,
+    high: float,
+    code_scale: Tensor | None,
+    code_shift: Tensor | None,
+    images: Sequence[int],
+    ranges: Tensor,
+    grid: Sequence[int],
+    views: Sequence[int],
+    lanes: int,
+    scheme: str,
+    per_channel: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`norm_act` and `ops.quantize_pack` of its result in one pass.
+
+    The result is quantised before it is rounded to x's dtype, with scales from `ranges` in place of its own range.
+
+    Parameters
+    ----------
+    x, residual, scale, shift, low, high, code_scale, code_shift
+        As for `norm_act`; at least two channels.
+    images : sequence of int
+        (images, channels, height, width) of the channels_last tensor whose rows x has.
+    ranges : Tensor
+        float32, (channels, 2), or (1, 2) without `per_channel`: bounds of the result, least and greatest.
+    grid, views, lanes, scheme, per_channel
+        As for `quantize_pack`; "absmax", "symmetric" or "standard". Pixels in no view are left out of all results.
+    keep : bool
+        Whether the result itself is wanted as well.
+
+    Returns
+    -------
+    y, codes, mask : Tensor
+        Of `norm_act`; y empty if not wanted.
+    planes, plane_scale, zero_point : Tensor
+        Of `quantize_pack`.
+    """
+    out = torch.empty_like(x) if keep else None
+    codes, mask = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int16)
+    if code_scale is not None:
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        mask = torch.empty((x.shape[0], _words(x.shape[-1])), dtype=torch.int16)
+    scales = grid[4] if per_channel else 1
+    planes = torch.empty(lanes, dtype=torch.uint8)
+    plane_scale, zero_point = torch.empty(scales), torch.empty(scales, dtype=torch.int32)
+    _norm.norm_pack(
+        x, residual, out, scale, shift, low, high, code_scale, code_shift, None if code_scale is None else codes, mask,
+        images, ranges, planes, plane_scale, zero_point, grid, views, scheme, per_channel,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return torch.empty(0, dtype=x.dtype) if out is None else out, codes, mask, planes, plane_scale, zero_point
+
+
+@_operator(
     "norm_act_sums(Tensor dy, Tensor codes, Tensor mask) -> Tensor",
-    lambda dy, codes, mask: dy.new_empty((dy.shape[1], 2), dtype=torch.float64),
+    lambda dy, codes, mask: dy.new_empty((dy.shape[1], 3), dtype=torch.float64),
 )
 def norm_act_sums(dy: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
-    """Sums over each channel of the masked gradient g, and of g * code.
+    """Of each channel the sums of the masked gradient g and of g * code, and the greatest magnitude of g.
 
     Parameters
     ----------
@@ -111,7 +210,7 @@ def norm_act_sums(dy: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        float64, (channels, 2).
+        float64, (channels, 3).
     """
     return _norm.norm_sums(dy, codes, mask, torch.get_num_threads())
 
@@ -143,3 +242,64 @@ def norm_act_grad(dy: Tensor, codes: Tensor, mask: Tensor, factor: Tensor, resid
     dresidual = torch.empty_like(dy) if residual else None
     _norm.norm_grad(dy, codes, mask, factor, dx, dresidual, torch.get_num_threads())
     return dx, dy.new_empty(0) if dresidual is None else dresidual
+
+
+def _norm_act_grad_pack_fake(dy, codes, mask, factor, residual, images, ranges, grid, views, lanes, scheme, seed,
+                             per_channel, options=()):
+    scales = grid[4] if per_channel else 1
+    return (
+        dy.new_empty(lanes, dtype=torch.uint8), dy.new_empty(scales, dtype=torch.float32),
+        dy.new_empty(scales, dtype=torch.int32), torch.empty_like(dy) if residual else dy.new_empty(0),
+    )  # fmt: skip
+
+
+@_operator(
+    "norm_act_grad_pack(Tensor dy, Tensor codes, Tensor mask, Tensor factor, bool residual, int[] images, "
+    "Tensor ranges, int[] grid, int[] views, int lanes, str scheme, Tensor? seed, bool per_channel, "
+    "float[] options=[]) -> (Tensor, Tensor, Tensor, Tensor)",
+    _norm_act_grad_pack_fake,
+)
+def norm_act_grad_pack(
+    dy: Tensor,
+    codes: Tensor,
+    mask: Tensor,
+    factor: Tensor,
+    residual: bool,
+    images: Sequence[int],
+    ranges: Tensor,
+    grid: Sequence[int],
+    views: Sequence[int],
+    lanes: int,
+    scheme: str,
+    seed: Tensor | None,
+    per_channel: bool,
+    options: Sequence[float] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`norm_act_grad` and `ops.quantize_pack` of its dx in one pass.
+
+    Parameters
+    ----------
+    dy, codes, mask, factor, residual
+        As for `norm_act_grad`; at least two channels.
+    images, ranges, grid, views, lanes, per_channel
+        As for `norm_act_pack`.
+    scheme, seed, options
+        As for `quantize_pack`; "symmetric", "stochastic" or "luq".
+
+    Returns
+    -------
+    planes, plane_scale, zero_point : Tensor
+        Of `quantize_pack`.
+    dresidual : Tensor
+        Of `norm_act_grad`.
+    """
+    if scheme in RANDOM_SCHEMES and seed is None:
+        raise ValueError(f"the scheme {scheme!r} needs a seed")
+    scales = grid[4] if per_channel else 1
+    planes = torch.empty(lanes, dtype=torch.uint8)
+    plane_scale, zero_point = torch.empty(scales), torch.empty(scales, dtype=torch.int32)
+    dresidual = torch.empty_like(dy) if residual else None
+    _norm.norm_grad_pack(dy, codes, mask, factor, dresidual, images, ranges, planes, plane_scale, zero_point, grid,
+                         views, scheme, options, per_channel, 0 if seed is None else mix_seed(int(seed)),
+                         torch.get_num_threads())  # fmt: skip
+    return planes, plane_scale, zero_point, dy.new_empty(0) if dresidual is None else dresidual

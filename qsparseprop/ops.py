@@ -437,6 +437,47 @@ def layer_forward(
     return out, packed, x_scale, x_zero_point
 
 
+@_operator(
+    "packed_forward(Tensor planes, Tensor x_scale, Tensor x_zero_point, Tensor values, Tensor? bias, Tensor[] rows, "
+    "int[] grid, int[] out_views, SymInt[] shape, ScalarType dtype, Tensor? clip, bool channels_last) -> Tensor",
+    lambda planes, x_scale, x_zero_point, values, bias, rows, grid, out_views, shape, dtype, clip, channels_last:
+    _spmm_fake(planes, None, None, None, None, None, None, None, None, None, None, shape, channels_last, False, dtype),
+)  # fmt: skip
+def packed_forward(
+    planes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    rows: Sequence[Tensor],
+    grid: Sequence[int],
+    out_views: Sequence[int],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    clip: Tensor | None,
+    channels_last: bool,
+) -> Tensor:
+    """A layer's forward pass on an input that is packed already: quantise the weight, multiply.
+
+    Parameters
+    ----------
+    planes, x_scale, x_zero_point : Tensor
+        Of `quantize_pack`.
+    values, bias, rows, grid, out_views, shape, dtype, clip, channels_last
+        As for `layer_forward`.
+
+    Returns
+    -------
+    Tensor
+        Of `shape` and `dtype`.
+    """
+    weights, scale, total, factor, zero = _weights(values, rows, True, x_scale, x_zero_point, clip)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.to(torch.float32)
+    return _inner("spmm")(planes, weights, rows[0], rows[1], scale, total, factor, zero, bias, grid, out_views, shape,
+                          channels_last, False, dtype)
+
+
 def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views,
                          x_shape, complete, scheme, seed, grads, x_dtype, per_channel=False, options=(),
                          clip=None, channels_last=None):
@@ -543,3 +584,70 @@ def layer_backward(
         torch.empty(0) if dvalues is None else dvalues,
         torch.empty(0) if dbias is None else dbias,
     )
+
+
+def _packed_backward_fake(dy, dy_scale, dy_zero_point, values, planes, x_scale, x_zero_point, rows, columns, grid,
+                          dy_grid, views, dy_views, x_shape, dy_shape, complete, grads, x_dtype, clip, channels_last):
+    dx = _spmm_fake(dy, None, None, None, None, None, None, None, None, None, None, x_shape, channels_last, False,
+                    x_dtype)
+    return (
+        dx if grads[0] else dy.new_empty(0, dtype=torch.float32),
+        dy.new_empty(values.shape if grads[1] else 0, dtype=torch.float32),
+    )
+
+
+@_operator(
+    "packed_backward(Tensor dy, Tensor dy_scale, Tensor dy_zero_point, Tensor values, Tensor planes, Tensor x_scale, "
+    "Tensor x_zero_point, Tensor[] rows, Tensor[] columns, int[] grid, int[] dy_grid, int[] views, int[] dy_views, "
+    "SymInt[] x_shape, SymInt[] dy_shape, bool complete, bool[] grads, ScalarType x_dtype, Tensor? clip, "
+    "bool channels_last) -> (Tensor, Tensor)",
+    _packed_backward_fake,
+)
+def packed_backward(
+    dy: Tensor,
+    dy_scale: Tensor,
+    dy_zero_point: Tensor,
+    values: Tensor,
+    planes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    grid: Sequence[int],
+    dy_grid: Sequence[int],
+    views: Sequence[int],
+    dy_views: Sequence[int],
+    x_shape: Sequence[int],
+    dy_shape: Sequence[int],
+    complete: bool,
+    grads: Sequence[bool],
+    x_dtype: torch.dtype,
+    clip: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """A layer's backward pass from a gradient that is packed already.
+
+    Parameters
+    ----------
+    dy, dy_scale, dy_zero_point : Tensor
+        The packed gradient, of shape `dy_shape`.
+    grads : sequence of bool
+        Whether the gradients of the input and of the values are wanted.
+    values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views, x_shape, complete, x_dtype, \
+clip, channels_last
+        As for `layer_backward`.
+
+    Returns
+    -------
+    dx, dvalues : Tensor
+        The latter in float32; empty where not wanted.
+    """
+    dx = dvalues = None
+    if grads[0]:
+        weights, scale, total, factor, zero = _weights(values, columns, True, dy_scale, dy_zero_point, clip)
+        dx = _inner("spmm")(dy, weights, columns[0], columns[1], scale, total, factor, zero, None, dy_grid, views,
+                            x_shape, channels_last, not complete, x_dtype)
+    if grads[1]:
+        dvalues = _inner("sddmm")(planes, dy, *rows, x_scale, x_zero_point, dy_scale, grid, dy_grid, dy_views,
+                                  dy_shape, values.shape[0])
+    return torch.empty(0) if dx is None else dx, torch.empty(0) if dvalues is None else dvalues

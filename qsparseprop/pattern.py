@@ -141,7 +141,7 @@ def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, gro
     return Plan(geometry, forward, backward, rows * (geometry.in_channels // groups) * taps)
 
 
-def _version(tensor: Tensor) -> int:
+def tensor_version(tensor: Tensor) -> int:
     """Number of in-place changes of a tensor; those made in inference mode do not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
@@ -187,7 +187,7 @@ class PlanCache:
             See `check_pattern`.
         """
         crow, col = crow_indices, col_indices
-        stamp = (crow.data_ptr(), _version(crow), crow.numel(), col.data_ptr(), _version(col), col.numel())
+        stamp = (crow.data_ptr(), tensor_version(crow), crow.numel(), col.data_ptr(), tensor_version(col), col.numel())
         held = self._tensors
         same = self._stamp == stamp and (held is None or (held[0] is crow and held[1] is col))
         if not same:

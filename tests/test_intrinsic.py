@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qsparseprop import norm_ops
+from qsparseprop import norm_ops, ops
 from qsparseprop._kernels import _dispatch
+from qsparseprop.geometry import conv_geometry
 from qsparseprop.nn import QuantizedSparseConv2d
 from qsparseprop.nn.intrinsic import (
     QuantizedSparseConvBn2d,
@@ -103,6 +104,7 @@ def test_gradient_is_the_formula(isa, shape, dtype, residual):
     g = dy.float() * (x.float() * scale + shift > 0)
     torch.testing.assert_close(sums[:, 0], g.double().sum(0), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sums[:, 1], (g.double() * codes.double()).sum(0), rtol=1e-5, atol=2e-2)
+    assert torch.equal(sums[:, 2], g.abs().double().amax(0))
     assert torch.equal(dx, (g * factor[0] + (codes.float() * factor[1] + factor[2])).to(dtype))
     assert torch.equal(dresidual, g.to(dtype) if residual else torch.empty(0, dtype=dtype))
 
@@ -143,6 +145,75 @@ def test_bad_arguments_are_refused():
         norm_ops.norm_act_sums(x, codes[:2].clone(), mask)
     with pytest.raises(ValueError, match="factor must have at least 15"):
         norm_ops.norm_act_grad(x, codes, mask, one, False)
+
+
+# ---- batch normalisation and packing in one pass ----
+
+GEOMETRIES = st.sampled_from(["3x3", "3x3 stride 2", "1x1", "images side by side"])
+
+
+def geometry_of(kind, shape):
+    kernel, stride, pad = (1, 1, 0) if kind == "1x1" else (3, 2 if kind == "3x3 stride 2" else 1, 1)
+    return conv_geometry(shape[1], 4, shape[2:], (kernel, kernel), (stride, stride), (pad,) * 4, (1, 1), shape[0],
+                         kind == "images side by side")  # fmt: skip
+
+
+def as_images(rows, shape):
+    return rows.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+
+
+IMAGES = st.tuples(st.integers(1, 20), st.sampled_from([2, 3, 15, 16, 17, 33, 70]), st.integers(1, 9),
+                   st.integers(1, 9))  # fmt: skip
+
+
+@given(shape=IMAGES, kind=GEOMETRIES, dtype=DTYPES, residual=st.booleans(), per_channel=st.booleans(),
+       keep=st.booleans(), save=st.booleans(), scheme=st.sampled_from(["absmax", "standard"]),
+       activation=st.sampled_from(["relu", "relu6", "none"]))  # fmt: skip
+def test_packing_on_the_way_is_packing_afterwards(isa, shape, kind, dtype, residual, per_channel, keep, save, scheme,
+                                                   activation):  # fmt: skip
+    geometry = geometry_of(kind, shape)
+    arguments = act_arguments((shape[0] * shape[2] * shape[3], shape[1]), dtype, residual, activation)
+    if not save:
+        arguments = (*arguments[:6], None, None)
+    # the kernel quantises what it has before it rounds to dtype
+    exact = norm_ops.norm_act(arguments[0].float(), None if arguments[1] is None else arguments[1].float(),
+                              *arguments[2:])[0]  # fmt: skip
+    ends = torch.stack([exact.amin(0), exact.amax(0)], 1)
+    ranges = ends if per_channel else torch.stack([ends[:, 0].amin(), ends[:, 1].amax()])[None]
+    grid, views = geometry.input_grid, geometry.input_views
+    lanes = grid.lanes(shape[0])
+    assert torch.equal(norm_ops.norm_act_range(*arguments[:6]), ends)
+    y, codes, mask, planes, scale, zero = norm_ops.norm_act_pack(
+        *arguments, shape, ranges, grid.numbers, views, lanes, scheme, per_channel, keep,
+    )  # fmt: skip
+    wanted = norm_ops.norm_act(*arguments)
+    assert torch.equal(codes, wanted[1])
+    assert torch.equal(mask, wanted[2])
+    assert torch.equal(y, wanted[0] if keep else torch.empty(0, dtype=dtype))
+    expected = ops.quantize_pack(as_images(exact, shape), grid.numbers, views, lanes, scheme, None, per_channel)
+    for mine, theirs in zip((planes, scale, zero), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@given(shape=IMAGES, kind=GEOMETRIES, dtype=DTYPES, residual=st.booleans(), per_channel=st.booleans(),
+       scheme=st.sampled_from(["stochastic", "symmetric", "luq"]))  # fmt: skip
+def test_packing_the_gradient_on_the_way(isa, shape, kind, dtype, residual, per_channel, scheme):
+    geometry = geometry_of(kind, shape)
+    grid, views = geometry.input_grid, geometry.input_views
+    size = (shape[0] * shape[2] * shape[3], shape[1])
+    _, codes, mask = norm_ops.norm_act(*act_arguments(size, dtype, False, "relu"))
+    dy, factor = torch.randn(size).to(dtype), torch.randn(3, shape[1])
+    exact, dresidual = norm_ops.norm_act_grad(dy.float(), codes, mask, factor, True)
+    most = exact.abs().amax(0) if per_channel else exact.abs().amax()[None]
+    lanes, seed = grid.lanes(shape[0]), torch.tensor(5)
+    *packed, given_back = norm_ops.norm_act_grad_pack(
+        dy, codes, mask, factor, residual, shape, torch.stack([-most, most], 1), grid.numbers, views, lanes, scheme,
+        seed, per_channel,
+    )  # fmt: skip
+    expected = ops.quantize_pack(as_images(exact, shape), grid.numbers, views, lanes, scheme, seed, per_channel)
+    for mine, theirs in zip(packed, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(given_back, dresidual.to(dtype) if residual else torch.empty(0, dtype=dtype))
 
 
 # ---- blocks ----

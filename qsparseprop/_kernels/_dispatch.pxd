@@ -103,6 +103,33 @@ cdef extern from "kernels.h" nogil:
         double count
         double nonzeros
 
+    ctypedef struct qsp_norm:
+        int64_t channels
+        int64_t words
+        int dtype
+        const void *x
+        const void *residual
+        void *out
+        const float *scale
+        const float *shift
+        float low
+        float high
+        const float *code_scale
+        const float *code_shift
+        uint8_t *codes
+        uint16_t *mask
+
+    ctypedef struct qsp_norm_grad:
+        int64_t channels
+        int64_t words
+        int dtype
+        const void *dy
+        const uint8_t *codes
+        const uint16_t *mask
+        const float *factor
+        void *dx
+        void *dresidual
+
     ctypedef struct qsp_pack:
         qsp_grid grid
         qsp_view view
@@ -115,6 +142,8 @@ cdef extern from "kernels.h" nogil:
         int64_t stride
         qsp_scheme scheme
         uint64_t seed
+        const qsp_norm *norm
+        const qsp_norm_grad *norm_grad
 
     ctypedef struct qsp_range:
         float absmax
@@ -151,33 +180,6 @@ cdef extern from "kernels.h" nogil:
         int32_t *zero_point
         uint64_t seed
 
-    ctypedef struct qsp_norm:
-        int64_t channels
-        int64_t words
-        int dtype
-        const void *x
-        const void *residual
-        void *out
-        const float *scale
-        const float *shift
-        float low
-        float high
-        const float *code_scale
-        const float *code_shift
-        uint8_t *codes
-        uint16_t *mask
-
-    ctypedef struct qsp_norm_grad:
-        int64_t channels
-        int64_t words
-        int dtype
-        const void *dy
-        const uint8_t *codes
-        const uint16_t *mask
-        const float *factor
-        void *dx
-        void *dresidual
-
     ctypedef struct qsp_kernels:
         const char *name
         void (*spmm_u8)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
@@ -192,6 +194,7 @@ cdef extern from "kernels.h" nogil:
         void (*quantize_rows)(const qsp_weight *, int64_t, int64_t) noexcept nogil
         void (*norm_moments)(const void *, int, int64_t, int64_t, double *) noexcept nogil
         void (*norm)(const qsp_norm *, int64_t, int64_t) noexcept nogil
+        void (*norm_range)(const qsp_norm *, int64_t, int64_t, float *) noexcept nogil
         void (*norm_sums)(const qsp_norm_grad *, int64_t, int64_t, double *) noexcept nogil
         void (*norm_grad)(const qsp_norm_grad *, int64_t, int64_t) noexcept nogil
         void (*extent)(const int32_t *, int64_t, int32_t *, int32_t *) noexcept nogil

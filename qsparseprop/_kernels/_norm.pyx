@@ -3,17 +3,28 @@
 import torch
 
 from cython.parallel cimport prange
-from libc.stdint cimport int64_t, uint8_t, uint16_t
+from libc.math cimport NAN, isfinite
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
+    QSP_AFFINE,
     QSP_F32,
     active_kernels,
     qsp_kernels,
+    qsp_moments,
     qsp_norm,
     qsp_norm_grad,
+    qsp_pack,
+    qsp_range,
+    qsp_scheme,
 )
-from qsparseprop._kernels._tensor cimport pointer, qsp_prefer_huge_pages, strided_pointer
+from qsparseprop._kernels._pack cimport blank_planes, find_scales, pack_planes
+from qsparseprop._kernels._statistics cimport read_scheme
+from qsparseprop._kernels._tensor cimport pointer, qsp_prefer_huge_pages, read_grid, strided_pointer
+
+cdef extern from "simd/scale.h" nogil:
+    int qsp_wants_moments(const qsp_scheme *)
 
 cdef enum:
     # elements below which starting threads costs more than it gives
@@ -26,6 +37,7 @@ cdef object _float32 = torch.float32
 cdef object _float64 = torch.float64
 cdef object _uint8 = torch.uint8
 cdef object _int16 = torch.int16
+cdef object _int32 = torch.int32
 
 
 cdef void *_matrix(object x, int *dtype, int64_t *rows, int64_t *channels, str name) except? NULL:
@@ -100,20 +112,9 @@ def norm(x, residual, out, scale, shift, float low, float high, code_scale, code
     """
     cdef qsp_norm a
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t k, rows, chunk, chunks
-    memset(&a, 0, sizeof(a))
-    a.x = _matrix(x, &a.dtype, &rows, &a.channels, "x")
-    a.residual = _same(residual, x, "residual")
+    cdef int64_t k, chunk, chunks, rows = _read_norm(&a, x, residual, scale, shift, low, high, code_scale, code_shift,
+                                                     codes, mask)
     a.out = _same(out, x, "out")
-    a.words = (a.channels + 15) // 16
-    a.scale = <const float *> pointer(scale, _float32, a.channels, "scale")
-    a.shift = <const float *> pointer(shift, _float32, a.channels, "shift")
-    a.low, a.high = low, high
-    if codes is not None:
-        a.codes = <uint8_t *> pointer(codes, _uint8, rows * a.channels, "codes")
-        a.code_scale = <const float *> pointer(code_scale, _float32, a.channels, "code_scale")
-        a.code_shift = <const float *> pointer(code_shift, _float32, a.channels, "code_shift")
-        a.mask = <uint16_t *> pointer(mask, _int16, rows * a.words, "mask")
     if rows * a.channels == 0:
         return
     qsp_prefer_huge_pages(a.out, rows * a.channels * (4 if a.dtype == QSP_F32 else 2))
@@ -123,6 +124,122 @@ def norm(x, residual, out, scale, shift, float low, float high, code_scale, code
     threads = _team(threads, rows * a.channels)
     for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm(args, k * chunk, min(rows, (k + 1) * chunk))
+
+
+cdef int64_t _read_norm(qsp_norm *a, object x, object residual, object scale, object shift, float low, float high,
+                        object code_scale, object code_shift, object codes, object mask) except -1:
+    cdef int64_t rows
+    memset(a, 0, sizeof(a[0]))
+    a.x = _matrix(x, &a.dtype, &rows, &a.channels, "x")
+    a.residual = _same(residual, x, "residual")
+    a.words = (a.channels + 15) // 16
+    a.scale = <const float *> pointer(scale, _float32, a.channels, "scale")
+    a.shift = <const float *> pointer(shift, _float32, a.channels, "shift")
+    a.low, a.high = low, high
+    if codes is not None:
+        a.codes = <uint8_t *> pointer(codes, _uint8, rows * a.channels, "codes")
+        a.code_scale = <const float *> pointer(code_scale, _float32, a.channels, "code_scale")
+        a.code_shift = <const float *> pointer(code_shift, _float32, a.channels, "code_shift")
+        a.mask = <uint16_t *> pointer(mask, _int16, rows * a.words, "mask")
+    return rows
+
+
+cdef object _pack_norm(qsp_pack *a, object like, int64_t rows, int64_t channels, object images, object ranges,
+                       object planes, object plane_scale, object zero_point, object grid, object views, str scheme,
+                       options, bint per_channel, int threads):
+    """Pack what batch normalisation or its gradient gives, of known ranges (least, greatest): float32, (channels or 1, 2).
+
+    `images` is the shape, (images, channels, height, width), of the tensor `like`, which is (rows, channels).
+    """
+    cdef qsp_moments moments
+    cdef qsp_range *found
+    cdef int64_t i, count, each = channels if per_channel else 1
+    cdef const float *given = <const float *> pointer(ranges, _float32, 2 * each, "ranges")
+    read_scheme(scheme, options, 8, False, &a.scheme)
+    if qsp_wants_moments(&a.scheme) or a.scheme.kind == QSP_AFFINE and a.norm_grad != NULL:
+        raise ValueError(f"the scheme {scheme!r} cannot be combined with batch normalisation")
+    if channels < 2 or len(images) != 4 or images[1] != channels or images[0] * images[2] * images[3] != rows:
+        raise ValueError(f"the images must have at least 2 channels and {rows} rows of {channels} channels, got shape "
+                         f"{tuple(images)}")
+    read_grid(grid, &a.grid, "grid")
+    count = a.grid.planes if per_channel else 1
+    if count % each:
+        raise ValueError(f"a scale for each of {each} channels does not go with {count} planes")
+    cdef float *scale_p = <float *> pointer(plane_scale, _float32, count, "plane_scale")
+    cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
+    scratch = torch.empty(each * sizeof(qsp_range) + count * sizeof(float), dtype=_uint8)
+    found = <qsp_range *> pointer(scratch, _uint8, 1, "scratch")
+    a.inverse = <float *> (found + each)
+    memset(&moments, 0, sizeof(moments))
+    for i in range(each):
+        found[i].min, found[i].max = min(<float> 0, given[2 * i]), max(<float> 0, given[2 * i + 1])
+        found[i].absmax = max(-found[i].min, found[i].max)
+        if not isfinite(given[2 * i]) or not isfinite(given[2 * i + 1]):
+            found[i].absmax = NAN
+    a.zero_point, a.stride = zero_p, per_channel
+    finite = find_scales(a, found, &moments, each, count, scale_p, zero_p)
+    pack_planes(a, images, like.view(images[0], images[2], images[3], channels).permute(0, 3, 1, 2).stride(), planes,
+                views, _uint8, True, max(threads, 1))
+    if not finite:
+        blank_planes(a, planes, plane_scale, per_channel)
+
+
+def norm_range(x, residual, scale, shift, float low, float high, int threads):
+    """Least and greatest element of each channel of what `norm` gives: float32, (channels, 2).
+
+    NaN where an element is not finite.
+    """
+    cdef qsp_norm a
+    cdef const qsp_kernels *kernels = active_kernels()
+    cdef int64_t k, chunk, chunks, rows = _read_norm(&a, x, residual, scale, shift, low, high, None, None, None, None)
+    if not rows:
+        raise ValueError("the range of no elements is not defined")
+    chunk = _chunk_rows(a.channels)
+    chunks = (rows + chunk - 1) // chunk
+    parts = torch.empty((chunks, a.channels, 2), dtype=_float32)
+    cdef float *part = <float *> pointer(parts, _float32, 0, "parts")
+    cdef const qsp_norm *args = &a
+    threads = _team(threads, rows * a.channels)
+    for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
+        kernels.norm_range(args, k * chunk, min(rows, (k + 1) * chunk), part + 2 * k * args.channels)
+    return torch.stack([parts[:, :, 0].amin(0), parts[:, :, 1].amax(0)], 1)
+
+
+def norm_pack(x, residual, out, scale, shift, float low, float high, code_scale, code_shift, codes, mask, images,
+              ranges, planes, plane_scale, zero_point, grid, views, str scheme, bint per_channel,
+              int threads):
+    """What `norm` does, the result packed as `quantize_pack` does; `out` may be None.
+
+    `ranges` are bounds of the result, float32 (channels, 2), or (1, 2) without `per_channel`: least and greatest.
+    """
+    cdef qsp_norm a
+    cdef qsp_pack p
+    cdef int64_t rows = _read_norm(&a, x, residual, scale, shift, low, high, code_scale, code_shift, codes, mask)
+    memset(&p, 0, sizeof(p))
+    a.out = _same(out, x, "out")
+    if a.out != NULL:
+        qsp_prefer_huge_pages(a.out, rows * a.channels * (4 if a.dtype == QSP_F32 else 2))
+    p.dtype, p.norm = a.dtype, &a
+    if scheme not in ("absmax", "symmetric", "standard"):
+        raise ValueError(f"the scheme {scheme!r} cannot be combined with batch normalisation")
+    _pack_norm(&p, x, rows, a.channels, images, ranges, planes, plane_scale, zero_point, grid, views, scheme, (),
+               per_channel, threads)
+
+
+def norm_grad_pack(dy, codes, mask, factor, dresidual, images, ranges, planes, plane_scale, zero_point, grid, views,
+                   str scheme, options, bint per_channel, uint64_t seed, int threads):
+    """What `norm_grad` does, dx packed as `quantize_pack` does; for `ranges` see `norm_pack`."""
+    cdef qsp_norm_grad a
+    cdef qsp_pack p
+    cdef int64_t rows = _read_gradient(&a, dy, codes, mask)
+    memset(&p, 0, sizeof(p))
+    a.factor = <const float *> pointer(factor, _float32, 3 * a.channels, "factor")
+    a.dresidual = _same(dresidual, dy, "dresidual")
+    if a.dresidual != NULL:
+        qsp_prefer_huge_pages(a.dresidual, rows * a.channels * (4 if a.dtype == QSP_F32 else 2))
+    p.dtype, p.norm_grad, p.seed = a.dtype, &a, seed
+    _pack_norm(&p, dy, rows, a.channels, images, ranges, planes, plane_scale, zero_point, grid, views, scheme, options,
+               per_channel, threads)
 
 
 cdef int64_t _read_gradient(qsp_norm_grad *a, object dy, object codes, object mask) except -1:
@@ -136,23 +253,29 @@ cdef int64_t _read_gradient(qsp_norm_grad *a, object dy, object codes, object ma
 
 
 def norm_sums(dy, codes, mask, int threads):
-    """Sums over each channel of the masked gradient and of gradient * code: float64, (channels, 2)."""
+    """Of each channel the sums of the masked gradient and of gradient * code, and the former's greatest magnitude.
+
+    float64, (channels, 3).
+    """
     cdef qsp_norm_grad a
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t i, k, chunk, chunks, rows = _read_gradient(&a, dy, codes, mask)
     chunk = _chunk_rows(a.channels)
     chunks = (rows + chunk - 1) // chunk
-    parts = torch.empty((chunks, a.channels, 2), dtype=_float64)
+    parts = torch.empty((chunks, a.channels, 3), dtype=_float64)
     cdef double *part = <double *> pointer(parts, _float64, 0, "parts")
     cdef const qsp_norm_grad *args = &a
     threads = _team(threads, rows * a.channels)
     for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
-        kernels.norm_sums(args, k * chunk, min(rows, (k + 1) * chunk), part + 2 * k * args.channels)
-    out = torch.zeros((a.channels, 2), dtype=_float64)
+        kernels.norm_sums(args, k * chunk, min(rows, (k + 1) * chunk), part + 3 * k * args.channels)
+    out = torch.zeros((a.channels, 3), dtype=_float64)
     cdef double *total = <double *> pointer(out, _float64, 0, "out")
     for k in range(chunks):  # in this order, whatever the number of threads
-        for i in range(2 * a.channels):
-            total[i] += part[2 * k * a.channels + i]
+        for i in range(3 * a.channels):
+            if i % 3 == 2:
+                total[i] = max(total[i], part[3 * k * a.channels + i])
+            else:
+                total[i] += part[3 * k * a.channels + i]
     return out
 
 

@@ -40,16 +40,16 @@ cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
 cdef object _uint8 = torch.uint8
 
-cdef int64_t _pack(qsp_pack *a, object x, object planes, object grid, object views, object planes_dtype, bint codes,
-                   int threads) except -1:
+cdef int64_t pack_planes(qsp_pack *a, object shape, object stride, object planes, object views, object planes_dtype,
+                         bint codes, int threads) except -1:
+    """Pack a tensor of that shape and those strides; `a` has everything but the planes, the views and the images."""
     cdef qsp_view all_views[MAX_VIEWS]
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t i, count, blocks, chunks, task, tail, size = 1 if codes else sizeof(float)
     cdef const qsp_pack *args
     cdef qsp_pack each[MAX_VIEWS]
-    read_grid(grid, &a.grid, "grid")
-    count = read_views(views, &a.grid, x.shape, x.stride(), all_views, "x")
-    a.images = x.shape[0]
+    count = read_views(views, &a.grid, shape, stride, all_views, "x")
+    a.images = shape[0]
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     a.planes = pointer(planes, planes_dtype, blocks * a.grid.block, "planes")
     qsp_prefer_huge_pages(a.planes, size * numel(planes))
@@ -84,13 +84,29 @@ def pack(x, planes, grid, views, int threads):
     cdef qsp_pack a
     memset(&a, 0, sizeof(a))
     a.tensor = strided_pointer(x, &a.dtype, "x")
-    _pack(&a, x, planes, grid, views, _float32, False, max(threads, 1))
+    read_grid(grid, &a.grid, "grid")
+    pack_planes(&a, x.shape, x.stride(), planes, views, _float32, False, max(threads, 1))
 
 
-cdef void _blank_planes(const qsp_pack *a, object scale, int64_t blocks) except *:
+cdef bint find_scales(qsp_pack *a, const qsp_range *ranges, const qsp_moments *moments, int64_t channels,
+                      int64_t count, float *scale, int32_t *zero_point) noexcept:
+    """Scale, zero point and `a.inverse` of each plane from what is known of its channel; whether all are finite."""
+    cdef int64_t i
+    cdef bint finite = True
+    for i in range(count):
+        scale[i] = qsp_scale(&a.scheme, &ranges[i % channels], &moments[i % channels], zero_point + i,
+                             <float *> a.inverse + i)
+        finite = finite and isfinite(scale[i])
+    return finite
+
+
+cdef void blank_planes(const qsp_pack *a, object planes, object scale, bint per_channel) except *:
     """Make every code of the planes whose scale is not finite a zero."""
-    cdef int64_t plane, block
+    cdef int64_t plane, block, blocks = (a.images + a.grid.images - 1) // a.grid.images
     cdef const float *scales = <const float *> <uintptr_t> scale.data_ptr()
+    if not per_channel:
+        planes.fill_(128)
+        return
     for plane in range(a.grid.planes):
         if not isfinite(scales[plane]):
             for block in range(blocks):
@@ -111,9 +127,8 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, str scheme, options
     cdef qsp_moments m
     cdef qsp_range *ranges = &r
     cdef qsp_moments *moments = &m
-    cdef int64_t channels, count, i
+    cdef int64_t channels, count
     cdef float inverse
-    cdef bint finite = True
     memset(&a, 0, sizeof(a))
     read_scheme(scheme, options, 8, False, &a.scheme)
     threads = max(threads, 1)
@@ -135,15 +150,8 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, str scheme, options
     else:
         a.inverse = &inverse
     find_statistics(x, a.tensor, a.dtype, per_channel, &a.scheme, ranges, moments, threads)
-    for i in range(count):
-        scale_p[i] = qsp_scale(&a.scheme, &ranges[i % channels], &moments[i % channels], zero_p + i,
-                               <float *> a.inverse + i)
-        finite = finite and isfinite(scale_p[i])
-    if not finite and not per_channel:
-        pointer(planes, _uint8, 0, "planes")
-        planes.fill_(128)
-        return
     a.zero_point, a.stride, a.seed = zero_p, per_channel, seed
-    _pack(&a, x, planes, grid, views, _uint8, True, threads)
+    finite = find_scales(&a, ranges, moments, channels, count, scale_p, zero_p)
+    pack_planes(&a, x.shape, x.stride(), planes, views, _uint8, True, threads)
     if not finite:
-        _blank_planes(&a, scale, (a.images + a.grid.images - 1) // a.grid.images)
+        blank_planes(&a, planes, scale, per_channel)

@@ -1,8 +1,13 @@
 #include "simd/common.h"
 
-/* Unrolling is for registers; portable C has none to keep values in, and compiles in a tenth of the time without it. */
+/* Unrolling and copies of loops for each constant are for registers; portable C has none to keep values in, and compiles
+ * in a fraction of the time without them. */
 #undef QSP_UNROLL
 #define QSP_UNROLL
+#if defined(__GNUC__)
+#undef QSP_INLINE
+#define QSP_INLINE static inline __attribute__((unused))
+#endif
 
 #define ISA_NAME scalar
 #include "simd/scalar.h"

@@ -100,6 +100,30 @@ typedef struct {
     double magnitude, square, sum, count, nonzeros; /* sums over the elements, and how many there are */
 } qsp_moments;
 
+/* Batch normalisation and what follows it, on rows of `channels` elements: pixels in channels_last order. A saved code
+ * stands for x, see code_scale; bit i of the mask says whether the gradient passes element i. */
+typedef struct {
+    int64_t channels, words; /* words of 16 bits that a row has in the mask */
+    int dtype;               /* of x, residual and out */
+    const void *x, *residual; /* residual: NULL or added before the activation */
+    void *out;                   /* may be NULL where the result is packed */
+    const float *scale, *shift;  /* [channels] out = activation(x * scale + shift + residual) */
+    float low, high;             /* activation: limits to this range */
+    const float *code_scale, *code_shift; /* [channels] code - 128 = x * code_scale + code_shift */
+    uint8_t *codes;              /* NULL: neither codes nor mask are wanted */
+    uint16_t *mask;
+} qsp_norm;
+
+typedef struct {
+    int64_t channels, words;
+    int dtype;              /* of dy, dx and dresidual */
+    const void *dy;
+    const uint8_t *codes;
+    const uint16_t *mask;
+    const float *factor;    /* [3][channels] dx = gradient * f0 + code * f1 + f2 */
+    void *dx, *dresidual;   /* dx may be NULL where it is packed; dresidual: the masked gradient, or NULL */
+} qsp_norm_grad;
+
 typedef struct {
     qsp_grid grid;
     qsp_view view;
@@ -112,6 +136,9 @@ typedef struct {
     int64_t stride;          /* 0: one scale for the tensor; 1: one per plane */
     qsp_scheme scheme;
     uint64_t seed;
+    /* One of them: what is packed is batch normalisation of the tensor, or its gradient; channels are neighbours then. */
+    const qsp_norm *norm;
+    const qsp_norm_grad *norm_grad;
 } qsp_pack;
 
 /* What of a range is wanted: each includes the one before. */
@@ -131,30 +158,6 @@ typedef struct {
     float *scale;            /* [rows] */
     int64_t *total;          /* [rows]: sum of code * zero point */
 } qsp_weight;
-
-/* Batch normalisation and what follows it, on rows of `channels` elements: pixels in channels_last order. A saved code
- * stands for x, see code_scale; bit i of the mask says whether the gradient passes element i. */
-typedef struct {
-    int64_t channels, words; /* words of 16 bits that a row has in the mask */
-    int dtype;               /* of x, residual and out */
-    const void *x, *residual; /* residual: NULL or added before the activation */
-    void *out;
-    const float *scale, *shift;  /* [channels] out = activation(x * scale + shift + residual) */
-    float low, high;             /* activation: limits to this range */
-    const float *code_scale, *code_shift; /* [channels] code - 128 = x * code_scale + code_shift */
-    uint8_t *codes;              /* NULL: neither codes nor mask are wanted */
-    uint16_t *mask;
-} qsp_norm;
-
-typedef struct {
-    int64_t channels, words;
-    int dtype;              /* of dy, dx and dresidual */
-    const void *dy;
-    const uint8_t *codes;
-    const uint16_t *mask;
-    const float *factor;    /* [3][channels] dx = gradient * f0 + code * f1 + f2 */
-    void *dx, *dresidual;   /* dresidual: the masked gradient, or NULL */
-} qsp_norm_grad;
 
 typedef struct {
     qsp_scheme scheme;
@@ -189,7 +192,9 @@ typedef struct {
     /* Of each channel of some rows: mean, sum of the squared distances from it, least and greatest. */
     void (*norm_moments)(const void *x, int dtype, int64_t rows, int64_t channels, double *out);
     void (*norm)(const qsp_norm *, int64_t first, int64_t last);
-    /* Of each channel the sums over rows of the gradient, and of gradient * code. */
+    /* Of each channel the least and the greatest element of what `norm` gives for the rows; NaN where any is not finite. */
+    void (*norm_range)(const qsp_norm *, int64_t first, int64_t last, float *out);
+    /* Of each channel the sums over rows of the gradient, and of gradient * code, and the greatest magnitude. */
     void (*norm_sums)(const qsp_norm_grad *, int64_t first, int64_t last, double *out);
     void (*norm_grad)(const qsp_norm_grad *, int64_t first, int64_t last);
     void (*extent)(const int32_t *, int64_t n, int32_t *least, int32_t *most);

@@ -66,6 +66,71 @@ def backward_pass(
     )  # fmt: skip
 
 
+def packed_forward_pass(
+    packed: Sequence[Tensor],
+    batch: int,
+    values: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    qconfig: QuantConfig,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The channels_last product with an input that is packed already; see `ops.packed_forward`."""
+    g = plan.geometry
+    return ops.shortcut("packed_forward", packed[0])(
+        *packed, values, bias, plan.forward, g.input_grid.numbers, g.output_views,
+        (batch, g.output_grid.planes, *g.output_size), dtype, qconfig.weight_clip(values, plan.entries), True,
+    )  # fmt: skip
+
+
+def packed_gradient(
+    dy: Tensor,
+    codes: Tensor,
+    mask: Tensor,
+    factor: Tensor,
+    residual: bool,
+    shape: Sequence[int],
+    bound: Tensor,
+    plan: Plan,
+    qconfig: QuantConfig,
+) -> tuple[Sequence[Tensor], Tensor]:
+    """The gradient behind batch normalisation, packed, and the residual's; see `norm_ops.norm_act_grad_pack`.
+
+    `bound` (channels,) is what no magnitude exceeds.
+    """
+    grid = plan.geometry.output_grid
+    per_channel = qconfig.granularity == "channel"
+    if not per_channel:
+        bound = bound.amax().reshape(1)
+    *packed, dresidual = ops.shortcut("norm_act_grad_pack", dy)(
+        dy, codes, mask, factor, residual, shape, torch.stack([-bound, bound], 1), grid.numbers,
+        plan.geometry.output_views, grid.lanes(shape[0]), "symmetric" if qconfig.grad == "absmax" else qconfig.grad,
+        ops.draw_seed() if qconfig.grad in ops.RANDOM_SCHEMES else None, per_channel, qconfig.grad_options,
+    )  # fmt: skip
+    return packed, dresidual
+
+
+def packed_backward_pass(
+    dy: Sequence[Tensor],
+    values: Tensor,
+    packed: Sequence[Tensor],
+    plan: Plan,
+    qconfig: QuantConfig,
+    x_shape: Sequence[int],
+    dy_shape: Sequence[int],
+    grads: Sequence[bool],
+    x_dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input and the values from a packed one; see `ops.packed_backward`."""
+    g = plan.geometry
+    return ops.shortcut("packed_backward", values)(
+        *dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
+        g.output_views, x_shape, dy_shape, g.covers_input, grads, x_dtype, qconfig.weight_clip(values, plan.entries),
+        channels_last,
+    )  # fmt: skip
+
+
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -11,16 +11,26 @@ own place, whose parameters, statistics and mode are used, so that a fused model
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qsparseprop import norm_ops
-from qsparseprop.geometry import conv_geometry, prefer_batch_innermost
+from qsparseprop.geometry import Geometry, conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._conv import SparseConvNd
+from qsparseprop.nn._handover import PackedInput, PackedTensor, hand_over, handed_over
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d
-from qsparseprop.nn.functional import NoSecondDerivative, backward_pass, check_finite, forward_pass
+from qsparseprop.nn.functional import (
+    NoSecondDerivative,
+    backward_pass,
+    check_finite,
+    forward_pass,
+    packed_backward_pass,
+    packed_forward_pass,
+    packed_gradient,
+)
 from qsparseprop.ops import is_channels_last
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
@@ -35,13 +45,23 @@ def _images(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     return rows.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
 
 
+@dataclass
 class _Settings:
     """What a block's function needs besides tensors."""
 
-    def __init__(self, plan: Plan, qconfig: QuantConfig | None, dtype: torch.dtype, x_channels_last: bool,
-                 batch_statistics: bool, eps: float, low: float, high: float) -> None:  # fmt: skip
-        self.plan, self.qconfig, self.dtype, self.x_channels_last = plan, qconfig, dtype, x_channels_last
-        self.batch_statistics, self.eps, self.low, self.high = batch_statistics, eps, low, high
+    plan: Plan
+    qconfig: QuantConfig
+    dtype: torch.dtype
+    x_channels_last: bool
+    batch_statistics: bool
+    eps: float
+    low: float
+    high: float
+    packed: PackedInput | None  # of the input
+    consumer: tuple[Geometry, QuantConfig] | None  # of the convolution that reads the output
+    keep: bool  # whether anybody else reads it
+    input: PackedInput | None = None  # what was packed here
+    output: PackedInput | None = None
 
 
 class _ConvNormAct(torch.autograd.Function):
@@ -58,18 +78,24 @@ class _ConvNormAct(torch.autograd.Function):
         variance: Tensor | None,
         s: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if s.qconfig is not None and s.qconfig.check_finite:
+        if s.qconfig.check_finite:
             check_finite(x, "the input")
             check_finite(values, "the weight")
-        z, *packed = forward_pass(x, values, bias, s.plan, s.qconfig, s.dtype, True)
+        if s.packed is None:
+            z, *packed = forward_pass(x, values, bias, s.plan, s.qconfig, s.dtype, True)
+            if s.qconfig.grad_weight == "int8":
+                s.input = PackedInput(*packed, s.plan.geometry, s.qconfig.input, s.qconfig.granularity)
+        else:
+            packed, s.packed = s.packed.parts, None
+            z = packed_forward_pass(packed, x.shape[0], values, bias, s.plan, s.qconfig, s.dtype)
         shape = tuple(z.shape)
         z = _rows(z)
         save = any(ctx.needs_input_grad)
-        count = z.shape[0]
+        moments = None
         if s.batch_statistics or save:
             moments = norm_ops.channel_moments(z)
         if s.batch_statistics:
-            mean, variance = moments[:, 0], moments[:, 1] / count
+            mean, variance = moments[:, 0], moments[:, 1] / z.shape[0]
         else:
             mean, variance = mean.double(), variance.double()
         rstd = (variance + s.eps).rsqrt()
@@ -82,7 +108,12 @@ class _ConvNormAct(torch.autograd.Function):
             step = torch.where(step > 0, step, 1.0)
             code_scale, code_shift = (1 / step).float(), (-least / step - 128).float()
         add = None if residual is None else _rows(residual.to(s.dtype))
-        y, codes, mask = norm_ops.norm_act(z, add, scale.float(), shift.float(), s.low, s.high, code_scale, code_shift)
+        arguments = (z, add, scale.float(), shift.float(), s.low, s.high, code_scale, code_shift)
+        if s.consumer is None:
+            y, codes, mask = norm_ops.norm_act(*arguments)
+            y = _images(y, shape)
+        else:
+            y, codes, mask = _packed_output(s, arguments, shape, moments)
         ctx.mark_non_differentiable(mean, variance)
         if save:
             # normalised = code * slope + offset
@@ -90,7 +121,7 @@ class _ConvNormAct(torch.autograd.Function):
             ctx.save_for_backward(values, *packed, codes, mask, gamma, rstd, slope, offset)
             ctx.settings, ctx.shape, ctx.x_shape, ctx.x_dtype = s, shape, x.shape, x.dtype
             ctx.dtypes = [None if t is None else t.dtype for t in (bias, gamma, beta, residual)]
-        return _images(y, shape), mean, variance
+        return y, mean, variance
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -109,12 +140,12 @@ class _ConvNormAct(torch.autograd.Function):
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         values, planes, x_scale, x_zero, codes, mask, gamma, rstd, slope, offset = ctx.saved_tensors
         s: _Settings = ctx.settings
-        if s.qconfig is not None and s.qconfig.check_finite:
+        if s.qconfig.check_finite:
             check_finite(dy, "the gradient of the output")
         need = ctx.needs_input_grad
         bias_dtype, gamma_dtype, beta_dtype, residual_dtype = ctx.dtypes
         dy = _rows(dy.to(s.dtype))
-        total, with_codes = norm_ops.norm_act_sums(dy, codes, mask).unbind(1)
+        total, with_codes, greatest = norm_ops.norm_act_sums(dy, codes, mask).unbind(1)
         with_normalised = slope * with_codes + offset * total
         k = rstd if gamma is None else rstd * gamma
         factor = torch.zeros((3, k.shape[0]), dtype=torch.float64)
@@ -123,11 +154,22 @@ class _ConvNormAct(torch.autograd.Function):
             count = dy.shape[0]
             factor[1] = -k * slope * with_normalised / count
             factor[2] = -k * (total + offset * with_normalised) / count
-        dz, dresidual = norm_ops.norm_act_grad(dy, codes, mask, factor.float(), need[5])
-        dx, dvalues, dbias = backward_pass(
-            _images(dz, ctx.shape), values, (planes, x_scale, x_zero), s.plan, s.qconfig, ctx.x_shape,
-            need[:3], ctx.x_dtype, s.x_channels_last,
-        )  # fmt: skip
+        factor = factor.float()
+        packed = (planes, x_scale, x_zero)
+        if need[2] or not _packs_gradient(s.qconfig, ctx.shape):
+            dz, dresidual = norm_ops.norm_act_grad(dy, codes, mask, factor, need[5])
+            dx, dvalues, dbias = backward_pass(
+                _images(dz, ctx.shape), values, packed, s.plan, s.qconfig, ctx.x_shape, need[:3], ctx.x_dtype,
+                s.x_channels_last,
+            )  # fmt: skip
+        else:
+            dbias = None
+            # a bound in the order of the kernel's roundings: no element is larger
+            rest = torch.stack([factor[2], 255 * factor[1] + factor[2]]).abs().amax(0)
+            bound = greatest.float() * factor[0].abs() + rest + 0 * total.float()
+            dz, dresidual = packed_gradient(dy, codes, mask, factor, need[5], ctx.shape, bound, s.plan, s.qconfig)
+            dx, dvalues = packed_backward_pass(dz, values, packed, s.plan, s.qconfig, ctx.x_shape, ctx.shape, need[:2],
+                                               ctx.x_dtype, s.x_channels_last)
         return (
             dx if need[0] else None,
             dvalues.to(values.dtype) if need[1] else None,
@@ -136,6 +178,39 @@ class _ConvNormAct(torch.autograd.Function):
             total.to(beta_dtype) if need[4] else None,
             _images(dresidual, ctx.shape).to(residual_dtype) if need[5] else None,
         )  # fmt: skip
+
+
+def _packed_output(
+    s: _Settings, arguments: tuple[Any, ...], shape: tuple[int, ...], moments: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output for the consumer, and codes and mask for the backward pass."""
+    z, add, scale, shift, low, high, *_ = arguments
+    if add is None and moments is not None:  # batch normalisation is monotone: its ends are those of its input
+        ranges = moments[:, 2:].float() * scale[:, None] + shift[:, None]
+        ranges = torch.stack([ranges.amin(1), ranges.amax(1)], 1).clamp(low, high)
+    else:
+        ranges = norm_ops.norm_act_range(z, add, scale, shift, low, high)
+    geometry, qconfig = s.consumer
+    per_channel, grid = qconfig.granularity == "channel", geometry.input_grid
+    if not per_channel:
+        ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
+    y, codes, mask, *packed = norm_ops.norm_act_pack(
+        *arguments, shape, ranges, grid.numbers, geometry.input_views, grid.lanes(shape[0]), qconfig.input, per_channel,
+        s.keep,
+    )  # fmt: skip
+    s.output = PackedInput(*packed, geometry, qconfig.input, qconfig.granularity)
+    return _images(y, shape) if s.keep else PackedTensor(s.output, shape, s.dtype), codes, mask
+
+
+def _packs_gradient(qconfig: QuantConfig, shape: tuple[int, ...]) -> bool:
+    """Whether the gradient can be packed while it is computed: its scale must follow from its range."""
+    return qconfig.grad != "dithered" and qconfig.grad_weight == "int8" and shape[1] > 1
+
+
+def _packs_input(qconfig: QuantConfig, geometry: Geometry) -> bool:
+    """Whether a convolution's input can be packed while it is computed."""
+    return (qconfig.input != "sawb" and qconfig.grad_weight == "int8" and geometry.in_channels > 1
+            and geometry.covers_input)  # fmt: skip
 
 
 class QuantizedSparseConvBn2d(QuantizedSparseConv2d):
@@ -152,6 +227,8 @@ class QuantizedSparseConvBn2d(QuantizedSparseConv2d):
     """
 
     low, high = -math.inf, math.inf
+    #: The block whose convolution reads the output, and whether anybody else does; set where a model is fused.
+    _consumer: tuple[QuantizedSparseConvBn2d | None, bool] = (None, True)
 
     @property
     def norm(self) -> nn.BatchNorm2d:
@@ -194,7 +271,7 @@ class QuantizedSparseConvBn2d(QuantizedSparseConv2d):
     def unfuse(self) -> QuantizedSparseConv2d:
         """The convolution alone, with the same parameters."""
         conv = QuantizedSparseConv2d.__new__(QuantizedSparseConv2d)
-        conv.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_norm", "high")})
+        conv.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_norm", "high", "_consumer")})
         return conv
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -222,14 +299,15 @@ class QuantizedSparseConvBn2d(QuantizedSparseConv2d):
         self._check_input(x)
         if x.shape[1] != self.in_channels:
             return self._one_by_one(x, residual)  # which says what is wrong
-        x, kernel_dtype, dtype = self._dtypes(x)
         norm = self.norm
-        batch, size = x.shape[0], tuple(x.shape[2:])
-        images_last = self.vectorizing_over_on
-        if images_last is None:
-            images_last = prefer_batch_innermost(batch, size, True)
-        geometry = conv_geometry(self.in_channels, self.out_channels, size, self.kernel_size, self.stride, self._pads,
-                                 self.dilation, batch, images_last)
+        batch = x.shape[0]
+        geometry = self._geometry(batch, tuple(x.shape[2:]))
+        packed = handed_over(x)
+        if packed is not None and not packed.fits(geometry, self._qconfig):
+            packed = None
+        if packed is None and isinstance(x, PackedTensor):
+            x = x.view_as(x)  # an ordinary tensor
+        x, kernel_dtype, dtype = self._dtypes(x)
         shape = (batch, self.out_channels, *geometry.output_size)
         if residual is not None and tuple(residual.shape) != shape:
             raise ValueError(f"the residual must have shape {shape}, got {tuple(residual.shape)}")
@@ -239,15 +317,33 @@ class QuantizedSparseConvBn2d(QuantizedSparseConv2d):
             mean, variance = norm.running_mean, norm.running_var
         elif batch * math.prod(geometry.output_size) == 1 and norm.training:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+        consumer, keep = self._consumer
+        reader = None
+        if consumer is not None and dtype == kernel_dtype:
+            reader = consumer._geometry(batch, geometry.output_size)
+            reader = (reader, consumer._qconfig) if _packs_input(consumer._qconfig, reader) else None
         settings = _Settings(
-            self._plan(geometry, self.groups), self._qconfig, kernel_dtype,
-            is_channels_last(x), batch_statistics, norm.eps, self.low, self.high,
+            self._plan(geometry, self.groups), self._qconfig, kernel_dtype, is_channels_last(x), batch_statistics,
+            norm.eps, self.low, self.high, packed, reader, keep,
         )  # fmt: skip
         y, mean, variance = _ConvNormAct.apply(x, self.weight, self.bias, norm.weight, norm.bias, residual, mean,
                                                variance, settings)
+        if settings.output is not None:
+            hand_over(y, settings.output)
+        if settings.input is not None and x.grad_fn is not None:  # not on a tensor that the user may keep
+            hand_over(x, settings.input)
+        settings.input = settings.output = None
         if norm.training and norm.track_running_stats and norm.running_mean is not None:
             self._update_statistics(mean, variance, y.numel() // self.out_channels)
         return y if y.dtype == dtype else y.to(dtype)
+
+    def _geometry(self, batch: int, size: tuple[int, int]) -> Geometry:
+        """Where everything of the convolution lies for channels_last images of a size."""
+        images_last = self.vectorizing_over_on
+        if images_last is None:
+            images_last = prefer_batch_innermost(batch, size, True)
+        return conv_geometry(self.in_channels, self.out_channels, size, self.kernel_size, self.stride, self._pads,
+                             self.dilation, batch, images_last)
 
     @torch.no_grad()
     def _update_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:

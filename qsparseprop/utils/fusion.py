@@ -112,6 +112,16 @@ class _Finder:
         return node, ""
 
 
+def _connect(graph: fx.Graph, blocks: dict[str, QuantizedSparseConvBn2d]) -> None:
+    """Tell every block which other one's convolution reads its output, and whether it has other readers."""
+    nodes = [n for n in graph.nodes if n.op == "call_module" and n.target in blocks]
+    for node in nodes:
+        readers = [user for user in nodes if user in node.users and user.args[0] is node]
+        if readers:
+            others = len(node.users) > 1 or node in readers[0].args[1:]
+            blocks[node.target]._consumer = blocks[readers[0].target], others
+
+
 def fuse_modules(model: nn.Module) -> dict[str, str]:
     """Make blocks of quantised sparse convolutions and the BatchNorm2d, additions and ReLU that follow them, in place.
 
@@ -136,7 +146,7 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
         return dict.fromkeys(names, f"not fused: torch.fx cannot trace the model ({type(error).__name__}: {error})")
     find = _Finder(model, graph)
     found = dict.fromkeys(names, "not fused: not called")
-    blocks: dict[str, nn.Module] = {}
+    blocks: dict[str, QuantizedSparseConvBn2d] = {}
     for conv_node in [n for n in graph.nodes if type(find.module(n)) is QuantizedSparseConv2d]:
         norm_node, reason = find.after(conv_node)
         name = next(n for n, m in names.items() if m is find.module(conv_node))
@@ -166,6 +176,7 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
         found[name] = f"fused with {', '.join(parts)}"
     if blocks:
         graph.lint()
+        _connect(graph, blocks)
         for target, block in blocks.items():
             parent, _, child = target.rpartition(".")
             model.get_submodule(parent).register_module(child, block)

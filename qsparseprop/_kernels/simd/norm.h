@@ -101,18 +101,29 @@ static void norm_moments(const void *x, int dtype, int64_t rows, int64_t channel
         norm_moments_of(x, QSP_BF16, rows, channels, out);
 }
 
-QSP_INLINE void norm_at(const qsp_norm *a, int64_t row, int64_t c, const int n, const int dtype, const int residual,
+/* Channels c .. c + n of a row: normalised, with the residual, before the activation. */
+QSP_INLINE f16x norm_value(const qsp_norm *a, f16x v, int64_t row, int64_t c, const int n, const int dtype,
+                           const int residual)
+{
+    const f16x y = f16_add(f16_mul(v, params(a->scale, c, n)), params(a->shift, c, n));
+    return residual ? f16_add(y, row_load(a->residual, dtype, row * a->channels + c, n)) : y;
+}
+
+/* The activation; in this order a NaN stays one. */
+QSP_INLINE f16x norm_limited(const qsp_norm *a, f16x y)
+{
+    return f16_min(f16_set1(a->high), f16_max(f16_set1(a->low), y));
+}
+
+/* The same after the activation, with what the backward pass needs saved. */
+QSP_INLINE f16x norm_at(const qsp_norm *a, int64_t row, int64_t c, const int n, const int dtype, const int residual,
                         const int codes)
 {
     const int64_t at = row * a->channels + c;
-    const f16x v = row_load(a->x, dtype, at, n), low = f16_set1(a->low), high = f16_set1(a->high);
-    f16x y = f16_add(f16_mul(v, params(a->scale, c, n)), params(a->shift, c, n));
-    if (residual)
-        y = f16_add(y, row_load(a->residual, dtype, at, n));
-    /* in this order a NaN stays one */
-    row_store(a->out, dtype, at, n, f16_min(high, f16_max(low, y)));
+    const f16x v = row_load(a->x, dtype, at, n), before = norm_value(a, v, row, c, n, dtype, residual);
+    const f16x y = norm_limited(a, before);
     if (codes) {
-        a->mask[row * a->words + c / 16] = (uint16_t)f16_between(y, low, high);
+        a->mask[row * a->words + c / 16] = (uint16_t)f16_between(before, f16_set1(a->low), f16_set1(a->high));
         const f16x code = f16_add(f16_mul(v, params(a->code_scale, c, n)), params(a->code_shift, c, n));
         const u8x16 bytes = codes_from(i32_nearest(code));
         if (n == 16)
@@ -120,6 +131,9 @@ QSP_INLINE void norm_at(const qsp_norm *a, int64_t row, int64_t c, const int n, 
         else
             codes_store_n(a->codes + at, bytes, n);
     }
+    if (a->out)
+        row_store(a->out, dtype, at, n, y);
+    return y;
 }
 
 QSP_INLINE void norm_of(const qsp_norm *a, int64_t first, int64_t last, const int dtype, const int residual,
@@ -149,6 +163,43 @@ static void norm(const qsp_norm *a, int64_t first, int64_t last)
     }
 }
 
+QSP_INLINE void norm_range_block(const qsp_norm *a, int64_t first, int64_t last, int64_t c, const int n,
+                                 const int dtype, float *out)
+{
+    QSP_ALIGNED(64) float line[2][16];
+    f16x low = f16_set1(INFINITY), high = f16_set1(-INFINITY), bad = f16_zero();
+    for (int64_t row = first; row < last; row++) {
+        const f16x v = row_load(a->x, dtype, row * a->channels + c, n);
+        const f16x y = norm_limited(a, norm_value(a, v, row, c, n, dtype, a->residual != NULL));
+        low = f16_min(low, y);
+        high = f16_max(high, y);
+        bad = f16_add(bad, f16_mul(y, f16_zero())); /* a NaN where an element is NaN or Inf */
+    }
+    f16_store(line[0], f16_add(low, bad));
+    f16_store(line[1], f16_add(high, bad));
+    for (int j = 0; j < n; j++) {
+        out[2 * (c + j)] = line[0][j];
+        out[2 * (c + j) + 1] = line[1][j];
+    }
+}
+
+QSP_INLINE void norm_range_of(const qsp_norm *a, int64_t first, int64_t last, const int dtype, float *out)
+{
+    int64_t c = 0;
+    for (; c + 16 <= a->channels; c += 16)
+        norm_range_block(a, first, last, c, 16, dtype, out);
+    if (c < a->channels)
+        norm_range_block(a, first, last, c, (int)(a->channels - c), dtype, out);
+}
+
+static void norm_range(const qsp_norm *a, int64_t first, int64_t last, float *out)
+{
+    if (a->dtype == QSP_F32)
+        norm_range_of(a, first, last, QSP_F32, out);
+    else
+        norm_range_of(a, first, last, QSP_BF16, out);
+}
+
 QSP_INLINE f16x gradient_at(const qsp_norm_grad *a, int64_t row, int64_t c, const int n, const int dtype)
 {
     return f16_keep(row_load(a->dy, dtype, row * a->channels + c, n), a->mask[row * a->words + c / 16]);
@@ -157,25 +208,31 @@ QSP_INLINE f16x gradient_at(const qsp_norm_grad *a, int64_t row, int64_t c, cons
 QSP_INLINE void sums_block(const qsp_norm_grad *a, int64_t first, int64_t last, int64_t c, const int vectors,
                            const int tail, const int dtype, double *out)
 {
-    f16x sum[NORM_BLOCK], dot[NORM_BLOCK];
+    f16x sum[NORM_BLOCK], dot[NORM_BLOCK], high[NORM_BLOCK], low[NORM_BLOCK];
     QSP_UNROLL
     for (int i = 0; i < vectors; i++)
-        sum[i] = dot[i] = f16_zero();
+        sum[i] = dot[i] = high[i] = low[i] = f16_zero();
     for (int64_t row = first; row < last; row++) {
         QSP_UNROLL
         for (int i = 0; i < vectors; i++) {
             const f16x g = gradient_at(a, row, c + 16 * i, tail, dtype);
             sum[i] = f16_add(sum[i], g);
             dot[i] = f16_add(dot[i], f16_mul(g, row_codes(a->codes + row * a->channels + c + 16 * i, tail)));
+            high[i] = f16_max(high[i], g);
+            low[i] = f16_min(low[i], g);
         }
     }
     for (int i = 0; i < vectors; i++) {
-        QSP_ALIGNED(64) float line[2][16];
+        QSP_ALIGNED(64) float line[4][16];
         f16_store(line[0], sum[i]);
         f16_store(line[1], dot[i]);
+        f16_store(line[2], high[i]);
+        f16_store(line[3], low[i]);
         for (int j = 0; j < tail; j++) {
-            out[2 * (c + 16 * i + j)] = line[0][j];
-            out[2 * (c + 16 * i + j) + 1] = line[1][j];
+            double *to = out + 3 * (c + 16 * i + j);
+            to[0] = line[0][j];
+            to[1] = line[1][j];
+            to[2] = line[2][j] > -line[3][j] ? line[2][j] : -line[3][j];
         }
     }
 }
@@ -199,7 +256,8 @@ static void norm_sums(const qsp_norm_grad *a, int64_t first, int64_t last, doubl
         norm_sums_of(a, first, last, QSP_BF16, out);
 }
 
-QSP_INLINE void norm_grad_at(const qsp_norm_grad *a, int64_t row, int64_t c, const int n, const int dtype)
+/* Channels c .. c + n of a row: the gradient of what was normalised. */
+QSP_INLINE f16x norm_grad_at(const qsp_norm_grad *a, int64_t row, int64_t c, const int n, const int dtype)
 {
     const int64_t at = row * a->channels + c;
     const f16x g = gradient_at(a, row, c, n, dtype), code = row_codes(a->codes + at, n);
@@ -207,7 +265,10 @@ QSP_INLINE void norm_grad_at(const qsp_norm_grad *a, int64_t row, int64_t c, con
         row_store(a->dresidual, dtype, at, n, g);
     const f16x rest = f16_add(f16_mul(code, params(a->factor + a->channels, c, n)),
                               params(a->factor + 2 * a->channels, c, n));
-    row_store(a->dx, dtype, at, n, f16_add(f16_mul(g, params(a->factor, c, n)), rest));
+    const f16x dx = f16_add(f16_mul(g, params(a->factor, c, n)), rest);
+    if (a->dx)
+        row_store(a->dx, dtype, at, n, dx);
+    return dx;
 }
 
 QSP_INLINE void norm_grad_of(const qsp_norm_grad *a, int64_t first, int64_t last, const int dtype)

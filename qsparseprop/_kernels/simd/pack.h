@@ -1,31 +1,9 @@
-/* The packer: a strided tensor -> planes of lanes, quantised to codes or as floats, with every gap filled. */
-
-/* 16 neighbouring elements. */
-QSP_INLINE f16x load16(const void *tensor, const int dtype, int64_t element)
-{
-    return dtype == QSP_F32 ? f16_load((const float *)tensor + element)
-                            : f16_load_bf16((const uint16_t *)tensor + element);
-}
-
-/* n elements, `step` apart; zeros behind them. */
-QSP_INLINE f16x load_n(const void *tensor, const int dtype, int64_t element, int64_t step, int n)
-{
-    QSP_ALIGNED(64) float line[16] = {0};
-    if (dtype == QSP_F32) {
-        const float *p = (const float *)tensor + element;
-        if (step == 1)
-            return f16_load_n(p, n);
-        for (int i = 0; i < n; i++)
-            line[i] = p[i * step];
-    } else {
-        const uint16_t *p = (const uint16_t *)tensor + element;
-        if (step == 1)
-            return f16_load_bf16_n(p, n);
-        for (int i = 0; i < n; i++)
-            line[i] = qsp_bf16_to_float(p[i * step]);
-    }
-    return f16_load(line);
-}
+/* The packer: a strided tensor -> planes of lanes, quantised to codes or as floats, with every gap filled.
+ *
+ * Batch normalisation and its gradient can be computed on the way, so that their result is not written and read again:
+ * what is packed then is an element of the tensor (PLAIN), what norm.h makes of it (NORMED), or the gradient of that
+ * (NORM_GRAD). */
+enum { PLAIN, NORMED, NORM_GRAD };
 
 /* LIMITED is nearest even with codes that may leave their range. */
 enum { NEAREST, LIMITED, RANDOM, LOGARITHMIC };
@@ -112,35 +90,57 @@ static void fill_gaps(const qsp_pack *a, const qsp_walk *w, int64_t block, int64
 /* Where the first element of a run of lanes is, in the tensor, in its logical numbers and in the planes. */
 typedef struct {
     int64_t element, element_step;
+    int64_t row, row_step; /* the same in rows of channels, where batch normalisation is on the way */
     int64_t number, number_step;
     int64_t lane, lanes;
 } lane_run;
 
+/* n channels from `c` on of lane `lane` of a run. */
+QSP_INLINE f16x source_at(const qsp_pack *a, const lane_run *r, int64_t lane, int64_t c, int n, const int dtype,
+                          const int source, const int whole)
+{
+    if (source == NORMED)
+        return norm_at(a->norm, r->row + lane * r->row_step, c, n, dtype, a->norm->residual != NULL,
+                       a->norm->codes != NULL);
+    if (source == NORM_GRAD)
+        return norm_grad_at(a->norm_grad, r->row + lane * r->row_step, c, n, dtype);
+    const int64_t at = r->element + lane * r->element_step + c;
+    return whole ? load16(a->tensor, dtype, at) : load_n(a->tensor, dtype, at, 1, n);
+}
+
+/* Random numbers of 16 neighbouring channels. */
+QSP_INLINE i32x16 random_of(const qsp_pack *a, int64_t number, const int rounding, const int even)
+{
+    if (rounding < RANDOM)
+        return i32_set1(0);
+    return even ? random_run(a->seed, (uint64_t)number) : random_any(a->seed, (uint64_t)number, 1);
+}
+
 /* n channels of up to 16 lanes, transposed: channels are neighbours in memory. `whole`: sixteen of both. `even`: every
  * lane's numbers start with the first of a pair. */
 QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int codes,
-                          const int dtype, const int rounding, const int even, const int whole)
+                          const int dtype, const int rounding, const int source, const int even, const int whole)
 {
     const int lanes = whole ? 16 : (int)qsp_min(16, r->lanes - k);
     const int64_t pitch = a->grid.pitch, to = r->lane + (a->view.plane + c) * pitch + k;
-    const int64_t element = r->element + k * r->element_step + c, number = r->number + k * r->number_step + c;
+    const int64_t number = r->number + k * r->number_step + c;
     const quantizer q = codes ? quantizer_of(a, c, n, rounding) : (quantizer){0};
     f16x floats[16];
     i32x16 tile[16];
-    QSP_UNROLL
-    for (int j = 0; j < 16; j++) {
-        const int64_t lane = whole || j < lanes ? j : lanes - 1; /* lanes that do not exist repeat the last one */
-        const int64_t at = element + lane * r->element_step;
-        const f16x x = whole ? load16(a->tensor, dtype, at) : load_n(a->tensor, dtype, at, 1, n);
-        if (!codes) {
-            floats[j] = x;
-            continue;
+    if (source == PLAIN) {
+        QSP_UNROLL
+        for (int j = 0; j < 16; j++) {
+            const int64_t lane = whole || j < lanes ? j : lanes - 1; /* lanes that do not exist repeat the last one */
+            floats[j] = source_at(a, r, k + lane, c, n, dtype, PLAIN, whole);
+            if (codes)
+                tile[j] = quantize16(floats[j], &q, rounding, random_of(a, number + lane * r->number_step, rounding, even));
         }
-        const uint64_t index = (uint64_t)(number + lane * r->number_step);
-        tile[j] = quantize16(x, &q, rounding,
-                             rounding < RANDOM ? i32_set1(0)
-                             : even              ? random_run(a->seed, index)
-                                                 : random_any(a->seed, index, 1));
+    } else {
+        for (int j = 0; j < 16; j++) { /* too much work for a lane to be worth unrolling */
+            const int64_t lane = whole || j < lanes ? j : lanes - 1;
+            const f16x x = source_at(a, r, k + lane, c, n, dtype, source, whole);
+            tile[j] = quantize16(x, &q, rounding, random_of(a, number + lane * r->number_step, rounding, even));
+        }
     }
     if (!codes) {
         f16_transpose(floats);
@@ -189,19 +189,19 @@ QSP_INLINE void pack_line(const qsp_pack *a, const lane_run *r, int64_t c, const
 }
 
 QSP_INLINE void pack_run(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int codes,
-                         const int dtype, const int rounding, const int even)
+                         const int dtype, const int rounding, const int source, const int even)
 {
     for (int64_t k = 0; k < r->lanes; k += 16) {
         int64_t c = first;
         for (; r->lanes - k >= 16 && c + 16 <= last; c += 16)
-            pack_tile(a, r, k, c, 16, codes, dtype, rounding, even, 1);
+            pack_tile(a, r, k, c, 16, codes, dtype, rounding, source, even, 1);
         for (; c < last; c += 16)
-            pack_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding, even, 0);
+            pack_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding, source, even, 0);
     }
 }
 
 QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64_t last, const int codes,
-                          const int dtype, const int rounding)
+                          const int dtype, const int rounding, const int source)
 {
     const qsp_grid *g = &a->grid;
     const qsp_view *v = &a->view;
@@ -212,13 +212,18 @@ QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64
     const int64_t number0 = batch_inner ? v->index_y : v->index_b, number1 = batch_inner ? v->index_x : v->index_y,
                   number2 = batch_inner ? v->index_b : v->index_x;
     const int64_t image = block * g->images;
-    const int transposed = v->elem_c == 1 && w.elem[2] != 1;
+    /* the caller sees to it that channels are neighbours where there is a `source` */
+    const int transposed = source != PLAIN || (v->elem_c == 1 && w.elem[2] != 1);
+    const int64_t channels = source == NORMED ? a->norm->channels : source == NORM_GRAD ? a->norm_grad->channels : 1;
 
     for (int64_t i0 = 0; i0 < w.size[0]; i0++)
         for (int64_t i1 = 0; i1 < w.size[1]; i1++) {
+            const int64_t element = v->elem + image * v->elem_b + i0 * w.elem[0] + i1 * w.elem[1];
             const lane_run r = {
-                .element = v->elem + image * v->elem_b + i0 * w.elem[0] + i1 * w.elem[1],
+                .element = element,
                 .element_step = w.elem[2],
+                .row = element / channels,
+                .row_step = w.elem[2] / channels,
                 .number = v->index + image * v->index_b + i0 * number0 + i1 * number1,
                 .number_step = number2,
                 .lane = block * g->block + g->front + v->origin + i0 * w.lane[0] + i1 * w.lane[1],
@@ -227,27 +232,34 @@ QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64
             if (!transposed)
                 for (int64_t c = first; c < last; c++)
                     pack_line(a, &r, c, codes, dtype, rounding);
-            else if ((r.number | r.number_step | first) & 1)
-                pack_run(a, &r, first, last, codes, dtype, rounding, 0);
+            else if (rounding >= RANDOM && !((r.number | r.number_step | first) & 1))
+                pack_run(a, &r, first, last, codes, dtype, rounding, source, 1);
             else
-                pack_run(a, &r, first, last, codes, dtype, rounding, 1);
+                pack_run(a, &r, first, last, codes, dtype, rounding, source, 0);
         }
 }
 
 /* The compiler makes a copy of the loops for each constant here: the schemes that layers use by default have their own. */
 QSP_INLINE void pack_codes(const qsp_pack *a, int64_t block, int64_t first, int64_t last, const int dtype)
 {
-    if (rounding_of(&a->scheme) == NEAREST)
-        pack_task(a, block, first, last, 1, dtype, NEAREST);
+    const int rounding = rounding_of(&a->scheme);
+    if (a->norm)
+        pack_task(a, block, first, last, 1, dtype, NEAREST, NORMED);
+    else if (a->norm_grad && rounding == RANDOM)
+        pack_task(a, block, first, last, 1, dtype, RANDOM, NORM_GRAD);
+    else if (rounding == NEAREST)
+        pack_task(a, block, first, last, 1, dtype, NEAREST, PLAIN);
     else
-        pack_task(a, block, first, last, 1, dtype, RANDOM);
+        pack_task(a, block, first, last, 1, dtype, RANDOM, PLAIN);
 }
 
 static void pack_u8(const qsp_pack *a, int64_t block, int64_t first, int64_t last)
 {
     const int rounding = rounding_of(&a->scheme);
-    if (rounding == LIMITED || rounding == LOGARITHMIC)
-        pack_task(a, block, first, last, 1, a->dtype, rounding);
+    if (a->norm_grad && rounding != RANDOM)
+        pack_task(a, block, first, last, 1, a->dtype, rounding, NORM_GRAD);
+    else if (rounding == LIMITED || rounding == LOGARITHMIC)
+        pack_task(a, block, first, last, 1, a->dtype, rounding, PLAIN);
     else if (a->dtype == QSP_F32)
         pack_codes(a, block, first, last, QSP_F32);
     else
@@ -257,7 +269,7 @@ static void pack_u8(const qsp_pack *a, int64_t block, int64_t first, int64_t las
 static void pack_f32(const qsp_pack *a, int64_t block, int64_t first, int64_t last)
 {
     if (a->dtype == QSP_F32)
-        pack_task(a, block, first, last, 0, QSP_F32, NEAREST);
+        pack_task(a, block, first, last, 0, QSP_F32, NEAREST, PLAIN);
     else
-        pack_task(a, block, first, last, 0, QSP_BF16, NEAREST);
+        pack_task(a, block, first, last, 0, QSP_BF16, NEAREST, PLAIN);
 }

@@ -35,27 +35,6 @@ typedef struct {
     void *column[QSP_UNIT];       /* where channel 0 of a lane is, NULL where there is none */
 } unit_target;
 
-QSP_INLINE void *element_at(void *tensor, const int dtype, int64_t element)
-{
-    return (char *)tensor + (dtype == QSP_F32 ? 4 : 2) * element;
-}
-
-/* Neighbouring elements of a tensor. */
-QSP_INLINE void store16(void *p, const int dtype, f16x v)
-{
-    if (dtype == QSP_F32)
-        f16_store((float *)p, v);
-    else
-        f16_store_bf16((uint16_t *)p, v);
-}
-QSP_INLINE void store_n(void *p, const int dtype, f16x v, int n)
-{
-    if (dtype == QSP_F32)
-        f16_store_n((float *)p, v, n);
-    else
-        f16_store_bf16_n((uint16_t *)p, v, n);
-}
-
 static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, const qsp_unit *u, int dtype, void *out)
 {
     qsp_walk w;

@@ -1,0 +1,48 @@
+/* Elements of a tensor of floats or bfloat16s, sixteen at a time. */
+
+/* 16 neighbouring elements. */
+QSP_INLINE f16x load16(const void *tensor, const int dtype, int64_t element)
+{
+    return dtype == QSP_F32 ? f16_load((const float *)tensor + element)
+                            : f16_load_bf16((const uint16_t *)tensor + element);
+}
+
+/* n elements, `step` apart; zeros behind them. */
+QSP_INLINE f16x load_n(const void *tensor, const int dtype, int64_t element, int64_t step, int n)
+{
+    QSP_ALIGNED(64) float line[16] = {0};
+    if (dtype == QSP_F32) {
+        const float *p = (const float *)tensor + element;
+        if (step == 1)
+            return f16_load_n(p, n);
+        for (int i = 0; i < n; i++)
+            line[i] = p[i * step];
+    } else {
+        const uint16_t *p = (const uint16_t *)tensor + element;
+        if (step == 1)
+            return f16_load_bf16_n(p, n);
+        for (int i = 0; i < n; i++)
+            line[i] = qsp_bf16_to_float(p[i * step]);
+    }
+    return f16_load(line);
+}
+
+QSP_INLINE void *element_at(void *tensor, const int dtype, int64_t element)
+{
+    return (char *)tensor + (dtype == QSP_F32 ? 4 : 2) * element;
+}
+
+QSP_INLINE void store16(void *p, const int dtype, f16x v)
+{
+    if (dtype == QSP_F32)
+        f16_store((float *)p, v);
+    else
+        f16_store_bf16((uint16_t *)p, v);
+}
+QSP_INLINE void store_n(void *p, const int dtype, f16x v, int n)
+{
+    if (dtype == QSP_F32)
+        f16_store_n((float *)p, v, n);
+    else
+        f16_store_bf16_n((uint16_t *)p, v, n);
+}

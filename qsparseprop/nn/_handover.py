@@ -1,0 +1,136 @@
+"""Activations that are handed from one block to the next as the packed input of the latter.
+
+A block knows its range before it has computed its output, so that it can quantise and pack on the way what the next
+block would otherwise read again twice. The packed form travels on the tensor that the block returns; everybody else
+sees an ordinary tensor. Where only the next block reads the output, the tensor is a `PackedTensor`, which has no other
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from qsparseprop.geometry import Geometry
+from qsparseprop.pattern import tensor_version
+from qsparseprop.quantization import QuantConfig
+
+
+@dataclass
+class PackedInput:
+    """A tensor as a convolution reads it.
+
+    Attributes
+    ----------
+    planes, scale, zero_point : Tensor
+        Of `ops.quantize_pack`.
+    geometry : Geometry
+        Of the convolution that reads it.
+    scheme, granularity : str
+        How it was quantised.
+    version : int
+        Of the tensor that it stands for.
+    """
+
+    planes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    geometry: Geometry
+    scheme: str
+    granularity: str
+    version: int = 0
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Planes, scale and zero point."""
+        return self.planes, self.scale, self.zero_point
+
+    def fits(self, geometry: Geometry, qconfig: QuantConfig) -> bool:
+        """Whether a convolution can read it."""
+        return (self.geometry is geometry and self.scheme == qconfig.input
+                and self.granularity == qconfig.granularity)  # fmt: skip
+
+
+def hand_over(tensor: Tensor, packed: PackedInput) -> None:
+    """Attach its packed form to a tensor."""
+    packed.version = tensor_version(tensor)
+    tensor._packed_input = packed
+
+
+def handed_over(tensor: Tensor) -> PackedInput | None:
+    """The packed form of a tensor, unless it has changed since."""
+    packed = getattr(tensor, "_packed_input", None)
+    return packed if packed is not None and packed.version == tensor_version(tensor) else None
+
+
+def unpack(packed: PackedInput, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The values that the codes stand for, channels_last."""
+    views, grid = packed.geometry.input_views, packed.geometry.input_grid
+    images, channels = shape[:2]
+    out = torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
+    scale, zero = (t.expand(grid.planes).view(-1, 1, 1) for t in (packed.scale, packed.zero_point))
+    for i in range(0, len(views), 9):
+        plane, _, origin, rows, cols, y0, x0, ystep, xstep = views[i : i + 9]
+        if not rows or not cols:
+            continue
+        codes = packed.planes.as_strided(
+            (-(-images // grid.images), grid.images, channels, rows, cols),
+            (grid.block, grid.lane_b, grid.pitch, grid.lane_y, grid.lane_x), plane * grid.pitch + grid.front + origin,
+        ).reshape(-1, channels, rows, cols)[:images]  # fmt: skip
+        own = slice(plane, plane + channels)
+        values = (codes.to(torch.int32) - zero[own]) * scale[own]
+        out[:, :, y0 : y0 + (rows - 1) * ystep + 1 : ystep, x0 : x0 + (cols - 1) * xstep + 1 : xstep] = values
+    return out
+
+
+class PackedTensor(Tensor):
+    """A tensor of which only the packed form exists, until somebody other than the next block wants its values.
+
+    Every operation but reading what was handed over works on an ordinary tensor, made at the first of them; one that
+    changes it in place ends the packed form.
+    """
+
+    _values: Tensor | None
+    _own: PackedInput
+
+    @staticmethod
+    def __new__(cls, packed: PackedInput, shape: Sequence[int], dtype: torch.dtype) -> PackedTensor:
+        """A channels_last tensor of that shape and dtype."""
+        n, c, h, w = shape
+        tensor = Tensor._make_wrapper_subclass(cls, (n, c, h, w), strides=(c * h * w, 1, w * c, c), dtype=dtype)
+        tensor._values, tensor._own = None, packed
+        return tensor
+
+    def values(self) -> Tensor:
+        """An ordinary tensor."""
+        if self._values is None:
+            self._values = unpack(self._own, self.shape, self.dtype)
+        return self._values
+
+    def __repr__(self, **_: Any) -> str:
+        """What an ordinary tensor prints."""
+        return repr(self.detach())
+
+    def tolist(self) -> Any:
+        """As of an ordinary tensor; torch refuses it for subclasses."""
+        return self.detach().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As of an ordinary tensor; torch refuses it for subclasses."""
+        return (self.detach() if force or not self.requires_grad else self * 1).numpy(force=force)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator on the values."""
+        packed = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, PackedTensor)]
+        args, kwargs = tree_map_only(PackedTensor, PackedTensor.values, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        for tensor in packed:
+            if result is tensor._values:  # in place: the result is the tensor that was given
+                return tensor
+        return result

@@ -1,0 +1,226 @@
+"""Activations that travel packed from block to block."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qsparseprop.nn._handover import PackedTensor, handed_over
+from qsparseprop.nn.intrinsic import QuantizedSparseConvBn2d
+from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils.models import resnet20
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+
+
+def fused(model, shape, **settings):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.in_channels > 3:
+                module.weight *= torch.rand_like(module.weight) > 0.7
+    return swap_modules_with_sparse(model, shape, fuse=True, include_dense=False, min_sparsity=0.5, verbose=False,
+                                    qconfig=QuantConfig(**settings))  # fmt: skip
+
+
+def chain(**settings):
+    layers = []
+    for stride in (1, 2, 1):
+        layers += [nn.Conv2d(12, 12, 3, stride, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU()]
+    model = nn.Sequential(*layers)
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return fused(model, (5, 12, 9, 7), **settings)
+
+
+def blocks(model):
+    return [m for m in model.modules() if isinstance(m, QuantizedSparseConvBn2d)]
+
+
+def disconnected(model):
+    """The same model, its activations ordinary tensors."""
+    model = copy.deepcopy(model)
+    for block in blocks(model):
+        block._consumer = (None, True)
+    return model
+
+
+def run(model, x, training=True):
+    model.train(training)
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    y = model(x)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    return y.detach(), x.grad, [p.grad for p in model.parameters()], [b.clone() for b in model.buffers()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"granularity": "tensor"}, {"input": "standard"}, {"input": "sawb"},
+                                      {"grad": "absmax"}, {"grad": "luq"}, {"grad": "dithered"},
+                                      {"grad_weight": "float32"}])  # fmt: skip
+def test_a_chain_computes_the_same_bits(settings, training):
+    model = chain(**settings)
+    plain = disconnected(model)
+    x = torch.randn(5, 12, 9, 7)
+    y, dx, grads, buffers = run(model, x, training)
+    y_plain, dx_plain, grads_plain, buffers_plain = run(plain, x, training)
+    assert torch.equal(y, y_plain)
+    assert torch.equal(dx, dx_plain)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_plain, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(buffers, buffers_plain, strict=True))
+
+
+def test_only_what_the_next_block_reads_alone_is_a_packed_tensor():
+    model = resnet20()
+    model = fused(model, (4, 3, 32, 32))
+    seen = {}
+    for name, block in model.named_modules():
+        if isinstance(block, QuantizedSparseConvBn2d):
+            block.register_forward_hook(lambda module, args, y, name=name: seen.update({name: (args, y)}))
+    model(torch.randn(4, 3, 32, 32))
+    firsts = [name for name in seen if name.endswith("conv1") and "layer" in name]
+    assert len(firsts) == 9
+    for name in firsts:
+        y = seen[name][1]
+        assert type(y) is PackedTensor
+        assert seen[name.replace("conv1", "conv2")][0][0] is y
+    last = [seen[name][1] for name in seen if name.endswith("conv2")]
+    assert all(type(y) is torch.Tensor for y in last)
+    assert all(handed_over(y) is not None for y in last[:-1])
+
+
+def test_a_residual_network_agrees():
+    torch.manual_seed(0)
+    model = fused(resnet20(), (8, 3, 32, 32))
+    plain = disconnected(model)
+    x = torch.randn(8, 3, 32, 32)
+    y, _, grads, _ = run(model, x)
+    y_plain, _, grads_plain, _ = run(plain, x)
+    assert torch.equal(y, y_plain)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_plain, strict=True))
+
+
+OPERATIONS = {
+    "index": lambda y: y[0],
+    "sum": lambda y: y.sum(),
+    "view": lambda y: y.permute(0, 2, 3, 1).reshape(-1),
+    "cat": lambda y: torch.cat([y, y], 1),
+    "relu": torch.relu,
+    "detach": lambda y: y.detach(),
+    "double": lambda y: y.double(),
+    "clone": lambda y: y.clone(),
+    "unsqueeze": lambda y: y.unsqueeze(0) * 2,
+    "convolution": lambda y: nn.functional.conv2d(y, torch.ones(3, 12, 1, 1)),
+}
+
+
+@pytest.fixture
+def packed():
+    model = chain()
+    first = blocks(model)[0]
+    x = torch.randn(5, 12, 9, 7)
+    torch.manual_seed(1)
+    y = first(x)
+    assert type(y) is PackedTensor
+    plain = disconnected(model)
+    return y, blocks(plain)[0](x), handed_over(y).scale
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_any_operation_sees_an_ordinary_tensor(packed, name):
+    y, plain, scale = packed
+    result, expected = OPERATIONS[name](y), OPERATIONS[name](plain)
+    assert type(result) is torch.Tensor
+    assert result.shape == expected.shape
+    assert result.stride() == expected.stride()
+    assert result.requires_grad == expected.requires_grad
+    close = 0.51 * scale.max().item() * (plain.numel() if name == "sum" else 12 if name == "convolution" else 2)
+    torch.testing.assert_close(result, expected, rtol=0, atol=close)
+    if result.requires_grad:
+        result.sum().backward()
+
+
+def test_values_and_their_gradient(packed):
+    y, plain, scale = packed
+    values = y * 1
+    steps = scale[:12].view(-1, 1, 1)
+    assert ((values - plain).abs() <= 0.501 * steps).all()
+    assert repr(y) == repr(values.detach())
+    assert y.tolist() == values.tolist()
+    assert (y.numpy(force=True) == values.detach().numpy()).all()
+
+
+def test_a_change_in_place_ends_the_packed_form(packed):
+    y, plain, _ = packed
+    with torch.no_grad():
+        changed = y.add_(1)
+    assert changed is y
+    assert handed_over(y) is None
+    torch.testing.assert_close(y * 1, plain + 1, rtol=0, atol=0.1)
+
+
+def test_hooks_see_ordinary_values_and_may_replace_them():
+    model = chain()
+    x = torch.randn(5, 12, 9, 7)
+    plain = disconnected(model)
+    first, first_plain = blocks(model)[0], blocks(plain)[0]
+    for block in (first, first_plain):
+        block.register_forward_hook(lambda module, args, y: y * 0.5)
+    torch.testing.assert_close(model(x), plain(x), rtol=0.05, atol=0.05)
+    sizes = []
+    blocks(model)[1].register_full_backward_hook(lambda module, given, wanted: sizes.append(given[0].shape))
+    blocks(model)[1].register_forward_pre_hook(lambda module, args: sizes.append(args[0].mean().shape))
+    model(x).sum().backward()
+    assert sizes == [torch.Size([]), torch.Size([5, 12, 9, 7])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode, dtype):
+    model = chain().eval()
+    x = torch.randn(5, 12, 9, 7, dtype=dtype)
+    with mode():
+        y = model(x)
+    expected = disconnected(model)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_what_a_user_keeps_holds_no_packed_form():
+    model = chain()
+    x = torch.randn(5, 12, 9, 7)
+    model(x)
+    assert handed_over(x) is None
+    x = torch.randn(5, 12, 9, 7, requires_grad=True)
+    model(x)
+    assert handed_over(x) is None
+
+
+def test_bad_numbers_reach_the_output():
+    model = chain()
+    x = torch.randn(5, 12, 9, 7)
+    x[0, 0, 0, 0] = float("nan")
+    assert not torch.isfinite(model(x)).any()
+
+
+def test_memory_of_a_chain():
+    """Between blocks: a byte for the next one's input, a byte and a bit for the gradient, no floats."""
+    layers = []
+    for _ in range(4):
+        layers += [nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    model = fused(nn.Sequential(*layers), (64, 16, 16, 16))
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(64, 16, 16, 16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    assert sum(kept.values()) < 4 * 2.25 * x.numel() + 100_000
+    y.sum().backward()
