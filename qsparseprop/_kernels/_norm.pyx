@@ -147,7 +147,7 @@ cdef int64_t _read_norm(qsp_norm *a, object x, object residual, object scale, ob
 cdef object _pack_norm(qsp_pack *a, object like, int64_t rows, int64_t channels, object images, object ranges,
                        object planes, object plane_scale, object zero_point, object grid, object views, str scheme,
                        options, bint per_channel, int threads):
-    """Pack what batch normalisation or its gradient gives, of known ranges (least, greatest): float32, (channels or 1, 2).
+    """Pack what batch normalisation or its gradient gives, of known ranges (least, greatest): float32, (channels, 2).
 
     `images` is the shape, (images, channels, height, width), of the tensor `like`, which is (rows, channels).
     """
