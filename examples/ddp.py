@@ -8,6 +8,7 @@ import argparse
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a process group, see main()
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -32,18 +33,11 @@ def make_model(sparsity: float, kind: str) -> nn.Module:
                                     min_sparsity=0.9 * sparsity, verbose=False)  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=["int8", "fp32", "dense"], default="int8")
-    parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together (default: %(default)s)")
-    args = parser.parse_args()
-    dist.init_process_group("gloo")
+def train(kind: str, sparsity: float, epochs: int, batch_size: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     # The pattern is the same everywhere after the first broadcast. Sending the buffers in every forward pass would cost
     # more than the gradients. (Before torch 2.13: broadcast_buffers=False.)
-    model = DistributedDataParallel(make_model(args.sparsity, args.kind), forward_sync_buffers=False)
+    model = DistributedDataParallel(make_model(sparsity, kind), forward_sync_buffers=False)
     sent = [0, 0]  # bytes, steps
 
     def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -53,11 +47,11 @@ def main() -> None:
     model.register_comm_hook(None, count)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     data = load_digits_data(size=16, channels=1)
-    share = args.batch_size // world
+    share = batch_size // world
     torch.manual_seed(rank)  # the random rounding of gradients need not be the same
-    for epoch in range(args.epochs):
+    for epoch in range(epochs):
         losses = []
-        for images, labels in training_loader(data.train_images, data.train_labels, args.batch_size, seed=epoch):
+        for images, labels in training_loader(data.train_images, data.train_labels, batch_size, seed=epoch):
             part = slice(rank * share, (rank + 1) * share)
             loss = F.cross_entropy(model(images[part]), labels[part])
             optimizer.zero_grad()
@@ -71,8 +65,21 @@ def main() -> None:
             print(f"epoch {epoch + 1}: loss {mean.item() / world:.4f}", flush=True)
     if rank == 0:
         weights = sum(p.numel() for p in model.parameters())
-        print(f"{args.kind}: {weights} parameters, {sent[0] // sent[1]} bytes of gradients a step and process")
-    dist.barrier()  # a process that leaves first takes the connection from under the others
+        print(f"{kind}: {weights} parameters, {sent[0] // sent[1]} bytes of gradients a step and process")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=["int8", "fp32", "dense"], default="int8")
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together (default: %(default)s)")
+    args = parser.parse_args()
+    dist.init_process_group("gloo")
+    train(args.kind, args.sparsity, args.epochs, args.batch_size)
+    # This waits for gloo's threads, if nothing else holds the group. Else they outlive the interpreter, and one that
+    # still has a tensor to release aborts the process. So the DistributedDataParallel ends with its function; and
+    # torch.distributed.nn, which torch would import inside of it, has the group as a default argument of its functions.
     dist.destroy_process_group()
 
 

@@ -24,18 +24,38 @@ STEPS, BATCH = 6, 16
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
+# The group ends where it is destroyed. Something that holds it would let gloo's threads run on while the interpreter
+# ends, and one that then releases a tensor aborts the process: rarely, so that it is not for the tests to wait for it.
+RUN = '''
+import runpy
+import sys
+import weakref
+import torch.distributed as dist
+
+destroy = dist.destroy_process_group
+
+def destroy_and_check():
+    group = weakref.ref(dist.group.WORLD)
+    destroy()
+    assert group() is None, "something holds the process group"
+
+dist.destroy_process_group = destroy_and_check
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+'''
+
 WORKER = '''
 import sys
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which its functions would keep as a default argument
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 folder = sys.argv[1]
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-for kind in ("fp32", "int8"):
+
+def train(kind):
+    rank, world = dist.get_rank(), dist.get_world_size()
     start = torch.load(f"{folder}/start_{kind}.pt", weights_only=False)
     if rank:  # what the first process has is what counts
         for tensor in start.parameters():
@@ -58,15 +78,21 @@ for kind in ("fp32", "int8"):
         loss.backward()
         optimizer.step()
     torch.save((model.module.state_dict(), sum(sent) / len(batches)), f"{folder}/end_{kind}_{rank}.pt")
-dist.barrier()
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+for kind in ("fp32", "int8"):
+    train(kind)
 dist.destroy_process_group()
 '''
 
 
-def torchrun(script: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+def torchrun(folder: Path, script: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+    run = folder / "run.py"
+    run.write_text(RUN)
     package = os.pathsep.join([str(Path(qsparseprop.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               str(script), *arguments]  # fmt: skip
+               str(run), str(script), *arguments]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, cwd=script.parent, capture_output=True, text=True, timeout=300,
                           check=False)  # fmt: skip
@@ -98,7 +124,7 @@ def test_two_processes_train_like_one_with_the_joint_batch(tmp_path):
         torch.save(network(kind), tmp_path / f"start_{kind}.pt")
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    done = torchrun(script, str(tmp_path))
+    done = torchrun(tmp_path, script, str(tmp_path))
     assert done.returncode == 0, done.stderr
     exact = train(network("fp32"), batches).state_dict()
     for kind in ("fp32", "int8"):
@@ -121,8 +147,8 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are not beside the tests")
-def test_the_example():
-    done = torchrun(EXAMPLES / "ddp.py", "--epochs", "1")
+def test_the_example(tmp_path):
+    done = torchrun(tmp_path, EXAMPLES / "ddp.py", "--epochs", "1")
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1].split()
     assert last[0] == "int8:"
