@@ -274,7 +274,7 @@ def _measure(args: argparse.Namespace, setting: Setting, sparsities: list[float]
     if args.quick:
         config = replace(config, epochs=1, pretrain_epochs=1, max_images=200)
         if args.name == "pose":
-            config = replace(config, max_images=16, batch_size=4)
+            config = replace(config, max_images=16, batch_size=4, image_size=64)
         elif args.name == "vit":
             config = replace(config, width=48, image_size=16)
         else:

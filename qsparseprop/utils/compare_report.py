@@ -133,7 +133,7 @@ def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
             caption = f"{label} ({run['config']}): {run['step_ms']:.0f} ms/step"
         accuracy_axes.plot(seconds, top1, linewidth=2, markersize=6, label=caption, **style)
     loss_axes.set(ylabel="training loss (mean of 3 steps)")
-    loss_axes.set_ylim(bottom=0)
+    loss_axes.set_ylim(0, 1.05 * max(loss_axes.get_ylim()[1], 1e-9))
     accuracy_axes.set(ylabel="test accuracy, top-1 (%)", ylim=(0, 103))
     for axes in (loss_axes, accuracy_axes):
         axes.set_xlabel("training time (s)")
