@@ -238,6 +238,33 @@ def dequantize(
     return out.view(codes.shape).to(dtype)
 
 
+def _in_memory(x: Tensor) -> Tensor:
+    """The elements of a tensor without gaps in the order of memory."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `qsparseprop.mask_ops.relu_mask`."""
+    bits = _in_memory(~(x <= 0)).to(torch.int32)
+    words = torch.cat([bits, bits.new_zeros(-bits.numel() % 16)]).view(-1, 16) << torch.arange(16, dtype=torch.int32)
+    return x.relu(), words.sum(1).to(torch.int16)
+
+
+def relu_mask_(x: Tensor) -> Tensor:
+    """See `qsparseprop.mask_ops.relu_mask_`."""
+    y, mask = relu_mask(x)
+    x.copy_(y)
+    return mask
+
+
+def keep_masked(x: Tensor, mask: Tensor) -> Tensor:
+    """See `qsparseprop.mask_ops.keep_masked`."""
+    bits = (mask[:, None].to(torch.int32) >> torch.arange(16, dtype=torch.int32)) & 1
+    out = torch.empty_like(x)
+    _in_memory(out).copy_(torch.where(bits.reshape(-1)[: x.numel()] == 1, _in_memory(x), 0))
+    return out
+
+
 def pack(x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int) -> Tensor:
     """See `qsparseprop.ops.pack`."""
     planes = torch.zeros(lanes, dtype=torch.float32)

@@ -147,26 +147,58 @@ def accuracy(result, arguments):
     return json.loads(result.read_text()), done.stdout
 
 
-def test_results_of_whole_runs_become_a_page(tmp_path):
+def results(tmp_path, *arguments):
     for module in ("sklearn", "matplotlib"):
         pytest.importorskip(module)
     package = str(Path(qsparseprop.__file__).parents[1])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(BENCHMARKS / "results.py"), "digits", "--quick", "--threads", "1",
-               "--sparsity", "0.9", "--docs", str(tmp_path)]  # fmt: skip
+    command = [sys.executable, str(BENCHMARKS / "results.py"), *arguments, "--quick", "--threads", "1", "--docs",
+               str(tmp_path)]  # fmt: skip
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300, check=False)  # fmt: skip
+                          timeout=600, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    document = json.loads((tmp_path / "results" / "digits.json").read_text())
-    runs = ["dense_fp32", "dense_best", "qsparseprop", "sparse_fp32", "compressed"]
+    assert done.stdout.startswith(f"{arguments[0]}: about ")
+    assert " minutes for 1 sparsities and 1 seeds" in done.stdout.splitlines()[0]
+    document = json.loads((tmp_path / "results" / f"{arguments[0]}.json").read_text())
+    page = (tmp_path / "results.md").read_text()
+    assert f"## {arguments[0]}" in page
+    assert str(tmp_path) not in page
+    for (sparsity,) in [document["summaries"]]:
+        for kind in ("", "-bars"):
+            name = f"{arguments[0]}-{100 * float(sparsity):g}{kind}.png"
+            assert (tmp_path / "results" / name).read_bytes().startswith(b"\x89PNG")
+            assert f"](results/{name})" in page
+    return document, page
+
+
+def test_results_of_whole_runs_become_a_page(tmp_path):
+    document, page = results(tmp_path, "digits", "--sparsity", "0.9", "--minutes", "1")
+    runs = ["dense_fp32", "dense_best", "sparse_fp32", "qsparseprop", "compressed", "blocks"]
     assert list(document["summaries"]["0.9"]) == runs
     saved = {name: run["saved_mb"] for name, run in document["summaries"]["0.9"].items()}
-    assert saved["compressed"] < saved["qsparseprop"] < saved["sparse_fp32"]
-    assert (tmp_path / "results" / "digits-90.png").read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "results.md").read_text()
-    assert "## digits" in page
-    assert str(tmp_path) not in page
-    assert all(label in page for label in ("dense best", "+ compress saved", "results/digits-90.png"))
+    assert saved["compressed"] < saved["blocks"] <= saved["qsparseprop"] < saved["sparse_fp32"]
+    assert all(label in page for label in ("dense best", "+ compress saved", "+ packed blocks"))
+    assert f"--images {document['config']['max_images']} " in page
+
+
+def test_results_of_a_transformer_and_of_a_production_network(tmp_path, shared_dir):
+    data = ("--data", str(shared_dir / "data"))
+    _, page = results(tmp_path, "vit", *data, "--sparsity", "0.95")
+    assert str(shared_dir) not in page
+    document, page = results(tmp_path, "pose", *data, "--weights", str(shared_dir / "weights"))
+    assert list(document["summaries"]) == ["0.75"]
+    assert "blocks" not in document["summaries"]["0.75"]
+    assert {"## vit", "## pose"} <= set(page.splitlines())
+    assert str(shared_dir) not in page
+
+
+def test_saved(tmp_path):
+    document, printed = run(tmp_path, "saved.py", "--threads", "1")
+    assert [r["kind"] for r in document["results"]] == ["dense", "dense cl", "swapped cl", "blocks cl"]
+    for result in document["results"]:
+        assert result["kind"] in printed
+        assert result["kept_mb"] < result["saved_mb"]
+        assert 0 < result["error"] < (0.02 if result["kind"].startswith("dense") else 0.1)
 
 
 def test_gradual(tmp_path):

@@ -188,6 +188,37 @@ def test_a_busy_machine_is_told_of(ratio, warned, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_keep_their_captions_inside(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from qsparseprop.utils.compare import RUN_LABELS
+    from qsparseprop.utils.compare_report import write_bars, write_plot
+
+    def check(figure, *args, **kwargs):
+        figure.draw_without_rendering()
+        width, height = figure.bbox.size
+        texts = [text for legend in figure.legends for text in legend.get_texts()]
+        for axes in figure.axes:
+            names = [tick for tick in axes.get_yticklabels() if tick.get_text() in RUN_LABELS.values()]
+            texts += [axes.xaxis.label, axes.yaxis.label, *names, *axes.texts]
+        assert len(texts) > 4
+        for box in (text.get_window_extent() for text in texts if text.get_text()):
+            assert 0 <= box.x0 < box.x1 <= width
+            assert 0 <= box.y0 < box.y1 <= height
+        saved(figure, *args, **kwargs)
+
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", check)
+    result = _made_up_result(1.0)
+    run = next(iter(result["runs"].values())) | {"step_ms": 54_321.0}
+    result["runs"] = {name: run | {"config": "bf16 channels_last"} for name in RUN_LABELS}
+    write_plot(result, tmp_path / "plot.png")
+    bars = {name: {"step_ms": 12_345.6, "saved_mb": 300.9, "added_mb": 679.0} for name in RUN_LABELS}
+    write_bars(bars, "title", tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_files_appear_whole_or_not_at_all(tmp_path):
     from qsparseprop.utils.compare_report import write_json
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qsparseprop import mask_ops, norm_ops, ops, quantize_ops
 from qsparseprop import nn as qnn
-from qsparseprop import norm_ops, ops, quantize_ops
 from qsparseprop.nn._traced import config_text
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.models import CifarResNet
@@ -280,6 +280,9 @@ def _other_calls() -> list[tuple]:
         (quantize_ops.quantize, (x, "standard", 8, None, 7, False, None, [])),
         (quantize_ops.quantize, (x, "absmax", 8, 1, None, True, None, [])),
         (quantize_ops.dequantize, (*packed, None, 7, torch.bfloat16)),
+        (mask_ops.relu_mask, (x,)),
+        (mask_ops.relu_mask_, (x.clone(),)),
+        (mask_ops.keep_masked, (x, torch.zeros(8, dtype=torch.int16))),
     ]
 
 

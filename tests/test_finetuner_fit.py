@@ -425,18 +425,117 @@ torch.save(tuner.model.state_dict(), sys.argv[1] + ".result")
 """
 
 
+#: Sparse layers in 8 bits with stochastic rounding, batch normalisation, dropout, AdamW and a schedule; the process
+#: kills itself at a point inside the writing of its n-th checkpoint.
+SPARSE_SCRIPT = """
+import io, os, pathlib, random, signal, sys
+import numpy, torch
+from torch import nn
+from qsparseprop.utils.data import evaluation_loader, training_loader
+from qsparseprop.utils.finetuner import Finetuner
+from qsparseprop.utils.models import resnet20
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
+
+folder, epochs, point, wanted = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+save, replace, writes = torch.save, os.replace, 0
+
+def die():
+    print(len(tuner.history.losses), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def saving(content, target, *args, **kwargs):
+    global writes
+    if isinstance(target, pathlib.Path) and ".last.pt." in target.name:
+        writes += 1
+        if writes == wanted and point == "half":
+            buffer = io.BytesIO()
+            save(content, buffer)
+            target.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+            die()
+    return save(content, target, *args, **kwargs)
+
+def replacing(source, target):
+    ours = str(target).endswith("last.pt") and writes == wanted
+    if ours and point == "before":
+        die()
+    replace(source, target)
+    if ours and point == "after":
+        die()
+
+torch.save, os.replace = saving, replacing
+torch.set_num_threads(1)
+random.seed(0)
+numpy.random.seed(0)
+torch.manual_seed(0)
+model = nn.Sequential(resnet20(num_classes=16, width=4), nn.Dropout(0.2), nn.Linear(16, 4))
+layerwise_magnitude_prune(model, 0.8)
+make_pruning_permanent(model)
+model = swap_modules_with_sparse(model, (16, 3, 8, 8), verbose=False, include_dense=False, min_sparsity=0.7)
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+tuner = Finetuner(model, optimizer, scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=100))
+images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 4
+tuner.fit(training_loader(images, labels, 16, seed=3), epochs, folder=folder, resume=True, checkpoint_every=2,
+          evaluation_batches=evaluation_loader(images, labels, 32))
+print(len(tuner.history.losses), flush=True)
+"""
+
+
 @pytest.fixture
 def start(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(SCRIPT))
     package = str(Path(qsparseprop.__file__).parents[1])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
 
-    def run(folder, epochs):
-        return subprocess.Popen([sys.executable, str(script), str(folder), str(epochs)], stdout=subprocess.PIPE,
+    def run(folder, *arguments, script=SCRIPT):
+        file = tmp_path / f"train{len(script)}.py"
+        file.write_text(textwrap.dedent(script))
+        return subprocess.Popen([sys.executable, str(file), str(folder), *map(str, arguments)], stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
 
     return run
+
+
+def assert_same_content(ours, theirs, where=""):
+    """Equality of all that a checkpoint holds, except for times."""
+    if isinstance(theirs, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in theirs:
+            if "seconds" not in str(key):
+                assert_same_content(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same_content(*pair, f"{where}/{i}")
+    else:
+        assert ours == theirs, where
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_kill_at_any_point_of_writing_a_checkpoint_changes_nothing_but_the_time(start, tmp_path):
+    """A resumed training ends with the uninterrupted one's last checkpoint, bit for bit and as a whole."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    assert finish(start(whole, 3, "never", 0, script=SPARSE_SCRIPT)) == ["12"]
+    before = 0
+    for point, number in (("half", 1), ("half", 2), ("before", 2), ("after", 2), ("half", 2)):
+        process = start(folder, 3, point, number, script=SPARSE_SCRIPT)
+        out, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors) == (-signal.SIGKILL, "")
+        killed_at = int(out)
+        assert before <= killed_at <= 12
+        assert any(folder.glob(".last.pt.*.tmp")) == (point != "after")
+        done = 0
+        if (folder / "last.pt").exists():
+            done = len(read_checkpoint(folder / "last.pt")["history"]["losses"])
+        # at the end of an epoch the same step is written twice, with the evaluation
+        assert done == killed_at if point == "after" else killed_at - 2 <= done <= killed_at
+        before = done
+    assert before > 0
+    assert finish(start(folder, 3, "never", 0, script=SPARSE_SCRIPT)) == ["12"]
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
+    for name in ("last.pt", "best.pt"):
+        assert_same_content(read_checkpoint(folder / name), read_checkpoint(whole / name))
 
 
 def finish(process):

@@ -120,10 +120,25 @@ def test_bits_give_the_same_results_and_gradients(name, memory_format, dtype):
     for plain, ours in zip(*results, strict=True):
         assert torch.equal(plain, ours)
     assert results[0][0].stride() == results[1][0].stride()
+    assert results[0][1].stride() == results[1][1].stride()
     if bytes_an_element is not None:
         x = data.clone().requires_grad_()
         saved = saved_for_backward_bytes(lambda: _inside(compress_saved_tensors(min_size=1), lambda: operator(x)))
         assert saved == pytest.approx(bytes_an_element * data.numel(), abs=100)
+
+
+def test_relu_lets_the_gradient_of_nan_pass_as_torch_does():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.full((4096,), float("nan"), dtype=dtype)
+        x[1], x[2], x[3] = -1, float("inf"), 0
+        gradients_of = []
+        for context in (contextlib.nullcontext(), compress_saved_tensors(min_size=1)):
+            leaf = x.clone().requires_grad_()
+            with context:
+                y = leaf.relu()
+            y.backward(torch.ones_like(y))
+            gradients_of.append(leaf.grad)
+        assert torch.equal(*gradients_of)
 
 
 def _inside(context, function):

@@ -200,6 +200,8 @@ cdef extern from "kernels.h" nogil:
         void (*extent)(const int32_t *, int64_t, int32_t *, int32_t *) noexcept nogil
         void (*quantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil
         void (*dequantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil
+        void (*relu)(const void *, int, int64_t, int64_t, void *, uint16_t *) noexcept nogil
+        void (*keep)(const void *, int, int64_t, int64_t, const uint16_t *, void *) noexcept nogil
 
     int64_t qsp_count_units(const qsp_grid *, const qsp_view *, int64_t)
     int64_t qsp_cut_rows(const qsp_list *, int64_t, int64_t)

@@ -201,6 +201,10 @@ typedef struct {
     /* Lines [first, last) of a tensor. */
     void (*quantize)(const qsp_quantize *, int64_t first, int64_t last);
     void (*dequantize)(const qsp_quantize *, int64_t first, int64_t last);
+    /* Elements [first, last), first a multiple of 16: max(x, 0) and which elements are above 0, or NaN. */
+    void (*relu)(const void *x, int dtype, int64_t first, int64_t last, void *out, uint16_t *mask);
+    /* x where the mask says so, 0 elsewhere. */
+    void (*keep)(const void *x, int dtype, int64_t first, int64_t last, const uint16_t *mask, void *out);
 } qsp_kernels;
 
 extern const qsp_kernels qsp_kernels_scalar;

@@ -7,12 +7,13 @@ kept, through torch, chunk by chunk in a scratch that stays in the cache.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qsparseprop import quantize_ops
+from qsparseprop import ops, quantize_ops  # noqa: F401 - registers the operators
 
 __all__ = ["SCHEMES", "Codes", "encode"]
 
@@ -52,7 +53,8 @@ class Codes:
     def decode(self) -> Tensor:
         """The values that the codes stand for: (elements,), of the original dtype."""
         if self.zero_point.dtype == torch.int32:
-            return quantize_ops.dequantize(self.codes, self.scale, self.zero_point, None, self.group_size, self.dtype)
+            dequantize = ops.shortcut("dequantize", self.codes)
+            return dequantize(self.codes, self.scale, self.zero_point, None, self.group_size, self.dtype)
         out = torch.empty(self.codes.numel(), dtype=self.dtype)
         offset = -self.zero_point * self.scale
         for codes, values, groups in _chunks(self.group_size, self.codes, out):
@@ -95,8 +97,11 @@ def encode(x: Tensor, scheme: str, group_size: int, keep_sign: bool = False) -> 
         None where a value is not finite, or the range of a group does not fit into float32.
     """
     if not keep_sign and x.dtype in (torch.float32, torch.bfloat16):
-        codes, scale, zero = quantize_ops.quantize(x, scheme, 8, None, group_size, False, None, ())
-        return Codes(codes, scale, zero, group_size, x.dtype) if torch.isfinite(scale).all() else None
+        quantize = ops.shortcut("quantize", x)
+        codes, scale, zero = quantize(x, scheme, 8, None, group_size, False, None, ())
+        # a NaN is greater than everything
+        finite = not scale.numel() or math.isfinite(scale.max().item())
+        return Codes(codes, scale, zero, group_size, x.dtype) if finite else None
     groups = -(-x.numel() // group_size)
     low, high = torch.empty(groups), torch.empty(groups)
     for values, index in _chunks(group_size, x):

@@ -11,31 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qsparseprop import ops
+from qsparseprop.mask_ops import dense_layout
+
 __all__ = ["BitDropout", "BitHardtanh", "BitReLU", "ByteMaxPool2d", "dense_layout"]
 
 
-def dense_layout(x: Tensor) -> Tensor | None:
-    """The memory of a tensor as a flat one, or None where it has gaps or overlaps."""
-    if x.is_contiguous():
-        return x.view(-1)
-    strides = sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1)
-    expected = 1
-    for stride, size in strides:
-        if stride != expected:
-            return None
-        expected *= size
-    return x.as_strided((x.numel(),), (1,))
+#: What the kernels of `mask_ops` take.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
-    """Bits of a bool tensor, in the order of its memory."""
+    """Bits of a bool tensor in the order of its memory: int16, bit i % 16 of word i // 16."""
     flat = dense_layout(mask)
-    return torch.from_numpy(np.packbits((mask.reshape(-1) if flat is None else flat).numpy()))
+    packed = np.packbits((mask.reshape(-1) if flat is None else flat).numpy(), bitorder="little")
+    if packed.size % 2:
+        packed = np.append(packed, np.uint8(0))
+    return torch.from_numpy(packed.view("<i2").astype(np.int16, copy=False))
 
 
 def _unpack_bits(bits: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """0 and 1 in a dtype, in the shape and memory format of `like`, whose memory has the order that was packed."""
-    mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=like.numel())).to(dtype)
+    packed = bits.numpy().astype("<i2", copy=False).view(np.uint8)
+    mask = torch.from_numpy(np.unpackbits(packed, count=like.numel(), bitorder="little")).to(dtype)
     return mask.as_strided(like.shape, like.stride())
 
 
@@ -50,6 +48,8 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (bits,) = ctx.saved_tensors
+        if dy.dtype in _KERNEL_DTYPES and dy.stride() == ctx.layout.stride():
+            return ops.shortcut("keep_masked", dy)(dy, bits), None, None, None
         mask = _unpack_bits(bits, ctx.layout, dy.dtype)
         # the operator behind ReLU's own backward pass; several times as fast as a product with a bool mask
         return torch.ops.aten.threshold_backward(dy, mask, 0), None, None, None
@@ -60,12 +60,19 @@ class BitReLU(_Masked):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        y = x.relu_() if inplace else x.relu()
+        if x.dtype not in _KERNEL_DTYPES or dense_layout(x) is None:
+            y = x.relu_() if inplace else x.relu()
+            mask = ~(y <= 0)  # which is true for a NaN, as in torch's backward pass
+            ctx.layout, bits = _dense_like(mask), _pack_bits(mask)
+        elif inplace:
+            y, bits = x, ops.shortcut("relu_mask_", x)(x)
+            ctx.layout = _dense_like(y)
+        else:
+            y, bits = ops.shortcut("relu_mask", x)(x)
+            ctx.layout = _dense_like(y)
         if inplace:
             ctx.mark_dirty(x)
-        mask = y > 0
-        ctx.layout = _dense_like(mask)
-        ctx.save_for_backward(_pack_bits(mask))
+        ctx.save_for_backward(bits)
         return y
 
     @staticmethod

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -42,9 +42,10 @@ __all__ = ["RUN_LABELS", "CompareConfig", "ConfigurationError", "Reporter", "com
 RUN_LABELS = {
     "dense_fp32": "dense fp32",
     "dense_best": "dense best",
+    "sparse_fp32": "sparse fp32",
     "qsparseprop": "qsparseprop",
     "compressed": "+ compress saved",
-    "sparse_fp32": "sparse fp32",
+    "blocks": "+ packed blocks",
 }
 
 DENSE_MODES = (
@@ -54,16 +55,13 @@ DENSE_MODES = (
     TrainingMode(bf16=True, channels_last=True),
 )
 
-#: What the swapped network runs in. channels_last is the layout in which torch's own batch normalisation is fastest,
-#: and bfloat16 halves what it, ReLU and the additions read and write; the kernels read and write both.
-SPARSE_MODE = TrainingMode(bf16=True, channels_last=True)
-
 # A turn is long enough that its first step, which finds cold caches and sleeping threads and is not timed, is a small
 # part of it, and short enough that the runs see the same state of the machine.
 _STEPS_PER_TURN = 4
 
-#: Evaluations of each run, at about equal distances.
-_EVALUATIONS = 6
+#: A way to train whose first step takes so many times as long as the fastest one's, and so many seconds, which no cold
+#: start explains, is not timed again.
+_HOPELESS, _HOPELESS_SECONDS = 2.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,17 @@ class CompareConfig:
         `weights` already.
     scheme : str
         How the swapped layers compute, see `parse_scheme`.
+    min_sparsity : float or None
+        Layers with a smaller share of zeros stay dense in the swapped runs; ``None`` for the smaller one of 0.5 and
+        `sparsity`.
     compress_saved : bool
         Make a further run, swapped and with `compress_saved_tensors`.
     sparse_fp32 : bool
         Make a further run, with sparse layers in float32.
+    blocks : {"all", "apart", "none"}
+        Blocks (``swap_modules_with_sparse(fuse=True)``) in all quantised runs, in a further one alone, or in none.
+    evaluations : int
+        Evaluations of each run, at about equal distances.
     max_images : int or None
         Use only so many of the training and of the test images.
     epochs, pretrain_epochs : int
@@ -117,8 +122,11 @@ class CompareConfig:
     sparsity: float = 0.9
     prune: str = "global"
     scheme: str = "int8"
+    min_sparsity: float | None = None
     compress_saved: bool = False
     sparse_fp32: bool = False
+    blocks: str = "all"
+    evaluations: int = 6
     max_images: int | None = None
     epochs: int = 2
     pretrain_epochs: int = 1
@@ -135,8 +143,10 @@ class CompareConfig:
             raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join(PRUNERS)}")
         if self.prune == "none" and self.weights is None:
             raise ConfigurationError("without pruning there must be weights that have zeros already")
+        if self.blocks not in ("all", "apart", "none"):
+            raise ConfigurationError(f"blocks must be all, apart or none, got {self.blocks!r}")
         parse_scheme(self.scheme)
-        for name in ("epochs", "pretrain_epochs", "batch_size"):
+        for name in ("epochs", "pretrain_epochs", "batch_size", "evaluations"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -154,6 +164,22 @@ class Reporter(Protocol):
         """Finish all progress bars."""
 
 
+@dataclass
+class Shared:
+    """What several comparisons of one network have in common, so that only the first one has to do it.
+
+    Attributes
+    ----------
+    mode_seconds : dict of str to float
+        Seconds of a dense training step in each of the four modes.
+    dense : dict of (int, int), tuple of (dict of str to Tensor, float)
+        The network after its dense training and its accuracy, by seed and epochs.
+    """
+
+    mode_seconds: dict[str, float] = field(default_factory=dict)
+    dense: dict[tuple[int, int], tuple[dict[str, torch.Tensor], float]] = field(default_factory=dict)
+
+
 class _Silent:
     def message(self, text: str) -> None:
         pass
@@ -165,10 +191,12 @@ class _Silent:
         pass
 
 
-def compare(config: CompareConfig | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+def compare(
+    config: CompareConfig | None = None, reporter: Reporter | None = None, shared: Shared | None = None
+) -> dict[str, Any]:
     """Run the whole comparison.
 
-    The three runs are processes started by ``multiprocessing`` with the ``spawn`` method: a script that calls this
+    The runs are processes started by ``multiprocessing`` with the ``spawn`` method: a script that calls this
     function needs the usual ``if __name__ == "__main__":``.
 
     Parameters
@@ -177,6 +205,8 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
         What to do.
     reporter : Reporter, optional
         Where to tell about progress; silent by default.
+    shared : Shared, optional
+        Of comparisons that differ in nothing but sparsity and seed.
 
     Returns
     -------
@@ -185,7 +215,7 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
         accuracies in percent; sparsities are shares in [0, 1].
 
         - ``runs``: one entry each for ``dense_fp32``, ``dense_best``, ``qsparseprop`` and, where they were asked for,
-          ``sparse_fp32`` and ``compressed``, see below;
+          ``sparse_fp32``, ``compressed`` and ``blocks``, see below;
         - ``speedup_vs_dense_fp32``, ``speedup_vs_dense_best``: ratios of ``step_ms``;
         - ``sparsity`` as asked for, ``layer_sparsity`` as reached in each pruned layer;
         - ``dense_top1``, ``pruned_top1``: accuracy before pruning and right after it;
@@ -232,21 +262,30 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
     if config.weights is not None:
         load_weights(model, config.weights)
 
-    reporter.message(f"Timing {len(DENSE_MODES)} ways to train the dense network ...")
-    mode_seconds = _time_dense_modes(model, *next(iter(train_loader)))
+    shared = shared or Shared()
+    if not shared.mode_seconds:
+        reporter.message(f"Timing {len(DENSE_MODES)} ways to train the dense network ...")
+        shared.mode_seconds = _time_dense_modes(model, *next(iter(train_loader)))
+    mode_seconds = shared.mode_seconds
     best = min(DENSE_MODES, key=lambda mode: mode_seconds[mode.name])
     listed = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in mode_seconds.items())
     reporter.message(f"  ms a step: {listed}. Best: {best.name}.")
 
     steps = config.pretrain_epochs * len(train_loader)
     trainer = make_finetuner(model, best, config.learning_rate, steps)
-    if config.weights is None:
-        reporter.message(f"Training dense for {steps} steps ...")
-        on_step = reporter.progress("dense", steps)
-        for _ in range(config.pretrain_epochs):
-            trainer.train(train_loader, on_step=on_step)
-        reporter.close()
-    dense_top1 = trainer.evaluate(test_loader)
+    key = (config.seed, config.pretrain_epochs)
+    if key in shared.dense:
+        state, dense_top1 = shared.dense[key]
+        model.load_state_dict(state)
+    else:
+        if config.weights is None:
+            reporter.message(f"Training dense for {steps} steps ...")
+            on_step = reporter.progress("dense", steps)
+            for _ in range(config.pretrain_epochs):
+                trainer.train(train_loader, on_step=on_step)
+            reporter.close()
+        dense_top1 = trainer.evaluate(test_loader)
+        shared.dense[key] = copy.deepcopy(model.state_dict()), dense_top1
     pruned = prune_model(model, config.prune, config.sparsity)
     pruned_top1 = trainer.evaluate(test_loader)
     reporter.message(
@@ -257,15 +296,23 @@ def compare(config: CompareConfig | None = None, reporter: Reporter | None = Non
     specs = {
         "dense_fp32": RunSpec(mode=DENSE_MODES[0]),
         "dense_best": RunSpec(mode=best),
-        # Pruning globally leaves some layers much denser than others; which are worth it is for the stopwatch to say.
-        "qsparseprop": RunSpec(mode=SPARSE_MODE, swap=True, min_sparsity=min(0.5, config.sparsity)),
     }
+    # channels_last is the layout in which torch's own batch normalisation is fastest; bfloat16 halves what is read and
+    # written around the sparse layers, but is slow on processors that cannot compute with it.
+    swapped = RunSpec(
+        mode=TrainingMode(bf16=best.bf16, channels_last=True), swap=True, fuse=config.blocks == "all",
+        # Pruning globally leaves some layers much denser than others; which are worth it is for the stopwatch to say.
+        min_sparsity=min(0.5, config.sparsity) if config.min_sparsity is None else config.min_sparsity,
+    )
     if config.sparse_fp32:
-        specs["sparse_fp32"] = replace(specs["qsparseprop"], scheme="float32")
+        specs["sparse_fp32"] = replace(swapped, scheme="float32")
+    specs["qsparseprop"] = swapped
     if config.compress_saved:
-        specs["compressed"] = replace(specs["qsparseprop"], compress_saved=True)
+        specs["compressed"] = replace(swapped, compress_saved=True)
+    if config.blocks == "apart":
+        specs["blocks"] = replace(swapped, fuse=True)
     start = {"model": model.state_dict(), "masks": pruned["masks"], "data": vars(data), "config": asdict(config)}
-    runs = _finetune_all(specs, start, reporter)
+    runs = _finetune_all(specs, start, reporter, config.evaluations)
 
     for name, run in runs.items():
         run["evaluations"].insert(0, {"step": 0, "train_s": 0.0, "top1": pruned_top1})
@@ -296,10 +343,16 @@ def _time_dense_modes(model: nn.Module, inputs: torch.Tensor, targets: torch.Ten
     def step(trainer: Finetuner) -> Callable[[], float]:
         return lambda: trainer.train_step(inputs, targets)
 
-    return interleaved_medians({name: step(trainer) for name, trainer in trainers.items()}, repeats=2)
+    steps = {name: step(trainer) for name, trainer in trainers.items()}
+    seconds = interleaved_medians(steps, repeats=1, warmup=0)
+    limit = max(_HOPELESS * min(seconds.values()), _HOPELESS_SECONDS)
+    seconds.update(interleaved_medians({n: s for n, s in steps.items() if seconds[n] <= limit}, repeats=2, warmup=0))
+    return seconds
 
 
-def _finetune_all(specs: dict[str, RunSpec], start: dict[str, Any], reporter: Reporter) -> dict[str, dict[str, Any]]:
+def _finetune_all(
+    specs: dict[str, RunSpec], start: dict[str, Any], reporter: Reporter, evaluations: int
+) -> dict[str, dict[str, Any]]:
     """Fine-tune in one process a run, taking turns, and return what each measured."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qsparseprop-"))
@@ -315,7 +368,7 @@ def _finetune_all(specs: dict[str, RunSpec], start: dict[str, Any], reporter: Re
         bars = {name: reporter.progress(RUN_LABELS[name], steps) for name in handles}
         done = 0
         ends = _turn_ends(steps)
-        every = max(2, -(-len(ends) // _EVALUATIONS))
+        every = max(2, -(-len(ends) // evaluations))
         evaluate_at = {steps, *ends[every - 1 :: every]}
         for end in _turn_ends(steps):
             for name, handle in handles.items():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from ._files import replacing
 from .compare import RUN_LABELS
 
-__all__ = ["format_table", "write_json", "write_plot"]
+__all__ = ["format_table", "write_bars", "write_json", "write_plot"]
 
 # Okabe and Ito's colours stay apart for all kinds of colour blindness, and the line styles on a black and white print.
 _STYLES = {
@@ -18,6 +20,7 @@ _STYLES = {
     "qsparseprop": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
     "compressed": {"color": "#009E73", "linestyle": "-.", "marker": "D"},
     "sparse_fp32": {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+    "blocks": {"color": "#E69F00", "linestyle": (0, (3, 1, 1, 1)), "marker": "P"},
 }
 
 # Steps do equal work, so that on a quiet machine mean and median differ by a few percent.
@@ -114,7 +117,9 @@ def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     # Not pyplot, which would look for a display and keep the figure.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
+    # Two captions are as much as a line holds: longer ones would be cut off at the edges.
+    lines = math.ceil(len(result["runs"]) / 2)
+    figure = Figure(figsize=(9, 3.4 + 0.22 * lines), dpi=120, layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for name, run in result["runs"].items():
         label, style = RUN_LABELS[name], _STYLES[name]
@@ -128,24 +133,63 @@ def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
             caption = f"{label} ({run['config']}): {run['step_ms']:.0f} ms/step"
         accuracy_axes.plot(seconds, top1, linewidth=2, markersize=6, label=caption, **style)
     loss_axes.set(ylabel="training loss (mean of 3 steps)")
-    loss_axes.set_ylim(bottom=0)
+    loss_axes.set_ylim(0, 1.05 * max(loss_axes.get_ylim()[1], 1e-9))
     accuracy_axes.set(ylabel="test accuracy, top-1 (%)", ylim=(0, 103))
     for axes in (loss_axes, accuracy_axes):
         axes.set_xlabel("training time (s)")
         axes.set_xlim(left=0)
         axes.grid(True, alpha=0.3)
     figure.suptitle("\n".join(filter(None, (_title(result), _busy(result)))), fontsize=11)
-    # three captions are as much as a line holds, and only where they are short
-    columns = 3 if len(result["runs"]) == 3 else 2
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def write_bars(summary: Mapping[str, Mapping[str, Any]], title: str, path: str | os.PathLike[str]) -> None:
+    """Draw time of a step, saved memory and added memory of runs as bars, as a PNG.
+
+    Parameters
+    ----------
+    summary : mapping
+        By a key of `RUN_LABELS`: ``step_ms``, ``saved_mb``, ``added_mb`` and ``config``; one is ``dense_fp32``.
+    title : str
+    path : path-like
+        Appears complete or not at all.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    OSError
+        If it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.4 + 0.32 * len(summary)), dpi=120, layout="constrained")
+    panels = (("step_ms", "time of a step (ms)"), ("saved_mb", "saved for backward (MB)"),
+              ("added_mb", "peak RSS added by training (MB)"))  # fmt: skip
+    names = [RUN_LABELS[name] for name in summary]
+    for axes, (key, label) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        values = [run[key] if run[key] == run[key] else 0.0 for run in summary.values()]
+        whole = summary["dense_fp32"][key]
+        bars = axes.barh(names, values, color=[_STYLES[name]["color"] for name in summary], height=0.7)
+        shares = [f"{100 * value / whole:.0f} %" if whole else "" for value in values]
+        axes.bar_label(bars, shares, padding=3, fontsize=9)
+        axes.set_xlim(0, 1.25 * max(*values, 1e-9))
+        axes.set_xlabel(label)
+        axes.grid(True, axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    axes.invert_yaxis()
+    figure.suptitle(title, fontsize=11)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
 def _title(result: dict[str, Any]) -> str:
     config = result["config"]
+    model = config["model"].rpartition(":")[2]
     return (
-        f"Fine-tuning {config['model']} at {100 * result['sparsity']:g} % sparsity, batch {config['batch_size']}, "
+        f"Fine-tuning {model} at {100 * result['sparsity']:g} % sparsity, batch {config['batch_size']}, "
         f"{config['threads']} thread{'s' if config['threads'] > 1 else ''}: same start, same batches, same steps"
     )
 

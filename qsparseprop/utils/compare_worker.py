@@ -46,6 +46,8 @@ class RunSpec:
         Train with `compress_saved_tensors`.
     scheme : str or None
         Of the swapped layers; ``None`` for that of the comparison.
+    fuse : bool
+        Make blocks of swapped convolutions and what follows them.
     """
 
     mode: TrainingMode
@@ -53,6 +55,7 @@ class RunSpec:
     min_sparsity: float = 0.5
     compress_saved: bool = False
     scheme: str | None = None
+    fuse: bool = True
 
 
 class _Run:
@@ -101,7 +104,7 @@ class _Run:
     def _swap(self) -> tuple[list[str], str]:
         shape = (self.config["batch_size"], *self.train_loader.dataset.tensors[0].shape[1:])
         return swap_model(self.model, shape, self.spec.mode, self.spec.scheme or self.config["scheme"],
-                          self.spec.min_sparsity)  # fmt: skip
+                          self.spec.min_sparsity, fuse=self.spec.fuse)  # fmt: skip
 
     def train(self, steps: int) -> None:
         self.trainer.train(itertools.islice(self.batches, steps), warmup=1, on_step=self.send_loss)

@@ -131,7 +131,7 @@ def load_data(
     if source == "digits":
         data = load_digits_data(image_size or 32, seed=seed)
     elif source.endswith(".npz"):
-        data = load_npz(source, image_size, normalize)
+        data = load_npz(source, image_size, normalize, max_images)
     elif os.path.isdir(source):
         data = load_folder(source, image_size or 32, seed, normalize)
     elif os.sep in source or "." in source:
@@ -165,7 +165,9 @@ def _images(arrays: Sequence[np.ndarray], image_size: int | None, normalize: str
     return [x.sub_(mean).div_(std) for x in tensors]
 
 
-def load_npz(path: str | os.PathLike[str], image_size: int | None = None, normalize: str = "data") -> ImageData:
+def load_npz(
+    path: str | os.PathLike[str], image_size: int | None = None, normalize: str = "data", max_images: int | None = None
+) -> ImageData:
     """Load a file written by ``numpy.savez``.
 
     Parameters
@@ -173,8 +175,8 @@ def load_npz(path: str | os.PathLike[str], image_size: int | None = None, normal
     path : path-like
         With the arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``: images ``[images, height, width]`` or
         ``[images, height, width, channels]``, uint8 or float; labels integers from 0. Nothing is unpickled.
-    image_size, normalize
-        See `load_data`.
+    image_size, normalize, max_images
+        See `load_data`. Images that are not used are not scaled either, which would take gigabytes.
 
     Raises
     ------
@@ -194,7 +196,7 @@ def load_npz(path: str | os.PathLike[str], image_size: int | None = None, normal
         if x.ndim not in (3, 4) or y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu" or not len(y):
             raise ConfigurationError(f"{os.fspath(path)}: x_{part} must be images and y_{part} whole numbers, got "
                                      f"shapes {x.shape} and {y.shape} of {y.dtype}")  # fmt: skip
-    train, test = _images([arrays["x_train"], arrays["x_test"]], image_size, normalize)
+    train, test = _images([arrays[key][:max_images] for key in ("x_train", "x_test")], image_size, normalize)
     labels = [torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")]
     return ImageData(train, labels[0], test, labels[1], _count_classes(labels), Path(path).stem)
 

@@ -217,7 +217,8 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
 
     def _count(self, counts: dict[int, tuple[Any, int]], tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        counts.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        if storage._cdata not in counts:
+            counts[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
     def _keep(self, tensor: Tensor) -> None:
         self._count(self._after, tensor)

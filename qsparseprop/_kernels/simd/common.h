@@ -13,11 +13,13 @@
 #define QSP_ALIGNED(n) __declspec(align(n))
 #define QSP_UNROLL
 #define QSP_PREFETCH_WRITE(p) ((void)0)
+#define QSP_PREFETCH_READ(p) ((void)0)
 #else
 #define QSP_INLINE static inline __attribute__((always_inline, unused))
 #define QSP_ALIGNED(n) __attribute__((aligned(n)))
 #define QSP_UNROLL _Pragma("GCC unroll 16")
 #define QSP_PREFETCH_WRITE(p) __builtin_prefetch((p), 1, 3)
+#define QSP_PREFETCH_READ(p) __builtin_prefetch((p), 0, 3)
 #endif
 
 QSP_INLINE int64_t qsp_min(int64_t a, int64_t b) { return a < b ? a : b; }
