@@ -26,6 +26,9 @@ MAX_TURNS = 1000
 #: Distance of the quartiles, relative to the median, from which a measurement counts as noisy.
 NOISY = 0.2
 
+#: A competitor that takes so many times as long as the fastest of its group is timed once.
+SLOW = 5.0
+
 DENSE = "dense"
 
 
@@ -202,18 +205,38 @@ class Competitor:
 def race(competitors: Sequence[Competitor], args: argparse.Namespace) -> dict[str, Any]:
     """Time competitors in turn (a, b, c, a, b, c, ...), warm, in this process.
 
+    One that takes more than `SLOW` times as long as the fastest of its group, in its warm-up and in the timed call that
+    follows, is not timed again: bfloat16 without instructions for it may take a hundred times as long. Whichever turns
+    out faster than that in the timed call takes part as all others do, so that none is left out that could be the best.
+
     Returns
     -------
     dict
         ``ms`` (median milliseconds by name), ``quartiles_ms``, ``min_ms``, ``best`` (fastest name by group), ``ratio``
-        (time of the best dense one / time of the group's best, by group other than dense), ``repeats`` and ``noisy``
-        (whether the quartiles of a group's best lie far apart).
+        (time of the best dense one / time of the group's best, by group other than dense), ``repeats``, ``once`` (names
+        of those timed once) and ``noisy`` (whether the quartiles of a group's best lie far apart).
     """
     steps = {c.name: c.step for c in competitors}
-    warm = interleaved_times(steps, 1, warmup=0 if args.quick else 2)
-    turn = sum(taken[0] for taken in warm.values())
+    group = {c.name: c.group for c in competitors}
+
+    def slow(seconds: dict[str, list[float]], warm: dict[str, list[float]]) -> set[str]:
+        best = {g: min(t[0] for name, t in warm.items() if group[name] == g) for g in set(group.values())}
+        return {name for name, taken in seconds.items() if taken[0] > SLOW * best[group[name]]}
+
+    warm = interleaved_times(steps, 1, warmup=0)
+    once: dict[str, list[float]] = {}
+    if not args.quick:
+        suspects = slow(warm, warm)
+        warm.update(interleaved_times({n: f for n, f in steps.items() if n not in suspects}, 1, warmup=1))
+        suspects |= slow(warm, warm)
+        if suspects:
+            once = interleaved_times({name: steps[name] for name in suspects}, 1, warmup=0)
+            confirmed = slow(once, {**warm, **once})
+            once = {name: once[name] for name in steps if name in confirmed}
+    turn = sum(taken[0] for name, taken in warm.items() if name not in once)
     repeats = max(args.repeats, min(MAX_TURNS, int(args.seconds / turn)))
-    times = {name: [1e3 * t for t in taken] for name, taken in interleaved_times(steps, repeats, warmup=0).items()}
+    seconds = interleaved_times({n: f for n, f in steps.items() if n not in once}, repeats, warmup=0) | once
+    times = {name: [1e3 * t for t in seconds[name]] for name in steps}
     ms = {name: statistics.median(taken) for name, taken in times.items()}
     quartiles = {name: statistics.quantiles(t, method="inclusive")[::2] if len(t) > 1 else [t[0]] * 2
                  for name, t in times.items()}  # fmt: skip
@@ -224,11 +247,18 @@ def race(competitors: Sequence[Competitor], args: argparse.Namespace) -> dict[st
     ratio = {group: ms[best[DENSE]] / ms[name] for group, name in best.items() if group != DENSE and DENSE in best}
     noisy = any(quartiles[name][1] - quartiles[name][0] > NOISY * ms[name] for name in best.values())
     return {"ms": ms, "quartiles_ms": quartiles, "min_ms": {name: min(taken) for name, taken in times.items()},
-            "best": best, "ratio": ratio, "repeats": repeats, "noisy": noisy}  # fmt: skip
+            "best": best, "ratio": ratio, "repeats": repeats, "once": list(once), "noisy": noisy}  # fmt: skip
+
+
+def ms_cells(result: dict[str, Any], factor: float = 1.0) -> list[str]:
+    """Cells of a table with the times in a result of `race`; those timed once end in an asterisk."""
+    return [_cell(factor * ms) + "*" * (name in result["once"]) for name, ms in result["ms"].items()]
 
 
 def remark_noise(results: Sequence[dict[str, Any]]) -> None:
-    """Say in how many of the results of `race` the times scatter, if there are any."""
+    """Say in how many of the results of `race` the times scatter, if there are any, and what was timed once."""
+    if any(result.get("once") for result in results):
+        say(f"\n*: timed once, since it takes more than {SLOW:g} times as long as the fastest of its group")
     noisy = sum(result["noisy"] for result in results)
     if noisy:
         say(f"\nnoise: in {noisy} of {len(results)} comparisons the quartiles of a time lie more than "

@@ -35,6 +35,7 @@ from _common import (
     Table,
     geometric_mean,
     make_parser,
+    ms_cells,
     precision,
     put_zeros,
     race,
@@ -268,7 +269,7 @@ def sweep(args: argparse.Namespace, layers: Sequence[Layer], peer: Any) -> list[
             results.append({"kind": kind, "layer": layer.name, "sparsity": sparsity, "threads": threads, **result})
             if table is None:
                 table = Table(["layer", "zeros", *result["ms"], *(f"x {group}" for group in result["ratio"])])
-            table.row(layer.name, f"{100 * sparsity:g} %", *result["ms"].values(), *result["ratio"].values())
+            table.row(layer.name, f"{100 * sparsity:g} %", *ms_cells(result), *result["ratio"].values())
     return results
 
 
@@ -371,7 +372,7 @@ def sweep_small_batches(args: argparse.Namespace) -> list[dict[str, Any]]:
             results.append({"batch": batch, "threads": threads, "sparsity": 0.9, **result})
             if table is None:
                 table = Table(["batch", *result["ms"], "int8 ms", *(f"x {g}" for g in result["ratio"])], first=6)
-            table.row(str(batch), *(1e3 * ms / batch for ms in result["ms"].values()), result["ms"]["int8"],
+            table.row(str(batch), *ms_cells(result, 1e3 / batch), result["ms"]["int8"],
                       *result["ratio"].values())
     return results
 

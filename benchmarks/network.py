@@ -31,6 +31,7 @@ from _common import (
     Competitor,
     Table,
     make_parser,
+    ms_cells,
     precision,
     put_zeros,
     race,
@@ -188,7 +189,7 @@ def compare(args: argparse.Namespace, networks: Sequence[Network]) -> list[dict[
                       "sparsity": sparsity, **result}  # fmt: skip
             result["ratio_to_fp32"] = {name: result["ms"]["fp32"] / ms for name, ms in result["ms"].items()}
             results.append(result)
-            table.row(f"{100 * sparsity:g} %", *(result["ms"][s.name] for s in settings), result["best"][DENSE],
+            table.row(f"{100 * sparsity:g} %", *ms_cells(result), result["best"][DENSE],
                       *(result["ratio"][group] for group in groups))
     say("\nx: time of the best dense setting / time of our best\n")
     table = Table(["fp32 (contiguous) time / time", "zeros", "threads", *(s.name for s in settings[1:])], 30)

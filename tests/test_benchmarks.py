@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +31,35 @@ def run(tmp_path, script, *arguments):
     assert document["arguments"]["quick"] is True
     assert {"cpu", "torch", "qsparseprop", "date", "threads", "huge_pages"} <= set(document["environment"])
     return document, done.stdout
+
+
+def test_a_race_times_what_is_far_behind_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _common
+
+    from qsparseprop.utils import measurement_utils
+
+    clock, calls = [0.0], {}
+    monkeypatch.setattr(measurement_utils.time, "perf_counter", lambda: clock[0])
+
+    def competitor(name, group, first, later):
+        def step():
+            clock[0] += later if name in calls else first
+            calls[name] = calls.get(name, 0) + 1
+
+        return _common.Competitor(name, group, step)
+
+    args = SimpleNamespace(quick=False, repeats=7, seconds=0.0)
+    result = _common.race([
+        competitor("slow start", "dense", 9.0, 1.0), competitor("near", "dense", 1.0, 2.0),
+        competitor("far", "dense", 80.0, 6.0), competitor("cold", "dense", 80.0, 0.5),
+        competitor("alone", "sparse", 90.0, 90.0),
+    ], args)  # fmt: skip
+    assert result["once"] == ["far"]
+    assert calls == {"slow start": 9, "near": 10, "far": 2, "cold": 9, "alone": 10}
+    assert list(result["ms"]) == ["slow start", "near", "far", "cold", "alone"]
+    assert result["best"] == {"dense": "cold", "sparse": "alone"}
+    assert _common.ms_cells(result) == ["1000", "2000", "6000*", "500.0", "90000"]
 
 
 def assert_race(result, groups):

@@ -664,6 +664,57 @@ def test_spmm_is_exact_beyond_32_bits(isa, batch):
                 assert torch.equal(out[:, :, 0, 0], expected), (name, zero)
 
 
+SIGNS = ("both", "positive", "negative", "alternating", "one negative", "small")
+
+
+def _codes_of(signs, shape):
+    """int8 codes in [-127, 127] whose neighbours agree in sign, or do not, and are large or small."""
+    if signs == "small":
+        return torch.randint(-20, 21, shape, dtype=torch.int8)
+    codes = torch.where(torch.rand(shape) < 0.3, 127, torch.randint(1, 128, shape))
+    sign = {"both": torch.randint(2, shape) * 2 - 1, "negative": -torch.ones(shape),
+            "alternating": 1 - 2 * (torch.arange(codes.numel()) % 2).view(shape),
+            "one negative": torch.where(torch.arange(codes.numel()).view(shape) % 37 == 5, -1, 1)}  # fmt: skip
+    return (codes * sign.get(signs, 1)).to(torch.int8)
+
+
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_signs_of_weights_do_not_matter(isa, signs, threads):
+    """Enough lanes that AVX2 reorders the rows by sign; short, long and empty rows, and codes that saturate 16 bits."""
+    torch.set_num_threads(threads)
+    counts = [3, 0, 1, 4, 17, 64, 1023, 1025, 2050, 5, 100, 7]
+    plan, g = _rows_of(counts, max(counts))
+    rows, batch = plan.forward, 260
+    weights = torch.where(rows.index < 0, 0, _codes_of(signs, rows.index.shape)).to(torch.int8)
+    slot_row = torch.repeat_interleave(torch.arange(len(counts)), 4 * rows.group_ptr.diff().long())
+    total = torch.zeros(len(counts), dtype=torch.int64).index_add(0, slot_row, weights.long())
+    planes = torch.randint(256, (g.input_grid.lanes(batch),), dtype=torch.uint8)
+    planes[torch.rand(planes.shape) < 0.5] = 255
+    arguments = (planes, weights, rows.group_ptr, rows.offset, torch.ones(len(counts)), total, torch.ones(1),
+                 torch.tensor([77], dtype=torch.int32), None, g.input_grid.numbers, g.output_views,
+                 (batch, len(counts), 1, 1), False, False)  # fmt: skip
+    assert_same(ops.spmm(*arguments), reference.spmm(*arguments))
+
+
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("batch", [64, 200, 460])
+def test_the_signs_of_gradients_do_not_matter(isa, signs, batch):
+    plan, g = _rows_of([3, 0, 21, 8, 33], 40)
+    rows, x_grid, dy_grid = plan.forward, g.input_grid, g.output_grid
+    planes = torch.randint(256, (x_grid.lanes(batch),), dtype=torch.uint8)
+    planes[torch.rand(planes.shape) < 0.5] = 255
+    dy = (_codes_of(signs, (dy_grid.lanes(batch),)).to(torch.int32) + 128).to(torch.uint8)
+    if batch % 64:  # images that do not exist have no gradient
+        last = dy[(batch // 64) * dy_grid.block :][: 5 * 64].view(5, 64)
+        last[:, batch % 64 :] = 128
+    one = torch.ones(1)
+    arguments = (planes, dy, rows.group_ptr, rows.offset, rows.index, rows.plane, one,
+                 torch.tensor([77], dtype=torch.int32), one, x_grid.numbers, dy_grid.numbers, g.output_views,
+                 (batch, 5, 1, 1), 65)  # fmt: skip
+    assert_same(ops.sddmm(*arguments), reference.sddmm(*arguments))
+
+
 @pytest.mark.parametrize("layer", ["linear", "conv", "conv, batch innermost"])
 def test_sddmm_is_exact_beyond_32_bits(isa, layer):
     """More than 66,311 lanes of the largest codes."""

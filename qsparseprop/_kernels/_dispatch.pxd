@@ -65,6 +65,7 @@ cdef extern from "kernels.h" nogil:
         qsp_view view
         int64_t images
         int64_t row_chunks
+        const int32_t *paired
 
     ctypedef struct qsp_sddmm:
         qsp_grid grid
@@ -186,6 +187,7 @@ cdef extern from "kernels.h" nogil:
         void (*spmm_f32)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
         void (*sddmm_u8)(const qsp_sddmm *, int64_t) noexcept nogil
         void (*sddmm_f32)(const qsp_sddmm *, int64_t) noexcept nogil
+        void (*pair)(const qsp_list *, const int8_t *, int64_t, int64_t, int32_t *, int32_t *, int8_t *) noexcept nogil
         void (*pack_u8)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*pack_f32)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*range)(const void *, int, int64_t, int64_t, int, qsp_range *) noexcept nogil

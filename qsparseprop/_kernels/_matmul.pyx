@@ -36,6 +36,9 @@ cdef enum:
     MAX_VIEWS = 64
     # multiply-adds below which starting threads costs more than it gives
     SERIAL_WORK = 1 << 20
+    # units of lanes, and slots of a row, from which bringing a list into another order first pays
+    PAIR_UNITS = 4
+    PAIR_SLOTS = 16
     # a row of 2**31 - 1 bytes of planes is where int32 offsets end
     MAX_ROWS = 0x7ffffff0
 
@@ -112,6 +115,7 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     cdef int32_t low = 0, high = 0
     cdef int64_t count, i, row = 0, blocks, units, chunks, slots, end, task, size
     cdef const qsp_spmm *args
+    cdef object scratch = None
     memset(&a, 0, sizeof(a))
     threads = max(threads, 1)
     read_grid(grid, &a.grid, "grid")
@@ -146,6 +150,9 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
             raise ValueError(f"offset {high} leads past the end of planes, which has {numel(planes)} lanes")
     if row != a.list.rows:
         raise ValueError(f"the views of out have {row} channels, group_ptr has {a.list.rows} rows")
+    if codes and kernels.pair != NULL and slots >= PAIR_SLOTS * a.list.rows and count > 0:
+        if qsp_count_units(&a.grid, &view[0], a.images) >= PAIR_UNITS:
+            scratch = _pair(&a, slots, threads)
     for i in range(count):
         each[i] = a
         args = &each[i]
@@ -155,6 +162,8 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
         each[i].list.group_ptr = a.list.group_ptr + row
         if codes:
             each[i].scale, each[i].correction = a.scale + row, a.correction + row
+        if a.paired != NULL:
+            each[i].paired = a.paired + row
         if a.bias != NULL:
             each[i].bias = a.bias + row
         units = qsp_count_units(&a.grid, &view[i], a.images)
@@ -168,10 +177,30 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
             for task in prange(units * chunks, nogil=True, num_threads=threads, schedule="dynamic",
                                use_threads_if=threads > 1 and slots * units * QSP_UNIT > SERIAL_WORK):
                 kernels.spmm_f32(args, task // chunks, task % chunks)
+    if scratch is not None:
+        _spare_scratch.append(scratch)
 
 
-# Sums of the last weight gradients, kept: fresh memory of this size would cost more in page faults than its use. A call
-# takes one out, so that threads never share it.
+cdef object _pair(qsp_spmm *a, int64_t slots, int threads):
+    """Let `a` refer to a copy of its list in the order of `qsp_kernels.pair`; returns the tensor that holds it."""
+    cdef const qsp_kernels *kernels = active_kernels()
+    cdef int64_t rows = a.list.rows, size = (4 * (rows + slots) + slots + 7) // 8, chunk, chunks
+    scratch = _take_scratch(size)
+    cdef int32_t *paired = <int32_t *> pointer(scratch, _int64, size, "scratch")
+    cdef int32_t *offset = paired + rows
+    cdef int8_t *weights = <int8_t *> (offset + slots)
+    cdef const qsp_list *all_rows = &a.list
+    cdef const int8_t *given = <const int8_t *> a.weights
+    chunks = 1 if threads == 1 or slots < 1 << 15 else min(4 * threads, rows)
+    for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
+        kernels.pair(all_rows, given, qsp_cut_rows(all_rows, chunk, chunks), qsp_cut_rows(all_rows, chunk + 1, chunks),
+                     paired, offset, weights)
+    a.paired, a.list.offset, a.weights = paired, offset, weights
+    return scratch
+
+
+# Scratch memory of the last calls (sums of weight gradients), kept: fresh memory of this size would cost more in page
+# faults than its use. A call takes one out, so that threads never share it.
 _spare_scratch = []
 
 

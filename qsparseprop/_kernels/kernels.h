@@ -58,6 +58,7 @@ typedef struct {
     qsp_view view;           /* where row `view.plane + i` goes: channel i of the view */
     int64_t images;          /* of the whole tensor */
     int64_t row_chunks;      /* parts into which the rows are cut; tasks = units * row_chunks */
+    const int32_t *paired;   /* [rows] or NULL: how many groups of a row, the first ones, are as qsp_kernels.pair says */
 } qsp_spmm;
 
 typedef struct {
@@ -178,6 +179,11 @@ typedef struct {
     void (*spmm_f32)(const qsp_spmm *, int64_t unit, int64_t chunk);
     void (*sddmm_u8)(const qsp_sddmm *, int64_t chunk);
     void (*sddmm_f32)(const qsp_sddmm *, int64_t chunk);
+    /* Rows [first, last) of a list with a row's nonzeros in another order, offsets and weights at the list's places: in
+     * the first `paired[row]` groups the codes' products with the first two weights, and those with the last two, have
+     * sums of 16 bits. NULL where that does not make spmm_u8 faster. */
+    void (*pair)(const qsp_list *, const int8_t *weights, int64_t first, int64_t last, int32_t *paired,
+                 int32_t *offset_out, int8_t *weights_out);
     /* Planes [first, last) of one block, gaps included. */
     void (*pack_u8)(const qsp_pack *, int64_t block, int64_t first, int64_t last);
     void (*pack_f32)(const qsp_pack *, int64_t block, int64_t first, int64_t last);

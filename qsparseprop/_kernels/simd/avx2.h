@@ -1,12 +1,15 @@
 /* Primitives in 256-bit vectors. The dot product of bytes is chosen by ISA_DOT:
  *
- *   DOT_MADDUBS  AVX2 alone: vpmaddubsw saturates at 16 bits, so x is moved to [-128, 127] first, where two products
- *                with a magnitude of at most 127 fit: 2 * 127 * 128 = 32512
+ *   DOT_MADDUBS  AVX2 alone, which has none: see maddubs_spmm.h and maddubs_sddmm.h
  *   DOT_VEX      AVX-VNNI
  *   DOT_EVEX     AVX-512 VL + VNNI: for processors on which 512-bit vectors lower the clock
  */
+#define DOT_MADDUBS 0
+#define DOT_VEX 1
+#define DOT_EVEX 2
+
 #define ISA_UNIT_VECTORS 2 /* vectors of codes in one unit */
-#define ISA_SDDMM_UNITS 2  /* units whose gradient stays in registers */
+#define ISA_SDDMM_UNITS (ISA_DOT == DOT_MADDUBS ? 4 : 2) /* units whose gradient stays in registers */
 #define ISA_QUADS 1        /* independent sums of one row: sixteen registers hold no second one */
 
 /* ---- 16 floats ---- */
@@ -321,95 +324,13 @@ QSP_INLINE i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
     return i32_load_n(line, 16);
 }
 
-/* ---- dot products of bytes ---- */
-#define DOT_MADDUBS 0
-#define DOT_VEX 1
-#define DOT_EVEX 2
-
-#if ISA_DOT == DOT_MADDUBS
-/* A signed operand as magnitude, and what x is xored with: x - 128 where it is positive, 127 - x where negative. */
-typedef struct {
-    __m256i magnitude, flip;
-} factor;
-
-QSP_INLINE factor factor_of(__m256i s)
-{
-    const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), s);
-    const factor f = {_mm256_abs_epi8(s), _mm256_xor_si256(negative, _mm256_set1_epi8((char)0x80))};
-    return f;
-}
-QSP_INLINE __m256i dot_magnitude(__m256i sum, const factor *f, __m256i x)
-{
-    return _mm256_add_epi32(
-        sum, _mm256_madd_epi16(_mm256_maddubs_epi16(f->magnitude, x), _mm256_set1_epi16(1)));
-}
-QSP_INLINE __m256i dot(__m256i sum, __m256i x, const factor *f)
-{
-    return dot_magnitude(sum, f, _mm256_xor_si256(x, f->flip));
-}
-/* What `dot` adds beyond the product: x was moved by 128 or -127, which is what `flip` is as a signed byte. */
-QSP_INLINE __m256i dot_excess(__m256i sum, const factor *f) { return dot_magnitude(sum, f, f->flip); }
-#else
-typedef __m256i factor;
-
-QSP_INLINE factor factor_of(__m256i s) { return s; }
-QSP_INLINE __m256i dot(__m256i sum, __m256i x, const factor *f)
-{
-#if ISA_DOT == DOT_EVEX && defined(__GNUC__)
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(*f));
-    return sum;
-#elif ISA_DOT == DOT_EVEX
-    return _mm256_dpbusd_epi32(sum, x, *f);
-#elif defined(__GNUC__)
-    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(*f));
-    return sum;
-#else
-    return _mm256_dpbusd_avx_epi32(sum, x, *f);
-#endif
-}
-QSP_INLINE __m256i dot_excess(__m256i sum, const factor *f)
-{
-    (void)f;
-    return sum;
-}
-#endif
-
-/* ---- gather-SpMM on codes: 32 lanes, four nonzeros a step ---- */
-typedef struct {
-    __m256i sum[4], excess;
-} quad;
-
-QSP_INLINE void quad_set(quad *q, int32_t v)
-{
-    q->sum[0] = q->sum[1] = q->sum[2] = q->sum[3] = _mm256_set1_epi32(v);
-    q->excess = _mm256_setzero_si256();
-}
-
 QSP_INLINE __m256i codes_load(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-
-QSP_INLINE void quad_dot(quad *q, const uint8_t *x, const int32_t *offset, const int8_t *weight)
+QSP_INLINE __m256i grad_bytes(const uint8_t *p)
 {
-    int32_t four;
-    memcpy(&four, weight, 4);
-    const factor w = factor_of(_mm256_set1_epi32(four));
-    const __m256i a = codes_load(x + offset[0]), b = codes_load(x + offset[1]);
-    const __m256i c = codes_load(x + offset[2]), d = codes_load(x + offset[3]);
-    const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
-    const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
-    q->sum[0] = dot(q->sum[0], _mm256_unpacklo_epi16(ab_low, cd_low), &w);
-    q->sum[1] = dot(q->sum[1], _mm256_unpackhi_epi16(ab_low, cd_low), &w);
-    q->sum[2] = dot(q->sum[2], _mm256_unpacklo_epi16(ab_high, cd_high), &w);
-    q->sum[3] = dot(q->sum[3], _mm256_unpackhi_epi16(ab_high, cd_high), &w);
-    q->excess = dot_excess(q->excess, &w);
+    return _mm256_xor_si256(codes_load(p), _mm256_set1_epi8((char)0x80));
 }
 
-QSP_INLINE void quad_store(int32_t *p, const quad *even, const quad *odd)
-{
-    (void)odd; /* ISA_QUADS is 1 */
-    QSP_UNROLL
-    for (int i = 0; i < 4; i++)
-        _mm256_storeu_si256((__m256i *)(p + 8 * i), _mm256_sub_epi32(even->sum[i], even->excess));
-}
+/* ---- gather-SpMM on codes ---- */
 
 /* Interleaving leaves lane 16 L + 4 k + i of a vector at place i of 128-bit part L of sum k. */
 QSP_INLINE int quad_lane(int place) { return 16 * (place >> 2 & 1) + 4 * (place >> 3) + (place & 3); }
@@ -432,13 +353,9 @@ QSP_INLINE void quad_unpack(float *out, const int32_t *sums, float scale, float 
 
 /* ---- gather-SDDMM on codes ---- */
 typedef __m256i dots; /* partial sums of one dot product */
-typedef factor grad;  /* one vector of the gradient */
 
-QSP_INLINE __m256i grad_bytes(const uint8_t *p) { return _mm256_xor_si256(codes_load(p), _mm256_set1_epi8((char)0x80)); }
-QSP_INLINE grad grad_load(const uint8_t *p) { return factor_of(grad_bytes(p)); }
 QSP_INLINE dots dots_zero(void) { return _mm256_setzero_si256(); }
 QSP_INLINE dots dots_add(dots a, dots b) { return _mm256_add_epi32(a, b); }
-QSP_INLINE dots dots_step(dots sum, const uint8_t *x, grad g) { return dot(sum, codes_load(x), &g); }
 QSP_INLINE int32_t dots_total(dots v) { return total8(v); }
 /* Sum of a vector of the gradient. */
 QSP_INLINE dots grad_sum(dots sum, const uint8_t *p)
@@ -446,18 +363,79 @@ QSP_INLINE dots grad_sum(dots sum, const uint8_t *p)
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), grad_bytes(p));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-/* What dots_step adds beyond the product. */
-QSP_INLINE dots grad_excess(dots sum, grad g) { return dot_excess(sum, &g); }
 
 /* sums[j] += total of d[j], j < n, n a multiple of 4 */
-QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n, int32_t excess)
+QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n)
 {
     QSP_UNROLL
     for (int j = 0; j < n; j += 4) {
-        const __m256i h = _mm256_hadd_epi32(_mm256_hadd_epi32(d[j], d[j + 1]), _mm256_hadd_epi32(d[j + 2], d[j + 3]));
-        const __m128i r = _mm_sub_epi32(_mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)),
-                                        _mm_set1_epi32(excess));
+        const __m256i ab =
+            _mm256_add_epi32(_mm256_unpacklo_epi32(d[j], d[j + 1]), _mm256_unpackhi_epi32(d[j], d[j + 1]));
+        const __m256i cd =
+            _mm256_add_epi32(_mm256_unpacklo_epi32(d[j + 2], d[j + 3]), _mm256_unpackhi_epi32(d[j + 2], d[j + 3]));
+        const __m256i h = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+        const __m128i r = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
         __m256i *p = (__m256i *)(sums + j);
         _mm256_storeu_si256(p, _mm256_add_epi64(_mm256_loadu_si256(p), _mm256_cvtepi32_epi64(r)));
     }
 }
+
+/* ---- dot products of bytes ---- */
+#if ISA_DOT == DOT_MADDUBS
+/* whole rows instead of primitives */
+#define ISA_OWN_SPMM "maddubs_spmm.h"
+#define ISA_OWN_SDDMM "maddubs_sddmm.h"
+#else
+QSP_INLINE __m256i dot(__m256i sum, __m256i x, __m256i s)
+{
+#if ISA_DOT == DOT_EVEX && defined(__GNUC__)
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(s));
+    return sum;
+#elif ISA_DOT == DOT_EVEX
+    return _mm256_dpbusd_epi32(sum, x, s);
+#elif defined(__GNUC__)
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(s));
+    return sum;
+#else
+    return _mm256_dpbusd_avx_epi32(sum, x, s);
+#endif
+}
+
+/* 32 lanes, four nonzeros a step */
+typedef struct {
+    __m256i sum[4];
+} quad;
+
+QSP_INLINE void quad_set(quad *q, int32_t v)
+{
+    q->sum[0] = q->sum[1] = q->sum[2] = q->sum[3] = _mm256_set1_epi32(v);
+}
+
+QSP_INLINE void quad_dot(quad *q, const uint8_t *x, const int32_t *offset, const int8_t *weight)
+{
+    int32_t four;
+    memcpy(&four, weight, 4);
+    const __m256i w = _mm256_set1_epi32(four);
+    const __m256i a = codes_load(x + offset[0]), b = codes_load(x + offset[1]);
+    const __m256i c = codes_load(x + offset[2]), d = codes_load(x + offset[3]);
+    const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
+    const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
+    q->sum[0] = dot(q->sum[0], _mm256_unpacklo_epi16(ab_low, cd_low), w);
+    q->sum[1] = dot(q->sum[1], _mm256_unpackhi_epi16(ab_low, cd_low), w);
+    q->sum[2] = dot(q->sum[2], _mm256_unpacklo_epi16(ab_high, cd_high), w);
+    q->sum[3] = dot(q->sum[3], _mm256_unpackhi_epi16(ab_high, cd_high), w);
+}
+
+QSP_INLINE void quad_store(int32_t *p, const quad *even, const quad *odd)
+{
+    (void)odd; /* ISA_QUADS is 1 */
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++)
+        _mm256_storeu_si256((__m256i *)(p + 8 * i), even->sum[i]);
+}
+
+typedef __m256i grad; /* one vector of the gradient, signed */
+
+QSP_INLINE grad grad_load(const uint8_t *p) { return grad_bytes(p); }
+QSP_INLINE dots dots_step(dots sum, const uint8_t *x, grad g) { return dot(sum, codes_load(x), g); }
+#endif

@@ -293,15 +293,8 @@ QSP_INLINE dots grad_sum(dots sum, const uint8_t *p)
     DOT(sum, ones, g);
     return sum;
 }
-/* What dots_step adds beyond the product: nothing here. */
-QSP_INLINE dots grad_excess(dots sum, grad g)
-{
-    (void)g;
-    return sum;
-}
-
 /* sums[j] += total of d[j], j < n, n in {4, 8, 12, 16} */
-QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n, int32_t excess)
+QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n)
 {
     dots s[4];
     QSP_UNROLL
@@ -319,8 +312,7 @@ QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n, int32_t excess)
         _mm512_add_epi32(_mm512_shuffle_i32x4(s[0], s[1], 0x88), _mm512_shuffle_i32x4(s[0], s[1], 0xdd));
     const dots q =
         _mm512_add_epi32(_mm512_shuffle_i32x4(s[2], s[3], 0x88), _mm512_shuffle_i32x4(s[2], s[3], 0xdd));
-    dots r = _mm512_add_epi32(_mm512_shuffle_i32x4(p, q, 0x88), _mm512_shuffle_i32x4(p, q, 0xdd));
-    r = _mm512_sub_epi32(r, _mm512_set1_epi32(excess));
+    const dots r = _mm512_add_epi32(_mm512_shuffle_i32x4(p, q, 0x88), _mm512_shuffle_i32x4(p, q, 0xdd));
     const __mmask16 used = first_n(n);
     const __mmask8 low = (__mmask8)used, high = (__mmask8)(used >> 8);
     _mm512_mask_storeu_epi64(

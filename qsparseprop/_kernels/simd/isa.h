@@ -21,13 +21,17 @@
 
 #include "mask.h"
 
+#ifndef ISA_PAIR
+#define ISA_PAIR NULL
+#endif
+
 #define QSP_PASTE_(a, b) a##b
 #define QSP_PASTE(a, b) QSP_PASTE_(a, b)
 #define QSP_TEXT_(a) #a
 #define QSP_TEXT(a) QSP_TEXT_(a)
 
 const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
-    QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, pack_u8, pack_f32, range,
+    QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, ISA_PAIR, pack_u8, pack_f32, range,
     range_channels, moments, quantize_rows, norm_moments, norm, norm_range, norm_sums, norm_grad, extent, quantize,
     dequantize, relu, keep,
 };

@@ -296,13 +296,8 @@ QSP_INLINE dots grad_sum(dots sum, const uint8_t *p)
         sum.v[i] += p[i] - 128;
     return sum;
 }
-QSP_INLINE dots grad_excess(dots sum, grad g)
-{
-    (void)g;
-    return sum;
-}
-QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n, int32_t excess)
+QSP_INLINE void dots_flush(int64_t *sums, const dots *d, int n)
 {
     for (int j = 0; j < n; j++)
-        sums[j] += dots_total(d[j]) - excess;
+        sums[j] += dots_total(d[j]);
 }

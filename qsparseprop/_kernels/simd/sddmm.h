@@ -7,9 +7,12 @@ typedef struct {
     const uint8_t *x[ISA_SDDMM_UNITS], *dy[ISA_SDDMM_UNITS];
 } unit_set;
 
+#ifdef ISA_OWN_SDDMM
+#include ISA_OWN_SDDMM
+#else
 /* `n` slots, the gradient of `units` units: both constants at every call. */
 QSP_INLINE void sddmm_slots_u8(const unit_set *u, const grad *g, const int32_t *offset, int64_t *sums, const int n,
-                               const int units, int32_t excess)
+                               const int units)
 {
     const int width = QSP_UNIT / ISA_UNIT_VECTORS;
     dots d[16];
@@ -27,7 +30,7 @@ QSP_INLINE void sddmm_slots_u8(const unit_set *u, const grad *g, const int32_t *
         }
         d[j] = units * ISA_UNIT_VECTORS > 1 ? dots_add(even, odd) : even;
     }
-    dots_flush(sums, d, n, excess);
+    dots_flush(sums, d, n);
 }
 
 QSP_INLINE void sddmm_row_u8(const qsp_sddmm *a, const unit_set *u, int64_t row, int64_t *sums, int64_t *dy_sum,
@@ -36,27 +39,26 @@ QSP_INLINE void sddmm_row_u8(const qsp_sddmm *a, const unit_set *u, int64_t row,
     const int width = QSP_UNIT / ISA_UNIT_VECTORS;
     const int64_t plane = row * a->dy_grid.pitch;
     grad g[ISA_SDDMM_UNITS * ISA_UNIT_VECTORS];
-    dots total = dots_zero(), excess = dots_zero();
+    dots total = dots_zero();
     QSP_UNROLL
     for (int v = 0; v < units * ISA_UNIT_VECTORS; v++) {
         const uint8_t *dy = u->dy[v / ISA_UNIT_VECTORS] + plane + v % ISA_UNIT_VECTORS * width;
         g[v] = grad_load(dy);
         total = grad_sum(total, dy);
-        excess = grad_excess(excess, g[v]);
     }
     *dy_sum += dots_total(total);
-    const int32_t extra = dots_total(excess);
     int64_t k = 4 * (int64_t)a->list.group_ptr[row];
     const int64_t end = 4 * (int64_t)a->list.group_ptr[row + 1];
     for (; k + 16 <= end; k += 16)
-        sddmm_slots_u8(u, g, a->list.offset + k, sums + k, 16, units, extra);
+        sddmm_slots_u8(u, g, a->list.offset + k, sums + k, 16, units);
     if (k + 8 <= end) {
-        sddmm_slots_u8(u, g, a->list.offset + k, sums + k, 8, units, extra);
+        sddmm_slots_u8(u, g, a->list.offset + k, sums + k, 8, units);
         k += 8;
     }
     if (k < end)
-        sddmm_slots_u8(u, g, a->list.offset + k, sums + k, 4, units, extra);
+        sddmm_slots_u8(u, g, a->list.offset + k, sums + k, 4, units);
 }
+#endif
 
 QSP_INLINE void sddmm_row_f32(const qsp_sddmm *a, const float *x, const float *dy, int64_t row, double *sums)
 {

@@ -1,9 +1,14 @@
 /* Gather-SpMM: out[row, lane] = sum_k weight[row, k] * x[offset[row, k] + lane], for one unit of lanes. */
 
-/* Sums of one row on codes, in the order of quad_store. */
-QSP_INLINE void spmm_row_u8(const uint8_t *x, const int32_t *offset, const int8_t *weight, int64_t groups,
-                            int32_t start, int32_t *out)
+#ifdef ISA_OWN_SPMM
+#include ISA_OWN_SPMM
+#else
+/* Sums of one row on codes, in the order of quad_lane. `last`, the list's last group, and `paired`, see qsp_spmm, are
+ * for maddubs_spmm.h. */
+QSP_INLINE void spmm_row_u8(const uint8_t *x, const int32_t *offset, const int32_t *last, const int8_t *weight,
+                            int64_t groups, int64_t paired, int32_t start, int32_t *out)
 {
+    (void)last, (void)paired;
     for (int v = 0; v < ISA_UNIT_VECTORS; v++) {
         const uint8_t *lane = x + v * (QSP_UNIT / ISA_UNIT_VECTORS);
         quad even, odd;
@@ -19,6 +24,7 @@ QSP_INLINE void spmm_row_u8(const uint8_t *x, const int32_t *offset, const int8_
         quad_store(out + v * (QSP_UNIT / ISA_UNIT_VECTORS), &even, &odd);
     }
 }
+#endif
 
 QSP_INLINE void spmm_row_f32(const float *x, const int32_t *offset, const float *weight, int64_t groups, float *out)
 {
@@ -43,8 +49,8 @@ QSP_INLINE void spmm_row_f32(const float *x, const int32_t *offset, const float 
 }
 
 /* A row of more nonzeros than an int32 can sum: piece by piece, the total as floats in the order of the lanes. */
-static void spmm_long_row(const uint8_t *x, const int32_t *offset, const int8_t *weight, int64_t groups, int64_t start,
-                          float *out)
+static void spmm_long_row(const uint8_t *x, const int32_t *offset, const int32_t *last, const int8_t *weight,
+                          int64_t groups, int64_t paired, int64_t start, float *out)
 {
     int64_t total[QSP_UNIT];
     int32_t piece[QSP_UNIT];
@@ -52,7 +58,7 @@ static void spmm_long_row(const uint8_t *x, const int32_t *offset, const int8_t 
         total[i] = start;
     for (int64_t g = 0; g < groups; g += QSP_MAX_EXACT / QSP_GROUP) {
         const int64_t n = qsp_min(groups - g, QSP_MAX_EXACT / QSP_GROUP);
-        spmm_row_u8(x, offset + 4 * g, weight + 4 * g, n, 0, piece);
+        spmm_row_u8(x, offset + 4 * g, last, weight + 4 * g, n, qsp_min(n, paired > g ? paired - g : 0), 0, piece);
         for (int i = 0; i < QSP_UNIT; i++)
             total[unit_lane(i)] += piece[i];
     }
@@ -70,6 +76,8 @@ QSP_INLINE void spmm_task(const qsp_spmm *a, int64_t unit, int64_t chunk, const 
     target_init(&target, &a->view, &a->grid, &where, a->dtype, a->out);
     const int64_t lane = where.block * a->grid.block + a->view.origin + where.lane;
     const int64_t last = qsp_cut_rows(&a->list, chunk + 1, a->row_chunks);
+    const int64_t all = a->list.group_ptr[a->list.rows];
+    const int32_t *last_group = a->list.offset + (all ? 4 * (all - 1) : 0);
     for (int64_t row = qsp_cut_rows(&a->list, chunk, a->row_chunks); row < last; row += QSP_ROW_BLOCK) {
         const int n = (int)qsp_min(QSP_ROW_BLOCK, last - row);
         int as_float = !codes;
@@ -91,11 +99,12 @@ QSP_INLINE void spmm_task(const qsp_spmm *a, int64_t unit, int64_t chunk, const 
             }
             const uint8_t *x = (const uint8_t *)a->planes + lane;
             const int8_t *weight = (const int8_t *)a->weights + 4 * first;
+            const int64_t paired = a->paired ? a->paired[row + i] : 0;
             const int64_t start = a->correction[row + i] * a->correction_factor;
             if (as_float)
-                spmm_long_row(x, offset, weight, groups, start, (float *)out);
+                spmm_long_row(x, offset, last_group, weight, groups, paired, start, (float *)out);
             else /* may wrap on the way; the final sum fits */
-                spmm_row_u8(x, offset, weight, groups, (int32_t)(uint32_t)(uint64_t)start, out);
+                spmm_row_u8(x, offset, last_group, weight, groups, paired, (int32_t)(uint32_t)(uint64_t)start, out);
         }
         unpack_rows(a, &target, row, n, sums, as_float);
     }
