@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _norm
-from qsparseprop.ops import _operator
+from qsparseprop.ops import operator
 
 
 def _words(channels: int) -> int:
     return -(-channels // 16)
 
 
-@_operator("channel_moments(Tensor x) -> Tensor", lambda x: x.new_empty((x.shape[1], 4), dtype=torch.float64))
+@operator("channel_moments(Tensor x) -> Tensor", lambda x: x.new_empty((x.shape[1], 4), dtype=torch.float64))
 def channel_moments(x: Tensor) -> Tensor:
     """Mean, sum of squared distances from it, least and greatest element of every channel.
 
@@ -46,7 +46,7 @@ def _norm_act_fake(x, residual, scale, shift, low, high, code_scale, code_shift)
     )
 
 
-@_operator(
+@operator(
     "norm_act(Tensor x, Tensor? residual, Tensor scale, Tensor shift, float low, float high, Tensor? code_scale, "
     "Tensor? code_shift) -> (Tensor, Tensor, Tensor)",
     _norm_act_fake,
@@ -94,7 +94,7 @@ def norm_act(
     return out, codes, mask
 
 
-@_operator(
+@operator(
     "norm_act_sums(Tensor dy, Tensor codes, Tensor mask) -> Tensor",
     lambda dy, codes, mask: dy.new_empty((dy.shape[1], 2), dtype=torch.float64),
 )
@@ -116,7 +116,7 @@ def norm_act_sums(dy: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
     return _norm.norm_sums(dy, codes, mask, torch.get_num_threads())
 
 
-@_operator(
+@operator(
     "norm_act_grad(Tensor dy, Tensor codes, Tensor mask, Tensor factor, bool residual) -> (Tensor, Tensor)",
     lambda dy, codes, mask, factor, residual: (
         torch.empty_like(dy), torch.empty_like(dy) if residual else dy.new_empty(0)
