@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _mask
-from qsparseprop.ops import _operator
+from qsparseprop.ops import operator
 
 
 def words(elements: int) -> int:
@@ -34,7 +34,7 @@ def _flat(x: Tensor) -> Tensor:
     return flat
 
 
-@_operator(
+@operator(
     "relu_mask(Tensor x) -> (Tensor, Tensor)",
     lambda x: (torch.empty_like(x), x.new_empty(words(x.numel()), dtype=torch.int16)),
 )
@@ -59,7 +59,7 @@ def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, mask
 
 
-@_operator(
+@operator(
     "relu_mask_(Tensor(a!) x) -> Tensor",
     lambda x: x.new_empty(words(x.numel()), dtype=torch.int16),
 )
@@ -70,7 +70,7 @@ def relu_mask_(x: Tensor) -> Tensor:
     return mask
 
 
-@_operator("keep_masked(Tensor x, Tensor mask) -> Tensor", lambda x, mask: torch.empty_like(x))
+@operator("keep_masked(Tensor x, Tensor mask) -> Tensor", lambda x, mask: torch.empty_like(x))
 def keep_masked(x: Tensor, mask: Tensor) -> Tensor:
     """The elements of x whose bit in a mask of `relu_mask` is set, and zeros.
 

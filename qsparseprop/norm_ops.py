@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _norm
-from qsparseprop.ops import RANDOM_SCHEMES, _operator
+from qsparseprop.ops import RANDOM_SCHEMES, operator
 from qsparseprop.reference import mix_seed
 
 
@@ -20,7 +20,7 @@ def _words(channels: int) -> int:
     return -(-channels // 16)
 
 
-@_operator("channel_moments(Tensor x) -> Tensor", lambda x: x.new_empty((x.shape[1], 4), dtype=torch.float64))
+@operator("channel_moments(Tensor x) -> Tensor", lambda x: x.new_empty((x.shape[1], 4), dtype=torch.float64))
 def channel_moments(x: Tensor) -> Tensor:
     """Mean, sum of squared distances from it, least and greatest element of every channel.
 
@@ -49,7 +49,7 @@ def _norm_act_fake(x, residual, scale, shift, low, high, code_scale, code_shift)
     )
 
 
-@_operator(
+@operator(
     "norm_act(Tensor x, Tensor? residual, Tensor scale, Tensor shift, float low, float high, Tensor? code_scale, "
     "Tensor? code_shift) -> (Tensor, Tensor, Tensor)",
     _norm_act_fake,
@@ -97,7 +97,7 @@ def norm_act(
     return out, codes, mask
 
 
-@_operator(
+@operator(
     "norm_act_range(Tensor x, Tensor? residual, Tensor scale, Tensor shift, float low, float high) -> Tensor",
     lambda x, residual, scale, shift, low, high: x.new_empty((x.shape[1], 2), dtype=torch.float32),
 )
@@ -129,7 +129,7 @@ def _norm_act_pack_fake(x, residual, scale, shift, low, high, code_scale, code_s
     )  # fmt: skip
 
 
-@_operator(
+@operator(
     "norm_act_pack(Tensor x, Tensor? residual, Tensor scale, Tensor shift, float low, float high, Tensor? code_scale, "
     "Tensor? code_shift, int[] images, Tensor ranges, int[] grid, int[] views, int lanes, str scheme, "
     "bool per_channel, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -193,7 +193,7 @@ def norm_act_pack(
     return torch.empty(0, dtype=x.dtype) if out is None else out, codes, mask, planes, plane_scale, zero_point
 
 
-@_operator(
+@operator(
     "norm_act_sums(Tensor dy, Tensor codes, Tensor mask) -> Tensor",
     lambda dy, codes, mask: dy.new_empty((dy.shape[1], 3), dtype=torch.float64),
 )
@@ -215,7 +215,7 @@ def norm_act_sums(dy: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
     return _norm.norm_sums(dy, codes, mask, torch.get_num_threads())
 
 
-@_operator(
+@operator(
     "norm_act_grad(Tensor dy, Tensor codes, Tensor mask, Tensor factor, bool residual) -> (Tensor, Tensor)",
     lambda dy, codes, mask, factor, residual: (
         torch.empty_like(dy), torch.empty_like(dy) if residual else dy.new_empty(0)
@@ -253,7 +253,7 @@ def _norm_act_grad_pack_fake(dy, codes, mask, factor, residual, images, ranges, 
     )  # fmt: skip
 
 
-@_operator(
+@operator(
     "norm_act_grad_pack(Tensor dy, Tensor codes, Tensor mask, Tensor factor, bool residual, int[] images, "
     "Tensor ranges, int[] grid, int[] views, int lanes, str scheme, Tensor? seed, bool per_channel, "
     "float[] options=[]) -> (Tensor, Tensor, Tensor, Tensor)",

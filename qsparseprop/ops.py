@@ -30,29 +30,30 @@ RANDOM_SCHEMES = ("stochastic", "dithered", "luq")
 _direct: dict[str, Callable] = {}
 
 
-def shortcut(name: str, tensor: Tensor) -> Callable:
+def shortcut(name: str, tensor: Tensor | None = None) -> Callable:
     """An operator for internal use, without the dispatcher, which costs as much as the kernels of a small layer.
 
-    The dispatcher stays where somebody watches: a profiler, a dispatch mode, or a subclass of Tensor.
+    The dispatcher stays where somebody watches: a profiler, a dispatch mode, or a subclass of Tensor. Operators call
+    others, of which they are made, without a tensor: then only a profiler matters.
     """
-    if (
-        torch.autograd.profiler._is_profiler_enabled
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack()
+    if torch.autograd.profiler._is_profiler_enabled or (
+        tensor is not None
+        and (type(tensor) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack())
     ):
         return getattr(torch.ops.qsparseprop, name).default
     return _direct[name]
 
 
-def _inner(name: str) -> Callable:
-    """An operator as a part of another one: through the dispatcher only where a profiler wants to see it."""
-    if torch.autograd.profiler._is_profiler_enabled:
-        return getattr(torch.ops.qsparseprop, name).default
-    return _direct[name]
+def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Register a function as the CPU implementation of an operator.
 
-
-def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Register a function as the CPU implementation of an operator."""
+    Parameters
+    ----------
+    schema : str
+        Its name and arguments, as `torch.library.define` takes them.
+    fake : callable
+        Gives the shapes and dtypes of the results.
+    """
 
     def register(function: Callable) -> Callable:
         name = schema.partition("(")[0]
@@ -76,7 +77,7 @@ def _scales(grid: Sequence[int], per_channel: bool) -> int:
     return max(grid[4], 0) if per_channel and len(grid) > 4 else 1
 
 
-@_operator(
+@operator(
     "quantize_pack(Tensor x, int[] grid, int[] views, int lanes, str scheme, Tensor? seed, bool per_channel=False, "
     "float[] options=[]) -> (Tensor, Tensor, Tensor)",
     lambda x, grid, views, lanes, scheme, seed, per_channel=False, options=(): (
@@ -131,7 +132,7 @@ def quantize_pack(
     return planes, scale, zero_point
 
 
-@_operator(
+@operator(
     "pack(Tensor x, int[] grid, int[] views, int lanes) -> Tensor",
     lambda x, grid, views, lanes: x.new_empty(lanes, dtype=torch.float32),
 )
@@ -142,7 +143,7 @@ def pack(x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int) -> Te
     return planes
 
 
-@_operator(
+@operator(
     "quantize_weight(Tensor values, Tensor index, Tensor group_ptr, Tensor? plane=None, Tensor? factor=None, "
     "Tensor? zero_point=None, Tensor? clip=None) -> (Tensor, Tensor, Tensor)",
     lambda values, index, group_ptr, plane=None, factor=None, zero_point=None, clip=None: (
@@ -204,7 +205,13 @@ def _spmm_fake(planes, weights, group_ptr, offset, scale, total, x_scale, x_zero
     return torch.empty(shape, dtype=dtype, device=planes.device, memory_format=memory_format)
 
 
-@_operator(
+def _result(shape: Sequence[int], channels_last: bool, zeros: bool, dtype: torch.dtype) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format)
+    return out.zero_() if zeros else out
+
+
+@operator(
     "spmm(Tensor planes, Tensor weights, Tensor group_ptr, Tensor offset, Tensor? scale, Tensor? total, "
     "Tensor? x_scale, Tensor? x_zero_point, Tensor? bias, int[] grid, int[] views, SymInt[] shape, "
     "bool channels_last, bool zeros, ScalarType dtype=float) -> Tensor",
@@ -257,16 +264,13 @@ def spmm(
     Tensor
         Of `shape` and `dtype`.
     """
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format)
-    if zeros:
-        out.zero_()
+    out = _result(shape, channels_last, zeros, dtype)
     _matmul.spmm(planes, weights, group_ptr, offset, scale, total, x_scale, x_zero_point, bias, out, grid, views,
                  torch.get_num_threads())
     return out
 
 
-@_operator(
+@operator(
     "sddmm(Tensor planes, Tensor dy, Tensor group_ptr, Tensor offset, Tensor index, Tensor plane, Tensor? x_scale, "
     "Tensor? x_zero_point, Tensor? dy_scale, int[] grid, int[] dy_grid, int[] views, SymInt[] shape, SymInt nonzeros) "
     "-> Tensor",
@@ -319,21 +323,34 @@ def _gather_weights(values: Tensor, index: Tensor) -> Tensor:
     return torch.cat([values, values.new_zeros(1)])[index]
 
 
-def _weights(
+def _multiply(
+    packed: Tensor,
     values: Tensor,
     rows: Sequence[Tensor],
-    codes: bool,
     x_scale: Tensor | None,
     x_zero: Tensor | None,
     clip: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Weights, their scale and total, and what is left of the scale and zero point of what they are multiplied with."""
+    *where: object,
+) -> Tensor:
+    """Quantise the weight, as the scale of the planes wants it, and multiply; the rest is as for `spmm`."""
     master = values if values.dtype == torch.float32 else values.to(torch.float32)
-    if not codes:
-        return _gather_weights(master, rows[2]), None, None, None, None
+    group_ptr, offset, index, plane = rows
+    spmm = shortcut("spmm")
+    if x_scale is None:
+        return spmm(packed, _gather_weights(master, index), group_ptr, offset, None, None, None, None, *where)
+    if spmm is _direct["spmm"]:  # in one call: half of what a small layer costs is calls
+        bias, grid, views, shape, channels_last, zeros, dtype = where
+        out = _result(shape, channels_last, zeros, dtype)
+        _matmul.quantized_spmm(master, index, group_ptr, offset, plane, x_scale, x_zero, clip, packed, bias, out, grid,
+                               views, torch.get_num_threads())
+        return out
+    quantize = shortcut("quantize_weight")
     if x_scale.shape[0] == 1:
-        return *_inner("quantize_weight")(master, rows[2], rows[0], None, None, None, clip), x_scale, x_zero
-    return *_inner("quantize_weight")(master, rows[2], rows[0], rows[3], x_scale, x_zero, clip), None, None
+        codes, scale, total = quantize(master, index, group_ptr, None, None, None, clip)
+    else:
+        codes, scale, total = quantize(master, index, group_ptr, plane, x_scale, x_zero, clip)
+        x_scale = x_zero = None
+    return spmm(packed, codes, group_ptr, offset, scale, total, x_scale, x_zero, *where)
 
 
 def _packed(
@@ -347,8 +364,8 @@ def _packed(
     options: Sequence[float],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if scheme is None:
-        return _inner("pack")(x, grid, views, lanes), None, None
-    return _inner("quantize_pack")(x, grid, views, lanes, scheme, seed, per_channel, options)
+        return shortcut("pack")(x, grid, views, lanes), None, None
+    return shortcut("quantize_pack")(x, grid, views, lanes, scheme, seed, per_channel, options)
 
 
 def _layer_forward_fake(x, values, bias, rows, grid, views, out_views, shape, scheme, seed, dtype, per_channel=False,
@@ -366,7 +383,7 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and not x.is_contiguous()
 
 
-@_operator(
+@operator(
     "layer_forward(Tensor x, Tensor values, Tensor? bias, Tensor[] rows, int[] grid, int[] views, int[] out_views, "
     "SymInt[] shape, str? scheme, Tensor? seed, ScalarType dtype, bool per_channel=False, "
     "float[] options=[], Tensor? clip=None, bool keep_floats=False, bool? channels_last=None) "
@@ -425,28 +442,25 @@ def layer_forward(
     """
     lanes = buffer_lanes(grid, x.shape[0])
     packed, x_scale, x_zero_point = _packed(x, grid, views, lanes, scheme, seed, per_channel, options)
-    weights, scale, total, factor, zero = _weights(values, rows, scheme is not None, x_scale, x_zero_point, clip)
-    if bias is not None and bias.dtype != torch.float32:
-        bias = bias.to(torch.float32)
-    out = _inner("spmm")(packed, weights, rows[0], rows[1], scale, total, factor, zero, bias, grid, out_views,
-                         shape, is_channels_last(x) if channels_last is None else channels_last, False, dtype)
+    out = shortcut("packed_forward")(packed, x_scale, x_zero_point, values, bias, rows, grid, out_views, shape, dtype,
+                                     clip, is_channels_last(x) if channels_last is None else channels_last)
     if scheme is None:
         x_scale, x_zero_point = torch.empty(0), torch.empty(0, dtype=torch.int32)
     elif keep_floats:
-        packed = _inner("pack")(x, grid, views, lanes)
+        packed = shortcut("pack")(x, grid, views, lanes)
     return out, packed, x_scale, x_zero_point
 
 
-@_operator(
-    "packed_forward(Tensor planes, Tensor x_scale, Tensor x_zero_point, Tensor values, Tensor? bias, Tensor[] rows, "
+@operator(
+    "packed_forward(Tensor planes, Tensor? x_scale, Tensor? x_zero_point, Tensor values, Tensor? bias, Tensor[] rows, "
     "int[] grid, int[] out_views, SymInt[] shape, ScalarType dtype, Tensor? clip, bool channels_last) -> Tensor",
     lambda planes, x_scale, x_zero_point, values, bias, rows, grid, out_views, shape, dtype, clip, channels_last:
     _spmm_fake(planes, None, None, None, None, None, None, None, None, None, None, shape, channels_last, False, dtype),
 )  # fmt: skip
 def packed_forward(
     planes: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
     values: Tensor,
     bias: Tensor | None,
     rows: Sequence[Tensor],
@@ -462,7 +476,7 @@ def packed_forward(
     Parameters
     ----------
     planes, x_scale, x_zero_point : Tensor
-        Of `quantize_pack`.
+        Of `quantize_pack`, or of `pack` and None.
     values, bias, rows, grid, out_views, shape, dtype, clip, channels_last
         As for `layer_forward`.
 
@@ -471,11 +485,10 @@ def packed_forward(
     Tensor
         Of `shape` and `dtype`.
     """
-    weights, scale, total, factor, zero = _weights(values, rows, True, x_scale, x_zero_point, clip)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
-    return _inner("spmm")(planes, weights, rows[0], rows[1], scale, total, factor, zero, bias, grid, out_views, shape,
-                          channels_last, False, dtype)
+    return _multiply(planes, values, rows, x_scale, x_zero_point, clip, bias, grid, out_views, shape, channels_last,
+                     False, dtype)
 
 
 def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views,
@@ -492,7 +505,7 @@ def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, column
     )
 
 
-@_operator(
+@operator(
     "layer_backward(Tensor dy, Tensor values, Tensor? planes, Tensor? x_scale, Tensor? x_zero_point, Tensor[] rows, "
     "Tensor[] columns, int[] grid, int[] dy_grid, int[] views, int[] dy_views, SymInt[] x_shape, bool complete, "
     "str? scheme, Tensor? seed, bool[] grads, ScalarType x_dtype, bool per_channel=False, "
@@ -564,18 +577,15 @@ def layer_backward(
     if grads[0] or not in_floats:
         packed, dy_scale, dy_zero_point = _packed(dy, dy_grid, dy_views, lanes, scheme, seed, per_channel, options)
     if grads[0]:
-        weights, scale, total, factor, zero = _weights(values, columns, scheme is not None, dy_scale, dy_zero_point,
-                                                       clip)
-        dx = _inner("spmm")(packed, weights, columns[0], columns[1], scale, total, factor, zero, None,
-                            dy_grid, views, x_shape,
-                            is_channels_last(dy) if channels_last is None else channels_last, not complete, x_dtype)
+        dx = _multiply(packed, values, columns, dy_scale, dy_zero_point, clip, None, dy_grid, views, x_shape,
+                       is_channels_last(dy) if channels_last is None else channels_last, not complete, x_dtype)
     if grads[1]:
         if in_floats:
             x_scale = x_zero_point = dy_scale = None
             if packed is None or packed.dtype != torch.float32:
-                packed = _inner("pack")(dy, dy_grid, dy_views, lanes)
-        dvalues = _inner("sddmm")(planes, packed, *rows, x_scale, x_zero_point, dy_scale, grid, dy_grid, dy_views,
-                                  dy.shape, values.shape[0])
+                packed = shortcut("pack")(dy, dy_grid, dy_views, lanes)
+        dvalues = shortcut("sddmm")(planes, packed, *rows, x_scale, x_zero_point, dy_scale, grid, dy_grid, dy_views,
+                                    dy.shape, values.shape[0])
     if grads[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.float32)
     # each an own tensor: an operator's results may not be the same one
@@ -596,7 +606,7 @@ def _packed_backward_fake(dy, dy_scale, dy_zero_point, values, planes, x_scale, 
     )
 
 
-@_operator(
+@operator(
     "packed_backward(Tensor dy, Tensor dy_scale, Tensor dy_zero_point, Tensor values, Tensor planes, Tensor x_scale, "
     "Tensor x_zero_point, Tensor[] rows, Tensor[] columns, int[] grid, int[] dy_grid, int[] views, int[] dy_views, "
     "SymInt[] x_shape, SymInt[] dy_shape, bool complete, bool[] grads, ScalarType x_dtype, Tensor? clip, "
@@ -644,10 +654,9 @@ clip, channels_last
     """
     dx = dvalues = None
     if grads[0]:
-        weights, scale, total, factor, zero = _weights(values, columns, True, dy_scale, dy_zero_point, clip)
-        dx = _inner("spmm")(dy, weights, columns[0], columns[1], scale, total, factor, zero, None, dy_grid, views,
-                            x_shape, channels_last, not complete, x_dtype)
+        dx = _multiply(dy, values, columns, dy_scale, dy_zero_point, clip, None, dy_grid, views, x_shape, channels_last,
+                       not complete, x_dtype)
     if grads[1]:
-        dvalues = _inner("sddmm")(planes, dy, *rows, x_scale, x_zero_point, dy_scale, grid, dy_grid, dy_views,
-                                  dy_shape, values.shape[0])
+        dvalues = shortcut("sddmm")(planes, dy, *rows, x_scale, x_zero_point, dy_scale, grid, dy_grid, dy_views,
+                                    dy_shape, values.shape[0])
     return torch.empty(0) if dx is None else dx, torch.empty(0) if dvalues is None else dvalues

@@ -40,7 +40,7 @@ def _scales(x: Tensor, dim: int | None, group_size: int | None) -> int:
     return channels or -(-x.numel() // group)
 
 
-@ops._operator(
+@ops.operator(
     "quantize(Tensor x, str scheme, int bits, int? dim, int? group_size, bool around_zero, Tensor? seed, "
     "float[] options) -> (Tensor, Tensor, Tensor)",
     lambda x, scheme, bits, dim, group_size, around_zero, seed, options: (
@@ -83,7 +83,7 @@ def quantize(
     return codes, scale, zero_point
 
 
-@ops._operator(
+@ops.operator(
     "dequantize(Tensor codes, Tensor scale, Tensor zero_point, int? dim, int? group_size, ScalarType dtype=float) "
     "-> Tensor",
     lambda codes, scale, zero_point, dim, group_size, dtype=torch.float32: codes.new_empty(codes.shape, dtype=dtype),

@@ -2,6 +2,7 @@
 
 import torch
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, isfinite
 from libc.stdint cimport int8_t, int32_t, int64_t
@@ -109,20 +110,11 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     """
     cdef bint codes = planes.dtype is _uint8
     cdef qsp_spmm a
-    cdef qsp_spmm each[MAX_VIEWS]
-    cdef qsp_view view[MAX_VIEWS]
-    cdef const qsp_kernels *kernels = active_kernels()
     cdef int32_t low = 0, high = 0
-    cdef int64_t count, i, row = 0, blocks, units, chunks, slots, end, task, size
-    cdef const qsp_spmm *args
-    cdef object scratch = None
+    cdef int64_t slots
     memset(&a, 0, sizeof(a))
-    threads = max(threads, 1)
-    read_grid(grid, &a.grid, "grid")
     slots = _read_list(group_ptr, offset, &a.list, &low, &high)
-    a.planes = pointer(planes, _uint8 if codes else _float32, 1, "planes")
     a.weights = pointer(weights, _int8 if codes else _float32, slots, "weights")
-    a.bias = <const float *> optional_pointer(bias, _float32, a.list.rows, "bias")
     a.scale_factor = 1
     if codes:
         a.scale = <const float *> pointer(scale, _float32, a.list.rows, "scale")
@@ -132,6 +124,53 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
         a.correction_factor = -1
         if x_zero_point is not None:
             a.correction_factor = -(<const int32_t *> pointer(x_zero_point, _int32, 1, "x_zero_point"))[0]
+    _multiply(&a, slots, high, codes, planes, bias, out, grid, views, max(threads, 1))
+
+
+def quantized_spmm(values, index, group_ptr, offset, plane, x_scale, x_zero_point, clip, planes, bias, out, grid, views,
+                   int threads):
+    """`quantize_weight` and `spmm` in one call, for codes: the weight's are kept nowhere.
+
+    `x_scale` and `x_zero_point` have one element or one for each plane, which the weights then are quantised with.
+    """
+    cdef qsp_spmm a
+    cdef qsp_weight w
+    cdef int32_t low = 0, high = 0
+    cdef int64_t slots, size
+    cdef bint one = numel(x_scale) == 1
+    memset(&a, 0, sizeof(a))
+    memset(&w, 0, sizeof(w))
+    threads = max(threads, 1)
+    slots = _read_list(group_ptr, offset, &a.list, &low, &high)
+    size = a.list.rows + (4 * a.list.rows + slots + 7) // 8
+    scratch = _take_scratch(size)
+    w.list = a.list
+    w.total = <int64_t *> pointer(scratch, _int64, size, "scratch")
+    w.scale = <float *> (w.total + a.list.rows)
+    w.codes = <int8_t *> (w.scale + a.list.rows)
+    _quantize(&w, slots, values, index, plane, None if one else x_scale, None if one else x_zero_point, clip, threads)
+    a.weights, a.scale, a.correction = w.codes, w.scale, w.total
+    a.scale_factor, a.correction_factor = 1, -1
+    if one:
+        a.scale_factor = (<const float *> pointer(x_scale, _float32, 1, "x_scale"))[0]
+        a.correction_factor = -(<const int32_t *> pointer(x_zero_point, _int32, 1, "x_zero_point"))[0]
+    _multiply(&a, slots, high, True, planes, bias, out, grid, views, threads)
+    _spare_scratch.append(scratch)
+
+
+cdef int64_t _multiply(qsp_spmm *given, int64_t slots, int32_t high, bint codes, object planes, object bias, object out,
+                       object grid, object views, int threads) except -1:
+    """The product of a list with its weights and scales, which `given` has, and planes."""
+    cdef qsp_spmm a = given[0]
+    cdef qsp_spmm each[MAX_VIEWS]
+    cdef qsp_view view[MAX_VIEWS]
+    cdef const qsp_kernels *kernels = active_kernels()
+    cdef int64_t count, i, row = 0, blocks, units, chunks, end, task, size
+    cdef const qsp_spmm *args
+    cdef object scratch = None
+    read_grid(grid, &a.grid, "grid")
+    a.planes = pointer(planes, _uint8 if codes else _float32, 1, "planes")
+    a.bias = <const float *> optional_pointer(bias, _float32, a.list.rows, "bias")
     a.out = strided_pointer(out, &a.dtype, "out")
     # planes of the output are numbered by the rows of the list
     cdef qsp_grid rows_grid = a.grid
@@ -140,7 +179,7 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     a.images = out.shape[0]
     size = numel(out)
     if size == 0:
-        return
+        return 0
     qsp_prefer_huge_pages(a.out, (4 if a.dtype == QSP_F32 else 2) * size)
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     for i in range(count):
@@ -179,6 +218,7 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
                 kernels.spmm_f32(args, task // chunks, task % chunks)
     if scratch is not None:
         _spare_scratch.append(scratch)
+    return 0
 
 
 cdef object _pair(qsp_spmm *a, int64_t slots, int threads):
@@ -245,7 +285,8 @@ def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy
             or a.grid.images != a.dy_grid.images):
         raise ValueError("grid and dy_grid must have the same lanes")
     a.images = shape[0]
-    out.zero_()  # also what no slot names
+    if values:
+        memset(a.out, 0, values * sizeof(float))  # also what no slot names
     if slots == 0 or a.images == 0:
         return
     blocks = (a.images + a.grid.images - 1) // a.grid.images
@@ -296,8 +337,7 @@ def quantize_weight(values, index, group_ptr, plane, factor, zero_point, clip, c
     `clip` is None or what the largest code stands for in every row.
     """
     cdef qsp_weight a
-    cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t n = numel(values), count = numel(group_ptr) - 1, slots, chunk, chunks
+    cdef int64_t count = numel(group_ptr) - 1, slots
     if not 0 <= count < MAX_ROWS:
         raise ValueError(f"group_ptr must have 1 to {MAX_ROWS} elements, got {count + 1}")
     memset(&a, 0, sizeof(a))
@@ -306,27 +346,35 @@ def quantize_weight(values, index, group_ptr, plane, factor, zero_point, clip, c
     slots = 4 * <int64_t> a.list.group_ptr[count]
     if a.list.group_ptr[0] != 0 or not qsp_ascending(a.list.group_ptr, count + 1):
         raise ValueError("group_ptr must ascend from 0")
-    a.values = <const float *> pointer(values, _float32, 0, "values") if n else NULL
-    a.index = <const int32_t *> pointer(index, _int32, slots, "index") if slots else NULL
-    _check_index(a.index, slots, -1, n, "index")
     a.codes = <int8_t *> pointer(codes, _int8, slots, "codes") if slots else NULL
     a.scale = <float *> pointer(scale, _float32, count, "scale") if count else NULL
     a.total = <int64_t *> pointer(total, _int64, count, "total") if count else NULL
+    _quantize(&a, slots, values, index, plane, factor, zero_point, clip, max(threads, 1))
+
+
+cdef int64_t _quantize(qsp_weight *a, int64_t slots, object values, object index, object plane, object factor,
+                       object zero_point, object clip, int threads) except -1:
+    """Quantise a list; `a` has it and where the results go."""
+    cdef const qsp_kernels *kernels = active_kernels()
+    cdef int64_t n = numel(values), count = a.list.rows, chunk, chunks
+    cdef const qsp_weight *args = a
+    a.values = <const float *> pointer(values, _float32, 0, "values") if n else NULL
+    a.index = <const int32_t *> pointer(index, _int32, slots, "index") if slots else NULL
+    _check_index(a.index, slots, -1, n, "index")
     if clip is not None:
         a.clip = (<const float *> pointer(clip, _float32, 1, "clip"))[0]
         if not 0 < a.clip < INFINITY:  # of a weight of zeros, or one with NaN or Inf, whose rows say so themselves
             a.clip = 0
-    _folded = _fold(&a, slots, plane, factor, zero_point)  # kept until the end: `a` points into it
-    threads = max(threads, 1)
+    _folded = _fold(a, slots, plane, factor, zero_point)  # kept until the end: `a` points into it
     chunks = 1 if threads == 1 or slots < 1 << 15 else min(4 * threads, count)
-    cdef const qsp_weight *args = &a
     for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
         kernels.quantize_rows(args, qsp_cut_rows(&args.list, chunk, chunks),
                               qsp_cut_rows(&args.list, chunk + 1, chunks))
+    return 0
 
 
 cdef object _fold(qsp_weight *a, int64_t slots, object plane, object factor, object zero_point):
-    """Factors and zero points of the planes; returns the tensor that holds the former.
+    """Factors and zero points of the planes; returns what holds the former.
 
     The factors are divided by a power of two near the largest, which the scale gets back, so that no product becomes so
     small that it loses digits.
@@ -359,8 +407,8 @@ cdef object _fold(qsp_weight *a, int64_t slots, object plane, object factor, obj
     if numel(factor) == 1:
         a.scale_factor = given[0]
         return None
-    out = torch.empty(planes, dtype=_float32)
-    folded = <float *> pointer(out, _float32, planes, "folded")
+    cdef bytes out = PyBytes_FromStringAndSize(NULL, planes * sizeof(float))  # cheaper than a tensor
+    folded = <float *> PyBytes_AS_STRING(out)
     for i in range(planes):
         if isfinite(given[i]):
             largest = max(largest, given[i])

@@ -2,6 +2,7 @@
 
 import torch
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
 from libc.math cimport isfinite
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
@@ -129,6 +130,7 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, str scheme, options
     cdef qsp_moments *moments = &m
     cdef int64_t channels, count
     cdef float inverse
+    cdef bytes scratch
     memset(&a, 0, sizeof(a))
     read_scheme(scheme, options, 8, False, &a.scheme)
     threads = max(threads, 1)
@@ -142,9 +144,9 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, str scheme, options
     cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
     if per_channel:
-        scratch = torch.empty(channels * (sizeof(qsp_moments) + sizeof(qsp_range)) + count * sizeof(float),
-                              dtype=_uint8)
-        moments = <qsp_moments *> pointer(scratch, _uint8, 1, "scratch")
+        scratch = PyBytes_FromStringAndSize(NULL, channels * (sizeof(qsp_moments) + sizeof(qsp_range))
+                                            + count * sizeof(float))  # cheaper than a tensor
+        moments = <qsp_moments *> PyBytes_AS_STRING(scratch)
         ranges = <qsp_range *> (moments + channels)
         a.inverse = <float *> (ranges + channels)
     else:

@@ -125,7 +125,7 @@ class SparseModule(SparseWeight):
         if not (x.is_cpu and self.weight.is_cpu):
             raise ValueError(f"{kind} computes on the CPU, got an input on device {x.device} and weights on device "
                              f"{self.weight.device}")
-        if not x.dtype.is_floating_point:
+        if not x.is_floating_point():
             raise TypeError(f"{kind} expects a floating-point input (float32, bfloat16, ...), got {x.dtype}")
         if x.layout != torch.strided:
             raise TypeError(f"{kind} expects a strided tensor, got layout {x.layout}")
@@ -143,7 +143,7 @@ class SparseModule(SparseWeight):
         return x, dtype if dtype in _KERNEL_DTYPES else torch.float32, dtype
 
     def _multiply(self, x: Tensor, plan: Plan) -> Tensor:
-        """The product for a 4-D input."""
+        """The product for an input of four dimensions, or of two, see `sparse_product`."""
         x, out_dtype, dtype = self._dtypes(x)
         y = sparse_product(x, self.weight, self.bias, plan, self._qconfig, out_dtype)
         return y if y.dtype == dtype else y.to(dtype)

@@ -68,11 +68,12 @@ class SparseWeight(nn.Module):
         return row_indices(self.crow_indices) * self._matrix_shape()[1] + self.col_indices
 
     def _check_sizes(self) -> None:
-        if self.weight.ndim != 1 or self.weight.shape[0] != self.col_indices.shape[0]:
+        weight, bias = self.weight, self.bias  # every access to a parameter is a call of __getattr__
+        if weight.shape != self.col_indices.shape:
             raise ValueError(f"weight must have one value for each of the {self.col_indices.numel()} column indices, "
-                             f"got shape {tuple(self.weight.shape)}")
-        if self.bias is not None and self.bias.shape != (self.weight_shape[0],):
-            raise ValueError(f"bias must have shape ({self.weight_shape[0]},), got {tuple(self.bias.shape)}")
+                             f"got shape {tuple(weight.shape)}")
+        if bias is not None and bias.shape != (self.weight_shape[0],):
+            raise ValueError(f"bias must have shape ({self.weight_shape[0]},), got {tuple(bias.shape)}")
 
     # ---- changes of the pattern ----
 

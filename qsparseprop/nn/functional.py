@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -131,6 +132,13 @@ def packed_backward_pass(
     )  # fmt: skip
 
 
+_NOTHING = contextlib.nullcontext()
+
+
+def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)  # a call of `to` costs as much where it does nothing
+
+
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -139,7 +147,8 @@ class _SparseProduct(torch.autograd.Function):
         if qconfig is not None and qconfig.check_finite:
             check_finite(x, "the input")
             check_finite(values, "the weight")
-        out, *packed = forward_pass(x, values, bias, plan, qconfig, dtype)
+        images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
+        out, *packed = forward_pass(images, values, bias, plan, qconfig, dtype)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(values, *packed)
         elif ctx.needs_input_grad[0]:
@@ -147,7 +156,7 @@ class _SparseProduct(torch.autograd.Function):
         ctx.plan, ctx.qconfig = plan, qconfig
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return out
+        return out if images is x else out.view(out.shape[:2])
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -156,20 +165,26 @@ class _SparseProduct(torch.autograd.Function):
         if qconfig is not None and qconfig.check_finite:
             check_finite(dy, "the gradient of the output")
         dx = dvalues = values = None
+        again = torch.is_grad_enabled()  # create_graph=True
         if grads[0] or grads[1]:
             values, *packed = ctx.saved_tensors
-            with torch.no_grad():
+            with torch.no_grad() if again else _NOTHING:
+                images, x_shape = dy, ctx.x_shape
+                if dy.ndim != 4:
+                    images, x_shape = dy.view(*dy.shape, 1, 1), (*x_shape, 1, 1)
                 dx, dvalues, dbias = backward_pass(
-                    dy, values, packed, ctx.plan, qconfig, ctx.x_shape, grads, ctx.x_dtype
+                    images, values, packed, ctx.plan, qconfig, x_shape, grads, ctx.x_dtype
                 )
+                if images is not dy and grads[0]:
+                    dx = dx.view(ctx.x_shape)
         else:
-            dbias = dy.detach().sum((0, 2, 3), dtype=torch.float32)
+            dbias = dy.detach().sum((0, *range(2, dy.ndim)), dtype=torch.float32)
         gradients = (
             dx if grads[0] else None,
-            dvalues.to(values.dtype) if grads[1] else None,
-            dbias.to(ctx.bias_dtype) if grads[2] else None,
+            _as_dtype(dvalues, values.dtype) if grads[1] else None,
+            _as_dtype(dbias, ctx.bias_dtype) if grads[2] else None,
         )
-        if torch.is_grad_enabled():  # create_graph=True
+        if again:
             gradients = NoSecondDerivative.apply(dy, values, *gradients)
         return *gradients, None, None, None
 
@@ -207,7 +222,8 @@ def sparse_product(
     Parameters
     ----------
     x : Tensor
-        (images, channels, height, width), float32 or bfloat16, any strides.
+        (images, channels, height, width), float32 or bfloat16, any strides; or (images, channels), which stands for
+        images of one pixel.
     values : Tensor
         (nonzeros,) in the order of the pattern that the plan was made of.
     bias : Tensor, optional
@@ -221,8 +237,8 @@ def sparse_product(
     Returns
     -------
     Tensor
-        (images, out_channels, out_height, out_width); channels_last where x is. Differentiable once with respect to
-        `x`, `values` and `bias`.
+        (images, out_channels, out_height, out_width), channels_last where x is; or (images, out_channels).
+        Differentiable once with respect to `x`, `values` and `bias`.
 
     Raises
     ------

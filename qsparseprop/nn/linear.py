@@ -110,15 +110,16 @@ class SparseLinear(SparseModule):
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{type(self).__name__} expects the last dimension to be in_features={self.in_features}, "
                              f"got shape {tuple(x.shape)}")
-        if 0 in self.weight_shape:  # nothing to multiply
+        if not (self.in_features and self.out_features):  # nothing to multiply
             return nn.functional.linear(x, self.dense_weight(), self.bias)
         leading = x.shape[:-1]
         rows = x if x.ndim == 2 else x.reshape(math.prod(leading), self.in_features)
-        images = rows[..., None, None]
         if torch.compiler.is_compiling():
-            y = self._trace(images, linear_numbers(self.in_features, self.out_features), 1)
+            y = self._trace(rows[..., None, None], linear_numbers(self.in_features, self.out_features), 1)
         else:
-            y = self._multiply(images, self._plan(linear_geometry(self.in_features, self.out_features), 1))
+            y = self._multiply(rows, self._plan(linear_geometry(self.in_features, self.out_features), 1))
+            if rows is x:
+                return y
         return y.view(*leading, self.out_features)
 
     def extra_repr(self) -> str:
