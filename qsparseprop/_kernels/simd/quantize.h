@@ -14,10 +14,10 @@ QSP_INLINE void quantize_line(const qsp_quantize *a, int64_t first, int64_t n, i
         if (a->each)
             q = quantizer_from(&a->scheme, f16_load_n(a->inverse + k, m), i32_load_n(a->zero_point + k, m), rounding);
         const uint64_t index = (uint64_t)(first + k);
-        const i32x16 random = rounding < RANDOM ? i32_set1(0)
-                              : index & 1       ? random_any(a->seed, index, 1)
+        const i32x16 dither = rounding < RANDOM ? i32_set1(0)
+                              : index & 3       ? random_any(a->seed, index, 1)
                                                 : random_run(a->seed, index);
-        const i32x16 c = quantize16(x, &q, rounding, random);
+        const i32x16 c = quantize16(x, &q, rounding, dither);
         const u8x16 bytes = a->scheme.around_zero ? codes_signed(c) : codes_from(c);
         if (m == 16)
             codes_store(out + k, bytes);
@@ -31,18 +31,14 @@ static void scale_line(const qsp_quantize *a, int64_t first, int64_t n, int64_t 
 {
     const char *x = (const char *)a->x + first * (a->dtype == QSP_F32 ? 4 : 2);
     qsp_range r = {0.0f, INFINITY, -INFINITY};
-    qsp_moments m = {0.0, 0.0, 0.0, (double)n, 0.0};
-    range(x, a->dtype, n, 1, a->scheme.kind == QSP_AFFINE, &r);
+    qsp_moments m = {0.0, 0.0, (double)n, 0.0};
     if (qsp_wants_moments(&a->scheme)) {
-        double state[64] = {0};
-        moments(x, a->dtype, n, 1, 0, state);
-        for (int i = 0; i < 16; i++) {
-            m.magnitude += state[i];
-            m.square += state[16 + i];
-            m.sum += state[32 + i];
-            m.nonzeros += state[48 + i];
-        }
-    }
+        double state[QSP_MOMENTS * 16 / sizeof(double)] = {0};
+        moments(x, a->dtype, n, 1, 0, a->scheme.kind == QSP_SAWB, state);
+        r.min = 0.0f;
+        qsp_add_moments(state, 16, 0, 16, &r, &m);
+    } else
+        range(x, a->dtype, n, 1, a->scheme.kind == QSP_AFFINE, &r);
     a->scale[line] = qsp_scale(&a->scheme, &r, &m, a->zero_point + line, a->inverse + line);
 }
 
