@@ -340,6 +340,29 @@ def measure(title: str, works: Sequence[Work], isas: Sequence[str], peaks: dict[
     return results
 
 
+def measure_rounding(x: Tensor, geometry: Geometry, isa: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Race the schemes of gradients on one instruction set; print what each costs compared with rounding to nearest."""
+    grid, views = geometry.input_grid, geometry.input_views
+    lanes, seed = grid.lanes(x.shape[0]), torch.tensor(1)
+    say(f"\nquantize_pack with {isa}, schemes in turn, time relative to rounding to nearest (absmax)\n")
+    table = Table(["scale of", "stochastic", "dithered", "luq"])
+    results = []
+    for per_channel in (False, True):
+        schemes = {
+            scheme: on_isa(isa, lambda s=scheme, c=per_channel: ops.quantize_pack(x, grid.numbers, views, lanes, s,
+                                                                                 seed, c))
+            for scheme in ("absmax", "stochastic", "dithered", "luq")
+        }  # fmt: skip
+        result = race([Competitor(name, name, call) for name, call in schemes.items()], args)
+        relative = {s: ms / result["ms"]["absmax"] for s, ms in result["ms"].items()}
+        least = {s: ms / result["min_ms"]["absmax"] for s, ms in result["min_ms"].items()}
+        of = "channel" if per_channel else "tensor"
+        results.append({"case": f"rounding, one scale a {of}", "isa": isa, "relative": relative,
+                        "relative_min": least, **result})  # fmt: skip
+        table.row(of, *(f"{relative[s]:.2f} (least {least[s]:.2f})" for s in ("stochastic", "dithered", "luq")))
+    return results
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     supported = _dispatch.supported_isas()
@@ -352,9 +375,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--contiguous", action="store_true",
                         help="images of convolutions contiguous, not channels_last: only packing and spmm differ")
     args, document = start("kernels", parser, argv)
+    active = _dispatch.active_isa()
     shapes = QUICK_SHAPES if args.quick else SHAPES
     side = 20 if args.quick else 1000
-    document["peaks"], document["results"] = {}, []
+    document["peaks"], document["results"], document["rounding"] = {}, [], []
     with compiled_peaks() as library:
         if isinstance(library, str):
             say(f"\nshares are left out: {library}")
@@ -375,6 +399,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 x = torch.randn(side, side, 1, 1)
                 works = packing(x, linear_geometry(side, side))
                 document["results"] += measure(title, works, args.isa, peaks, args)
+                for isa in args.isa:
+                    if isa != "scalar":
+                        document["rounding"] += measure_rounding(x, linear_geometry(side, side), isa, args)
+                _dispatch.set_isa(active)
             for title, shape, sparsity in cases:
                 if all(text in title for text in args.shape):
                     works = layer_kernels(shape, sparsity, not args.contiguous)

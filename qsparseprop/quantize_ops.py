@@ -98,7 +98,7 @@ def dequantize(
 ) -> Tensor:
     """Values that codes stand for, ``(codes - zero_point) * scale``, float32 or bfloat16; arguments as `quantize`."""
     out = torch.empty(codes.shape, dtype=dtype)
-    if scale.numel():
+    if codes.numel():
         _quantize.dequantize(codes.contiguous(), scale, zero_point, out, *line_sizes(codes.shape, dim, group_size),
                              torch.get_num_threads())  # fmt: skip
     return out

@@ -24,25 +24,41 @@ def mix_seed(seed: int) -> int:
     return z ^ (z >> 31)
 
 
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x
+
+
 def random_bits(seed: int, index: Tensor) -> Tensor:
     """The 16 random bits of elements `index` (int64) of the call with `seed` (64 bits), as int64.
 
-    A multiply-xorshift mixer of two rounds (multipliers: C. Wellons, "lowbias32", public domain), with the seed's
-    halves entering before and between them. Elements 2 i and 2 i + 1 share a result, of which they take the low and the
-    high half.
+    Three rounds of ``x ^= low half * multiplier`` on 64 bits (which wrap around in int64 as they do there), halves
+    exchanged between them. Elements 4 i to 4 i + 3 share a result, the lowest bits first.
     """
-    pair = index >> 1
-    mask = 0xFFFFFFFF
-    x = (((pair & mask) ^ (seed & mask)) * 0x7FEB352D) & mask
-    x = x ^ (x >> 15) ^ ((seed >> 32) & mask) ^ (pair >> 32)
-    x = (x * 0x846CA68B) & mask
-    x = x ^ (x >> 16)
-    return torch.where((index & 1).bool(), x >> 16, x & 0xFFFF)
+    low = 0xFFFFFFFF
+    x = (index >> 2) * _signed(0x9E3779B97F4A7C15) + _signed(seed & _MASK)
+    x = x ^ (x & low) * 0xD2511F52
+    x = (x >> 32) & low | x << 32
+    x = x ^ (x & low) * 0xCD9E8D56
+    x = (x >> 32) & low | x << 32
+    x = x ^ (x & low) * 0x846CA68A
+    return x >> 16 * (index & 3) & 0xFFFF
 
 
 def stochastic_round(value: Tensor, seed: int, index: Tensor) -> Tensor:
-    """floor(value + u), u uniform in [0, 1), in fixed point of 16 fractional bits."""
-    return ((value * 65536.0).round().to(torch.int64) + random_bits(seed, index)) >> 16
+    """floor(value + u), u uniform in [0, 1) with 16 bits, of float32 values in [-127, 127].
+
+    128 + u has 24 bits; what is added to it is positive and rounded to 16 bits behind the point or more.
+    """
+    dither = 128 + random_bits(seed, index).to(torch.float32) / 65536
+    return (value + dither).to(torch.int64) - 128
+
+
+def limited_inverse(scale: Tensor, absmax: Tensor, most: int) -> Tensor:
+    """1 / scale, or less by as little as it takes for absmax times it not to be beyond `most`."""
+    inverse = 1 / scale
+    while absmax * inverse > most:
+        inverse = torch.nextafter(inverse, torch.zeros(()))
+    return inverse
 
 
 def symmetric_scale(absmax: Tensor, levels: float) -> Tensor:
@@ -148,13 +164,17 @@ def quantize_values(
     elif scheme in ("absmax", "sawb") and not around_zero and (x.numel() == 0 or x.amin() >= 0):
         scale, zero_point = symmetric_scale(absmax, top), 0
     elif scheme == "luq":
-        scale = symmetric_scale(absmax, 2 ** ((int(options[0]) if options else 7) - 1))
+        levels = 2 ** ((int(options[0]) if options else 7) - 1)
+        scale = symmetric_scale(absmax, levels)
     elif scheme == "dithered" and x.numel():
         wide = x.to(torch.float64)
         variance = (wide.square().mean() - wide.mean().square()).clamp(min=0)
         step = ((options[0] if options else 1.0) * variance.sqrt()).to(torch.float32)
         scale = torch.where(step > scale, step, scale)
-    value = x * (1 / scale)
+    inverse = 1 / scale
+    if scheme in ("stochastic", "dithered", "luq"):
+        inverse = limited_inverse(scale, absmax, levels)
+    value = x * inverse
     if scheme in ("stochastic", "dithered"):
         value = stochastic_round(value, seed, index)
     else:

@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from qsparseprop import ops
-from qsparseprop._kernels import _dispatch, _matmul, _pack
+from qsparseprop import ops, quantize_ops
+from qsparseprop._kernels import _dispatch, _matmul, _pack, _quantize
 from qsparseprop.geometry import conv_geometry, linear_geometry
 from qsparseprop.pattern import dense_pattern, make_plan
 
@@ -20,6 +20,9 @@ PAGE = mmap.PAGESIZE
 LARGEST = 1 << 24  # bytes; what asks for more counts as refused
 INTEGERS = [0, 1, -1, 2, 3, 4, 5, 63, 64, 65, 128, 1 << 16, 1 << 20, (1 << 31) - 1, 1 << 31, -(1 << 31), 1 << 34,
             1 << 39, (1 << 40) - 1, 1 << 40, (1 << 62) + 64, (1 << 63) - 1, -(1 << 63)]  # fmt: skip
+FLOATS = [0.0, -1.0, 0.5, 3.0, 7.0, 1e-45, 1e-300, 1e300, float("inf"), -float("inf"), float("nan")]
+SCHEMES = ["absmax", "symmetric", "standard", "sawb", "stochastic", "dithered", "luq", "int4", ""]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.bool]
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -132,15 +135,44 @@ def valid_calls():
                               out_views, list(dy.shape), values.numel()]  # fmt: skip
 
 
+def valid_quantizations():
+    """Arguments of `quantize` and `dequantize`: every scheme, dtype and way to share a scale."""
+    options = {"sawb": [12.1, 12.2, 1.0], "dithered": [0.5], "luq": [5.0]}
+    for shape in ((7, 20, 9), (129,), (3, 64), (2, 1, 5, 4), (0, 4), (1,)):
+        x = torch.randn(shape)
+        sharings = [(None, None), (0, None), (-1, None), (None, 32), (None, 1)]
+        for scheme in SCHEMES[:-2]:
+            for dim, group in sharings:
+                tensor = x.bfloat16() if (len(scheme) + (group or 0)) % 2 else x
+                bits = 8 if scheme == "luq" else random.choice([2, 5, 8])
+                q = [tensor, scheme, bits, dim, group, scheme != "standard", torch.tensor(5), options.get(scheme, [])]
+                yield quantize_ops.quantize, q
+                codes, scale, zero = quantize_ops.quantize(*q)
+                for dtype in (torch.float32, torch.bfloat16):
+                    yield quantize_ops.dequantize, [codes, scale, zero, dim, group, dtype]
+
+
 def corrupt_integer(value):
     return random.choice([*INTEGERS, value + 1, value - 1, 2 * value, -value, value + 64, value - 64, value // 2])
 
 
 def corrupt(argument):
-    if argument is None or isinstance(argument, (bool, str, torch.dtype)):
-        return argument
+    if argument is None:
+        return random.choice([None, None, None, random.choice(INTEGERS)])
+    if isinstance(argument, bool):
+        return not argument
+    if isinstance(argument, str):
+        return random.choice(SCHEMES)
+    if isinstance(argument, torch.dtype):
+        return random.choice(DTYPES)
     if isinstance(argument, int):
         return corrupt_integer(argument)
+    if isinstance(argument, float):
+        return random.choice([*FLOATS, argument])
+    if isinstance(argument, list) and not argument:
+        return [random.choice(FLOATS) for _ in range(random.randrange(4))]
+    if isinstance(argument, list) and isinstance(argument[0], float) and random.random() < 0.3:
+        return random.choice([argument[:-1], argument + argument])
     if isinstance(argument, list) and not isinstance(argument[0], int):
         place = random.randrange(len(argument))
         return [corrupt(a) if i == place else a for i, a in enumerate(argument)]
@@ -159,12 +191,20 @@ def corrupt(argument):
             value = corrupt_integer(int(new[place]))
             new[place] = max(-(2**31), min(2**31 - 1, value))
         return new.view(argument.shape)
+    if argument.is_floating_point() and random.random() < 0.2:
+        new = argument.reshape(-1).clone()
+        new[random.randrange(new.numel())] = torch.tensor(random.choice(FLOATS), dtype=torch.float64)
+        return new.view(argument.shape)
     return random.choice([
         lambda t: t[: random.randrange(t.shape[0] + 1)],
         lambda t: t[: max(t.shape[0] - random.choice([1, 2, 4, 16, 64, 100]), 0)],
         lambda t: t.transpose(0, -1),
         lambda t: t[..., None],
         lambda t: t.double(),
+        lambda t: t.to(random.choice(DTYPES)),
+        lambda t: t[..., ::2],
+        lambda t: t.new_empty(0),
+        lambda t: t.new_empty(0, 1 << 40),
         lambda t: t.expand(3, *t.shape),
         lambda t: torch.cat([t, t]),
     ])(argument)  # fmt: skip
@@ -192,15 +232,15 @@ def main():
     torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)
-    ops.torch = _matmul.torch = _pack.torch = GuardedTorch()
-    valid = list(valid_calls())
+    ops.torch = quantize_ops.torch = _matmul.torch = _pack.torch = _quantize.torch = GuardedTorch()
+    valid, others = list(valid_calls()), list(valid_quantizations())
     refused = accepted = 0
     for isa in _dispatch.supported_isas():
         _dispatch.set_isa(isa)
-        for op, arguments in valid:
+        for op, arguments in valid + others:
             op(*map(guard, arguments))
         for _ in range(calls):
-            op, arguments = random.choice(valid)
+            op, arguments = random.choice(valid if random.random() < 0.7 else others)
             arguments = list(arguments)
             for _ in range(random.choice([1, 1, 1, 2])):
                 place = random.randrange(len(arguments))

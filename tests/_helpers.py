@@ -147,7 +147,8 @@ def _quantized(x: Tensor, scheme: str, seed: int, order: Tensor) -> tuple[Tensor
         codes = (x * inverse).round().clamp(-zero, 255 - zero)
     elif scheme == "stochastic":
         scale, inverse = _inverse(x.abs().max(), 127)
-        codes = reference.stochastic_round(x * inverse, seed, order).clamp(-127, 127)
+        inverse = reference.limited_inverse(scale, x.abs().max(), 127)
+        codes = reference.stochastic_round(x * inverse, seed, order)
     elif scheme == "absmax" and x.min() >= 0:
         scale, inverse = _inverse(x.max(), 255)
         codes = (x * inverse).round()

@@ -142,6 +142,8 @@ def test_kernels(tmp_path):
     expected |= {(case, name) for case in ("linear", "conv") for name in packing | products | {"quantize_weight"}}
     assert measured == dict.fromkeys(expected, isas)
     assert "peaks of 1 thread" in printed or "shares are left out" in printed
+    assert {row["isa"] for row in document["rounding"]} == isas - {"scalar"}
+    assert all(row["relative"]["absmax"] == 1 for row in document["rounding"])
 
 
 def test_kernels_need_no_compiler(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ cdef extern from "kernels.h" nogil:
         QSP_NEED_ABSMAX
         QSP_NEED_MIN
         QSP_NEED_MAX
+        QSP_MOMENTS
         QSP_ABSMAX
         QSP_SYMMETRIC
         QSP_AFFINE
@@ -98,9 +99,8 @@ cdef extern from "kernels.h" nogil:
         int levels
 
     ctypedef struct qsp_moments:
-        double magnitude
-        double square
         double sum
+        double square
         double count
         double nonzeros
 
@@ -192,7 +192,7 @@ cdef extern from "kernels.h" nogil:
         void (*pack_f32)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*range)(const void *, int, int64_t, int64_t, int, qsp_range *) noexcept nogil
         void (*range_channels)(const void *, int, int64_t, int64_t, int64_t, int, float *) noexcept nogil
-        void (*moments)(const void *, int, int64_t, int64_t, int64_t, double *) noexcept nogil
+        void (*moments)(const void *, int, int64_t, int64_t, int64_t, int, double *) noexcept nogil
         void (*quantize_rows)(const qsp_weight *, int64_t, int64_t) noexcept nogil
         void (*norm_moments)(const void *, int, int64_t, int64_t, double *) noexcept nogil
         void (*norm)(const qsp_norm *, int64_t, int64_t) noexcept nogil

@@ -42,8 +42,8 @@ cdef int64_t _lines(qsp_quantize *a, int64_t channels, int64_t inner, int64_t gr
     elements share one (channels = 1).
     """
     if channels == 0:
-        a.length, a.own = group, True
-        a.scales = (a.count + group - 1) // group
+        a.length, a.own = min(group, max(a.count, 1)), True
+        a.scales = (a.count + a.length - 1) // a.length
         return a.scales
     a.scales = channels
     if channels == 1:

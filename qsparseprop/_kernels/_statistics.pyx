@@ -12,6 +12,7 @@ from qsparseprop._kernels._dispatch cimport (
     QSP_DITHERED,
     QSP_F32,
     QSP_LUQ,
+    QSP_MOMENTS,
     QSP_NEED_ABSMAX,
     QSP_NEED_MAX,
     QSP_NEED_MIN,
@@ -28,12 +29,16 @@ from qsparseprop._kernels._tensor cimport strided_pointer
 
 cdef enum:
     MAX_PARTS = 256
-    MOMENTS = -1  # in place of what of a range is wanted
+    # in place of what of a range is wanted
+    SUMS = -1
+    MAGNITUDES = -2
     # elements below which starting threads costs more than it gives
     SERIAL_ELEMENTS = 1 << 15
+    PART_ROWS = 128
 
 cdef extern from "simd/scale.h" nogil:
     int qsp_wants_moments(const qsp_scheme *)
+    void qsp_add_moments(const double *, int64_t, int64_t, int64_t, qsp_range *, qsp_moments *)
 
 #: Names of the schemes and their numbers in the kernels.
 SCHEMES = {
@@ -146,20 +151,19 @@ ctypedef struct _channels:
     const char *data
     int64_t width  # of an element, in bytes
     int dtype
-    int need  # of the range, or MOMENTS
+    int need  # of the range, or SUMS or MAGNITUDES
     int64_t dims
     int64_t size[9]
     int64_t stride[9]
     int64_t channel  # dimension of the channel, 0 where channels are neighbours in memory, -1 where there is one
     int64_t channels, outer, parts
-    int64_t padded, statistics  # places of one statistic, statistics of one channel
-    int64_t state_size  # bytes for one part
+    int64_t places  # of one statistic
+    int64_t channel_size, state_size  # bytes for one channel (or those that are neighbours), for one part
 
 
 cdef void _channels_part(const qsp_kernels *kernels, const _channels *a, int64_t part, char *states) noexcept nogil:
     cdef int64_t first = 0, last = a.size[0], begin = 0, end = a.outer, i, d, rest, place, offset, channel
     cdef char *state = states + part * a.state_size
-    cdef int64_t one = a.statistics * a.padded * (8 if a.need == MOMENTS else 4)  # bytes of a channel's state
     if a.outer == 1:
         first, last = a.size[0] * part // a.parts, a.size[0] * (part + 1) // a.parts
     else:
@@ -172,12 +176,14 @@ cdef void _channels_part(const qsp_kernels *kernels, const _channels *a, int64_t
             offset += place * a.stride[d]
             if d == a.channel:
                 channel = place
-        if a.need == MOMENTS:
+        if a.need < 0:
             kernels.moments(a.data + a.width * offset, a.dtype, last - first, a.stride[0],
-                            0 if a.channel else a.channels, <double *> (state + one * channel))
+                            0 if a.channel else a.channels, a.need == MAGNITUDES,
+                            <double *> (state + a.channel_size * channel))
         else:
             kernels.range_channels(a.data + a.width * offset, a.dtype, last - first, a.stride[0],
-                                   0 if a.channel else a.channels, a.need, <float *> (state + one * channel))
+                                   0 if a.channel else a.channels, a.need,
+                                   <float *> (state + a.channel_size * channel))
 
 
 cdef char *_channel_states(_channels *a, object x, bint per_channel, int threads) except NULL:
@@ -191,9 +197,8 @@ cdef char *_channel_states(_channels *a, object x, bint per_channel, int threads
     cdef const _channels *args = a
     cdef char *states
     a.width, a.channels = 4 if a.dtype == QSP_F32 else 2, x.shape[1] if per_channel else 1
-    a.statistics = 4 if a.need == MOMENTS else 3
     a.dims = _memory_order(x, 1 if per_channel else -1, a.size, a.stride)
-    a.padded = (a.channels + 15) // 16 * 16
+    a.places = (a.channels + 15) // 16 * 16
     if not per_channel:
         a.channel = -1
     elif x.stride(1) == 1 and a.channels > 1:
@@ -206,13 +211,15 @@ cdef char *_channel_states(_channels *a, object x, bint per_channel, int threads
             a.size[i], a.stride[i] = a.size[i - 1], a.stride[i - 1]
         a.size[d], a.stride[d], a.channel = a.channels, x.stride(1), d
         a.dims += 1
-        a.padded = 16
-    a.state_size = a.statistics * a.padded * (1 if a.channel == 0 else a.channels) * (8 if a.need == MOMENTS else 4)
+        a.places = 16
+    a.channel_size = a.places * (QSP_MOMENTS if a.need < 0 else 3 * sizeof(float))
+    a.state_size = a.channel_size * (1 if a.channel == 0 else a.channels)
     a.outer = 1
     for i in range(1, a.dims):
         a.outer *= a.size[i]
-    if a.need == MOMENTS:
-        a.parts = max(1, min(16, elements // SERIAL_ELEMENTS))
+    if a.need < 0:
+        # not more than pay for the sums of each channel that a part begins with and ends in
+        a.parts = max(1, min(16, elements // max(<int64_t> SERIAL_ELEMENTS, PART_ROWS * a.channels)))
     else:
         a.parts = 1 if elements < SERIAL_ELEMENTS else min(threads, MAX_PARTS)
     states = <char *> calloc(a.parts, a.state_size)
@@ -240,32 +247,29 @@ cdef void channel_ranges(object x, const void *data, int dtype, int need, qsp_ra
             for i in range(places):
                 memcpy(&bits, state + i, sizeof(bits))
                 greatest = max(greatest, bits)
-                out[c].min = min(out[c].min, state[a.padded + i])
-                out[c].max = max(out[c].max, state[2 * a.padded + i])
+                out[c].min = min(out[c].min, state[a.places + i])
+                out[c].max = max(out[c].max, state[2 * a.places + i])
         memcpy(&out[c].absmax, &greatest, sizeof(greatest))
     free(states)
 
 
-cdef void channel_moments(object x, const void *data, int dtype, bint per_channel, qsp_moments *out,
-                          int threads) except *:
+cdef void channel_moments(object x, const void *data, int dtype, bint per_channel, bint magnitudes, qsp_range *ranges,
+                          qsp_moments *moments, int threads) except *:
+    """Moments and ranges (zero taken in, without the maxima) of `x` or of its channels."""
     cdef _channels a
-    cdef int64_t c, i, part, places
-    cdef const double *state
-    a.data, a.dtype, a.need = <const char *> data, dtype, MOMENTS
+    cdef int64_t c, part, first
+    a.data, a.dtype, a.need = <const char *> data, dtype, MAGNITUDES if magnitudes else SUMS
     cdef char *states = _channel_states(&a, x, per_channel, threads)
     # what an expanded tensor repeats is counted once, which leaves all means as they are
     cdef double count = a.size[0] * a.outer / (a.channels if a.channel > 0 else 1)
-    places = 1 if a.channel == 0 else 16
-    memset(out, 0, a.channels * sizeof(qsp_moments))
+    cdef double *state
     for c in range(a.channels):
-        out[c].count = count
-        for part in range(a.parts):
-            state = <const double *> (states + part * a.state_size) + (c if a.channel == 0 else 64 * c)
-            for i in range(places):
-                out[c].magnitude += state[i]
-                out[c].square += state[a.padded + i]
-                out[c].sum += state[2 * a.padded + i]
-                out[c].nonzeros += state[3 * a.padded + i]
+        moments[c].count = count
+    for part in range(a.parts):
+        for c in range(a.channels):
+            state = <double *> (states + part * a.state_size + (0 if a.channel == 0 else c * a.channel_size))
+            first = c if a.channel == 0 else 0
+            qsp_add_moments(state, a.places, first, first + (1 if a.channel == 0 else 16), &ranges[c], &moments[c])
     free(states)
 
 
@@ -290,15 +294,15 @@ cdef void find_statistics(object x, const void *data, int dtype, bint per_channe
     cdef int need = QSP_NEED_ABSMAX
     if scheme.kind == QSP_AFFINE:
         need = QSP_NEED_MAX
-    elif scheme.kind == QSP_ABSMAX or scheme.kind == QSP_SAWB:
+    elif scheme.kind == QSP_ABSMAX:
         need = QSP_NEED_MIN
     memset(ranges, 0, channels * sizeof(qsp_range))
     memset(moments, 0, channels * sizeof(qsp_moments))
     if x.numel() == 0:
         return
-    if per_channel:
+    if qsp_wants_moments(scheme):
+        channel_moments(x, data, dtype, per_channel, scheme.kind == QSP_SAWB, ranges, moments, threads)
+    elif per_channel:
         channel_ranges(x, data, dtype, need, ranges, threads)
     else:
         range_of(x, data, dtype, need == QSP_NEED_MAX, ranges, threads)
-    if qsp_wants_moments(scheme):
-        channel_moments(x, data, dtype, per_channel, moments, threads)

@@ -98,8 +98,12 @@ typedef struct {
 } qsp_range;
 
 typedef struct {
-    double magnitude, square, sum, count, nonzeros; /* sums over the elements, and how many there are */
+    double sum, square, count, nonzeros; /* sums over the elements or their magnitudes, and how many there are */
 } qsp_moments;
+
+/* Bytes of the state of one place of a channel, in which `moments` adds up: [3][places] doubles (sum, square, nonzeros)
+ * and [2][places] floats (the bits of the largest magnitude, and the minimum, zero taken in). */
+enum { QSP_MOMENTS = 3 * 8 + 2 * 4 };
 
 /* Batch normalisation and what follows it, on rows of `channels` elements: pixels in channels_last order. A saved code
  * stands for x, see code_scale; bit i of the mask says whether the gradient passes element i. */
@@ -191,8 +195,9 @@ typedef struct {
     void (*range)(const void *x, int dtype, int64_t n, int64_t step, int whole, qsp_range *out);
     /* Ranges of channels, added to `state`: n elements of one channel, or with channels > 0 n rows of so many. */
     void (*range_channels)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int need, float *state);
-    /* The same for sums of the elements (qsp_moments without count): [4][16] of a channel, or [4][channels, padded]. */
-    void (*moments)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, double *state);
+    /* The same with moments, see qsp_add_moments for what is in `state`. Sums are those of magnitudes, and nonzeros and
+     * minima are found, only where `magnitudes` says so. */
+    void (*moments)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int magnitudes, double *state);
     /* Quantise the slots of rows [first, last): nearest even, symmetric, one scale a row. */
     void (*quantize_rows)(const qsp_weight *, int64_t first, int64_t last);
     /* Of each channel of some rows: mean, sum of the squared distances from it, least and greatest. */

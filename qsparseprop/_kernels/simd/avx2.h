@@ -127,6 +127,59 @@ QSP_INLINE float f16_greatest(f16x v)
         s = line[i] > s ? line[i] : s;
     return s;
 }
+QSP_INLINE f16x f16_abs(f16x v)
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return f16_of(_mm256_andnot_ps(sign, v.a), _mm256_andnot_ps(sign, v.b));
+}
+/* One where v is not zero, otherwise zero. */
+QSP_INLINE f16x f16_is_nonzero(f16x v)
+{
+    const __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1.0f);
+    return f16_of(_mm256_and_ps(_mm256_cmp_ps(v.a, zero, _CMP_NEQ_UQ), one),
+                  _mm256_and_ps(_mm256_cmp_ps(v.b, zero, _CMP_NEQ_UQ), one));
+}
+
+/* ---- 16 doubles: sums of floats ---- */
+typedef struct {
+    __m256d a, b, c, d;
+} d16x;
+QSP_INLINE d16x d16_load(const double *p)
+{
+    const d16x r = {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8), _mm256_loadu_pd(p + 12)};
+    return r;
+}
+QSP_INLINE void d16_store(double *p, d16x v)
+{
+    _mm256_storeu_pd(p, v.a);
+    _mm256_storeu_pd(p + 4, v.b);
+    _mm256_storeu_pd(p + 8, v.c);
+    _mm256_storeu_pd(p + 12, v.d);
+}
+QSP_INLINE d16x d16_from(f16x v)
+{
+    const d16x r = {_mm256_cvtps_pd(_mm256_castps256_ps128(v.a)), _mm256_cvtps_pd(_mm256_extractf128_ps(v.a, 1)),
+                    _mm256_cvtps_pd(_mm256_castps256_ps128(v.b)), _mm256_cvtps_pd(_mm256_extractf128_ps(v.b, 1))};
+    return r;
+}
+QSP_INLINE d16x d16_load_floats(const float *p) /* fewer instructions than taking a vector to pieces */
+{
+    const d16x r = {_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4)),
+                    _mm256_cvtps_pd(_mm_loadu_ps(p + 8)), _mm256_cvtps_pd(_mm_loadu_ps(p + 12))};
+    return r;
+}
+QSP_INLINE d16x d16_add(d16x x, d16x y)
+{
+    const d16x r = {_mm256_add_pd(x.a, y.a), _mm256_add_pd(x.b, y.b), _mm256_add_pd(x.c, y.c), _mm256_add_pd(x.d, y.d)};
+    return r;
+}
+/* sum + v^2, where the square of a float is exact: fused or not, the result is the same. */
+QSP_INLINE d16x d16_add_square(d16x sum, d16x v)
+{
+    const d16x r = {_mm256_fmadd_pd(v.a, v.a, sum.a), _mm256_fmadd_pd(v.b, v.b, sum.b),
+                    _mm256_fmadd_pd(v.c, v.c, sum.c), _mm256_fmadd_pd(v.d, v.d, sum.d)};
+    return r;
+}
 QSP_INLINE __m256 gather8(const float *base, const int32_t *index, int n)
 {
     const __m256i here = first8(n), i = _mm256_maskload_epi32(index, here);
@@ -208,10 +261,8 @@ QSP_INLINE i32x16 i32_load_n(const int32_t *p, int n)
     return i32_of(_mm256_maskload_epi32(p, first8(n)), _mm256_maskload_epi32(p + 8, first8(n - 8)));
 }
 QSP_INLINE i32x16 i32_nearest(f16x v) { return i32_of(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)); }
-QSP_INLINE i32x16 i32_fixed_floor(i32x16 v)
-{
-    return i32_of(_mm256_srai_epi32(v.a, QSP_FIXED_BITS), _mm256_srai_epi32(v.b, QSP_FIXED_BITS));
-}
+QSP_INLINE i32x16 i32_truncated(f16x v) { return i32_of(_mm256_cvttps_epi32(v.a), _mm256_cvttps_epi32(v.b)); }
+QSP_INLINE f16x f16_from_bits(i32x16 v) { return f16_of(_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)); }
 QSP_INLINE i32x16 i32_add(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_add_epi32, x, y); }
 QSP_INLINE i32x16 i32_sub(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_sub_epi32, x, y); }
 QSP_INLINE i32x16 i32_min(i32x16 x, i32x16 y) { return EACH_HALF(_mm256_min_epi32, x, y); }
@@ -305,23 +356,67 @@ QSP_INLINE void codes_tile_store(uint8_t *p, int64_t pitch, const i32x16 *rows)
         codes_store(p + j * pitch, tile[j]);
 }
 
-/* ---- random numbers, see qsp_random_bits ---- */
+/* ---- random numbers, see x86.h ---- */
 
-/* Of 16 elements whose indices follow each other from an even one on. */
-QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index)
+/* Words that follow each other, as the dither of 16 elements: in the low half of each vector come the first four words,
+ * in its high half the third four. */
+QSP_INLINE i32x16 dither_from(__m256i words)
 {
-    const __m256i x = random_pairs(seed, index);
-    return i32_of(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)),
-                  _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
+    const __m256i above = _mm256_set1_epi16(QSP_DITHER_BITS >> 16);
+    return i32_of(_mm256_unpacklo_epi16(words, above), _mm256_unpackhi_epi16(words, above));
 }
 
-/* Of 16 elements whose indices are `step` apart. */
-QSP_INLINE i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
+/* Of 16 elements whose indices follow each other from a multiple of four on. */
+QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index)
 {
-    int32_t line[16];
-    for (int i = 0; i < 16; i++)
-        line[i] = (int32_t)qsp_random_bits(seed, index + (uint64_t)(i * step));
-    return i32_load_n(line, 16);
+    return dither_from(random_mix(random_counters(qsp_random_counter(seed, index), QSP_RANDOM_STEP, 0, 2, 1, 3)));
+}
+
+/* Of rows of 16 elements, which start at `index` and then `step` apart, both multiples of four; two at a time. */
+typedef struct {
+    __m256i counters, step;
+} random_rows;
+
+QSP_INLINE random_rows random_rows_from(uint64_t seed, uint64_t index, int64_t step)
+{
+    const uint64_t by = (uint64_t)(step >> 2) * QSP_RANDOM_STEP;
+    const random_rows r = {random_counters(qsp_random_counter(seed, index), QSP_RANDOM_STEP, 0, 2, 1, 3),
+                           _mm256_set1_epi64x((long long)by)};
+    return r;
+}
+QSP_INLINE void random_rows_next(random_rows *r, i32x16 *out)
+{
+    QSP_UNROLL
+    for (int i = 0; i < 2; i++) {
+        out[i] = dither_from(random_mix(r->counters));
+        r->counters = _mm256_add_epi64(r->counters, r->step);
+    }
+}
+
+/* Of 16 times four neighbouring elements, which start at `index` and then `step` apart, both multiples of four: out[i]
+ * has the sixteen that come as number i. */
+QSP_INLINE void fours8(__m256i x, __m256i y, __m256i *out)
+{
+    const __m256i even = _mm256_unpacklo_epi16(x, y), odd = _mm256_unpackhi_epi16(x, y);
+    const i32x16 first = dither_from(_mm256_unpacklo_epi16(even, odd));
+    const i32x16 last = dither_from(_mm256_unpackhi_epi16(even, odd));
+    out[0] = first.a;
+    out[1] = first.b;
+    out[2] = last.a;
+    out[3] = last.b;
+}
+QSP_INLINE void random_fours(uint64_t seed, uint64_t index, int64_t step, i32x16 *out)
+{
+    const uint64_t by = (uint64_t)(step >> 2) * QSP_RANDOM_STEP;
+    const __m256i first = random_counters(qsp_random_counter(seed, index), by, 0, 1, 4, 5);
+    const __m256i two = _mm256_set1_epi64x((long long)(2 * by)), eight = _mm256_slli_epi64(two, 2);
+    const __m256i second = _mm256_add_epi64(first, two);
+    __m256i a[4], b[4];
+    fours8(random_mix(first), random_mix(second), a);
+    fours8(random_mix(_mm256_add_epi64(first, eight)), random_mix(_mm256_add_epi64(second, eight)), b);
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++)
+        out[i] = i32_of(a[i], b[i]);
 }
 
 QSP_INLINE __m256i codes_load(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }

@@ -62,6 +62,48 @@ QSP_INLINE f16x f16_from_codes(const uint8_t *p)
 QSP_INLINE float f16_sum(f16x v) { return _mm512_reduce_add_ps(v); }
 QSP_INLINE float f16_least(f16x v) { return _mm512_reduce_min_ps(v); }
 QSP_INLINE float f16_greatest(f16x v) { return _mm512_reduce_max_ps(v); }
+QSP_INLINE f16x f16_abs(f16x v) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), v); }
+/* One where v is not zero, otherwise zero. */
+QSP_INLINE f16x f16_is_nonzero(f16x v)
+{
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ), _mm512_set1_ps(1.0f));
+}
+
+/* ---- 16 doubles: sums of floats ---- */
+typedef struct {
+    __m512d a, b;
+} d16x;
+QSP_INLINE d16x d16_load(const double *p)
+{
+    const d16x r = {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)};
+    return r;
+}
+QSP_INLINE void d16_store(double *p, d16x v)
+{
+    _mm512_storeu_pd(p, v.a);
+    _mm512_storeu_pd(p + 8, v.b);
+}
+QSP_INLINE d16x d16_from(f16x v)
+{
+    const d16x r = {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+    return r;
+}
+QSP_INLINE d16x d16_load_floats(const float *p) /* fewer instructions than taking a vector to pieces */
+{
+    const d16x r = {_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
+    return r;
+}
+QSP_INLINE d16x d16_add(d16x x, d16x y)
+{
+    const d16x r = {_mm512_add_pd(x.a, y.a), _mm512_add_pd(x.b, y.b)};
+    return r;
+}
+/* sum + v^2, where the square of a float is exact: fused or not, the result is the same. */
+QSP_INLINE d16x d16_add_square(d16x sum, d16x v)
+{
+    const d16x r = {_mm512_fmadd_pd(v.a, v.a, sum.a), _mm512_fmadd_pd(v.b, v.b, sum.b)};
+    return r;
+}
 QSP_INLINE f16x f16_gather(const float *base, const int32_t *index, int n)
 {
     const __m512i i = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), first_n(n), index);
@@ -91,7 +133,8 @@ typedef __m128i u8x16;
 QSP_INLINE i32x16 i32_set1(int32_t v) { return _mm512_set1_epi32(v); }
 QSP_INLINE i32x16 i32_load_n(const int32_t *p, int n) { return _mm512_maskz_loadu_epi32(first_n(n), p); }
 QSP_INLINE i32x16 i32_nearest(f16x v) { return _mm512_cvtps_epi32(v); }
-QSP_INLINE i32x16 i32_fixed_floor(i32x16 v) { return _mm512_srai_epi32(v, QSP_FIXED_BITS); }
+QSP_INLINE i32x16 i32_truncated(f16x v) { return _mm512_cvttps_epi32(v); }
+QSP_INLINE f16x f16_from_bits(i32x16 v) { return _mm512_castsi512_ps(v); }
 QSP_INLINE i32x16 i32_add(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
 QSP_INLINE i32x16 i32_sub(i32x16 a, i32x16 b) { return _mm512_sub_epi32(a, b); }
 QSP_INLINE i32x16 i32_min(i32x16 a, i32x16 b) { return _mm512_min_epi32(a, b); }
@@ -127,29 +170,68 @@ QSP_INLINE void codes_copy_n(uint8_t *p, const uint8_t *from, int n)
 
 #include "x86.h"
 
-/* ---- random numbers, see qsp_random_bits ---- */
+/* ---- random numbers, see x86.h ---- */
 
-/* Of 16 elements whose indices follow each other from an even one on. */
-QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index) { return _mm512_cvtepu16_epi32(random_pairs(seed, index)); }
-
-/* Of 16 elements whose indices are `step` apart. */
-QSP_INLINE i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
+/* Of 16 elements whose indices follow each other from a multiple of four on. */
+QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index)
 {
-    const __m512i at = _mm512_set1_epi64((long long)index), by = _mm512_set1_epi64(step);
-    const __m512i a = _mm512_add_epi64(at, _mm512_mullo_epi64(by, _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)));
-    const __m512i b = _mm512_add_epi64(a, _mm512_slli_epi64(by, 3));
-#define BOTH(shift)                                                                                \
-    _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_srli_epi64(a, shift))), \
-                       _mm512_cvtepi64_epi32(_mm512_srli_epi64(b, shift)), 1)
-    __m512i x = _mm512_xor_si512(BOTH(1), _mm512_set1_epi32((int)(uint32_t)seed));
-    const __m512i high = _mm512_xor_si512(BOTH(33), _mm512_set1_epi32((int)(uint32_t)(seed >> 32)));
-    const __mmask16 odd = _mm512_test_epi32_mask(BOTH(0), _mm512_set1_epi32(1));
-#undef BOTH
-    x = _mm512_mullo_epi32(x, _mm512_set1_epi32(0x7feb352d));
-    x = _mm512_ternarylogic_epi32(x, _mm512_srli_epi32(x, 15), high, 0x96);
-    x = _mm512_mullo_epi32(x, _mm512_set1_epi32((int)0x846ca68bU));
-    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
-    return _mm512_mask_srli_epi32(_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), odd, x, 16);
+    const __m256i x = random_mix(random_counters(qsp_random_counter(seed, index), QSP_RANDOM_STEP, 0, 1, 2, 3));
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_set1_epi32(QSP_DITHER_BITS));
+}
+
+/* Eight results of qsp_random_bits from their counters. */
+QSP_INLINE __m512i random_mix8(__m512i x)
+{
+    x = _mm512_xor_si512(x, _mm512_mul_epu32(x, _mm512_set1_epi64(QSP_RANDOM_1)));
+    x = _mm512_shuffle_epi32(x, 0xb1);
+    x = _mm512_xor_si512(x, _mm512_mul_epu32(x, _mm512_set1_epi64(QSP_RANDOM_2)));
+    x = _mm512_shuffle_epi32(x, 0xb1);
+    return _mm512_xor_si512(x, _mm512_mul_epu32(x, _mm512_set1_epi64(QSP_RANDOM_3)));
+}
+/* Multiples of a step: those of one vector of counters. */
+QSP_INLINE __m512i random_multiples(uint64_t by, int a, int b, int c, int d, int e, int f, int g, int h)
+{
+    return _mm512_mullo_epi64(_mm512_set1_epi64((long long)by), _mm512_setr_epi64(a, b, c, d, e, f, g, h));
+}
+
+/* Of rows of 16 elements, which start at `index` and then `step` apart, both multiples of four; two at a time, whose
+ * counters take turns. */
+typedef struct {
+    __m512i counters, step;
+} random_rows;
+
+QSP_INLINE random_rows random_rows_from(uint64_t seed, uint64_t index, int64_t step)
+{
+    const uint64_t by = (uint64_t)(step >> 2) * QSP_RANDOM_STEP;
+    const __m512i row = _mm512_add_epi64(_mm512_set1_epi64((long long)qsp_random_counter(seed, index)),
+                                         random_multiples(QSP_RANDOM_STEP, 0, 0, 1, 1, 2, 2, 3, 3));
+    const random_rows r = {_mm512_mask_add_epi64(row, 0xaa, row, _mm512_set1_epi64((long long)by)),
+                           _mm512_set1_epi64((long long)(2 * by))};
+    return r;
+}
+QSP_INLINE void random_rows_next(random_rows *r, i32x16 *out)
+{
+    const __m512i words = random_mix8(r->counters), above = _mm512_set1_epi32(QSP_DITHER_BITS | QSP_DITHER_BITS >> 16);
+    out[0] = _mm512_unpacklo_epi16(words, above);
+    out[1] = _mm512_unpackhi_epi16(words, above);
+    r->counters = _mm512_add_epi64(r->counters, r->step);
+}
+
+/* Of 16 times four neighbouring elements, which start at `index` and then `step` apart, both multiples of four: out[i]
+ * has the sixteen that come as number i. */
+QSP_INLINE void random_fours(uint64_t seed, uint64_t index, int64_t step, i32x16 *out)
+{
+    const uint64_t by = (uint64_t)(step >> 2) * QSP_RANDOM_STEP;
+    const __m512i above = _mm512_set1_epi32(QSP_DITHER_BITS | QSP_DITHER_BITS >> 16);
+    const __m512i start = _mm512_add_epi64(_mm512_set1_epi64((long long)qsp_random_counter(seed, index)),
+                                           random_multiples(by, 0, 1, 4, 5, 8, 9, 12, 13));
+    const __m512i x = random_mix8(start), y = random_mix8(_mm512_add_epi64(start, _mm512_set1_epi64((long long)(2 * by))));
+    const __m512i even = _mm512_unpacklo_epi16(x, y), odd = _mm512_unpackhi_epi16(x, y);
+    const __m512i first = _mm512_unpacklo_epi16(even, odd), last = _mm512_unpackhi_epi16(even, odd);
+    out[0] = _mm512_unpacklo_epi16(first, above);
+    out[1] = _mm512_unpackhi_epi16(first, above);
+    out[2] = _mm512_unpacklo_epi16(last, above);
+    out[3] = _mm512_unpackhi_epi16(last, above);
 }
 
 /* 16 lanes (rows) x 16 channels of codes minus 128 -> codes, a channel's lanes together. */

@@ -53,20 +53,31 @@ QSP_INLINE uint16_t qsp_bf16_from_float(float value)
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* Counter-based random numbers: a multiply-xorshift mixer of two rounds (multipliers: C. Wellons, "lowbias32", public
- * domain) with the 64-bit seed entering before and between them. One result serves two neighbouring elements with 16
- * bits each: the low half where `index` is even, the high half where it is odd. */
+/* Counter-based random numbers: three rounds of x ^= low half * multiplier on 64 bits, halves exchanged between them
+ * (the multiplications of Philox, Salmon et al. 2011). With even multipliers a round can be undone: bit i of the product's
+ * low half depends on lower bits alone. What enters are multiples of 2^64 / golden ratio, counted from the seed. One
+ * result serves four neighbouring elements with 16 bits each, the lowest bits first. */
+#define QSP_RANDOM_STEP 0x9e3779b97f4a7c15U
+#define QSP_RANDOM_1 0xd2511f52U
+#define QSP_RANDOM_2 0xcd9e8d56U
+#define QSP_RANDOM_3 0x846ca68aU
+
+QSP_INLINE uint64_t qsp_random_counter(uint64_t seed, uint64_t index) { return (index >> 2) * QSP_RANDOM_STEP + seed; }
 QSP_INLINE uint32_t qsp_random_bits(uint64_t seed, uint64_t index)
 {
-    const uint64_t pair = index >> 1;
-    uint32_t x = ((uint32_t)pair ^ (uint32_t)seed) * 0x7feb352dU;
-    x ^= x >> 15 ^ (uint32_t)(seed >> 32) ^ (uint32_t)(pair >> 32);
-    x *= 0x846ca68bU;
-    x ^= x >> 16;
-    return index & 1 ? x >> 16 : x & 0xffff;
+    uint64_t x = qsp_random_counter(seed, index);
+    x ^= (x & 0xffffffff) * QSP_RANDOM_1;
+    x = x >> 32 | x << 32;
+    x ^= (x & 0xffffffff) * QSP_RANDOM_2;
+    x = x >> 32 | x << 32;
+    x ^= (x & 0xffffffff) * QSP_RANDOM_3;
+    return (uint32_t)(x >> 16 * (index & 3)) & 0xffff;
 }
 
-/* Stochastic rounding in fixed point: floor((x / scale * 2^16 + random) / 2^16). */
+/* Random numbers u in [0, 1) reach the rounding as 128 + u, whose bits are these with the 16 random ones below. */
+#define QSP_DITHER_BITS 0x43000000
+
+/* Rounding of fixed-point numbers, for powers of two: floor(x / scale * 2^16 + random) / 2^16. */
 #define QSP_FIXED_BITS 16
 #define QSP_FIXED_ONE 65536.0f
 

@@ -15,15 +15,15 @@ QSP_INLINE int rounding_of(const qsp_scheme *s)
 
 typedef struct {
     f16x inverse;
-    i32x16 zero, least, most; /* minus 128 */
+    i32x16 zero, least, most; /* minus 128; zero by another 128 less where the dither brings them along */
 } quantizer;
 
 QSP_INLINE quantizer quantizer_from(const qsp_scheme *s, f16x inverse, i32x16 zero_point, const int rounding)
 {
     const int32_t levels = qsp_levels(s);
     quantizer q;
-    q.inverse = rounding >= RANDOM ? f16_mul(inverse, f16_set1(QSP_FIXED_ONE)) : inverse;
-    q.zero = i32_sub(zero_point, i32_set1(128));
+    q.inverse = rounding == LOGARITHMIC ? f16_mul(inverse, f16_set1(QSP_FIXED_ONE)) : inverse;
+    q.zero = i32_sub(zero_point, i32_set1(rounding == RANDOM ? 256 : 128));
     q.least = s->kind == QSP_AFFINE ? i32_set1(-128) : i32_max(i32_sub(q.zero, i32_set1(levels)), i32_set1(-128));
     q.most = i32_set1(s->around_zero ? levels : 2 * levels + 1 - 128);
     return q;
@@ -47,17 +47,18 @@ QSP_INLINE i32x16 round_to_power(i32x16 v, i32x16 random)
     return i32_signed(i32_shift_left(whole, e), v);
 }
 
-/* Codes minus 128, to be saturated when they become bytes. */
-QSP_INLINE i32x16 quantize16(f16x x, const quantizer *q, const int rounding, i32x16 random)
+/* Codes minus 128, to be saturated when they become bytes. `dither` are the bits of 128 + u: with them added everything
+ * is positive, and the fraction is cut off. qsp_scale sees to it that no product is beyond the last code. */
+QSP_INLINE i32x16 quantize16(f16x x, const quantizer *q, const int rounding, i32x16 dither)
 {
     f16x v = f16_mul(x, q->inverse);
+    if (rounding == RANDOM)
+        return i32_add(i32_truncated(f16_add(v, f16_from_bits(dither))), q->zero);
     if (rounding == LIMITED) /* what does not fit into an integer would change its sign */
         v = f16_max(f16_min(v, f16_set1(1024.0f)), f16_set1(-1024.0f));
     i32x16 c = i32_nearest(v);
-    if (rounding == RANDOM)
-        c = i32_fixed_floor(i32_add(c, random));
     if (rounding == LOGARITHMIC)
-        c = round_to_power(c, random);
+        return i32_add(round_to_power(c, i32_sub(dither, i32_set1(QSP_DITHER_BITS))), q->zero);
     c = i32_add(c, q->zero);
     return rounding == NEAREST ? c : i32_min(i32_max(c, q->least), q->most);
 }
@@ -108,23 +109,27 @@ QSP_INLINE f16x source_at(const qsp_pack *a, const lane_run *r, int64_t lane, in
     return whole ? load16(a->tensor, dtype, at) : load_n(a->tensor, dtype, at, 1, n);
 }
 
-/* Random numbers of 16 neighbouring channels. */
-QSP_INLINE i32x16 random_of(const qsp_pack *a, int64_t number, const int rounding, const int even)
+/* Random numbers of row j of a tile into dither[j % 2]. */
+QSP_INLINE void next_dither(const qsp_pack *a, random_rows *random, i32x16 *dither, int64_t number, const int j,
+                            const int rounding, const int fours)
 {
-    if (rounding < RANDOM)
-        return i32_set1(0);
-    return even ? random_run(a->seed, (uint64_t)number) : random_any(a->seed, (uint64_t)number, 1);
+    if (rounding >= RANDOM && fours && j % 2 == 0)
+        random_rows_next(random, dither);
+    else if (rounding >= RANDOM && !fours)
+        dither[j % 2] = random_any(a->seed, (uint64_t)number, 1);
 }
 
-/* n channels of up to 16 lanes, transposed: channels are neighbours in memory. `whole`: sixteen of both. `even`: every
- * lane's numbers start with the first of a pair. */
+/* n channels of up to 16 lanes, transposed: channels are neighbours in memory. `whole`: sixteen of both. `fours`: every
+ * lane's numbers start with the first of four that share a random number. */
 QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int codes,
-                          const int dtype, const int rounding, const int source, const int even, const int whole)
+                          const int dtype, const int rounding, const int source, const int fours, const int whole)
 {
     const int lanes = whole ? 16 : (int)qsp_min(16, r->lanes - k);
     const int64_t pitch = a->grid.pitch, to = r->lane + (a->view.plane + c) * pitch + k;
     const int64_t number = r->number + k * r->number_step + c;
     const quantizer q = codes ? quantizer_of(a, c, n, rounding) : (quantizer){0};
+    random_rows random = random_rows_from(a->seed, (uint64_t)number, r->number_step);
+    i32x16 dither[2] = {i32_set1(0), i32_set1(0)};
     f16x floats[16];
     i32x16 tile[16];
     if (source == PLAIN) {
@@ -132,14 +137,17 @@ QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64
         for (int j = 0; j < 16; j++) {
             const int64_t lane = whole || j < lanes ? j : lanes - 1; /* lanes that do not exist repeat the last one */
             floats[j] = source_at(a, r, k + lane, c, n, dtype, PLAIN, whole);
-            if (codes)
-                tile[j] = quantize16(floats[j], &q, rounding, random_of(a, number + lane * r->number_step, rounding, even));
+            if (!codes)
+                continue;
+            next_dither(a, &random, dither, number + lane * r->number_step, j, rounding, fours);
+            tile[j] = quantize16(floats[j], &q, rounding, dither[j % 2]);
         }
     } else {
         for (int j = 0; j < 16; j++) { /* too much work for a lane to be worth unrolling */
             const int64_t lane = whole || j < lanes ? j : lanes - 1;
             const f16x x = source_at(a, r, k + lane, c, n, dtype, source, whole);
-            tile[j] = quantize16(x, &q, rounding, random_of(a, number + lane * r->number_step, rounding, even));
+            next_dither(a, &random, dither, number + lane * r->number_step, j, rounding, fours);
+            tile[j] = quantize16(x, &q, rounding, dither[j % 2]);
         }
     }
     if (!codes) {
@@ -164,39 +172,47 @@ QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64
         codes_copy_n(p + j * pitch, bytes + 16 * j, lanes);
 }
 
-/* All lanes of a run for one channel. */
-QSP_INLINE void pack_line(const qsp_pack *a, const lane_run *r, int64_t c, const int codes, const int dtype,
-                          const int rounding)
+/* All lanes of a run for n channels: one, or the four that share random numbers. */
+QSP_INLINE void pack_lines(const qsp_pack *a, const lane_run *r, int64_t first, const int n, const int codes,
+                           const int dtype, const int rounding)
 {
-    const quantizer q = codes ? quantizer_of(a, c, 0, rounding) : (quantizer){0};
-    const int64_t to = r->lane + (a->view.plane + c) * a->grid.pitch;
-    const int64_t element = r->element + c * a->view.elem_c;
-    const uint64_t number = (uint64_t)(r->number + c * a->view.index_c);
+    quantizer q[4];
+    for (int i = 0; i < n; i++)
+        q[i] = codes ? quantizer_of(a, first + i, 0, rounding) : (quantizer){0};
+    const int64_t pitch = a->grid.pitch, to = r->lane + (a->view.plane + first) * pitch;
+    const int64_t element = r->element + first * a->view.elem_c;
+    const uint64_t number = (uint64_t)(r->number + first * a->view.index_c);
+    i32x16 dither[4] = {i32_set1(0)};
     for (int64_t k = 0; k < r->lanes; k += 16) {
-        const int n = (int)qsp_min(16, r->lanes - k);
-        const f16x x = n == 16 && r->element_step == 1
-                           ? load16(a->tensor, dtype, element + k)
-                           : load_n(a->tensor, dtype, element + k * r->element_step, r->element_step, n);
-        if (!codes) {
-            f16_store_n((float *)a->planes + to + k, x, n);
-            continue;
+        const int lanes = (int)qsp_min(16, r->lanes - k);
+        const uint64_t index = number + (uint64_t)(k * r->number_step);
+        if (codes && rounding >= RANDOM && n == 4)
+            random_fours(a->seed, index, r->number_step, dither);
+        else if (codes && rounding >= RANDOM)
+            dither[0] = random_any(a->seed, index, r->number_step);
+        QSP_UNROLL
+        for (int i = 0; i < n; i++) {
+            const int64_t at = element + i * a->view.elem_c + k * r->element_step;
+            const f16x x = lanes == 16 && r->element_step == 1 ? load16(a->tensor, dtype, at)
+                                                               : load_n(a->tensor, dtype, at, r->element_step, lanes);
+            if (codes)
+                codes_store_n((uint8_t *)a->planes + to + i * pitch + k,
+                              codes_from(quantize16(x, &q[i], rounding, dither[i])), lanes);
+            else
+                f16_store_n((float *)a->planes + to + i * pitch + k, x, lanes);
         }
-        const i32x16 random =
-            rounding < RANDOM ? i32_set1(0)
-                                : random_any(a->seed, number + (uint64_t)(k * r->number_step), r->number_step);
-        codes_store_n((uint8_t *)a->planes + to + k, codes_from(quantize16(x, &q, rounding, random)), n);
     }
 }
 
 QSP_INLINE void pack_run(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int codes,
-                         const int dtype, const int rounding, const int source, const int even)
+                         const int dtype, const int rounding, const int source, const int fours)
 {
     for (int64_t k = 0; k < r->lanes; k += 16) {
         int64_t c = first;
         for (; r->lanes - k >= 16 && c + 16 <= last; c += 16)
-            pack_tile(a, r, k, c, 16, codes, dtype, rounding, source, even, 1);
+            pack_tile(a, r, k, c, 16, codes, dtype, rounding, source, fours, 1);
         for (; c < last; c += 16)
-            pack_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding, source, even, 0);
+            pack_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding, source, fours, 0);
     }
 }
 
@@ -229,10 +245,14 @@ QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64
                 .lane = block * g->block + g->front + v->origin + i0 * w.lane[0] + i1 * w.lane[1],
                 .lanes = w.size[2],
             };
-            if (!transposed)
-                for (int64_t c = first; c < last; c++)
-                    pack_line(a, &r, c, codes, dtype, rounding);
-            else if (rounding >= RANDOM && !((r.number | r.number_step | first) & 1))
+            const int fours = ((r.number | r.number_step | first) & 3) == 0;
+            int64_t c = first;
+            if (!transposed) {
+                for (; rounding >= RANDOM && fours && c + 4 <= last; c += 4)
+                    pack_lines(a, &r, c, 4, codes, dtype, rounding);
+                for (; c < last; c++)
+                    pack_lines(a, &r, c, 1, codes, dtype, rounding);
+            } else if (rounding < RANDOM || fours)
                 pack_run(a, &r, first, last, codes, dtype, rounding, source, 1);
             else
                 pack_run(a, &r, first, last, codes, dtype, rounding, source, 0);

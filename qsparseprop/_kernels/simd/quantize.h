@@ -20,10 +20,10 @@ QSP_INLINE void quantize_line(const qsp_quantize *a, int64_t first, int64_t n, i
         if (each)
             q = quantizer_from(&a->scheme, f16_load_n(a->inverse + k, m), i32_load_n(a->zero_point + k, m), rounding);
         const uint64_t index = (uint64_t)(first + k);
-        const i32x16 random = rounding < RANDOM ? i32_set1(0)
-                              : index & 1       ? random_any(seed, index, 1)
+        const i32x16 dither = rounding < RANDOM ? i32_set1(0)
+                              : index & 3       ? random_any(seed, index, 1)
                                                 : random_run(seed, index);
-        const i32x16 c = quantize16(v, &q, rounding, random);
+        const i32x16 c = quantize16(v, &q, rounding, dither);
         const u8x16 bytes = around_zero ? codes_signed(c) : codes_from(c);
         if (m == 16)
             codes_store(out + k, bytes);
@@ -73,24 +73,20 @@ QSP_INLINE void line_statistics(const qsp_quantize *a, int64_t first, int64_t n,
                                 qsp_moments *m)
 {
     const char *x = (const char *)a->x + first * (dtype == QSP_F32 ? 4 : 2);
-    if (n >= 16)
+    if (qsp_wants_moments(&a->scheme)) {
+        const qsp_range none = {0.0f, 0.0f, -INFINITY};
+        const qsp_moments no_sums = {0.0, 0.0, (double)n, 0.0};
+        double state[QSP_MOMENTS * 16 / sizeof(double)] = {0};
+        *r = none;
+        *m = no_sums;
+        moments(x, dtype, n, 1, 0, a->scheme.kind == QSP_SAWB, state);
+        qsp_add_moments(state, 16, 0, 16, r, m);
+    } else if (n >= 16)
         line_range(a->x, dtype, first, n, r);
     else {
         const qsp_range none = {0.0f, INFINITY, -INFINITY};
         *r = none;
         range(x, dtype, n, 1, a->scheme.kind == QSP_AFFINE, r);
-    }
-    if (qsp_wants_moments(&a->scheme)) {
-        const qsp_moments none = {0.0, 0.0, 0.0, (double)n, 0.0};
-        double state[64] = {0};
-        *m = none;
-        moments(x, dtype, n, 1, 0, state);
-        for (int i = 0; i < 16; i++) {
-            m->magnitude += state[i];
-            m->square += state[16 + i];
-            m->sum += state[32 + i];
-            m->nonzeros += state[48 + i];
-        }
     }
 }
 

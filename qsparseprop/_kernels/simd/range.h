@@ -143,40 +143,102 @@ static void range_channels(const void *x, int dtype, int64_t n, int64_t step, in
         range_some(x, QSP_F32, n, step, channels, state, QSP_NEED_MAX);
 }
 
-/* Sums over the elements in double, sixteen side by side: one order of additions, whatever the instruction set. */
-QSP_INLINE void moments_step(double *state, int64_t stride, f16x v, int n)
+enum { MOMENTS_ROWS = 32 }; /* that are summed up before the sums go back to memory */
+
+/* Moments and range of every channel in one pass: sums over the elements in double, sixteen side by side, in one order
+ * of additions whatever the instruction set. Where `magnitudes` are wanted these are summed up and zeros left out of the
+ * count; otherwise the elements are. */
+typedef struct {
+    d16x sum, square, nonzeros;
+    u32x16 bits;
+    f16x low;
+} moments16;
+
+QSP_INLINE moments16 moments_load(const double *state, int64_t stride, int64_t channel, const int magnitudes)
 {
-    QSP_ALIGNED(64) float line[16];
-    f16_store(line, v);
-    for (int i = 0; i < n; i++) {
-        const double x = line[i];
-        state[i] += fabs(x);
-        state[stride + i] += x * x;
-        state[2 * stride + i] += x;
-        state[3 * stride + i] += x != 0.0;
+    const float *range = (const float *)(state + 3 * stride) + channel;
+    state += channel;
+    moments16 m;
+    m.sum = d16_load(state);
+    m.square = d16_load(state + stride);
+    m.bits = u32_load(range);
+    if (magnitudes) {
+        m.nonzeros = d16_load(state + 2 * stride);
+        m.low = f16_load(range + stride);
+    }
+    return m;
+}
+
+QSP_INLINE void moments_store(double *state, int64_t stride, int64_t channel, const moments16 *m, const int magnitudes)
+{
+    float *range = (float *)(state + 3 * stride) + channel;
+    state += channel;
+    d16_store(state, m->sum);
+    d16_store(state + stride, m->square);
+    u32_store(range, m->bits);
+    if (magnitudes) {
+        d16_store(state + 2 * stride, m->nonzeros);
+        f16_store(range + stride, m->low);
     }
 }
 
-QSP_INLINE void moments_of(const void *x, const int dtype, int64_t n, int64_t step, int64_t channels, double *state)
+QSP_INLINE void moments_add(moments16 *m, f16x v, d16x wide, const int magnitudes)
 {
-    const int64_t length = channels ? channels : n, rows = channels ? n : 1, each = channels ? 1 : step;
-    const int64_t stride = channels ? (channels + 15) / 16 * 16 : 16;
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t k = 0; k < length; k += 16) {
-            const int64_t at = row * step * (channels > 0) + k * each;
-            double *to = state + (channels ? k : 0);
-            if (length - k >= 16 && each == 1)
-                moments_step(to, stride, load16(x, dtype, at), 16);
+    m->bits = u32_max_abs(m->bits, v);
+    m->square = d16_add_square(m->square, wide);
+    if (magnitudes) {
+        m->sum = d16_add(m->sum, d16_from(f16_abs(v)));
+        m->nonzeros = d16_add(m->nonzeros, d16_from(f16_is_nonzero(v)));
+        m->low = f16_min(m->low, v);
+    } else
+        m->sum = d16_add(m->sum, wide);
+}
+QSP_INLINE void moments_step(moments16 *m, const void *x, const int dtype, int64_t at, const int magnitudes)
+{
+    const f16x v = load16(x, dtype, at);
+    moments_add(m, v, dtype == QSP_F32 ? d16_load_floats((const float *)x + at) : d16_from(v), magnitudes);
+}
+QSP_INLINE void moments_rest(moments16 *m, const void *x, const int dtype, int64_t at, int64_t step, int64_t n,
+                             const int magnitudes)
+{
+    const f16x v = load_n(x, dtype, at, step, (int)qsp_min(16, n));
+    moments_add(m, v, d16_from(v), magnitudes);
+}
+
+QSP_INLINE void moments_of(const void *x, const int dtype, int64_t n, int64_t step, int64_t channels,
+                           const int magnitudes, double *state)
+{
+    if (channels == 0) {
+        moments16 m = moments_load(state, 16, 0, magnitudes);
+        int64_t k = 0;
+        for (; step == 1 && k + 16 <= n; k += 16)
+            moments_step(&m, x, dtype, k, magnitudes);
+        for (; k < n; k += 16)
+            moments_rest(&m, x, dtype, k * step, step, n - k, magnitudes);
+        moments_store(state, 16, 0, &m, magnitudes);
+        return;
+    }
+    const int64_t stride = (channels + 15) / 16 * 16;
+    for (int64_t row = 0; row < n; row += MOMENTS_ROWS)
+        for (int64_t c = 0; c < channels; c += 16) {
+            const int64_t rows = qsp_min(MOMENTS_ROWS, n - row), at = row * step + c;
+            moments16 m = moments_load(state, stride, c, magnitudes);
+            if (channels - c >= 16)
+                for (int64_t i = 0; i < rows; i++) /* not unrolled: the sums would not stay in registers */
+                    moments_step(&m, x, dtype, at + i * step, magnitudes);
             else
-                moments_step(to, stride, load_n(x, dtype, at, each, (int)qsp_min(16, length - k)),
-                             (int)qsp_min(16, length - k));
+                for (int64_t i = 0; i < rows; i++)
+                    moments_rest(&m, x, dtype, at + i * step, 1, channels - c, magnitudes);
+            moments_store(state, stride, c, &m, magnitudes);
         }
 }
 
-static void moments(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, double *state)
+static void moments(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int magnitudes, double *state)
 {
-    if (dtype == QSP_F32)
-        moments_of(x, QSP_F32, n, step, channels, state);
+    if (magnitudes)
+        moments_of(x, dtype, n, step, channels, 1, state);
+    else if (dtype == QSP_F32)
+        moments_of(x, QSP_F32, n, step, channels, 0, state);
     else
-        moments_of(x, QSP_BF16, n, step, channels, state);
+        moments_of(x, QSP_BF16, n, step, channels, 0, state);
 }

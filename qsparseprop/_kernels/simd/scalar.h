@@ -79,6 +79,29 @@ QSP_INLINE void f16_transpose(f16x *r)
         }
 }
 
+QSP_INLINE f16x f16_abs(f16x v) { EACH16(fabsf(v.v[i])); }
+/* One where v is not zero, otherwise zero. */
+QSP_INLINE f16x f16_is_nonzero(f16x v) { EACH16(v.v[i] != 0.0f ? 1.0f : 0.0f); }
+
+/* ---- 16 doubles: sums of floats ---- */
+typedef struct {
+    double v[16];
+} d16x;
+
+#define EACH16D(expression)            \
+    d16x r;                            \
+    for (int i = 0; i < 16; i++)       \
+        r.v[i] = (expression);         \
+    return r
+
+QSP_INLINE d16x d16_load(const double *p) { EACH16D(p[i]); }
+QSP_INLINE void d16_store(double *p, d16x v) { memcpy(p, v.v, sizeof v.v); }
+QSP_INLINE d16x d16_from(f16x v) { EACH16D((double)v.v[i]); }
+QSP_INLINE d16x d16_load_floats(const float *p) { EACH16D((double)p[i]); }
+QSP_INLINE d16x d16_add(d16x x, d16x y) { EACH16D(x.v[i] + y.v[i]); }
+/* sum + v^2, where the square of a float is exact: fused or not, the result is the same. */
+QSP_INLINE d16x d16_add_square(d16x sum, d16x v) { EACH16D(sum.v[i] + v.v[i] * v.v[i]); }
+
 /* ---- absolute values as integers, which lets a NaN win every comparison ---- */
 typedef struct {
     uint32_t v[16];
@@ -137,9 +160,16 @@ QSP_INLINE int32_t nearest(float v)
 QSP_INLINE i32x16 i32_set1(int32_t v) { EACH16I(v); }
 QSP_INLINE i32x16 i32_load_n(const int32_t *p, int n) { EACH16I(i < n ? p[i] : 0); }
 QSP_INLINE i32x16 i32_nearest(f16x v) { EACH16I(nearest(v.v[i])); }
-QSP_INLINE i32x16 i32_fixed_floor(i32x16 v) { EACH16I(v.v[i] >> QSP_FIXED_BITS); }
-QSP_INLINE i32x16 i32_add(i32x16 a, i32x16 b) { EACH16I(a.v[i] + b.v[i]); }
-QSP_INLINE i32x16 i32_sub(i32x16 a, i32x16 b) { EACH16I(a.v[i] - b.v[i]); }
+QSP_INLINE i32x16 i32_truncated(f16x v) { EACH16I(v.v[i] == v.v[i] ? (int32_t)v.v[i] : INT32_MIN); }
+QSP_INLINE f16x f16_from_bits(i32x16 v)
+{
+    f16x r;
+    memcpy(&r, &v, sizeof r);
+    return r;
+}
+/* These wrap around: any zero point may be given to `dequantize`. */
+QSP_INLINE i32x16 i32_add(i32x16 a, i32x16 b) { EACH16I((int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+QSP_INLINE i32x16 i32_sub(i32x16 a, i32x16 b) { EACH16I((int32_t)((uint32_t)a.v[i] - (uint32_t)b.v[i])); }
 QSP_INLINE i32x16 i32_min(i32x16 a, i32x16 b) { EACH16I(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 QSP_INLINE i32x16 i32_max(i32x16 a, i32x16 b) { EACH16I(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 QSP_INLINE i32x16 i32_shift_left(i32x16 v, i32x16 n) { EACH16I((int32_t)((uint32_t)v.v[i] << n.v[i])); }
@@ -198,15 +228,43 @@ QSP_INLINE void codes_transpose(u8x16 *r)
             r[j].v[i] = t;
         }
 }
-/* Random numbers of 16 elements whose indices follow each other from an even one on, or are `step` apart. */
-QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index)
+
+/* ---- random numbers, see qsp_random_bits; all are the bits of 128 + u ---- */
+
+/* Of 16 elements whose indices are `step` apart. Not inline: it serves odd shapes only, and is long. */
+static i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
 {
-    EACH16I((int32_t)qsp_random_bits(seed, index + (uint64_t)i));
+    EACH16I(QSP_DITHER_BITS | (int32_t)qsp_random_bits(seed, index + (uint64_t)(i * step)));
 }
-QSP_INLINE i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
+/* Of 16 elements whose indices follow each other from a multiple of four on. */
+QSP_INLINE i32x16 random_run(uint64_t seed, uint64_t index) { return random_any(seed, index, 1); }
+
+/* Of rows of 16 elements, which start at `index` and then `step` apart, both multiples of four; two at a time. */
+typedef struct {
+    uint64_t seed, index;
+    int64_t step;
+} random_rows;
+
+QSP_INLINE random_rows random_rows_from(uint64_t seed, uint64_t index, int64_t step)
 {
-    EACH16I((int32_t)qsp_random_bits(seed, index + (uint64_t)(i * step)));
+    const random_rows r = {seed, index, step};
+    return r;
 }
+QSP_INLINE void random_rows_next(random_rows *r, i32x16 *out)
+{
+    for (int i = 0; i < 2; i++) {
+        out[i] = random_run(r->seed, r->index);
+        r->index += (uint64_t)r->step;
+    }
+}
+/* Of 16 times four neighbouring elements, which start at `index` and then `step` apart, both multiples of four: out[i]
+ * has the sixteen that come as number i. */
+QSP_INLINE void random_fours(uint64_t seed, uint64_t index, int64_t step, i32x16 *out)
+{
+    for (int i = 0; i < 4; i++)
+        out[i] = random_any(seed, index + (uint64_t)i, step);
+}
+
 /* 16 lanes (rows) x 16 channels of codes minus 128 -> codes, a channel's lanes together. */
 QSP_INLINE void codes_tile_store(uint8_t *p, int64_t pitch, const i32x16 *rows)
 {

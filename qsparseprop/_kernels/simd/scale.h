@@ -37,12 +37,27 @@ QSP_INLINE int qsp_is_random(const qsp_scheme *s)
     return s->kind == QSP_STOCHASTIC || s->kind == QSP_DITHERED || s->kind == QSP_LUQ;
 }
 
+/* Add places [first, last) of a state of `places` of them to the moments and the range of a channel. */
+QSP_INLINE void qsp_add_moments(const double *state, int64_t places, int64_t first, int64_t last, qsp_range *r,
+                                qsp_moments *m)
+{
+    const float *range = (const float *)(state + 3 * places);
+    for (int64_t i = first; i < last; i++) {
+        m->sum += state[i];
+        m->square += state[places + i];
+        m->nonzeros += state[2 * places + i];
+        if (!(range[i] <= r->absmax) && r->absmax == r->absmax)
+            r->absmax = range[i];
+        r->min = range[places + i] < r->min ? range[places + i] : r->min;
+    }
+}
+
 /* Statistics-aware weight binning, clip = c1 sqrt(E x^2) - c2 E|x| (Choi et al., arXiv 1807.06964): never more than the
  * largest magnitude, which it also is where the formula gives nothing positive. */
 QSP_INLINE float qsp_sawb_clip(const qsp_scheme *s, float absmax, const qsp_moments *m)
 {
     const double n = s->nonzeros ? m->nonzeros : m->count;
-    const double clip = n > 0 ? s->c1 * sqrt(m->square / n) - s->c2 * (m->magnitude / n) : 0.0;
+    const double clip = n > 0 ? s->c1 * sqrt(m->square / n) - s->c2 * (m->sum / n) : 0.0;
     return clip > 0.0 && clip < (double)absmax ? (float)clip : absmax;
 }
 
@@ -75,6 +90,11 @@ QSP_INLINE float qsp_scale(const qsp_scheme *s, const qsp_range *r, const qsp_mo
         scale = step > (double)scale ? (float)step : scale;
     }
     *inverse = 1.0f / scale;
+    if (qsp_is_random(s)) { /* its codes are not limited: no product may be beyond the last one */
+        const float most = (float)(s->kind == QSP_LUQ ? 1 << (s->levels - 1) : levels);
+        while (r->absmax * *inverse > most)
+            *inverse = nextafterf(*inverse, 0.0f);
+    }
     return scale;
 }
 
