@@ -200,7 +200,7 @@ def quantize_weight(
 
 
 def _spmm_fake(planes, weights, group_ptr, offset, scale, total, x_scale, x_zero_point, bias, grid, views, shape,
-               channels_last, zeros, dtype=torch.float32):
+               channels_last, zeros, dtype=torch.float32, limits=()):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=planes.device, memory_format=memory_format)
 
@@ -214,7 +214,7 @@ def _result(shape: Sequence[int], channels_last: bool, zeros: bool, dtype: torch
 @operator(
     "spmm(Tensor planes, Tensor weights, Tensor group_ptr, Tensor offset, Tensor? scale, Tensor? total, "
     "Tensor? x_scale, Tensor? x_zero_point, Tensor? bias, int[] grid, int[] views, SymInt[] shape, "
-    "bool channels_last, bool zeros, ScalarType dtype=float) -> Tensor",
+    "bool channels_last, bool zeros, ScalarType dtype=float, float[] limits=[]) -> Tensor",
     _spmm_fake,
 )
 def spmm(
@@ -233,6 +233,7 @@ def spmm(
     channels_last: bool,
     zeros: bool,
     dtype: torch.dtype = torch.float32,
+    limits: Sequence[float] = (),
 ) -> Tensor:
     """Gather-SpMM and unpacking: ``out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane]``.
 
@@ -258,15 +259,19 @@ def spmm(
         Whether the views leave something out that must be zero.
     dtype : torch.dtype
         float32 or bfloat16.
+    limits : sequence of float
+        None, or the least and the greatest value of the result; they go with a bias.
 
     Returns
     -------
     Tensor
         Of `shape` and `dtype`.
     """
+    if limits and (len(limits) != 2 or bias is None):
+        raise ValueError(f"limits must be two numbers, and need a bias; got {list(limits)}")
     out = _result(shape, channels_last, zeros, dtype)
     _matmul.spmm(planes, weights, group_ptr, offset, scale, total, x_scale, x_zero_point, bias, out, grid, views,
-                 torch.get_num_threads())
+                 torch.get_num_threads(), *limits)
     return out
 
 
@@ -331,18 +336,26 @@ def _multiply(
     x_zero: Tensor | None,
     clip: Tensor | None,
     *where: object,
+    factor: Tensor | None = None,
+    limits: Sequence[float] = (),
 ) -> Tensor:
-    """Quantise the weight, as the scale of the planes wants it, and multiply; the rest is as for `spmm`."""
+    """Quantise the weight, as the scale of the planes wants it, and multiply; the rest is as for `spmm`.
+
+    `factor` (rows,) is multiplied into the product before the bias.
+    """
     master = values if values.dtype == torch.float32 else values.to(torch.float32)
     group_ptr, offset, index, plane = rows
     spmm = shortcut("spmm")
     if x_scale is None:
-        return spmm(packed, _gather_weights(master, index), group_ptr, offset, None, None, None, None, *where)
+        weights = _gather_weights(master, index)
+        if factor is not None:
+            weights = weights * torch.repeat_interleave(factor, group_ptr.diff().long() * 4)
+        return spmm(packed, weights, group_ptr, offset, None, None, None, None, *where, limits)
     if spmm is _direct["spmm"]:  # in one call: half of what a small layer costs is calls
         bias, grid, views, shape, channels_last, zeros, dtype = where
         out = _result(shape, channels_last, zeros, dtype)
         _matmul.quantized_spmm(master, index, group_ptr, offset, plane, x_scale, x_zero, clip, packed, bias, out, grid,
-                               views, torch.get_num_threads())
+                               views, torch.get_num_threads(), factor, *limits)
         return out
     quantize = shortcut("quantize_weight")
     if x_scale.shape[0] == 1:
@@ -350,7 +363,9 @@ def _multiply(
     else:
         codes, scale, total = quantize(master, index, group_ptr, plane, x_scale, x_zero, clip)
         x_scale = x_zero = None
-    return spmm(packed, codes, group_ptr, offset, scale, total, x_scale, x_zero, *where)
+    if factor is not None:
+        scale = scale * factor
+    return spmm(packed, codes, group_ptr, offset, scale, total, x_scale, x_zero, *where, limits)
 
 
 def _packed(
@@ -451,12 +466,18 @@ def layer_forward(
     return out, packed, x_scale, x_zero_point
 
 
+def _packed_forward_fake(planes, x_scale, x_zero_point, values, bias, rows, grid, out_views, shape, dtype, clip,
+                         channels_last, factor=None, limits=()):
+    return _spmm_fake(planes, None, None, None, None, None, None, None, None, None, None, shape, channels_last, False,
+                      dtype)
+
+
 @operator(
     "packed_forward(Tensor planes, Tensor? x_scale, Tensor? x_zero_point, Tensor values, Tensor? bias, Tensor[] rows, "
-    "int[] grid, int[] out_views, SymInt[] shape, ScalarType dtype, Tensor? clip, bool channels_last) -> Tensor",
-    lambda planes, x_scale, x_zero_point, values, bias, rows, grid, out_views, shape, dtype, clip, channels_last:
-    _spmm_fake(planes, None, None, None, None, None, None, None, None, None, None, shape, channels_last, False, dtype),
-)  # fmt: skip
+    "int[] grid, int[] out_views, SymInt[] shape, ScalarType dtype, Tensor? clip, bool channels_last, "
+    "Tensor? factor=None, float[] limits=[]) -> Tensor",
+    _packed_forward_fake,
+)
 def packed_forward(
     planes: Tensor,
     x_scale: Tensor | None,
@@ -470,6 +491,8 @@ def packed_forward(
     dtype: torch.dtype,
     clip: Tensor | None,
     channels_last: bool,
+    factor: Tensor | None = None,
+    limits: Sequence[float] = (),
 ) -> Tensor:
     """A layer's forward pass on an input that is packed already: quantise the weight, multiply.
 
@@ -479,6 +502,10 @@ def packed_forward(
         Of `quantize_pack`, or of `pack` and None.
     values, bias, rows, grid, out_views, shape, dtype, clip, channels_last
         As for `layer_forward`.
+    factor : Tensor, optional
+        float32, (out_channels,): multiplied into the product before the bias is added.
+    limits : sequence of float
+        As for `spmm`.
 
     Returns
     -------
@@ -488,7 +515,7 @@ def packed_forward(
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
     return _multiply(planes, values, rows, x_scale, x_zero_point, clip, bias, grid, out_views, shape, channels_last,
-                     False, dtype)
+                     False, dtype, factor=factor, limits=limits)
 
 
 def _layer_backward_fake(dy, values, planes, x_scale, x_zero_point, rows, columns, grid, dy_grid, views, dy_views,

@@ -349,6 +349,7 @@ def spmm(
     channels_last: bool,
     zeros: bool,
     dtype: torch.dtype = torch.float32,
+    limits: Sequence[float] = (),
 ) -> Tensor:
     """See `qsparseprop.ops.spmm`."""
     codes = planes.dtype == torch.uint8
@@ -367,6 +368,8 @@ def spmm(
             sums = sums.to(torch.float32) * (scale[rows] * (1 if x_scale is None else x_scale))[:, None]
         if bias is not None:
             sums += bias[rows][:, None]
+        if limits:
+            sums = sums.clamp(*limits)
         out[:, :, ys, xs] = sums.reshape(channels, *lanes.shape).transpose(0, 1)
     out = out.to(dtype)
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out

@@ -261,6 +261,27 @@ def test_block_is_torchs_modules(kind, settings, training):
     assert relative(block.weight.grad, plain.weight.grad) < 0.02
 
 
+@pytest.mark.parametrize("settings", [{}, {"affine": False}])
+@pytest.mark.parametrize("qconfig", [QuantConfig(), QuantConfig(granularity="tensor"), QuantConfig(input="standard")])
+@pytest.mark.parametrize("kind", [QuantizedSparseConvBn2d, QuantizedSparseConvBnReLU2d])
+@pytest.mark.parametrize("channels", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_is_one_pass(isa, kind, settings, qconfig, channels, dtype, monkeypatch):
+    torch.manual_seed(0)
+    conv, norm = sparse_conv(12, channels), batch_norm(channels, **settings).eval()
+    conv.qconfig = qconfig
+    block = kind.fuse(conv, norm, 1.0)
+    x = torch.randn(9, 12, 7, 5).to(dtype)
+    z = conv(x.float()).detach().double()
+    expected = copy.deepcopy(norm).double()(z).clamp(block.low, block.high)
+    with monkeypatch.context() as patch, torch.inference_mode():
+        for name in ("norm_act", "norm_act_pack", "channel_moments"):
+            patch.setattr(norm_ops, name, None)
+        y = block(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
 def test_gradients_have_no_bias():
     torch.manual_seed(0)
     conv, norm = sparse_conv(6, 8), batch_norm(8)

@@ -61,6 +61,8 @@ cdef extern from "kernels.h" nogil:
         int64_t correction_factor
         float scale_factor
         const float *bias
+        float low
+        float high
         int dtype
         void *out
         qsp_view view

@@ -100,13 +100,13 @@ cdef int64_t _chunks(const qsp_list *rows, int64_t units, int threads):
 
 
 def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_point, bias, out, grid, views,
-         int threads):
+         int threads, float least=-INFINITY, float greatest=INFINITY):
     """out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane], unpacked into `out`.
 
     `planes` and `weights` are uint8 and int8 (then `scale` and `correction`, the sums of a row's codes, are given, and
     `x_scale` and `x_zero_point` unless these two have them in) or both float32. `out` is float32 or bfloat16, (images,
     channels, height, width) of any strides that do not overlap; rows are the channels of all views, one view after the
-    other.
+    other. `least` and `greatest` limit the result; without a bias it has no limits.
     """
     cdef bint codes = planes.dtype is _uint8
     cdef qsp_spmm a
@@ -115,7 +115,7 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
     memset(&a, 0, sizeof(a))
     slots = _read_list(group_ptr, offset, &a.list, &low, &high)
     a.weights = pointer(weights, _int8 if codes else _float32, slots, "weights")
-    a.scale_factor = 1
+    a.scale_factor, a.low, a.high = 1, least, greatest
     if codes:
         a.scale = <const float *> pointer(scale, _float32, a.list.rows, "scale")
         a.correction = <const int64_t *> pointer(correction, _int64, a.list.rows, "correction")
@@ -128,11 +128,14 @@ def spmm(planes, weights, group_ptr, offset, scale, correction, x_scale, x_zero_
 
 
 def quantized_spmm(values, index, group_ptr, offset, plane, x_scale, x_zero_point, clip, planes, bias, out, grid, views,
-                   int threads):
+                   int threads, factor=None, float least=-INFINITY, float greatest=INFINITY):
     """`quantize_weight` and `spmm` in one call, for codes: the weight's are kept nowhere.
 
     `x_scale` and `x_zero_point` have one element or one for each plane, which the weights then are quantised with.
+    `factor`, float32 (rows,) or None, is multiplied into the rows of the product before the bias.
     """
+    cdef int64_t row
+    cdef const float *factors = NULL
     cdef qsp_spmm a
     cdef qsp_weight w
     cdef int32_t low = 0, high = 0
@@ -149,8 +152,12 @@ def quantized_spmm(values, index, group_ptr, offset, plane, x_scale, x_zero_poin
     w.scale = <float *> (w.total + a.list.rows)
     w.codes = <int8_t *> (w.scale + a.list.rows)
     _quantize(&w, slots, values, index, plane, None if one else x_scale, None if one else x_zero_point, clip, threads)
+    if factor is not None:
+        factors = <const float *> pointer(factor, _float32, a.list.rows, "factor")
+        for row in range(a.list.rows):
+            w.scale[row] *= factors[row]
     a.weights, a.scale, a.correction = w.codes, w.scale, w.total
-    a.scale_factor, a.correction_factor = 1, -1
+    a.scale_factor, a.correction_factor, a.low, a.high = 1, -1, least, greatest
     if one:
         a.scale_factor = (<const float *> pointer(x_scale, _float32, 1, "x_scale"))[0]
         a.correction_factor = -(<const int32_t *> pointer(x_zero_point, _int32, 1, "x_zero_point"))[0]

@@ -53,6 +53,7 @@ typedef struct {
     int64_t correction_factor;
     float scale_factor;
     const float *bias;       /* [rows] or NULL */
+    float low, high;         /* limits of the result; only read where there is a bias */
     int dtype;               /* of out */
     void *out;
     qsp_view view;           /* where row `view.plane + i` goes: channel i of the view */

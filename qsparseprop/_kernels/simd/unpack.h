@@ -74,8 +74,14 @@ QSP_INLINE int unit_lane(int place)
     return place / width * width + quad_lane(place % width);
 }
 
+/* A result with its bias, inside of its limits; in this order a NaN stays one. */
+QSP_INLINE f16x with_bias(const qsp_spmm *a, f16x v, f16x bias)
+{
+    return f16_min(f16_set1(a->high), f16_max(f16_set1(a->low), f16_add(v, bias)));
+}
+
 /* 16 lanes of up to 16 rows, transposed. `whole`: of 16 rows, and all lanes exist. */
-QSP_INLINE void unpack_tile(const unit_target *t, int64_t row, int rows, const int32_t *sums, int place, f16x scale,
+QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row, int rows, const int32_t *sums, int place, f16x scale,
                             f16x bias, const int as_float, const int has_bias, const int dtype, const int whole)
 {
     f16x tile[16];
@@ -91,7 +97,7 @@ QSP_INLINE void unpack_tile(const unit_target *t, int64_t row, int rows, const i
         void *to = t->column[as_float ? place + i : unit_lane(place + i)];
         f16x v = as_float ? tile[i] : f16_mul(tile[i], scale);
         if (has_bias)
-            v = f16_add(v, bias);
+            v = with_bias(a, v, bias);
         if (whole)
             store16(element_at(to, dtype, row), dtype, v);
         else if (to)
@@ -111,9 +117,9 @@ QSP_INLINE void unpack_columns_of(const qsp_spmm *a, const unit_target *t, int64
         const int32_t *from = sums + r * QSP_UNIT;
         for (int p = 0; p < QSP_UNIT; p += 16)
             if (rows == 16 && t->lanes == QSP_UNIT)
-                unpack_tile(t, row + r, 16, from, p, s, b, as_float, has_bias, dtype, 1);
+                unpack_tile(a, t, row + r, 16, from, p, s, b, as_float, has_bias, dtype, 1);
             else
-                unpack_tile(t, row + r, rows, from, p, s, b, as_float, has_bias, dtype, 0);
+                unpack_tile(a, t, row + r, rows, from, p, s, b, as_float, has_bias, dtype, 0);
     }
 }
 
@@ -155,6 +161,8 @@ static void unpack_rows(const qsp_spmm *a, const unit_target *t, int64_t row, in
                                               f16_set1(bias)));
         else
             quad_unpack(values, from, scale, bias);
+        for (int p = 0; a->bias && p < QSP_UNIT; p += 16)
+            f16_store(values + p, with_bias(a, f16_load(values + p), f16_zero()));
         for (int k = 0; !direct && k < t->runs; k++) {
             const float *q = line + t->first[k];
             const int size = t->size[k];
