@@ -40,11 +40,13 @@ from qsparseprop.utils.pruning_utils import (
 
 BATCH = 64
 
-#: Setting by name; None is dense float32 with a mask, "float" the sparse modules in float32.
+#: Setting by name; None is dense float32 with a mask, "float" the sparse modules in float32, "blocks" the default with
+#: convolutions and BatchNorm in blocks.
 SETTINGS: dict[str, QuantConfig | str | None] = {
     "fp32 masked dense": None,
     "fp32 sparse": "float",
     "default": QuantConfig(),
+    "default, blocks": "blocks",
     "per tensor": QuantConfig(granularity="tensor"),
     "ancestor": QuantConfig.ancestor(),
     "grad_weight float32": QuantConfig(grad_weight="float32"),
@@ -173,10 +175,10 @@ def finetuned(start: nn.Module, masks: dict[str, Tensor], setting: QuantConfig |
     """Accuracy after fine-tuning with a setting."""
     model = copy.deepcopy(start)
     if setting is not None:
-        quantize = isinstance(setting, QuantConfig)
+        qconfig = setting if isinstance(setting, QuantConfig) else None
         shape = (BATCH, *data.train_images.shape[1:])
         swap_modules_with_sparse(model, shape, verbose=False, min_sparsity=0.3, include_dense=False,
-                                 quantize=quantize, qconfig=setting if quantize else None)  # fmt: skip
+                                 quantize=setting != "float", qconfig=qconfig, fuse=setting == "blocks")  # fmt: skip
     train(model, data, args.epochs, args.rate, seed, masks if setting is None else None)
     return top1(model, data)
 

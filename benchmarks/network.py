@@ -5,8 +5,8 @@ gradients to None. Two networks: "cifar" (32x32 images, batch 64, 3x3 stem) and 
 of stride 2 and max-pooling). All convolutions but the first have the given fraction of zeros, at random positions, and
 are sparse modules in our network; the rest of it is torch's. Dense networks run in float32 and under bfloat16 autocast,
 contiguous and channels_last (cl); ours channels_last, with the dense rest in float32 (int8 cl) or under bfloat16
-autocast (int8 cl bf16), and with batch normalisation, additions and ReLU in blocks with the convolutions (fused cl
-bf16). Dense networks do not pay for keeping their zeros.
+autocast (int8 cl bf16), and with batch normalisation, additions and ReLU in blocks with the convolutions (fused cl,
+fused cl bf16). Dense networks do not pay for keeping their zeros.
 
   python benchmarks/network.py --json network.json              allow a quarter of an hour
   python benchmarks/network.py --only cifar --threads 1 --sparsity 0.9
@@ -113,6 +113,7 @@ SETTINGS = (
     Setting("bf16 cl", channels_last=True, bf16=True),
     Setting("int8 cl", "int8", channels_last=True),
     Setting("int8 cl bf16", "int8", channels_last=True, bf16=True),
+    Setting("fused cl", "int8", channels_last=True, fuse=True),
     Setting("fused cl bf16", "int8", channels_last=True, bf16=True, fuse=True),
 )
 FLOAT_SETTING = Setting("sparse fp32 cl", "sparse fp32", channels_last=True, quantize=False)
