@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qsparseprop.nn._handover import PackedTensor, handed_over
 from qsparseprop.nn.intrinsic import QuantizedSparseConvBn2d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.models import resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
+from qsparseprop.utils.saved_tensors import compress_saved_tensors
 
 
 def fused(model, shape, **settings):
@@ -152,6 +155,42 @@ def test_values_and_their_gradient(packed):
     assert repr(y) == repr(values.detach())
     assert y.tolist() == values.tolist()
     assert (y.numpy(force=True) == values.detach().numpy()).all()
+
+
+def test_saving_keeps_an_ordinary_tensor(packed, tmp_path):
+    y, _, _ = packed
+    torch.save(y, tmp_path / "y.pt")
+    again = torch.load(tmp_path / "y.pt", weights_only=True)
+    assert type(again) is torch.Tensor
+    assert again.requires_grad
+    assert torch.equal(again, y.detach())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant):
+    model = chain()
+    gradients = []
+    for forward in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        x = torch.linspace(-2, 2, 5 * 12 * 9 * 7).view(5, 12, 9, 7).requires_grad_()
+        torch.manual_seed(1)
+        forward(x).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_saved_by_another_operation_and_compressed():
+    first = blocks(chain())[0]
+    x, weight = torch.randn(64, 12, 9, 7, requires_grad=True), torch.ones(3, 12, 1, 1, requires_grad=True)
+    gradients = []
+    for context in (contextlib.nullcontext(), compress_saved_tensors()):
+        torch.manual_seed(1)
+        with context:
+            y = first(x)
+            assert type(y) is PackedTensor
+            loss = nn.functional.conv2d(y, weight).square().sum()
+        gradients.append(torch.autograd.grad(loss, (x, weight)))
+    for plain, compressed in zip(*gradients, strict=True):
+        torch.testing.assert_close(compressed, plain, rtol=0, atol=0.05 * plain.abs().max().item())
 
 
 def test_a_change_in_place_ends_the_packed_form(packed):

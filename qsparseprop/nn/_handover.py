@@ -116,6 +116,10 @@ class PackedTensor(Tensor):
         """What an ordinary tensor prints."""
         return repr(self.detach())
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """Saved as an ordinary tensor."""
+        return self.detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
+
     def tolist(self) -> Any:
         """As of an ordinary tensor; torch refuses it for subclasses."""
         return self.detach().tolist()
