@@ -13,6 +13,7 @@ from torch import nn
 
 from qsparseprop import mask_ops, norm_ops, ops, quantize_ops
 from qsparseprop import nn as qnn
+from qsparseprop.geometry import conv_geometry
 from qsparseprop.nn._traced import config_text
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.models import CifarResNet
@@ -336,7 +337,31 @@ def _other_calls() -> list[tuple]:
     x, one, f = torch.randn(6, 20), torch.rand(20), torch.randn(3, 20)
     _, codes, mask = norm_ops.norm_act(x, x, one, one, 0.0, 6.0, one, one)
     packed = quantize_ops.quantize(x, "standard", 8, None, 7, False, None, [])
+    layer = qnn.QuantizedSparseConv2d.from_dense(set_weight(nn.Conv2d(20, 5, 1), 0.4, 0))
+    geometry = conv_geometry(20, 5, (2, 1), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 3, False)
+    plan = layer._plan(geometry, 1)
+    grid, dy_grid = geometry.input_grid.numbers, geometry.output_grid.numbers
+    views, lanes, images = geometry.input_views, geometry.input_grid.lanes(3), (3, 20, 2, 1)
+    ranges = torch.stack([-one, 6 * one], 1)
+    normed = (x, None, one, one, 0.0, 6.0, one, one, images, ranges, grid, views, lanes, "absmax")
+    planes = norm_ops.norm_act_pack(*normed, True, True)[3:]
+    dy = ops.quantize_pack(torch.randn(3, 5, 2, 1), dy_grid, geometry.output_views, geometry.output_grid.lanes(3),
+                           "symmetric", None, True)  # fmt: skip
+    values, bias = layer.weight.detach(), torch.rand(5)
+    shape = (3, 5, 2, 1)
+    forward = (*planes, values, bias, list(plan.forward), grid, geometry.output_views, shape, torch.float32, None, True)
+    backward = (*dy, values, *planes, list(plan.forward), list(plan.backward), grid, dy_grid, views,
+                geometry.output_views, images, shape, True, [True, True], torch.float32, None, True)  # fmt: skip
+    gradient = (x, codes, mask, f, True, images, torch.stack([-100 * one, 100 * one], 1), grid, views, lanes)
     return [
+        (norm_ops.norm_act_range, (x, x, one, one, 0.0, 6.0)),
+        (norm_ops.norm_act_pack, (*normed, True, True)),
+        (norm_ops.norm_act_pack, (*normed[:6], None, None, *normed[8:9], ranges[:1], *normed[10:], False, False)),
+        (norm_ops.norm_act_grad_pack, (*gradient, "stochastic", torch.tensor(1), True)),
+        (norm_ops.norm_act_grad_pack, (*gradient[:4], False, *gradient[5:], "symmetric", None, True)),
+        (ops.packed_forward, forward),
+        (ops.packed_forward, (*forward, torch.rand(5), [0.0, 6.0])),
+        (ops.packed_backward, backward),
         (norm_ops.channel_moments, (x,)),
         (norm_ops.norm_act, (x, None, one, one, 0.0, 6.0, None, None)),
         (norm_ops.norm_act, (x, x, one, one, 0.0, 6.0, one, one)),
