@@ -205,6 +205,11 @@ def _spmm_fake(planes, weights, group_ptr, offset, scale, total, x_scale, x_zero
     return torch.empty(shape, dtype=dtype, device=planes.device, memory_format=memory_format)
 
 
+def _check_limits(limits: Sequence[float], bias: Tensor | None) -> None:
+    if limits and (len(limits) != 2 or bias is None):
+        raise ValueError(f"limits must be two numbers, and need a bias; got {list(limits)}")
+
+
 def _result(shape: Sequence[int], channels_last: bool, zeros: bool, dtype: torch.dtype) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format)
@@ -267,8 +272,7 @@ def spmm(
     Tensor
         Of `shape` and `dtype`.
     """
-    if limits and (len(limits) != 2 or bias is None):
-        raise ValueError(f"limits must be two numbers, and need a bias; got {list(limits)}")
+    _check_limits(limits, bias)
     out = _result(shape, channels_last, zeros, dtype)
     _matmul.spmm(planes, weights, group_ptr, offset, scale, total, x_scale, x_zero_point, bias, out, grid, views,
                  torch.get_num_threads(), *limits)
@@ -512,6 +516,7 @@ def packed_forward(
     Tensor
         Of `shape` and `dtype`.
     """
+    _check_limits(limits, bias)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
     return _multiply(planes, values, rows, x_scale, x_zero_point, clip, bias, grid, out_views, shape, channels_last,

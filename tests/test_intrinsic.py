@@ -329,6 +329,21 @@ def test_gradients_have_no_bias():
     assert abs(total.mean() - expected.sum()) < 5 * total.std() / math.sqrt(len(draws))
 
 
+def test_limits_need_a_bias():
+    conv = sparse_conv(6, 8)
+    plan = conv._plan(conv_geometry(6, 8, (5, 5), (3, 3), (1, 1), (1,) * 4, (1, 1), 2, False), 1)
+    grid = plan.geometry.input_grid
+    x = torch.randn(2, 6, 5, 5)
+    packed = ops.quantize_pack(x, grid.numbers, plan.geometry.input_views, grid.lanes(2), "absmax", None)
+    rest = (list(plan.forward), grid.numbers, plan.geometry.output_views, (2, 8, 5, 5), torch.float32, None, True)
+    for bias, limits in ((None, [0.0, 1.0]), (torch.zeros(8), [1.0])):
+        with pytest.raises(ValueError, match="limits must be two numbers, and need a bias"):
+            ops.packed_forward(*packed, conv.weight.detach(), bias, *rest, None, limits)
+    y = ops.packed_forward(*packed, conv.weight.detach(), torch.zeros(8), *rest, None, [0.0, 0.5])
+    assert y.min() == 0
+    assert y.max() == 0.5
+
+
 def test_one_value_per_channel_raises_as_in_torch():
     block = QuantizedSparseConvBn2d.fuse(sparse_conv(2, 3), batch_norm(3))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
