@@ -17,16 +17,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: Lanes that a kernel works on at a time.
 UNIT = 64
 #: Lanes of a plane of one block to aim for: enough to amortise its gaps, few enough to stay near the cache.
 BLOCK_LANES = 1024
+#: Part of the lanes of a block that must be saved for blocks to be made twice as large.
+SAVED_LANES = 0.1
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def _pitch(front: int, lanes: int) -> int:
+    """Lanes from plane to plane."""
+    pitch = front + _round_up(lanes, UNIT)
+    # an odd number of cache lines spreads the planes over the cache's sets
+    return pitch | UNIT if pitch > UNIT else pitch
 
 
 def buffer_lanes(grid: Sequence[int], images: int) -> int:
@@ -138,6 +147,10 @@ class Geometry:
     in_channels: int
     tap_phase: tuple[int, ...]
     tap_shift: tuple[int, ...]
+    input_size: tuple[int, int]
+    stride: tuple[int, int]
+    #: Row and column of the input that a tap reads for the output's first pixel; negative in the padding.
+    tap_offset: tuple[tuple[int, int], ...]
 
 
 def prefer_batch_innermost(batch: int, input_size: tuple[int, int], channels_last: bool) -> bool:
@@ -217,18 +230,20 @@ def _conv_geometry(
         raise ValueError(f"the padded input ({padded[0]} x {padded[1]}) is smaller than the kernel "
                          f"({reach[0]} x {reach[1]}, dilation included)")
     pixels = ys.pitch * xs.pitch
-    most = UNIT if batch_innermost else max(1, BLOCK_LANES // pixels)
-    images = min(most, batch)
     if batch_innermost:
-        images = min(UNIT, max(16, images))
+        images = min(UNIT, max(16, batch))
         lane_b, lane_x, lane_y = 1, images, xs.pitch * images
     else:
+        images = max(1, BLOCK_LANES // pixels)
         lane_b, lane_x, lane_y = pixels, 1, xs.pitch
     tap_shift = tuple(y * lane_y + x * lane_x for y in ys.tap_shift for x in xs.tap_shift)
     front = _round_up(max(tap_shift), UNIT)
-    pitch = front + _round_up(images * pixels, UNIT)
-    if pitch > UNIT:
-        pitch |= UNIT  # an odd number of cache lines spreads the planes over the cache's sets
+    if not batch_innermost:
+        # a block of twice the size where that saves a good part of the lanes
+        if _pitch(front, 2 * images * pixels) < (2 - SAVED_LANES) * _pitch(front, images * pixels):
+            images *= 2
+        images = min(images, batch)
+    pitch = _pitch(front, images * pixels)
     base = Grid(images, lane_b, lane_y, lane_x, 1, pitch, front, pitch)
     phases = len(ys.phases) * len(xs.phases)
     if max(in_channels * phases, out_channels) * pitch >= 2**31:
@@ -250,6 +265,40 @@ def _conv_geometry(
         in_channels=in_channels,
         tap_phase=tuple(y * len(xs.phases) + x for y in ys.tap_phase for x in xs.tap_phase),
         tap_shift=tap_shift,
+        input_size=input_size,
+        stride=stride,
+        tap_offset=tuple((y * dilation[0] - padding[0], x * dilation[1] - padding[2])
+                         for y in range(kernel_size[0]) for x in range(kernel_size[1])),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def embedded(inner: Geometry, outer: Geometry) -> Geometry | None:
+    """A convolution's geometry on the packed input of another one, where each of its taps is one of the other's too.
+
+    So a residual block's 1x1 convolution reads the input that was packed for the 3x3 one beside it.
+
+    Parameters
+    ----------
+    inner, outer : Geometry
+
+    Returns
+    -------
+    Geometry or None
+        None where the other's input does not serve.
+    """
+    same = all(getattr(inner, name) == getattr(outer, name)
+               for name in ("in_channels", "input_size", "stride", "output_size"))  # fmt: skip
+    if inner is outer or not same or not set(inner.tap_offset) <= set(outer.tap_offset):
+        return inner if inner is outer else None
+    taps = [outer.tap_offset.index(offset) for offset in inner.tap_offset]
+    return replace(
+        outer,
+        output_grid=outer.output_grid.with_planes(inner.output_grid.planes),
+        output_views=inner.output_views,
+        tap_phase=tuple(outer.tap_phase[t] for t in taps),
+        tap_shift=tuple(outer.tap_shift[t] for t in taps),
+        tap_offset=inner.tap_offset,
     )
 
 

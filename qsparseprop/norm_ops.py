@@ -160,7 +160,8 @@ def norm_act_pack(
     Parameters
     ----------
     x, residual, scale, shift, low, high, code_scale, code_shift
-        As for `norm_act`; at least two channels.
+        As for `norm_act`; at least two channels. x may be uint8 codes, read as the numbers 0 to 255, where there is no
+        residual, nothing is saved and only the packed result is wanted.
     images : sequence of int
         (images, channels, height, width) of the channels_last tensor whose rows x has.
     ranges : Tensor

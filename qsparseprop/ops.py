@@ -639,10 +639,10 @@ def _packed_backward_fake(dy, dy_scale, dy_zero_point, values, planes, x_scale, 
 
 
 @operator(
-    "packed_backward(Tensor dy, Tensor dy_scale, Tensor dy_zero_point, Tensor values, Tensor planes, Tensor x_scale, "
-    "Tensor x_zero_point, Tensor[] rows, Tensor[] columns, int[] grid, int[] dy_grid, int[] views, int[] dy_views, "
-    "SymInt[] x_shape, SymInt[] dy_shape, bool complete, bool[] grads, ScalarType x_dtype, Tensor? clip, "
-    "bool channels_last) -> (Tensor, Tensor)",
+    "packed_backward(Tensor dy, Tensor dy_scale, Tensor dy_zero_point, Tensor values, Tensor? planes, "
+    "Tensor? x_scale, Tensor? x_zero_point, Tensor[] rows, Tensor[] columns, int[] grid, int[] dy_grid, int[] views, "
+    "int[] dy_views, SymInt[] x_shape, SymInt[] dy_shape, bool complete, bool[] grads, ScalarType x_dtype, "
+    "Tensor? clip, bool channels_last) -> (Tensor, Tensor)",
     _packed_backward_fake,
 )
 def packed_backward(
@@ -650,9 +650,9 @@ def packed_backward(
     dy_scale: Tensor,
     dy_zero_point: Tensor,
     values: Tensor,
-    planes: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
+    planes: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
     grid: Sequence[int],

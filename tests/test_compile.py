@@ -356,6 +356,7 @@ def _other_calls() -> list[tuple]:
     return [
         (norm_ops.norm_act_range, (x, x, one, one, 0.0, 6.0)),
         (norm_ops.norm_act_pack, (*normed, True, True)),
+        (norm_ops.norm_act_pack, (codes, None, *normed[2:6], None, None, *normed[8:], True, False)),
         (norm_ops.norm_act_pack, (*normed[:6], None, None, *normed[8:9], ranges[:1], *normed[10:], False, False)),
         (norm_ops.norm_act_grad_pack, (*gradient, "stochastic", torch.tensor(1), True)),
         (norm_ops.norm_act_grad_pack, (*gradient[:4], False, *gradient[5:], "symmetric", None, True)),

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qsparseprop.nn import _norm_act
 from qsparseprop.nn._handover import PackedTensor, handed_over
-from qsparseprop.nn.intrinsic import QuantizedSparseConvBn2d
+from qsparseprop.nn.intrinsic import QuantizedBNReLU2d, QuantizedSparseConvBn2d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.models import resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
@@ -47,8 +48,9 @@ def blocks(model):
 def disconnected(model):
     """The same model, its activations ordinary tensors."""
     model = copy.deepcopy(model)
-    for block in blocks(model):
-        block._consumer = (None, True)
+    for module in model.modules():
+        if isinstance(module, (QuantizedSparseConvBn2d, QuantizedBNReLU2d)):
+            module._consumer = (None, True)
     return model
 
 
@@ -59,6 +61,15 @@ def run(model, x, training=True):
     y = model(x)
     (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     return y.detach(), x.grad, [p.grad for p in model.parameters()], [b.clone() for b in model.buffers()]
+
+
+def assert_gradients_agree(grads, grads_plain):
+    """Of weights to the step in which batch normalisation's input is kept, of which theirs is made; else exactly."""
+    for a, b in zip(grads, grads_plain, strict=True):
+        if a.ndim == 1 and a.numel() in (12, 16, 32, 64, 10):  # batch normalisation's
+            assert torch.equal(a, b)
+        else:
+            assert (a - b).norm() < 2e-2 * b.norm()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -73,7 +84,7 @@ def test_a_chain_computes_the_same_bits(settings, training):
     y_plain, dx_plain, grads_plain, buffers_plain = run(plain, x, training)
     assert torch.equal(y, y_plain)
     assert torch.equal(dx, dx_plain)
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_plain, strict=True))
+    assert_gradients_agree(grads, grads_plain)
     assert all(torch.equal(a, b) for a, b in zip(buffers, buffers_plain, strict=True))
 
 
@@ -104,7 +115,59 @@ def test_a_residual_network_agrees():
     y, _, grads, _ = run(model, x)
     y_plain, _, grads_plain, _ = run(plain, x)
     assert torch.equal(y, y_plain)
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_plain, strict=True))
+    assert_gradients_agree(grads, grads_plain)
+
+
+class Downsampling(nn.Module):
+    """A residual block of stride 2 with a 1x1 convolution beside its 3x3 one, behind a convolution that stays dense."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv1, self.norm1 = nn.Conv2d(12, 20, 3, 2, padding=1, bias=False), nn.BatchNorm2d(20)
+        self.conv2, self.norm2 = nn.Conv2d(20, 20, 3, padding=1, bias=False), nn.BatchNorm2d(20)
+        self.side, self.side_norm = nn.Conv2d(12, 20, 1, 2, bias=False), nn.BatchNorm2d(20)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(y)) + self.side_norm(self.side(x)))
+
+
+def test_one_packing_serves_kernels_of_different_sizes(monkeypatch):
+    model = fused(Downsampling(), (5, 3, 9, 8))
+    assert isinstance(model.norm, QuantizedBNReLU2d)
+    assert model.norm._consumer == (model.conv1, False)
+    plain = disconnected(model)
+    packed, seen = [], []
+    forward_pass = _norm_act.forward_pass
+    monkeypatch.setattr(_norm_act, "forward_pass", lambda *args: packed.append(args) or forward_pass(*args))
+    hook = model.side.register_forward_hook(lambda module, args, y: seen.append(args[0]))
+    x = torch.randn(5, 3, 9, 8)
+    y, dx, grads, _ = run(model, x)
+    hook.remove()
+    assert not packed  # both convolutions read what the batch normalisation has packed
+    assert type(seen[0]) is PackedTensor
+    y_plain, dx_plain, grads_plain, _ = run(plain, x)
+    assert len(packed) == 2  # the first one serves both as well
+    assert torch.equal(y, y_plain)
+    torch.testing.assert_close(dx, dx_plain, rtol=1e-5, atol=1e-6)  # sums of two, in another order
+    for a, b in zip(grads, grads_plain, strict=True):
+        assert (a - b).norm() < 2e-2 * b.norm()
+
+
+def test_frozen_weights_keep_no_input():
+    model = chain()
+    for block in blocks(model):
+        block.weight.requires_grad_(False)
+    x = torch.randn(5, 12, 9, 7, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(x)
+    assert all(t.numel() <= 5 * 12 * 9 * 7 for t in kept)
+    assert sum(t.dtype == torch.uint8 for t in kept) == 3  # of each convolution's output
+    y.sum().backward()
+    assert torch.isfinite(x.grad).all()
 
 
 OPERATIONS = {
@@ -247,7 +310,7 @@ def test_bad_numbers_reach_the_output():
 
 
 def test_memory_of_a_chain():
-    """Between blocks: a byte for the next one's input, a byte and a bit for the gradient, no floats."""
+    """Between blocks: a byte and a bit for the gradient, of which the next one's input is made again; no floats."""
     layers = []
     for _ in range(4):
         layers += [nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
@@ -261,5 +324,5 @@ def test_memory_of_a_chain():
     x = torch.randn(64, 16, 16, 16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = model(x)
-    assert sum(kept.values()) < 4 * 2.25 * x.numel() + 100_000
+    assert sum(kept.values()) < (1.1 + 4 * 1.125) * x.numel() + 100_000
     y.sum().backward()

@@ -15,6 +15,7 @@ from qsparseprop.geometry import conv_geometry
 from qsparseprop.nn import QuantizedSparseConv2d
 from qsparseprop.nn._handover import PackedInput, unpack
 from qsparseprop.nn.intrinsic import (
+    QuantizedBNReLU2d,
     QuantizedSparseConvBn2d,
     QuantizedSparseConvBnAddReLU2d,
     QuantizedSparseConvBnReLU2d,
@@ -163,7 +164,7 @@ def as_images(rows, shape):
     return rows.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
 
 
-IMAGES = st.tuples(st.integers(1, 20), st.sampled_from([2, 3, 15, 16, 17, 33, 70]), st.integers(1, 9),
+IMAGES = st.tuples(st.integers(1, 20), st.sampled_from([2, 3, 15, 16, 17, 33, 64, 70, 130]), st.integers(1, 9),
                    st.integers(1, 9))  # fmt: skip
 
 
@@ -194,6 +195,40 @@ def test_packing_on_the_way_is_packing_afterwards(isa, shape, kind, dtype, resid
     expected = ops.quantize_pack(as_images(exact, shape), grid.numbers, views, lanes, scheme, None, per_channel)
     for mine, theirs in zip((planes, scale, zero), expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@given(shape=IMAGES, kind=GEOMETRIES, per_channel=st.booleans(), scheme=st.sampled_from(["absmax", "standard"]))
+def test_packing_from_codes_is_packing_from_their_numbers(isa, shape, kind, per_channel, scheme):
+    geometry = geometry_of(kind, shape)
+    codes = torch.randint(0, 256, (shape[0] * shape[2] * shape[3], shape[1]), dtype=torch.uint8)
+    scale, shift = torch.randn(shape[1]) / 64, torch.randn(shape[1])
+    exact = norm_ops.norm_act(codes.float(), None, scale, shift, 0.0, 6.0, None, None)[0]
+    ranges = torch.stack([exact.amin(0), exact.amax(0)], 1)
+    if not per_channel:
+        ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
+    rest = (scale, shift, 0.0, 6.0, None, None, shape, ranges, geometry.input_grid.numbers, geometry.input_views,
+            geometry.input_grid.lanes(shape[0]), scheme, per_channel, False)  # fmt: skip
+    expected = norm_ops.norm_act_pack(codes.float(), None, *rest)
+    for mine, theirs in zip(norm_ops.norm_act_pack(codes, None, *rest), expected, strict=True):
+        assert torch.equal(mine, theirs.to(mine.dtype))
+
+
+def test_codes_are_refused_where_they_mean_nothing():
+    codes, one = torch.zeros(8, 5, dtype=torch.uint8), torch.ones(5)
+    geometry = geometry_of("1x1", (2, 5, 2, 2))
+    rest = ((2, 5, 2, 2), torch.zeros(5, 2), geometry.input_grid.numbers, geometry.input_views,
+            geometry.input_grid.lanes(2), "absmax", True)  # fmt: skip
+    with pytest.raises(TypeError, match="neither with a residual nor with codes"):
+        norm_ops.norm_act_pack(codes, codes, one, one, 0.0, 6.0, None, None, *rest, False)
+    with pytest.raises(TypeError, match="neither with a residual nor with codes"):
+        norm_ops.norm_act_pack(codes, None, one, one, 0.0, 6.0, one, one, *rest, False)
+    for call in (lambda: norm_ops.norm_act_pack(codes, None, one, one, 0.0, 6.0, None, None, *rest, True),
+                 lambda: norm_ops.norm_act(codes, None, one, one, 0.0, 6.0, None, None),
+                 lambda: norm_ops.norm_act_range(codes, None, one, one, 0.0, 6.0)):  # fmt: skip
+        with pytest.raises(TypeError, match="x must be of dtype"):
+            call()
+    with pytest.raises(ValueError, match="contiguous"):
+        norm_ops.norm_act_pack(codes.t(), None, one, one, 0.0, 6.0, None, None, *rest, False)
 
 
 @given(shape=IMAGES, kind=GEOMETRIES, dtype=DTYPES, residual=st.booleans(), per_channel=st.booleans(),
@@ -285,7 +320,7 @@ def test_inference_is_one_pass(isa, kind, settings, qconfig, channels, dtype, mo
 
 def expected_gradients(block, y, dy, x_shape):
     """What the gradients are on average, in float64, from what the block has saved: of the input, and of the values."""
-    values, planes, x_scale, x_zero, codes, mask, gamma, rstd, slope, offset = y.grad_fn.saved_tensors
+    codes, mask, gamma, rstd, slope, offset, values, planes, x_scale, x_zero = y.grad_fn.saved_tensors
     shape = tuple(y.shape)
     passes = ((mask[:, :, None] >> torch.arange(16)) & 1).reshape(len(codes), -1)[:, : shape[1]]
     g = dy.double().permute(0, 2, 3, 1).reshape(codes.shape) * passes
@@ -327,6 +362,54 @@ def test_gradients_have_no_bias():
     assert (error <= 5 * standard + 1e-6 * expected.abs()).all()
     total = draws.sum(1)
     assert abs(total.mean() - expected.sum()) < 5 * total.std() / math.sqrt(len(draws))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("high", [math.inf, 6.0])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+def test_a_block_without_a_convolution_is_torchs_modules(settings, residual, high, training):
+    torch.manual_seed(0)
+    norm = batch_norm(37, **settings)
+    exact = copy.deepcopy(norm).double()
+    block = QuantizedBNReLU2d.fuse(norm, high)
+    assert list(block.state_dict()) == list(exact.state_dict())
+    assert isinstance(block, nn.BatchNorm2d)
+    inputs = [torch.randn(5, 37, 6, 7, requires_grad=True) for _ in range(1 + residual)]
+    twins = [t.detach().double().requires_grad_() for t in inputs]
+    block.train(training)
+    exact.train(training)
+    y = block(*inputs)
+    expected = sum([exact(twins[0]), *twins[1:]]).clamp(0, high)
+    assert relative(y, expected) < 1e-6
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy.double())
+    for mine, theirs in zip([*inputs, *block.parameters()], [*twins, *exact.parameters()], strict=True):
+        # what batch normalisation read is kept in 8 bits: half a step is 0.014 of a normal distribution's deviation
+        assert relative(mine.grad, theirs.grad) < (5e-3 if mine.ndim == 4 else 1.4e-2)
+    for mine, theirs in zip(block.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-5, atol=1e-6)
+    plain = block.unfuse()
+    assert type(plain) is nn.BatchNorm2d
+    assert plain.weight is block.weight
+
+
+def test_a_block_without_a_convolution_leaves_other_inputs_to_torch():
+    block = QuantizedBNReLU2d.fuse(nn.BatchNorm2d(4))
+    double = QuantizedBNReLU2d.fuse(nn.BatchNorm2d(4, dtype=torch.float64))
+    x = torch.randn(3, 4, 2, 2)
+    torch.testing.assert_close(double(x.double()).float(), block(x))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        block(x[0])
+    with pytest.raises(RuntimeError, match="running_mean"):
+        block(x[:, :3])
+    with pytest.raises(ValueError, match="the residual must have shape"):
+        block(x, x[:2])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(x[:1, :, :1, :1])
+    with pytest.raises(TypeError, match=r"expects a torch\.nn\.BatchNorm2d"):
+        QuantizedBNReLU2d.fuse(nn.BatchNorm1d(4))
 
 
 def test_limits_need_a_bias():
@@ -461,10 +544,10 @@ class Branching(Vgg):
         return super().forward(x if x.sum() > 0 else -x)
 
 
-@pytest.mark.parametrize(("make", "fused", "of"), [
-    (resnet20, 18, 18), (Vgg, 3, 3), (Mobile, 3, 3), (Branching, 0, 3),
+@pytest.mark.parametrize(("make", "fused", "of", "alone"), [
+    (resnet20, 18, 18, 1), (Vgg, 3, 3, 1), (Mobile, 3, 3, 0), (Branching, 0, 3, 0),
 ])  # fmt: skip
-def test_models_are_fused_where_possible_and_right_everywhere(make, fused, of):
+def test_models_are_fused_where_possible_and_right_everywhere(make, fused, of, alone):
     torch.manual_seed(0)
     model = pruned(make())
     shape = (4, 3, 12, 12)
@@ -473,6 +556,10 @@ def test_models_are_fused_where_possible_and_right_everywhere(make, fused, of):
     assert len(reasons) == of
     assert sum(r.startswith("fused with") for r in reasons) == fused, reasons
     assert all("cannot trace" in r for r in reasons if not r.startswith("fused"))
+    # those behind dense convolutions
+    norms = [d for d in blocks.swap_report if d.kind == "BatchNorm2d"]
+    assert len(norms) == sum(type(m) is QuantizedBNReLU2d for m in blocks.modules()) == alone
+    assert all(d.reason == "fused with ReLU" and not d.swapped for d in norms)
     assert list(plain.state_dict()) == list(blocks.state_dict())
     x = torch.randn(shape)
     for mode in (True, False):
@@ -491,7 +578,7 @@ def test_models_are_fused_where_possible_and_right_everywhere(make, fused, of):
     optimizer.step()
     assert not torch.equal(again(x), blocks(x))  # a copy shares nothing
     dense = swap_modules_with_dense(blocks, inplace=False).eval()
-    assert not any(isinstance(m, QuantizedSparseConv2d) for m in dense.modules())
+    assert not any(isinstance(m, (QuantizedSparseConv2d, QuantizedBNReLU2d)) for m in dense.modules())
     assert type(dense) is type(model)
     torch.testing.assert_close(dense(x), plain.eval()(x), rtol=0.1, atol=0.1)
 

@@ -5,6 +5,7 @@ cdef extern from "kernels.h" nogil:
     enum:
         QSP_UNIT
         QSP_F32
+        QSP_U8
         QSP_BF16
         QSP_NEED_ABSMAX
         QSP_NEED_MIN

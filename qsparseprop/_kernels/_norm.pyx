@@ -10,6 +10,7 @@ from libc.string cimport memset
 from qsparseprop._kernels._dispatch cimport (
     QSP_AFFINE,
     QSP_F32,
+    QSP_U8,
     active_kernels,
     qsp_kernels,
     qsp_moments,
@@ -42,7 +43,10 @@ cdef object _int32 = torch.int32
 
 cdef void *_matrix(object x, int *dtype, int64_t *rows, int64_t *channels, str name) except? NULL:
     """A contiguous (rows, channels) tensor of float32 or bfloat16."""
-    cdef void *data = strided_pointer(x, dtype, name)
+    return _matrix_of(strided_pointer(x, dtype, name), x, rows, channels, name)
+
+
+cdef void *_matrix_of(void *data, object x, int64_t *rows, int64_t *channels, str name) except? NULL:
     if x.ndim != 2 or not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous with 2 dimensions (rows, channels), got shape {tuple(x.shape)} "
                          f"with strides {x.stride()}")
@@ -114,6 +118,7 @@ def norm(x, residual, out, scale, shift, float low, float high, code_scale, code
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t k, chunk, chunks, rows = _read_norm(&a, x, residual, scale, shift, low, high, code_scale, code_shift,
                                                      codes, mask)
+    _refuse_codes(&a)
     a.out = _same(out, x, "out")
     if rows * a.channels == 0:
         return
@@ -130,7 +135,12 @@ cdef int64_t _read_norm(qsp_norm *a, object x, object residual, object scale, ob
                         object code_scale, object code_shift, object codes, object mask) except -1:
     cdef int64_t rows
     memset(a, 0, sizeof(a[0]))
-    a.x = _matrix(x, &a.dtype, &rows, &a.channels, "x")
+    if isinstance(x, torch.Tensor) and x.dtype is _uint8:
+        if residual is not None or codes is not None:
+            raise TypeError("codes (uint8) as x go neither with a residual nor with codes to be saved")
+        a.dtype, a.x = QSP_U8, _matrix_of(pointer(x, _uint8, 0, "x"), x, &rows, &a.channels, "x")
+    else:
+        a.x = _matrix(x, &a.dtype, &rows, &a.channels, "x")
     a.residual = _same(residual, x, "residual")
     a.words = (a.channels + 15) // 16
     a.scale = <const float *> pointer(scale, _float32, a.channels, "scale")
@@ -142,6 +152,12 @@ cdef int64_t _read_norm(qsp_norm *a, object x, object residual, object scale, ob
         a.code_shift = <const float *> pointer(code_shift, _float32, a.channels, "code_shift")
         a.mask = <uint16_t *> pointer(mask, _int16, rows * a.words, "mask")
     return rows
+
+
+cdef int _refuse_codes(const qsp_norm *a) except -1:
+    if a.dtype == QSP_U8:
+        raise TypeError("x must be of dtype torch.float32 or torch.bfloat16, got torch.uint8")
+    return 0
 
 
 cdef object _pack_norm(qsp_pack *a, object like, int64_t rows, int64_t channels, object images, object ranges,
@@ -192,6 +208,7 @@ def norm_range(x, residual, scale, shift, float low, float high, int threads):
     cdef qsp_norm a
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t k, chunk, chunks, rows = _read_norm(&a, x, residual, scale, shift, low, high, None, None, None, None)
+    _refuse_codes(&a)
     if not rows:
         raise ValueError("the range of no elements is not defined")
     chunk = _chunk_rows(a.channels)
@@ -210,12 +227,15 @@ def norm_pack(x, residual, out, scale, shift, float low, float high, code_scale,
               int threads):
     """What `norm` does, the result packed as `quantize_pack` does; `out` may be None.
 
-    `ranges` are bounds of the result, float32 (channels, 2), or (1, 2) without `per_channel`: least and greatest.
+    `ranges` are bounds of the result, float32 (channels, 2), or (1, 2) without `per_channel`: least and greatest. `x`
+    may be codes (uint8), read as the numbers 0 to 255, where only the packed result is wanted.
     """
     cdef qsp_norm a
     cdef qsp_pack p
     cdef int64_t rows = _read_norm(&a, x, residual, scale, shift, low, high, code_scale, code_shift, codes, mask)
     memset(&p, 0, sizeof(p))
+    if out is not None:
+        _refuse_codes(&a)
     a.out = _same(out, x, "out")
     if a.out != NULL:
         qsp_prefer_huge_pages(a.out, rows * a.channels * (4 if a.dtype == QSP_F32 else 2))

@@ -18,7 +18,8 @@
 #define QSP_ROW_BLOCK 64  /* rows whose sums wait in a buffer before they are unpacked */
 #define QSP_MAX_EXACT 65536 /* u8 x s8 products that an int32 holds exactly: 255 * 127 * 65536 < 2^31 */
 
-enum { QSP_F32 = 0, QSP_BF16 = 1 }; /* element type of a tensor that is packed */
+/* Element type of a tensor; QSP_U8 are the codes of what batch normalisation read. */
+enum { QSP_F32 = 0, QSP_BF16 = 1, QSP_U8 = 2 };
 
 typedef struct {
     int64_t images;                 /* in one block */

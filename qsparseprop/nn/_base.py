@@ -17,7 +17,7 @@ from qsparseprop.pattern import Plan, PlanCache, dense_pattern
 from qsparseprop.quantization import QuantConfig
 
 #: What the kernels read and write; other dtypes are converted.
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class SparseModule(SparseWeight):
@@ -138,9 +138,9 @@ class SparseModule(SparseWeight):
         dtype = x.dtype
         if dtype != torch.float64 and torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-        if x.dtype not in _KERNEL_DTYPES:
+        if x.dtype not in KERNEL_DTYPES:
             x = x.to(torch.float32)
-        return x, dtype if dtype in _KERNEL_DTYPES else torch.float32, dtype
+        return x, dtype if dtype in KERNEL_DTYPES else torch.float32, dtype
 
     def _multiply(self, x: Tensor, plan: Plan) -> Tensor:
         """The product for an input of four dimensions, or of two, see `sparse_product`."""

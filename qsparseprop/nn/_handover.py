@@ -16,9 +16,58 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from qsparseprop import norm_ops
 from qsparseprop.geometry import Geometry
 from qsparseprop.pattern import tensor_version
 from qsparseprop.quantization import QuantConfig
+
+
+@dataclass
+class PackedSource:
+    """What a packed input can be made of again: the 8-bit codes that batch normalisation keeps for its gradient.
+
+    They hold what batch normalisation read, to half a step; the packed input made of them differs from the first one by
+    as much as that.
+
+    Attributes
+    ----------
+    codes : Tensor
+        uint8, (pixels, channels).
+    scale, shift : Tensor
+        float32, (channels,): ``clamp(code * scale + shift, low, high)`` is what is packed.
+    ranges : Tensor
+        Of `norm_ops.norm_act_pack`; they give the same scales as the first time.
+    low, high : float
+    shape : tuple of int
+        (images, channels, height, width).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor
+    ranges: Tensor
+    low: float
+    high: float
+    shape: tuple[int, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The first four attributes."""
+        return self.codes, self.scale, self.shift, self.ranges
+
+    @property
+    def limits(self) -> tuple[Any, ...]:
+        """The others."""
+        return self.low, self.high, self.shape
+
+    def pack(self, geometry: Geometry, qconfig: QuantConfig) -> tuple[Tensor, ...]:
+        """Planes, scale and zero point."""
+        grid = geometry.input_grid
+        return norm_ops.norm_act_pack(
+            self.codes, None, self.scale, self.shift, self.low, self.high, None, None, self.shape, self.ranges,
+            grid.numbers, geometry.input_views, grid.lanes(self.shape[0]), qconfig.input,
+            qconfig.granularity == "channel", False,
+        )[3:]  # fmt: skip
 
 
 @dataclass
@@ -33,6 +82,8 @@ class PackedInput:
         Of the convolution that reads it.
     scheme, granularity : str
         How it was quantised.
+    source : PackedSource, optional
+        Kept for the backward pass in place of the planes.
     version : int
         Of the tensor that it stands for.
     """
@@ -43,6 +94,7 @@ class PackedInput:
     geometry: Geometry
     scheme: str
     granularity: str
+    source: PackedSource | None = None
     version: int = 0
 
     @property
@@ -52,8 +104,9 @@ class PackedInput:
 
     def fits(self, geometry: Geometry, qconfig: QuantConfig) -> bool:
         """Whether a convolution can read it."""
-        return (self.geometry is geometry and self.scheme == qconfig.input
-                and self.granularity == qconfig.granularity)  # fmt: skip
+        own = self.geometry
+        same = own is geometry or (own.input_grid == geometry.input_grid and own.input_views == geometry.input_views)
+        return same and self.scheme == qconfig.input and self.granularity == qconfig.granularity
 
 
 def hand_over(tensor: Tensor, packed: PackedInput) -> None:

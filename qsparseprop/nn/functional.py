@@ -126,7 +126,7 @@ def packed_gradient(
 def packed_backward_pass(
     dy: Sequence[Tensor],
     values: Tensor,
-    packed: Sequence[Tensor],
+    packed: Sequence[Tensor | None],
     plan: Plan,
     qconfig: QuantConfig,
     x_shape: Sequence[int],

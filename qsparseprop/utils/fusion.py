@@ -15,6 +15,7 @@ from torch import fx, nn
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d
 from qsparseprop.nn.intrinsic import (
+    QuantizedBNReLU2d,
     QuantizedSparseConvBn2d,
     QuantizedSparseConvBnAddReLU2d,
     QuantizedSparseConvBnReLU2d,
@@ -111,15 +112,54 @@ class _Finder:
             return None, "its BatchNorm2d is called more than once or has hooks"
         return node, ""
 
+    def activation(self, norm_node: fx.Node) -> tuple[list[fx.Node], fx.Node | None, float]:
+        """What follows a batch normalisation up to its activation, what is added there, and the upper limit.
 
-def _connect(graph: fx.Graph, blocks: dict[str, QuantizedSparseConvBn2d]) -> None:
+        The nodes are none, the activation, or an addition and the activation.
+        """
+        if len(norm_node.users) == 1:
+            (user,) = norm_node.users
+            if (limit := self.limit(user)) is not None:
+                return [user], None, limit
+            summand = self.other_summand(user, norm_node)
+            if summand is not None and len(user.users) == 1:
+                (last,) = user.users
+                if (limit := self.limit(last)) is not None:
+                    return [user, last], summand, limit
+        return [], None, math.inf
+
+    def norms(self) -> set[str]:
+        """Names of the batch normalisations that may become blocks of their own."""
+        return {name for name, module in self.modules.items()
+                if type(module) is nn.BatchNorm2d and self.calls[id(module)] == 1 and not _has_hooks(module)}
+
+
+def _replace(graph: fx.Graph, target: str, parts: list[fx.Node], residual: fx.Node | None) -> fx.Node:
+    """Put the call of a block in the place of its parts."""
+    last = parts[-1]
+    with graph.inserting_before(last):
+        node = graph.call_module(target, (parts[0].args[0], *(() if residual is None else (residual,))))
+    last.replace_all_uses_with(node)
+    for part in reversed(parts):
+        graph.erase_node(part)
+    return node
+
+
+def _names(parts: list[fx.Node]) -> list[str]:
+    return ["add"] * (len(parts) - 1) + ["ReLU"] if parts else []
+
+
+def _connect(graph: fx.Graph, blocks: dict[str, nn.Module]) -> None:
     """Tell every block which other one's convolution reads its output, and whether it has other readers."""
     nodes = [n for n in graph.nodes if n.op == "call_module" and n.target in blocks]
+    convolutions = [n for n in nodes if isinstance(blocks[n.target], QuantizedSparseConvBn2d)]
     for node in nodes:
-        readers = [user for user in nodes if user in node.users and user.args[0] is node]
+        readers = [user for user in convolutions if user in node.users and user.args[0] is node]
         if readers:
-            others = len(node.users) > 1 or node in readers[0].args[1:]
-            blocks[node.target]._consumer = blocks[readers[0].target], others
+            others = len(node.users) > len(readers) or any(node in user.args[1:] for user in readers)
+            # what is packed for the largest kernel serves the others, see `geometry.embedded`
+            reader = max((blocks[user.target] for user in readers), key=lambda block: math.prod(block.kernel_size))
+            blocks[node.target]._consumer = reader, others
 
 
 def fuse_modules(model: nn.Module) -> dict[str, str]:
@@ -135,7 +175,8 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
     Returns
     -------
     dict
-        For each sparse convolution by its qualified name: what it was fused with, or why not.
+        For each sparse convolution by its qualified name: what it was fused with, or why not; and for each BatchNorm2d
+        that became a block with the ReLU behind it because its convolution is dense.
     """
     names = {n: m for n, m in model.named_modules() if type(m) is QuantizedSparseConv2d}
     if not names:
@@ -146,41 +187,34 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
         return dict.fromkeys(names, f"not fused: torch.fx cannot trace the model ({type(error).__name__}: {error})")
     find = _Finder(model, graph)
     found = dict.fromkeys(names, "not fused: not called")
-    blocks: dict[str, QuantizedSparseConvBn2d] = {}
+    blocks: dict[str, nn.Module] = {}
     for conv_node in [n for n in graph.nodes if type(find.module(n)) is QuantizedSparseConv2d]:
         norm_node, reason = find.after(conv_node)
         name = next(n for n, m in names.items() if m is find.module(conv_node))
         if norm_node is None:
             found[name] = f"not fused: {reason}"
             continue
-        last, kind, high, residual = norm_node, QuantizedSparseConvBn2d, math.inf, None
-        parts = [str(norm_node.target)]
-        if len(norm_node.users) == 1:
-            (user,) = norm_node.users
-            summand = find.other_summand(user, norm_node)
-            if summand is not None and len(user.users) == 1 and find.limit(next(iter(user.users))) is not None:
-                last, kind, residual = next(iter(user.users)), QuantizedSparseConvBnAddReLU2d, summand
-                parts += ["add", "ReLU"]
-            elif find.limit(user) is not None:
-                last, kind = user, QuantizedSparseConvBnReLU2d
-                parts.append("ReLU")
-            high = find.limit(last) if last is not norm_node else high
+        rest, residual, high = find.activation(norm_node)
+        kind = (QuantizedSparseConvBn2d, QuantizedSparseConvBnReLU2d, QuantizedSparseConvBnAddReLU2d)[len(rest)]
         blocks[conv_node.target] = kind.fuse(find.module(conv_node), find.module(norm_node), high)
-        with graph.inserting_before(last):
-            args = conv_node.args if residual is None else (*conv_node.args, residual)
-            block_node = graph.call_module(conv_node.target, args)
-        last.replace_all_uses_with(block_node)
-        for node in (last, *(() if residual is None else (user,)), norm_node, conv_node):
-            if not node.users and node is not block_node and node in graph.nodes:
-                graph.erase_node(node)
-        found[name] = f"fused with {', '.join(parts)}"
-    if blocks:
-        graph.lint()
-        _connect(graph, blocks)
-        for target, block in blocks.items():
-            parent, _, child = target.rpartition(".")
-            model.get_submodule(parent).register_module(child, block)
-        model.__dict__["forward"] = FusedForward(model, graph)
+        found[name] = f"fused with {', '.join([str(norm_node.target), *_names(rest)])}"
+        _replace(graph, conv_node.target, [conv_node, norm_node, *rest], residual)
+    if not blocks:
+        return found
+    # only beside blocks of convolutions: alone they would change a model's numerics for little
+    norms = find.norms()
+    for node in [n for n in graph.nodes if n.op == "call_module" and n.target in norms]:
+        rest, residual, high = find.activation(node)
+        if rest:
+            blocks[node.target] = QuantizedBNReLU2d.fuse(find.module(node), high)
+            found[node.target] = f"fused with {', '.join(_names(rest))}"
+            _replace(graph, node.target, [node, *rest], residual)
+    graph.lint()
+    _connect(graph, blocks)
+    for target, block in blocks.items():
+        parent, _, child = target.rpartition(".")
+        model.get_submodule(parent).register_module(child, block)
+    model.__dict__["forward"] = FusedForward(model, graph)
     return found
 
 
@@ -190,5 +224,5 @@ def unfuse_modules(model: nn.Module) -> None:
         del model.__dict__["forward"]
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, QuantizedSparseConvBn2d):
+            if isinstance(child, (QuantizedSparseConvBn2d, QuantizedBNReLU2d)):
                 module.register_module(name, child.unfuse())

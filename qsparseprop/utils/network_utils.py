@@ -413,7 +413,8 @@ def swap_modules_with_sparse(
     if fuse:
         fused = fuse_modules(model)
         for decision in report.swapped:
-            decision.reason = fused.get(decision.name, decision.reason)
+            decision.reason = fused.pop(decision.name, decision.reason)
+        report.extend(SwapDecision(name, "BatchNorm2d", (), None, 0.0, reason=why) for name, why in fused.items())
     model.swap_report = report
     if verbose:
         sys.stdout.write(f"{report}\n")

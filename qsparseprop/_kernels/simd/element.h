@@ -1,8 +1,10 @@
-/* Elements of a tensor of floats or bfloat16s, sixteen at a time. */
+/* Elements of a tensor, sixteen at a time: floats or bfloat16s, or codes to be read as the numbers 0 to 255. */
 
 /* 16 neighbouring elements. */
 QSP_INLINE f16x load16(const void *tensor, const int dtype, int64_t element)
 {
+    if (dtype == QSP_U8)
+        return f16_from_codes((const uint8_t *)tensor + element);
     return dtype == QSP_F32 ? f16_load((const float *)tensor + element)
                             : f16_load_bf16((const uint16_t *)tensor + element);
 }
@@ -11,7 +13,10 @@ QSP_INLINE f16x load16(const void *tensor, const int dtype, int64_t element)
 QSP_INLINE f16x load_n(const void *tensor, const int dtype, int64_t element, int64_t step, int n)
 {
     QSP_ALIGNED(64) float line[16] = {0};
-    if (dtype == QSP_F32) {
+    if (dtype == QSP_U8) {
+        for (int i = 0; i < n; i++)
+            line[i] = ((const uint8_t *)tensor)[element + i * step];
+    } else if (dtype == QSP_F32) {
         const float *p = (const float *)tensor + element;
         if (step == 1)
             return f16_load_n(p, n);

@@ -16,14 +16,6 @@ QSP_INLINE void row_store(void *p, const int dtype, int64_t at, int n, f16x v)
     else
         store_n(element_at(p, dtype, at), dtype, v, n);
 }
-QSP_INLINE f16x row_codes(const uint8_t *p, int n)
-{
-    uint8_t line[16] = {0};
-    if (n == 16)
-        return f16_from_codes(p);
-    memcpy(line, p, (size_t)n);
-    return f16_from_codes(line);
-}
 QSP_INLINE f16x params(const float *p, int64_t channel, int n)
 {
     return n == 16 ? f16_load(p + channel) : f16_load_n(p + channel, n);
@@ -217,7 +209,7 @@ QSP_INLINE void sums_block(const qsp_norm_grad *a, int64_t first, int64_t last, 
         for (int i = 0; i < vectors; i++) {
             const f16x g = gradient_at(a, row, c + 16 * i, tail, dtype);
             sum[i] = f16_add(sum[i], g);
-            dot[i] = f16_add(dot[i], f16_mul(g, row_codes(a->codes + row * a->channels + c + 16 * i, tail)));
+            dot[i] = f16_add(dot[i], f16_mul(g, row_load(a->codes, QSP_U8, row * a->channels + c + 16 * i, tail)));
             high[i] = f16_max(high[i], g);
             low[i] = f16_min(low[i], g);
         }
@@ -260,7 +252,7 @@ static void norm_sums(const qsp_norm_grad *a, int64_t first, int64_t last, doubl
 QSP_INLINE f16x norm_grad_at(const qsp_norm_grad *a, int64_t row, int64_t c, const int n, const int dtype)
 {
     const int64_t at = row * a->channels + c;
-    const f16x g = gradient_at(a, row, c, n, dtype), code = row_codes(a->codes + at, n);
+    const f16x g = gradient_at(a, row, c, n, dtype), code = row_load(a->codes, QSP_U8, at, n);
     if (a->dresidual)
         row_store(a->dresidual, dtype, at, n, g);
     const f16x rest = f16_add(f16_mul(code, params(a->factor + a->channels, c, n)),

@@ -122,7 +122,7 @@ QSP_INLINE void next_dither(const qsp_pack *a, random_rows *random, i32x16 *dith
 /* n channels of up to 16 lanes, transposed: channels are neighbours in memory. `whole`: sixteen of both. `fours`: every
  * lane's numbers start with the first of four that share a random number. */
 QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int codes,
-                          const int dtype, const int rounding, const int source, const int fours, const int whole)
+                          const int dtype, const int rounding, const int fours, const int whole)
 {
     const int lanes = whole ? 16 : (int)qsp_min(16, r->lanes - k);
     const int64_t pitch = a->grid.pitch, to = r->lane + (a->view.plane + c) * pitch + k;
@@ -132,23 +132,14 @@ QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64
     i32x16 dither[2] = {i32_set1(0), i32_set1(0)};
     f16x floats[16];
     i32x16 tile[16];
-    if (source == PLAIN) {
-        QSP_UNROLL
-        for (int j = 0; j < 16; j++) {
-            const int64_t lane = whole || j < lanes ? j : lanes - 1; /* lanes that do not exist repeat the last one */
-            floats[j] = source_at(a, r, k + lane, c, n, dtype, PLAIN, whole);
-            if (!codes)
-                continue;
-            next_dither(a, &random, dither, number + lane * r->number_step, j, rounding, fours);
-            tile[j] = quantize16(floats[j], &q, rounding, dither[j % 2]);
-        }
-    } else {
-        for (int j = 0; j < 16; j++) { /* too much work for a lane to be worth unrolling */
-            const int64_t lane = whole || j < lanes ? j : lanes - 1;
-            const f16x x = source_at(a, r, k + lane, c, n, dtype, source, whole);
-            next_dither(a, &random, dither, number + lane * r->number_step, j, rounding, fours);
-            tile[j] = quantize16(x, &q, rounding, dither[j % 2]);
-        }
+    QSP_UNROLL
+    for (int j = 0; j < 16; j++) {
+        const int64_t lane = whole || j < lanes ? j : lanes - 1; /* lanes that do not exist repeat the last one */
+        floats[j] = source_at(a, r, k + lane, c, n, dtype, PLAIN, whole);
+        if (!codes)
+            continue;
+        next_dither(a, &random, dither, number + lane * r->number_step, j, rounding, fours);
+        tile[j] = quantize16(floats[j], &q, rounding, dither[j % 2]);
     }
     if (!codes) {
         f16_transpose(floats);
@@ -170,6 +161,81 @@ QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64
     codes_tile_store(bytes, 16, tile);
     for (int j = 0; j < n; j++)
         codes_copy_n(p + j * pitch, bytes + 16 * j, lanes);
+}
+
+enum { BAND = 64, BAND_AHEAD = 4 };
+
+/* Ask for what `source_at` will read and write of BAND channels of a lane. */
+QSP_INLINE void source_prefetch(const qsp_pack *a, const lane_run *r, int64_t lane, int64_t c, const int dtype,
+                                const int source)
+{
+    const int width = dtype == QSP_F32 ? 4 : dtype == QSP_BF16 ? 2 : 1;
+    const int64_t at = (r->row + lane * r->row_step) * (source == NORMED ? a->norm->channels : a->norm_grad->channels) + c;
+    const char *read[2], *write[2];
+    if (source == NORMED) {
+        read[0] = (const char *)a->norm->x;
+        read[1] = (const char *)a->norm->residual;
+        write[0] = (const char *)a->norm->out;
+        write[1] = (const char *)a->norm->codes;
+    } else {
+        read[0] = (const char *)a->norm_grad->dy;
+        read[1] = NULL;
+        write[0] = (const char *)a->norm_grad->dresidual;
+        write[1] = NULL;
+        QSP_PREFETCH_READ(a->norm_grad->codes + at);
+    }
+    for (int i = 0; i < 2; i++)
+        if (read[i])
+            for (int b = 0; b < BAND * width; b += 64)
+                QSP_PREFETCH_READ(read[i] + at * width + b);
+    if (write[0])
+        for (int b = 0; b < BAND * width; b += 64)
+            QSP_PREFETCH_WRITE(write[0] + at * width + b);
+    if (write[1])
+        QSP_PREFETCH_WRITE(write[1] + at);
+}
+
+/* The same of n channels, at most BAND, of what batch normalisation or its gradient gives. A lane's channels come one
+ * after the other, since codes, masks and results in floating point are read and written beside: in whole cache lines,
+ * which would otherwise be gone from the first cache before their next sixteen channels come, where lanes are images. */
+QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int dtype,
+                          const int rounding, const int source, const int fours, const int whole)
+{
+    QSP_ALIGNED(64) uint8_t rows[16][BAND];
+    const int lanes = whole ? 16 : (int)qsp_min(16, r->lanes - k), vectors = whole ? BAND / 16 : (n + 15) / 16;
+    const int64_t pitch = a->grid.pitch, number = r->number + k * r->number_step + c;
+    uint8_t *to = (uint8_t *)a->planes + r->lane + (a->view.plane + c) * pitch + k;
+    quantizer q[BAND / 16];
+    random_rows random[BAND / 16];
+    i32x16 dither[BAND / 16][2];
+    if (!whole)
+        memset(rows, 0, sizeof(rows));
+    for (int v = 0; v < vectors; v++) {
+        q[v] = quantizer_of(a, c + 16 * v, whole ? 16 : (int)qsp_min(16, n - 16 * v), rounding);
+        random[v] = random_rows_from(a->seed, (uint64_t)(number + 16 * v), r->number_step);
+        dither[v][0] = dither[v][1] = i32_set1(0);
+    }
+    for (int j = 0; j < lanes; j++) {
+        if (whole && r->row_step > 1 && k + j + BAND_AHEAD < r->lanes) /* neighbours need no help */
+            source_prefetch(a, r, k + j + BAND_AHEAD, c, dtype, source);
+        for (int v = 0; v < vectors; v++) {
+            const int width = whole ? 16 : (int)qsp_min(16, n - 16 * v);
+            const f16x x = source_at(a, r, k + j, c + 16 * v, width, dtype, source, whole);
+            next_dither(a, &random[v], dither[v], number + 16 * v + j * r->number_step, j, rounding, fours);
+            codes_store(rows[j] + 16 * v, codes_from(quantize16(x, &q[v], rounding, dither[v][j % 2])));
+        }
+    }
+    for (int v = 0; v < vectors; v++) {
+        u8x16 tile[16];
+        for (int j = 0; j < 16; j++)
+            tile[j] = u8_load(rows[j] + 16 * v);
+        codes_transpose(tile);
+        for (int i = 0; i < 16 && 16 * v + i < n; i++)
+            if (lanes == 16)
+                codes_store(to + (16 * v + i) * pitch, tile[i]);
+            else
+                codes_store_n(to + (16 * v + i) * pitch, tile[i], lanes);
+    }
 }
 
 /* All lanes of a run for n channels: one, or the four that share random numbers. */
@@ -208,11 +274,19 @@ QSP_INLINE void pack_run(const qsp_pack *a, const lane_run *r, int64_t first, in
                          const int dtype, const int rounding, const int source, const int fours)
 {
     for (int64_t k = 0; k < r->lanes; k += 16) {
+        const int full = r->lanes - k >= 16;
         int64_t c = first;
-        for (; r->lanes - k >= 16 && c + 16 <= last; c += 16)
-            pack_tile(a, r, k, c, 16, codes, dtype, rounding, source, fours, 1);
+        if (source != PLAIN) {
+            for (; full && c + BAND <= last; c += BAND)
+                pack_band(a, r, k, c, BAND, dtype, rounding, source, fours, 1);
+            for (; c < last; c += BAND)
+                pack_band(a, r, k, c, (int)qsp_min(BAND, last - c), dtype, rounding, source, fours, 0);
+            continue;
+        }
+        for (; full && c + 16 <= last; c += 16)
+            pack_tile(a, r, k, c, 16, codes, dtype, rounding, fours, 1);
         for (; c < last; c += 16)
-            pack_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding, source, fours, 0);
+            pack_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding, fours, 0);
     }
 }
 
@@ -276,7 +350,9 @@ QSP_INLINE void pack_codes(const qsp_pack *a, int64_t block, int64_t first, int6
 static void pack_u8(const qsp_pack *a, int64_t block, int64_t first, int64_t last)
 {
     const int rounding = rounding_of(&a->scheme);
-    if (a->norm_grad && rounding != RANDOM)
+    if (a->dtype == QSP_U8)
+        pack_task(a, block, first, last, 1, QSP_U8, NEAREST, NORMED);
+    else if (a->norm_grad && rounding != RANDOM)
         pack_task(a, block, first, last, 1, a->dtype, rounding, NORM_GRAD);
     else if (rounding == LIMITED || rounding == LOGARITHMIC)
         pack_task(a, block, first, last, 1, a->dtype, rounding, PLAIN);
