@@ -1,9 +1,10 @@
 """What quantisation does to accuracy: fine-tuning with every scheme, from the same starts and on the same batches.
 
 Cases: a ResNet-20 that has 80 % zeros, pruned on and fine-tuned on CIFAR-10 (--shared names the folder with both);
-a small CNN and an MLP, trained dense, pruned and fine-tuned on Fashion-MNIST and MNIST (same folder), and on the digits
-that scikit-learn brings along (nothing else needed). Each is run with every setting and seed; a seed decides the start,
-the order of the images and all random numbers of quantisation. A case whose data is missing is left out with a remark.
+a small CNN and an MLP, trained dense, pruned and fine-tuned on Fashion-MNIST and MNIST (same folder), and, with
+a ResNet-18, on the digits that scikit-learn brings along (nothing else needed). Each is run with every setting and
+seed; a seed decides the start, the order of the images and all random numbers of quantisation. A case whose data is
+missing is left out with a remark.
 
 With --json results are written after every run, and runs that the file already holds are not repeated.
 """
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.data import ImageData, load_digits_data
 from qsparseprop.utils.measurement_utils import environment
-from qsparseprop.utils.models import load_checkpoint, resnet20
+from qsparseprop.utils.models import load_checkpoint, resnet18, resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import (
     collect_masks,
@@ -74,6 +75,7 @@ CASES = [
     *(Case("cifar10", "resnet20", s) for s in (0.9, 0.95)),
     *(Case(data, network, s) for data in ("fashion_mnist", "mnist", "digits") for network in ("cnn", "mlp")
       for s in (0.9, 0.95)),
+    Case("digits", "resnet18", 0.9),
 ]  # fmt: skip
 
 
@@ -98,6 +100,8 @@ def build(case: Case, data: ImageData, shared: Path) -> nn.Module:
     channels, size = data.train_images.shape[1:3]
     if case.network == "resnet20":
         return load_checkpoint(resnet20(), shared / "weights" / "resnet20_cifar10_sparse80.pth")
+    if case.network == "resnet18":
+        return resnet18(data.num_classes, channels)
     if case.network == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 256), nn.ReLU(), nn.Linear(256, 128),
                              nn.ReLU(), nn.Linear(128, 10))  # fmt: skip

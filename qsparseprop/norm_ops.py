@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _norm
+from qsparseprop._kernels._memory import empty
 from qsparseprop.ops import RANDOM_SCHEMES, operator
 from qsparseprop.reference import mix_seed
 
@@ -86,10 +87,10 @@ def norm_act(
     mask : Tensor
         int16, (rows, ceil(channels / 16)): bit i of a word tells whether element i lies between the limits.
     """
-    out = torch.empty_like(x)
+    out = empty(tuple(x.shape), x.dtype)
     codes = mask = None
     if code_scale is not None:
-        codes = torch.empty(x.shape, dtype=torch.uint8)
+        codes = empty(tuple(x.shape), torch.uint8)
         mask = torch.empty((x.shape[0], _words(x.shape[-1])), dtype=torch.int16)
     _norm.norm(x, residual, out, scale, shift, low, high, code_scale, code_shift, codes, mask, torch.get_num_threads())
     if codes is None:
@@ -178,13 +179,13 @@ def norm_act_pack(
     planes, plane_scale, zero_point : Tensor
         Of `quantize_pack`.
     """
-    out = torch.empty_like(x) if keep else None
+    out = empty(tuple(x.shape), x.dtype) if keep else None
     codes, mask = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int16)
     if code_scale is not None:
-        codes = torch.empty(x.shape, dtype=torch.uint8)
+        codes = empty(tuple(x.shape), torch.uint8)
         mask = torch.empty((x.shape[0], _words(x.shape[-1])), dtype=torch.int16)
     scales = grid[4] if per_channel else 1
-    planes = torch.empty(lanes, dtype=torch.uint8)
+    planes = empty((lanes,), torch.uint8)
     plane_scale, zero_point = torch.empty(scales), torch.empty(scales, dtype=torch.int32)
     _norm.norm_pack(
         x, residual, out, scale, shift, low, high, code_scale, code_shift, None if code_scale is None else codes, mask,
@@ -239,8 +240,8 @@ def norm_act_grad(dy: Tensor, codes: Tensor, mask: Tensor, factor: Tensor, resid
     dx, dresidual : Tensor
         Like dy; the latter empty if not wanted.
     """
-    dx = torch.empty_like(dy)
-    dresidual = torch.empty_like(dy) if residual else None
+    dx = empty(tuple(dy.shape), dy.dtype)
+    dresidual = empty(tuple(dy.shape), dy.dtype) if residual else None
     _norm.norm_grad(dy, codes, mask, factor, dx, dresidual, torch.get_num_threads())
     return dx, dy.new_empty(0) if dresidual is None else dresidual
 
@@ -297,9 +298,9 @@ def norm_act_grad_pack(
     if scheme in RANDOM_SCHEMES and seed is None:
         raise ValueError(f"the scheme {scheme!r} needs a seed")
     scales = grid[4] if per_channel else 1
-    planes = torch.empty(lanes, dtype=torch.uint8)
+    planes = empty((lanes,), torch.uint8)
     plane_scale, zero_point = torch.empty(scales), torch.empty(scales, dtype=torch.int32)
-    dresidual = torch.empty_like(dy) if residual else None
+    dresidual = empty(tuple(dy.shape), dy.dtype) if residual else None
     _norm.norm_grad_pack(dy, codes, mask, factor, dresidual, images, ranges, planes, plane_scale, zero_point, grid,
                          views, scheme, options, per_channel, 0 if seed is None else mix_seed(int(seed)),
                          torch.get_num_threads())  # fmt: skip

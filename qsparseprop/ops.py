@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _matmul, _pack, _statistics
+from qsparseprop._kernels._memory import empty
 from qsparseprop.geometry import buffer_lanes
 from qsparseprop.reference import mix_seed
 
@@ -123,7 +124,7 @@ def quantize_pack(
     """
     if scheme in RANDOM_SCHEMES and seed is None:
         raise ValueError(f"the scheme {scheme!r} needs a seed")
-    planes = torch.empty(lanes, dtype=torch.uint8)
+    planes = empty((lanes,), torch.uint8)
     scale = torch.empty(_scales(grid, per_channel), dtype=torch.float32)
     zero_point = torch.empty(_scales(grid, per_channel), dtype=torch.int32)
     bits = 0 if seed is None else mix_seed(int(seed))
@@ -138,7 +139,7 @@ def quantize_pack(
 )
 def pack(x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int) -> Tensor:
     """Lay a tensor out as planes of lanes without quantising it: float32, (lanes,), gaps hold zero."""
-    planes = torch.empty(lanes, dtype=torch.float32)
+    planes = empty((lanes,), torch.float32)
     _pack.pack(x, planes, grid, views, torch.get_num_threads())
     return planes
 
@@ -211,8 +212,7 @@ def _check_limits(limits: Sequence[float], bias: Tensor | None) -> None:
 
 
 def _result(shape: Sequence[int], channels_last: bool, zeros: bool, dtype: torch.dtype) -> Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format)
+    out = empty(tuple(shape), dtype, channels_last)
     return out.zero_() if zeros else out
 
 

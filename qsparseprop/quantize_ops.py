@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qsparseprop import ops
 from qsparseprop._kernels import _quantize
+from qsparseprop._kernels._memory import empty
 from qsparseprop.reference import mix_seed
 
 
@@ -74,7 +75,7 @@ def quantize(
         raise ValueError("codes of the scheme 'standard' have a zero point and cannot be around zero")
     sizes = line_sizes(x.shape, dim, group_size)
     x = x.contiguous()
-    codes = torch.empty(x.shape, dtype=torch.int8 if around_zero else torch.uint8)
+    codes = empty(tuple(x.shape), torch.int8 if around_zero else torch.uint8)
     scale = torch.empty(_scales(x, dim, group_size), dtype=torch.float32)
     zero_point = torch.empty(scale.shape, dtype=torch.int32)
     if scale.numel():
@@ -97,7 +98,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Values that codes stand for, ``(codes - zero_point) * scale``, float32 or bfloat16; arguments as `quantize`."""
-    out = torch.empty(codes.shape, dtype=dtype)
+    out = empty(tuple(codes.shape), dtype)
     if codes.numel():
         _quantize.dequantize(codes.contiguous(), scale, zero_point, out, *line_sizes(codes.shape, dim, group_size),
                              torch.get_num_threads())  # fmt: skip

@@ -1,5 +1,6 @@
-/* The part of DLPack's C exchange API (version 1) that reads a tensor's description without copying or owning anything:
- * one call instead of six attributes. Layouts as published at https://github.com/dmlc/dlpack. */
+/* The part of DLPack's C exchange API (version 1) that reads a tensor's description without copying or owning anything,
+ * one call instead of six attributes; and the description that hands memory over. Layouts as published at
+ * https://github.com/dmlc/dlpack. */
 #ifndef QSPARSEPROP_DLPACK_H
 #define QSPARSEPROP_DLPACK_H
 
@@ -20,6 +21,12 @@ typedef struct {
 } qsp_dltensor;
 
 enum { QSP_DL_CPU = 1 };
+
+typedef struct qsp_dlmanaged {
+    qsp_dltensor tensor;
+    void *context;
+    void (*deleter)(struct qsp_dlmanaged *);
+} qsp_dlmanaged;
 
 typedef struct {
     struct {

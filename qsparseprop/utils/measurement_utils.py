@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qsparseprop._kernels._memory import release_pages
+
 from .cost_model import LayerCost, PassCost, layer_cost, model_costs
 
 __all__ = [
@@ -147,11 +149,13 @@ def reset_peak_rss() -> bool:
 
 
 def release_free_memory() -> None:
-    """Collect garbage and give freed memory back to the system where the C library knows how (glibc's malloc_trim).
+    """Collect garbage and give freed memory back to the system.
 
+    That is the memory of the kernels' results, and the C library's where it knows how (glibc's malloc_trim).
     Otherwise what a finished phase of the program has used would count as memory of the next one.
     """
     gc.collect()
+    release_pages()
     if sys.platform.startswith("linux"):
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if malloc_trim is not None:
