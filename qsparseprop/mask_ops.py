@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _mask
+from qsparseprop._kernels._memory import empty
 from qsparseprop.ops import operator
 
 
@@ -54,7 +55,7 @@ def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
         int16, (ceil(elements / 16),): bit i % 16 of word i // 16 tells whether the gradient passes element i, in the
         order of memory, which is ``not (x <= 0)``.
     """
-    out, mask = torch.empty_like(x), torch.empty(words(x.numel()), dtype=torch.int16)
+    out, mask = torch.empty_like(x), empty((words(x.numel()),), torch.int16)
     _mask.relu(_flat(x), _flat(out), mask, torch.get_num_threads())
     return out, mask
 
@@ -65,7 +66,7 @@ def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
 )
 def relu_mask_(x: Tensor) -> Tensor:
     """`relu_mask` in place; returns the mask."""
-    mask = torch.empty(words(x.numel()), dtype=torch.int16)
+    mask = empty((words(x.numel()),), torch.int16)
     _mask.relu(_flat(x), _flat(x), mask, torch.get_num_threads())
     return mask
 

@@ -91,7 +91,7 @@ def norm_act(
     codes = mask = None
     if code_scale is not None:
         codes = empty(tuple(x.shape), torch.uint8)
-        mask = torch.empty((x.shape[0], _words(x.shape[-1])), dtype=torch.int16)
+        mask = empty((x.shape[0], _words(x.shape[-1])), torch.int16)
     _norm.norm(x, residual, out, scale, shift, low, high, code_scale, code_shift, codes, mask, torch.get_num_threads())
     if codes is None:
         return out, torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int16)
@@ -183,7 +183,7 @@ def norm_act_pack(
     codes, mask = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int16)
     if code_scale is not None:
         codes = empty(tuple(x.shape), torch.uint8)
-        mask = torch.empty((x.shape[0], _words(x.shape[-1])), dtype=torch.int16)
+        mask = empty((x.shape[0], _words(x.shape[-1])), torch.int16)
     scales = grid[4] if per_channel else 1
     planes = empty((lanes,), torch.uint8)
     plane_scale, zero_point = torch.empty(scales), torch.empty(scales, dtype=torch.int32)

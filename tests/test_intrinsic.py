@@ -404,12 +404,27 @@ def test_a_block_without_a_convolution_leaves_other_inputs_to_torch():
         block(x[0])
     with pytest.raises(RuntimeError, match="running_mean"):
         block(x[:, :3])
+    for residual in (x[:1], 2.0, torch.randn(4, 1, 1), x.double(), x.to(torch.bfloat16)):  # as torch's modules add them
+        y = block.unfuse()(x) + residual
+        torch.testing.assert_close(block(x, residual), y.relu())
     with pytest.raises(ValueError, match="the residual must have shape"):
         block(x, x[:2])
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         block(x[:1, :, :1, :1])
     with pytest.raises(TypeError, match=r"expects a torch\.nn\.BatchNorm2d"):
         QuantizedBNReLU2d.fuse(nn.BatchNorm1d(4))
+
+
+def test_second_derivatives_through_a_block_without_a_convolution_are_refused():
+    block = QuantizedBNReLU2d.fuse(nn.BatchNorm2d(4))
+    x = torch.randn(3, 4, 2, 2, requires_grad=True)
+    (dx,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+    assert dx.requires_grad
+    with pytest.raises(NotImplementedError, match="once only"):
+        dx.square().sum().backward()
+    y = block(x)
+    first, second = (torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_limits_need_a_bias():
@@ -524,6 +539,11 @@ class Vgg(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
+class Body(Vgg):
+    def forward(self, x):
+        return self.features(x)
+
+
 class Mobile(nn.Module):
     def __init__(self):
         super().__init__()
@@ -581,6 +601,66 @@ def test_models_are_fused_where_possible_and_right_everywhere(make, fused, of, a
     assert not any(isinstance(m, (QuantizedSparseConv2d, QuantizedBNReLU2d)) for m in dense.modules())
     assert type(dense) is type(model)
     torch.testing.assert_close(dense(x), plain.eval()(x), rtol=0.1, atol=0.1)
+
+
+class Stem(nn.Module):
+    """What follows a dense convolution, in many ways, and a sparse one behind it."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.shift = nn.Parameter(torch.randn(1, 8, 1, 1))
+        self.conv, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        h = self.stem(x)
+        if self.way == "broadcast":
+            h = torch.relu(self.norm(h) + self.shift)
+        elif self.way == "number":
+            h = torch.relu(self.norm(h) + x.size(0))
+        elif self.way == "keyword":
+            h = torch.relu(self.norm(input=h))
+        elif self.way == "input changed":
+            y = self.norm(h)
+            h.mul_(0)
+            h = torch.relu(y) + h
+        elif self.way == "summand changed":
+            skip = h * 1
+            skip += self.norm(h)
+            h = torch.relu(skip) + skip
+        elif self.way == "two readers":
+            y = self.norm(h)
+            h = torch.relu(y) + y
+        return torch.relu(self.last(self.conv(h)))
+
+
+@pytest.mark.parametrize(("way", "fused"), [
+    ("broadcast", True), ("number", True), ("keyword", False), ("input changed", False), ("summand changed", False),
+    ("two readers", False),
+])  # fmt: skip
+def test_graphs_are_changed_only_where_that_changes_nothing(way, fused):
+    torch.manual_seed(0)
+    model = pruned(Stem(way)).eval()
+    blocks = swapped(model, (2, 3, 8, 8), fuse=True)
+    plain = swapped(model, (2, 3, 8, 8))
+    assert (type(blocks.norm) is QuantizedBNReLU2d) == fused
+    assert blocks.swap_report.swapped[0].reason.startswith("fused")
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(blocks(x), plain(x), rtol=2e-2, atol=2e-2)
+
+
+def test_fused_models_within_others_and_layers_that_were_sparse_before():
+    torch.manual_seed(0)
+    inner = swapped(pruned(Body()), (2, 3, 8, 8), fuse=True)
+    model = nn.Sequential(inner, nn.Conv2d(48, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    model[1].weight.data[:, 8:] = 0
+    swap_modules_with_sparse(model, (2, 3, 8, 8), fuse=True, verbose=False, include_dense=False, min_sparsity=0.5)
+    assert {d.name: d.reason for d in model.swap_report}["1"] == "fused with 2, ReLU"
+    assert not any(d.kind == "BatchNorm2d" for d in model.swap_report)
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 8, 4, 4)
+    text = str(swapped(pruned(Vgg()), (2, 3, 8, 8), fuse=True).swap_report)
+    assert "dense: fused" not in text
 
 
 def test_hooks_and_shared_modules_are_left_alone():

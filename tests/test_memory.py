@@ -97,19 +97,23 @@ def test_threads_get_memory_of_their_own():
     assert not wrong
 
 
-def _child(queue) -> None:
-    tensor = empty((4 * MB,), torch.uint8).fill_(7)
-    queue.put(int(tensor.to(torch.int64).sum()))
+def _child(tensor, queue) -> None:
+    own = empty((4 * MB,), torch.uint8).fill_(7)
+    tensor.fill_(9)
+    queue.put(int(own.to(torch.int64).sum()))
 
 
 @linux
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_has_its_own():
-    kept = empty((4 * MB,), torch.uint8).fill_(5)
+    kept, tensor = empty((4 * MB,), torch.uint8).fill_(5), empty((4 * MB,), torch.uint8).fill_(3)
     del kept
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=_child, args=(queue,))
+    process = context.Process(target=_child, args=(tensor, queue))
     process.start()
+    again = empty((4 * MB,), torch.uint8).fill_(5)  # what the child has found kept, too
     assert queue.get(timeout=60) == 7 * 4 * MB
     process.join()
+    assert (again == 5).all()
+    assert (tensor == 3).all()

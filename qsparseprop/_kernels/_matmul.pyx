@@ -9,7 +9,6 @@ from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
-    QSP_F32,
     QSP_UNIT,
     active_kernels,
     qsp_count_units,
@@ -27,7 +26,6 @@ from qsparseprop._kernels._tensor cimport (
     numel,
     optional_pointer,
     pointer,
-    qsp_prefer_huge_pages,
     read_grid,
     read_views,
     strided_pointer,
@@ -187,7 +185,6 @@ cdef int64_t _multiply(qsp_spmm *given, int64_t slots, int32_t high, bint codes,
     size = numel(out)
     if size == 0:
         return 0
-    qsp_prefer_huge_pages(a.out, (4 if a.dtype == QSP_F32 else 2) * size)
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     for i in range(count):
         row += view[i].channels

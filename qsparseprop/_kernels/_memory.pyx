@@ -65,7 +65,10 @@ cdef void _delete_unused(object capsule) noexcept:
 
 
 def empty(tuple shape, dtype, bint channels_last=False):
-    """A tensor on the CPU whose elements are not set, as from torch.empty; channels_last ones have 4 dimensions."""
+    """A tensor on the CPU whose elements are not set, as from torch.empty; channels_last ones have 4 dimensions.
+
+    The storage of a large one cannot be resized.
+    """
     cdef int64_t elements = 1, n, i, dims = len(shape)
     cdef mapped *m
     cdef void *data

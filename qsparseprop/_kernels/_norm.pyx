@@ -22,7 +22,7 @@ from qsparseprop._kernels._dispatch cimport (
 )
 from qsparseprop._kernels._pack cimport blank_planes, find_scales, pack_planes
 from qsparseprop._kernels._statistics cimport read_scheme
-from qsparseprop._kernels._tensor cimport pointer, qsp_prefer_huge_pages, read_grid, strided_pointer
+from qsparseprop._kernels._tensor cimport pointer, read_grid, strided_pointer
 
 cdef extern from "simd/scale.h" nogil:
     int qsp_wants_moments(const qsp_scheme *)
@@ -122,7 +122,6 @@ def norm(x, residual, out, scale, shift, float low, float high, code_scale, code
     a.out = _same(out, x, "out")
     if rows * a.channels == 0:
         return
-    qsp_prefer_huge_pages(a.out, rows * a.channels * (4 if a.dtype == QSP_F32 else 2))
     chunk = _chunk_rows(a.channels)
     cdef const qsp_norm *args = &a
     chunks = (rows + chunk - 1) // chunk
@@ -237,8 +236,6 @@ def norm_pack(x, residual, out, scale, shift, float low, float high, code_scale,
     if out is not None:
         _refuse_codes(&a)
     a.out = _same(out, x, "out")
-    if a.out != NULL:
-        qsp_prefer_huge_pages(a.out, rows * a.channels * (4 if a.dtype == QSP_F32 else 2))
     p.dtype, p.norm = a.dtype, &a
     if scheme not in ("absmax", "symmetric", "standard"):
         raise ValueError(f"the scheme {scheme!r} cannot be combined with batch normalisation")
@@ -255,8 +252,6 @@ def norm_grad_pack(dy, codes, mask, factor, dresidual, images, ranges, planes, p
     memset(&p, 0, sizeof(p))
     a.factor = <const float *> pointer(factor, _float32, 3 * a.channels, "factor")
     a.dresidual = _same(dresidual, dy, "dresidual")
-    if a.dresidual != NULL:
-        qsp_prefer_huge_pages(a.dresidual, rows * a.channels * (4 if a.dtype == QSP_F32 else 2))
     p.dtype, p.norm_grad, p.seed = a.dtype, &a, seed
     _pack_norm(&p, dy, rows, a.channels, images, ranges, planes, plane_scale, zero_point, grid, views, scheme, options,
                per_channel, threads)
@@ -306,15 +301,11 @@ def norm_grad(dy, codes, mask, factor, dx, dresidual, int threads):
     """
     cdef qsp_norm_grad a
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t k, chunk, chunks, size, rows = _read_gradient(&a, dy, codes, mask)
+    cdef int64_t k, chunk, chunks, rows = _read_gradient(&a, dy, codes, mask)
     a.factor = <const float *> pointer(factor, _float32, 3 * a.channels, "factor")
     a.dx, a.dresidual = _same(dx, dy, "dx"), _same(dresidual, dy, "dresidual")
     if rows * a.channels == 0:
         return
-    size = rows * a.channels * (4 if a.dtype == QSP_F32 else 2)
-    qsp_prefer_huge_pages(a.dx, size)
-    if a.dresidual != NULL:
-        qsp_prefer_huge_pages(a.dresidual, size)
     chunk = _chunk_rows(a.channels)
     cdef const qsp_norm_grad *args = &a
     chunks = (rows + chunk - 1) // chunk

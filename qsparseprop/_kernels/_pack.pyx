@@ -22,7 +22,6 @@ from qsparseprop._kernels._tensor cimport (
     check_lanes,
     numel,
     pointer,
-    qsp_prefer_huge_pages,
     read_grid,
     read_views,
     strided_pointer,
@@ -53,7 +52,6 @@ cdef int64_t pack_planes(qsp_pack *a, object shape, object stride, object planes
     a.images = shape[0]
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     a.planes = pointer(planes, planes_dtype, blocks * a.grid.block, "planes")
-    qsp_prefer_huge_pages(a.planes, size * numel(planes))
     for i in range(count):
         each[i] = a[0]
         each[i].view = all_views[i]

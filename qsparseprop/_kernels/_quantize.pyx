@@ -18,7 +18,7 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_scheme,
 )
 from qsparseprop._kernels._statistics cimport find_statistics, read_scheme
-from qsparseprop._kernels._tensor cimport numel, pointer, qsp_prefer_huge_pages, strided_pointer
+from qsparseprop._kernels._tensor cimport numel, pointer, strided_pointer
 
 cdef enum:
     # elements of a task, and below which threads cost more than they give
@@ -78,7 +78,6 @@ def quantize(x, codes, scale, zero_point, int64_t channels, int64_t inner, int64
     lines = _lines(&a, channels, inner, group)
     a.scale = <float *> pointer(scale, _float32, a.scales, "scale")
     a.zero_point = <int32_t *> pointer(zero_point, _int32, a.scales, "zero_point")
-    qsp_prefer_huge_pages(a.codes, a.count)
     threads = max(threads, 1)
     scratch = torch.empty(a.scales * (sizeof(float) if a.own else
                                       sizeof(qsp_moments) + sizeof(qsp_range) + sizeof(float)), dtype=_uint8)
@@ -126,7 +125,6 @@ def dequantize(codes, scale, zero_point, out, int64_t channels, int64_t inner, i
     a.zero_point = <int32_t *> pointer(zero_point, _int32, a.scales, "zero_point")
     a.dtype = QSP_BF16 if out.dtype is _bfloat16 else QSP_F32
     a.out = pointer(out, _bfloat16 if a.dtype == QSP_BF16 else _float32, a.count, "out")
-    qsp_prefer_huge_pages(a.out, a.count * (2 if a.dtype == QSP_BF16 else 4))
     threads = max(threads, 1)
     each = max(1, TASK // max(a.length, 1))
     tasks = (lines + each - 1) // each

@@ -4,7 +4,7 @@
  * kernels need for their work, and keeps smaller ones for later: those of a training step leave holes between each
  * other, and the process grows to several times what it uses. Here freed blocks are kept for a later one of about the
  * same size, and go when one comes that none fits, as many bytes as it asks for: so blocks in use and kept ones are
- * together never more than those in use were at some time. */
+ * together never more than those in use were at some time, but for what threads take while another one is at it. */
 #ifndef QSPARSEPROP_POOL_H
 #define QSPARSEPROP_POOL_H
 

@@ -79,7 +79,7 @@ class PackedInput:
     planes, scale, zero_point : Tensor
         Of `ops.quantize_pack`.
     geometry : Geometry
-        Of the convolution that reads it.
+        Of the convolution that it was packed for.
     scheme, granularity : str
         How it was quantised.
     source : PackedSource, optional
@@ -106,7 +106,8 @@ class PackedInput:
         """Whether a convolution can read it."""
         own = self.geometry
         same = own is geometry or (own.input_grid == geometry.input_grid and own.input_views == geometry.input_views)
-        return same and self.scheme == qconfig.input and self.granularity == qconfig.granularity
+        return (same and self.scheme == qconfig.input and self.granularity == qconfig.granularity
+                and qconfig.grad_weight == "int8")  # fmt: skip
 
 
 def hand_over(tensor: Tensor, packed: PackedInput) -> None:

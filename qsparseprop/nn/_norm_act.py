@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qsparseprop import norm_ops
 from qsparseprop.geometry import Geometry
-from qsparseprop.nn._handover import PackedInput, PackedSource, PackedTensor, hand_over
+from qsparseprop.nn._handover import PackedInput, PackedSource, PackedTensor, hand_over, handed_over
 from qsparseprop.nn.functional import (
     NoSecondDerivative,
     backward_pass,
@@ -98,7 +98,7 @@ class _NormAct(torch.autograd.Function):
             step = (moments[:, 3] - least) / 255
             step = torch.where(step > 0, step, 1.0)
             code_scale, code_shift = (1 / step).float(), (-least / step - 128).float()
-        add = None if residual is None else _rows(residual.to(s.dtype))
+        add = None if residual is None else _rows(residual)
         arguments = (z, add, scale.float(), shift.float(), s.low, s.high, code_scale, code_shift)
         if s.consumer is None:
             y, codes, mask = norm_ops.norm_act(*arguments)
@@ -117,15 +117,15 @@ class _NormAct(torch.autograd.Function):
             ctx.save_for_backward(codes, mask, gamma, rstd, step * rstd, (least - mean) * rstd, values, *kept)
             ctx.settings, ctx.shape, ctx.x_shape, ctx.x_dtype = s, shape, x.shape, x.dtype
             ctx.limits = None if source is None else source.limits
-            ctx.dtypes = [None if t is None else t.dtype for t in (bias, gamma, beta, residual)]
+            ctx.dtypes = [None if t is None else t.dtype for t in (bias, gamma, beta)]
         return y, mean, variance
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = _NormAct._gradients(ctx, dy)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = NoSecondDerivative.apply(dy, ctx.saved_tensors[6], *gradients)
+        if torch.is_grad_enabled():  # create_graph=True; they depend on the input even where dy does not want gradients
+            gradients = NoSecondDerivative.apply(torch.empty(0, requires_grad=True), None, *gradients)
         return *gradients, None, None, None
 
     @staticmethod
@@ -141,7 +141,7 @@ class _NormAct(torch.autograd.Function):
         if conv is not None and conv.qconfig.check_finite:
             check_finite(dy, "the gradient of the output")
         need = ctx.needs_input_grad
-        bias_dtype, gamma_dtype, beta_dtype, residual_dtype = ctx.dtypes
+        bias_dtype, gamma_dtype, beta_dtype = ctx.dtypes
         dy = _rows(dy.to(s.dtype))
         total, with_codes, greatest = norm_ops.norm_act_sums(dy, codes, mask).unbind(1)
         with_normalised = slope * with_codes + offset * total
@@ -153,8 +153,10 @@ class _NormAct(torch.autograd.Function):
             factor[1] = -k * slope * with_normalised / count
             factor[2] = -k * (total + offset * with_normalised) / count
         factor = factor.float()
-        dx = dvalues = dbias = None
-        if conv is None or need[2] or not _packs_gradient(conv.qconfig, ctx.shape):
+        dx = dvalues = dbias = dresidual = None
+        if conv is None and not need[0] and not need[5]:
+            pass
+        elif conv is None or need[2] or not _packs_gradient(conv.qconfig, ctx.shape):
             dz, dresidual = norm_ops.norm_act_grad(dy, codes, mask, factor, need[5])
             dx = _images(dz, ctx.shape)
             if conv is not None:
@@ -175,7 +177,7 @@ class _NormAct(torch.autograd.Function):
             dbias.to(bias_dtype) if need[2] else None,
             with_normalised.to(gamma_dtype) if need[3] else None,
             total.to(beta_dtype) if need[4] else None,
-            _images(dresidual, ctx.shape).to(residual_dtype) if need[5] else None,
+            _images(dresidual, ctx.shape) if need[5] else None,
         )  # fmt: skip
 
 
@@ -282,7 +284,7 @@ def norm_act(
     norm : torch.nn.BatchNorm2d
     settings : Settings
     residual : Tensor, optional
-        Of the output's shape.
+        Of the output's shape and dtype.
     weight, bias : Tensor, optional
         Of the convolution that the settings have.
 
@@ -297,7 +299,9 @@ def norm_act(
         hand_over(y, settings.output)
     conv = settings.convolution
     if conv is not None:
-        if conv.input is not None and x.grad_fn is not None:  # not on a tensor that the user may keep
+        # not on a tensor that the user may keep; where there is one already it stays, so that recomputation under
+        # checkpointing meets the same as the first time
+        if conv.input is not None and x.grad_fn is not None and handed_over(x) is None:
             hand_over(x, conv.input)
         conv.input = None
     settings.output = None

@@ -8,6 +8,7 @@ state_dict of the unfused one. Blocks compute in channels_last order; for how, s
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +21,30 @@ from qsparseprop.nn._norm_act import Convolution, Settings, affine, norm_act, pa
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d
 from qsparseprop.nn.functional import check_finite, packed_forward_pass, packed_input
 from qsparseprop.ops import is_channels_last
+from qsparseprop.quantization import QuantConfig
 
 
 class _Block(nn.Module):
     """What blocks have in common: the activation's limits, and who reads the output."""
 
     low, high = -math.inf, math.inf
-    #: The block whose convolution reads the output, and whether anybody else does; set where a model is fused.
-    _consumer: tuple[QuantizedSparseConvBn2d | None, bool] = (None, True)
+    #: The blocks whose convolutions read the output, that with the largest kernel first, and whether anybody else does;
+    #: set when a fused model runs.
+    _readers: tuple[QuantizedSparseConvBn2d, ...] = ()
+    _read_elsewhere: bool = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of a block is none of its readers, which a copied model finds anew; for plans see SparseModule
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_readers", "_read_elsewhere")}
 
     @property
     def norm(self) -> nn.BatchNorm2d:
         """The batch normalisation."""
         raise NotImplementedError
+
+    def _without_own(self) -> dict[str, Any]:
+        """Attributes of the module that the block was made of."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_norm", "high", "_readers", "_read_elsewhere")}
 
     def _settings(
         self, shape: tuple[int, ...], dtype: torch.dtype, packs: bool, inputs: tuple[Tensor | None, ...]
@@ -41,17 +53,20 @@ class _Block(nn.Module):
 
         There will be a backward pass if one of the inputs wants a gradient.
         """
-        norm, (consumer, keep) = self.norm, self._consumer
+        norm, keep = self.norm, self._read_elsewhere
         saves = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (*inputs, norm.weight, norm.bias)
         )  # fmt: skip
-        reader = None
-        if consumer is not None and packs and shape[1] == consumer.in_channels:
-            geometry = consumer._geometry(shape[0], shape[2:])
-            reader = (geometry, consumer._qconfig) if packs_input(consumer._qconfig, geometry) else None
-        return Settings(dtype, uses_batch_statistics(norm, shape), norm.eps, self.low, self.high, saves, reader, keep)
+        consumer = None
+        if packs and self._readers and all(shape[1] == reader.in_channels for reader in self._readers):
+            first, *others = self._readers
+            geometry, qconfig = first._geometry(shape[0], shape[2:]), first._qconfig
+            if packs_input(qconfig, geometry):
+                consumer = (geometry, qconfig)
+                keep = keep or not all(reader._shares(shape, geometry, qconfig) for reader in others)
+        return Settings(dtype, uses_batch_statistics(norm, shape), norm.eps, self.low, self.high, saves, consumer, keep)
 
-    def _act(self, y: Tensor, residual: Tensor | None) -> Tensor:
+    def _act(self, y: Tensor, residual: Tensor | float | None) -> Tensor:
         """What follows batch normalisation, by torch."""
         if residual is not None:
             y = y + residual
@@ -63,9 +78,18 @@ class _Block(nn.Module):
         return super().extra_repr() + activation
 
 
-def _check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
-    if residual is not None and tuple(residual.shape) != shape:
-        raise ValueError(f"the residual must have shape {shape}, got {tuple(residual.shape)}")
+def _is_like(residual: Tensor | float | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a residual, if any, needs neither broadcasting nor conversion."""
+    if not isinstance(residual, Tensor):
+        return residual is None
+    if tuple(residual.shape) == shape:
+        return residual.dtype == dtype and residual.is_cpu
+    try:
+        torch.broadcast_shapes(residual.shape, shape)
+    except RuntimeError:
+        raise ValueError(f"the residual must have shape {shape}, or one that can be broadcast to it, "
+                         f"got {tuple(residual.shape)}") from None
+    return False
 
 
 class QuantizedSparseConvBn2d(_Block, QuantizedSparseConv2d):
@@ -122,18 +146,19 @@ class QuantizedSparseConvBn2d(_Block, QuantizedSparseConv2d):
     def unfuse(self) -> QuantizedSparseConv2d:
         """The convolution alone, with the same parameters."""
         conv = QuantizedSparseConv2d.__new__(QuantizedSparseConv2d)
-        conv.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_norm", "high", "_consumer")})
+        conv.__dict__.update(self._without_own())
         return conv
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | float | None = None) -> Tensor:
         """Apply the block.
 
         Parameters
         ----------
         x : Tensor
             (images, in_channels, height, width), floating point, any strides.
-        residual : Tensor, optional
-            Of the output's shape, added before the activation; only of `QuantizedSparseConvBnAddReLU2d`.
+        residual : Tensor or float, optional
+            Added before the activation; only of `QuantizedSparseConvBnAddReLU2d`. One of the output's shape and dtype
+            is added on the way, others by torch, which broadcasts them.
 
         Returns
         -------
@@ -143,7 +168,7 @@ class QuantizedSparseConvBn2d(_Block, QuantizedSparseConv2d):
         Raises
         ------
         TypeError, ValueError
-            As from the convolution and from torch.nn.BatchNorm2d; for a residual of another shape.
+            As from the convolution and from torch.nn.BatchNorm2d; for a residual of a shape that does not fit.
         """
         if torch.compiler.is_compiling() or x.ndim != 4 or x.numel() == 0 or 0 in self.weight_shape:
             return self._one_by_one(x, residual)
@@ -157,9 +182,10 @@ class QuantizedSparseConvBn2d(_Block, QuantizedSparseConv2d):
             packed = packed if packed.fits(geometry, self._qconfig) else None
         if packed is None and isinstance(x, PackedTensor):
             x = x.view_as(x)  # an ordinary tensor
-        x, kernel_dtype, dtype = self._dtypes(x)
         shape = (x.shape[0], self.out_channels, *geometry.output_size)
-        _check_residual(residual, shape)
+        given, (x, kernel_dtype, dtype) = x, self._dtypes(x)
+        if not _is_like(residual, shape, dtype):
+            return self._one_by_one(given, residual)
         settings = self._settings(shape, kernel_dtype, dtype == kernel_dtype, (x, self.weight, self.bias, residual))
         if not settings.saves and not settings.batch_statistics and residual is None:
             y = self._folded(x, packed, geometry, kernel_dtype)
@@ -176,6 +202,12 @@ class QuantizedSparseConvBn2d(_Block, QuantizedSparseConv2d):
             images_last = prefer_batch_innermost(batch, size, True)
         return conv_geometry(self.in_channels, self.out_channels, size, self.kernel_size, self.stride, self._pads,
                              self.dilation, batch, images_last)
+
+    def _shares(self, shape: tuple[int, ...], packed_for: Geometry, qconfig: QuantConfig) -> bool:
+        """Whether the convolution can read an input of that shape that was packed for another one."""
+        own = self._qconfig
+        return (own.input, own.granularity, own.grad_weight) == (qconfig.input, qconfig.granularity, "int8") and (
+            embedded(self._geometry(shape[0], shape[2:]), packed_for) is not None)
 
     def _folded(self, x: Tensor, packed: PackedInput | None, geometry: Geometry, dtype: torch.dtype) -> Tensor:
         """Inference: batch normalisation in the scales and the bias of the product, the activation where it is written.
@@ -194,7 +226,8 @@ class QuantizedSparseConvBn2d(_Block, QuantizedSparseConv2d):
         return packed_forward_pass(parts, x.shape[0], self.weight, shift.float(), plan, qconfig, dtype, scale.float(),
                                    (self.low, self.high))
 
-    def _one_by_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _one_by_one(self, x: Tensor, residual: Tensor | float | None) -> Tensor:
+        x = x.view_as(x) if isinstance(x, PackedTensor) else x
         return self._act(self.norm(SparseConvNd.forward(self, x)), residual)
 
 
@@ -211,9 +244,11 @@ class QuantizedSparseConvBnAddReLU2d(QuantizedSparseConvBnReLU2d):
 class QuantizedBNReLU2d(_Block, nn.BatchNorm2d):
     """Batch normalisation and ReLU (or ReLU6) behind anything but a sparse convolution, with or without an addition.
 
-    The forward pass is in floating point; for the backward pass the input is kept in 8 bits a channel, and one bit an
-    element for the activation. The result is packed for a sparse convolution that reads it. Made by `fuse`, or by
-    ``swap_modules_with_sparse(model, ..., fuse=True)``.
+    The forward pass is in floating point; for the backward pass the input is kept in 8 bits, with a scale for every
+    channel, and one bit an element for the activation. The result is packed for a sparse convolution that reads it.
+    Made by `fuse`, or by ``swap_modules_with_sparse(model, ..., fuse=True)``. It is a BatchNorm2d, with the same
+    parameters and state, but the activation is part of it: `swap_modules_with_dense` comes before anything that puts
+    other modules in the place of batch normalisations, such as ``SyncBatchNorm.convert_sync_batchnorm``.
 
     Attributes
     ----------
@@ -253,18 +288,19 @@ class QuantizedBNReLU2d(_Block, nn.BatchNorm2d):
     def unfuse(self) -> nn.BatchNorm2d:
         """The batch normalisation alone, with the same parameters."""
         norm = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
-        norm.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("high", "_consumer")})
+        norm.__dict__.update(self._without_own())
         return norm
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | float | None = None) -> Tensor:
         """Apply the block.
 
         Parameters
         ----------
         x : Tensor
             (images, num_features, height, width), floating point, any strides.
-        residual : Tensor, optional
-            Of the same shape, added before the activation.
+        residual : Tensor or float, optional
+            Added before the activation. One of x's shape and dtype is added on the way, others by torch, which
+            broadcasts them.
 
         Returns
         -------
@@ -274,11 +310,12 @@ class QuantizedBNReLU2d(_Block, nn.BatchNorm2d):
         Raises
         ------
         ValueError
-            As from torch.nn.BatchNorm2d; for a residual of another shape.
+            As from torch.nn.BatchNorm2d; for a residual of a shape that does not fit.
         """
         if (torch.compiler.is_compiling() or x.ndim != 4 or x.numel() == 0 or x.shape[1] != self.num_features
                 or not x.is_cpu or x.dtype not in KERNEL_DTYPES):  # fmt: skip
             return self._act(super().forward(x), residual)
         shape = tuple(x.shape)
-        _check_residual(residual, shape)
+        if not _is_like(residual, shape, x.dtype):
+            return self._act(super().forward(x), residual)
         return norm_act(x, self, self._settings(shape, x.dtype, True, (x, residual)), residual)

@@ -24,26 +24,32 @@ from qsparseprop.nn.intrinsic import (
 _RELU_FUNCTIONS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_)
 _RELU6_FUNCTIONS = (nn.functional.relu6,)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
+#: Of the module operator.
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
+             "ilshift", "irshift", "iconcat", "setitem", "delitem")  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, SparseModule) or super().is_leaf_module(module, name)
+        return isinstance(module, (SparseModule, QuantizedBNReLU2d)) or super().is_leaf_module(module, name)
 
 
 class FusedForward:
     """A model's forward pass as a graph in which blocks have taken the place of their parts.
 
-    It is an attribute of the model that hides the method of its class.
+    It is an attribute of the model that hides the method of its class. With `hand_over` blocks give each other packed
+    activations.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        self.model, self.graph = model, graph
+    def __init__(self, model: nn.Module, graph: fx.Graph, hand_over: bool = True) -> None:
+        self.model, self.graph, self.hand_over = model, graph, hand_over
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on the model."""
         if self._compiled is None:
+            if self.hand_over:
+                _connect(self.graph, self.model)
             code = self.graph.python_code("self")
             scope = dict(code.globals)
             exec(code.src, scope)
@@ -51,7 +57,7 @@ class FusedForward:
         return self._compiled(self.model, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
-        return FusedForward(copy.deepcopy(self.model, memo), copy.deepcopy(self.graph))
+        return FusedForward(copy.deepcopy(self.model, memo), copy.deepcopy(self.graph), self.hand_over)
 
     def __reduce__(self) -> Any:
         raise TypeError("a model with fused blocks cannot be pickled as a whole: save its state_dict, or a copy by "
@@ -87,13 +93,32 @@ class _Finder:
         return math.inf if node.op == "call_method" and node.target in ("relu", "relu_") else None
 
     def other_summand(self, node: fx.Node, summand: fx.Node) -> fx.Node | None:
-        """What a node adds to a summand; None where it is no plain addition of two tensors."""
+        """What a node adds to a summand; None where it is no plain addition of two, or changes the other one."""
         adds = (node.op == "call_function" and node.target in _ADDITIONS) or (
             node.op == "call_method" and node.target in ("add", "add_"))  # fmt: skip
         if not adds or node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
             return None
         other = node.args[1] if node.args[0] is summand else node.args[0]
-        return None if other is summand else other
+        changed = self.in_place(node) and node.args[0] is other
+        return None if other is summand or changed else other
+
+    def in_place(self, node: fx.Node) -> bool:
+        """Whether a node may change what it is given."""
+        if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+            return node.target.__name__ in _IN_PLACE
+        module = self.module(node)
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        marked = node.kwargs.get("inplace") or node.kwargs.get("out") is not None or getattr(module, "inplace", False)
+        return bool(marked) or name.endswith("_")
+
+    def undisturbed(self, parts: list[fx.Node]) -> bool:
+        """Whether nothing between the parts of a block, which run where the last one is, changes anything."""
+        node = parts[0].next
+        while node is not parts[-1]:
+            if node not in parts and self.in_place(node):
+                return False
+            node = node.next
+        return True
 
     def after(self, conv_node: fx.Node) -> tuple[fx.Node | None, str]:
         """The batch normalisation behind a convolution, or why there is none that fits."""
@@ -149,17 +174,19 @@ def _names(parts: list[fx.Node]) -> list[str]:
     return ["add"] * (len(parts) - 1) + ["ReLU"] if parts else []
 
 
-def _connect(graph: fx.Graph, blocks: dict[str, nn.Module]) -> None:
-    """Tell every block which other one's convolution reads its output, and whether it has other readers."""
-    nodes = [n for n in graph.nodes if n.op == "call_module" and n.target in blocks]
-    convolutions = [n for n in nodes if isinstance(blocks[n.target], QuantizedSparseConvBn2d)]
+def _connect(graph: fx.Graph, model: nn.Module) -> None:
+    """Tell every block which others' convolutions read its output, and whether it has other readers."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    nodes = [n for n in graph.nodes if n.op == "call_module"]
+    convolutions = [n for n in nodes if isinstance(modules[n.target], QuantizedSparseConvBn2d)]
     for node in nodes:
-        readers = [user for user in convolutions if user in node.users and user.args[0] is node]
-        if readers:
-            others = len(node.users) > len(readers) or any(node in user.args[1:] for user in readers)
-            # what is packed for the largest kernel serves the others, see `geometry.embedded`
-            reader = max((blocks[user.target] for user in readers), key=lambda block: math.prod(block.kernel_size))
-            blocks[node.target]._consumer = reader, others
+        block = modules[node.target]
+        if isinstance(block, (QuantizedSparseConvBn2d, QuantizedBNReLU2d)):
+            readers = [user for user in convolutions if user in node.users and user.args[0] is node]
+            block._read_elsewhere = len(node.users) > len(readers) or any(node in user.args[1:] for user in readers)
+            # what is packed for the largest kernel may serve the others, see `geometry.embedded`
+            block._readers = tuple(sorted((modules[user.target] for user in readers),
+                                          key=lambda reader: -math.prod(reader.kernel_size)))
 
 
 def fuse_modules(model: nn.Module) -> dict[str, str]:
@@ -168,15 +195,15 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
     Parameters
     ----------
     model : torch.nn.Module
-        Its sparse convolutions are replaced by blocks of ``qsparseprop.nn.intrinsic`` with the same parameters, and its
-        forward pass by the traced graph. Names and state_dict stay as they are. A model that ``torch.fx`` cannot trace
-        stays as it is.
+        Its sparse convolutions are replaced by blocks of ``qsparseprop.nn.intrinsic`` with the same parameters, further
+        BatchNorm2d with a ReLU behind them as well, and its forward pass by the traced graph. Names and state_dict stay
+        as they are. A model that ``torch.fx`` cannot trace stays as it is.
 
     Returns
     -------
     dict
         For each sparse convolution by its qualified name: what it was fused with, or why not; and for each BatchNorm2d
-        that became a block with the ReLU behind it because its convolution is dense.
+        that became a block with the ReLU behind it, because what is before it is no sparse convolution that fits.
     """
     names = {n: m for n, m in model.named_modules() if type(m) is QuantizedSparseConv2d}
     if not names:
@@ -195,6 +222,9 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
             found[name] = f"not fused: {reason}"
             continue
         rest, residual, high = find.activation(norm_node)
+        if not find.undisturbed([conv_node, norm_node, *rest]):
+            found[name] = "not fused: something is changed in place meanwhile"
+            continue
         kind = (QuantizedSparseConvBn2d, QuantizedSparseConvBnReLU2d, QuantizedSparseConvBnAddReLU2d)[len(rest)]
         blocks[conv_node.target] = kind.fuse(find.module(conv_node), find.module(norm_node), high)
         found[name] = f"fused with {', '.join([str(norm_node.target), *_names(rest)])}"
@@ -205,12 +235,11 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
     norms = find.norms()
     for node in [n for n in graph.nodes if n.op == "call_module" and n.target in norms]:
         rest, residual, high = find.activation(node)
-        if rest:
+        if rest and len(node.args) == 1 and not node.kwargs and find.undisturbed([node, *rest]):
             blocks[node.target] = QuantizedBNReLU2d.fuse(find.module(node), high)
             found[node.target] = f"fused with {', '.join(_names(rest))}"
             _replace(graph, node.target, [node, *rest], residual)
     graph.lint()
-    _connect(graph, blocks)
     for target, block in blocks.items():
         parent, _, child = target.rpartition(".")
         model.get_submodule(parent).register_module(child, block)

@@ -17,6 +17,7 @@ from qsparseprop import nn as sparse_nn
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
 from qsparseprop.nn._weight import check_before_loading
+from qsparseprop.nn.intrinsic import QuantizedBNReLU2d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
 from qsparseprop.utils.measurement_utils import interleaved_medians
@@ -71,8 +72,15 @@ class SwapDecision:
     reason: str = ""
 
 
+def _decision(d: SwapDecision) -> str:
+    return ("sparse" if d.swapped else "dense") + (f": {d.reason}" if d.reason else "")
+
+
 class SwapReport(list):
-    """Decisions of `swap_modules_with_sparse`, one `SwapDecision` a layer; prints as a table."""
+    """Decisions of `swap_modules_with_sparse`; prints as a table.
+
+    One `SwapDecision` a layer, and one for each BatchNorm2d that became a block without a sparse convolution.
+    """
 
     @property
     def swapped(self) -> list[SwapDecision]:
@@ -92,7 +100,7 @@ class SwapReport(list):
                 "-" if d.input_shape is None else "x".join(map(str, d.input_shape)), f"{100 * d.sparsity:.1f} %",
                 "-" if d.dense_ms is None else f"{d.dense_ms:.2f}",
                 "-" if d.sparse_ms is None else f"{d.sparse_ms:.2f}",
-                ("sparse" if d.swapped else "dense") + (f": {d.reason}" if d.reason else ""),
+                d.reason if d.kind == "BatchNorm2d" else _decision(d),
             ))  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -313,8 +321,9 @@ def swap_modules_with_sparse(
     qconfig : QuantConfig, optional
         For the quantised modules.
     fuse : bool
-        Make one block of a sparse convolution and the BatchNorm2d, addition and ReLU that follow it, see
-        `qsparseprop.utils.fusion.fuse_modules`. What was fused, or why not, is in the report.
+        Make one block of a sparse convolution and the BatchNorm2d, addition and ReLU that follow it, and of other
+        BatchNorm2d with the ReLU behind them, see `qsparseprop.utils.fusion.fuse_modules`. What was fused, or why not,
+        is in the report. Blocks return channels_last tensors.
 
     Returns
     -------
@@ -414,7 +423,8 @@ def swap_modules_with_sparse(
         fused = fuse_modules(model)
         for decision in report.swapped:
             decision.reason = fused.pop(decision.name, decision.reason)
-        report.extend(SwapDecision(name, "BatchNorm2d", (), None, 0.0, reason=why) for name, why in fused.items())
+        report.extend(SwapDecision(name, "BatchNorm2d", (), None, 0.0, reason=why) for name, why in fused.items()
+                      if isinstance(model.get_submodule(name), QuantizedBNReLU2d))  # fmt: skip
     model.swap_report = report
     if verbose:
         sys.stdout.write(f"{report}\n")

@@ -165,8 +165,8 @@ QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64
 
 enum { BAND = 64, BAND_AHEAD = 4 };
 
-/* Ask for what `source_at` will read and write of BAND channels of a lane. */
-QSP_INLINE void source_prefetch(const qsp_pack *a, const lane_run *r, int64_t lane, int64_t c, const int dtype,
+/* Ask for what `source_at` will read and write of n channels of a lane. */
+QSP_INLINE void source_prefetch(const qsp_pack *a, const lane_run *r, int64_t lane, int64_t c, int n, const int dtype,
                                 const int source)
 {
     const int width = dtype == QSP_F32 ? 4 : dtype == QSP_BF16 ? 2 : 1;
@@ -186,41 +186,42 @@ QSP_INLINE void source_prefetch(const qsp_pack *a, const lane_run *r, int64_t la
     }
     for (int i = 0; i < 2; i++)
         if (read[i])
-            for (int b = 0; b < BAND * width; b += 64)
+            for (int b = 0; b < n * width; b += 64)
                 QSP_PREFETCH_READ(read[i] + at * width + b);
     if (write[0])
-        for (int b = 0; b < BAND * width; b += 64)
+        for (int b = 0; b < n * width; b += 64)
             QSP_PREFETCH_WRITE(write[0] + at * width + b);
     if (write[1])
         QSP_PREFETCH_WRITE(write[1] + at);
 }
 
-/* The same of n channels, at most BAND, of what batch normalisation or its gradient gives. A lane's channels come one
- * after the other, since codes, masks and results in floating point are read and written beside: in whole cache lines,
- * which would otherwise be gone from the first cache before their next sixteen channels come, where lanes are images. */
+/* The same of n channels, at most BAND, of what batch normalisation or its gradient gives; `sixteens`: a multiple of
+ * sixteen. A lane's channels come one after the other, since codes, masks and results in floating point are read and
+ * written beside: in whole cache lines, which would otherwise be gone from the first cache before their next sixteen
+ * channels come, where lanes are images. */
 QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int dtype,
-                          const int rounding, const int source, const int fours, const int whole)
+                          const int rounding, const int source, const int fours, const int sixteens)
 {
     QSP_ALIGNED(64) uint8_t rows[16][BAND];
-    const int lanes = whole ? 16 : (int)qsp_min(16, r->lanes - k), vectors = whole ? BAND / 16 : (n + 15) / 16;
+    const int lanes = (int)qsp_min(16, r->lanes - k), vectors = (n + 15) / 16;
     const int64_t pitch = a->grid.pitch, number = r->number + k * r->number_step + c;
     uint8_t *to = (uint8_t *)a->planes + r->lane + (a->view.plane + c) * pitch + k;
     quantizer q[BAND / 16];
     random_rows random[BAND / 16];
     i32x16 dither[BAND / 16][2];
-    if (!whole)
+    if (lanes < 16)
         memset(rows, 0, sizeof(rows));
     for (int v = 0; v < vectors; v++) {
-        q[v] = quantizer_of(a, c + 16 * v, whole ? 16 : (int)qsp_min(16, n - 16 * v), rounding);
+        q[v] = quantizer_of(a, c + 16 * v, sixteens ? 16 : (int)qsp_min(16, n - 16 * v), rounding);
         random[v] = random_rows_from(a->seed, (uint64_t)(number + 16 * v), r->number_step);
         dither[v][0] = dither[v][1] = i32_set1(0);
     }
     for (int j = 0; j < lanes; j++) {
-        if (whole && r->row_step > 1 && k + j + BAND_AHEAD < r->lanes) /* neighbours need no help */
-            source_prefetch(a, r, k + j + BAND_AHEAD, c, dtype, source);
+        if (r->row_step > 1 && k + j + BAND_AHEAD < r->lanes) /* neighbours need no help */
+            source_prefetch(a, r, k + j + BAND_AHEAD, c, n, dtype, source);
         for (int v = 0; v < vectors; v++) {
-            const int width = whole ? 16 : (int)qsp_min(16, n - 16 * v);
-            const f16x x = source_at(a, r, k + j, c + 16 * v, width, dtype, source, whole);
+            const int width = sixteens ? 16 : (int)qsp_min(16, n - 16 * v);
+            const f16x x = source_at(a, r, k + j, c + 16 * v, width, dtype, source, sixteens);
             next_dither(a, &random[v], dither[v], number + 16 * v + j * r->number_step, j, rounding, fours);
             codes_store(rows[j] + 16 * v, codes_from(quantize16(x, &q[v], rounding, dither[v][j % 2])));
         }
@@ -274,16 +275,18 @@ QSP_INLINE void pack_run(const qsp_pack *a, const lane_run *r, int64_t first, in
                          const int dtype, const int rounding, const int source, const int fours)
 {
     for (int64_t k = 0; k < r->lanes; k += 16) {
-        const int full = r->lanes - k >= 16;
         int64_t c = first;
         if (source != PLAIN) {
-            for (; full && c + BAND <= last; c += BAND)
-                pack_band(a, r, k, c, BAND, dtype, rounding, source, fours, 1);
-            for (; c < last; c += BAND)
-                pack_band(a, r, k, c, (int)qsp_min(BAND, last - c), dtype, rounding, source, fours, 0);
+            for (; c < last; c += BAND) {
+                const int n = (int)qsp_min(BAND, last - c);
+                if (n % 16 == 0)
+                    pack_band(a, r, k, c, n, dtype, rounding, source, fours, 1);
+                else
+                    pack_band(a, r, k, c, n, dtype, rounding, source, fours, 0);
+            }
             continue;
         }
-        for (; full && c + 16 <= last; c += 16)
+        for (; r->lanes - k >= 16 && c + 16 <= last; c += 16)
             pack_tile(a, r, k, c, 16, codes, dtype, rounding, fours, 1);
         for (; c < last; c += 16)
             pack_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding, fours, 0);
