@@ -6,6 +6,8 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsul
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 
+from qsparseprop._kernels._dlpack cimport QSP_DL_CPU, qsp_dlmanaged
+
 cdef enum:
     LARGE = 1 << 21  # bytes: a huge page
     MOST_DIMS = 4
@@ -16,28 +18,6 @@ cdef extern from "pool.h" nogil:
     void qsp_pool_give(void *start, int64_t size)
     int64_t qsp_pool_release()
 
-
-cdef extern from "dlpack.h":
-    ctypedef struct qsp_device "struct { int32_t type, id; }":
-        int type
-        int id
-    ctypedef struct qsp_dtype "struct { uint8_t code, bits; uint16_t lanes; }":
-        int code
-        int bits
-        int lanes
-    ctypedef struct qsp_dltensor:
-        void *data
-        qsp_device device
-        int ndim
-        qsp_dtype dtype
-        int64_t *shape
-        int64_t *strides
-        unsigned long long byte_offset
-    ctypedef struct qsp_dlmanaged:
-        qsp_dltensor tensor
-        void *context
-        void (*deleter)(qsp_dlmanaged *) noexcept nogil
-    int QSP_DL_CPU
 
 ctypedef struct mapped:
     qsp_dlmanaged managed  # first: the deleter gets its address

@@ -6,6 +6,8 @@ from cpython.exc cimport PyErr_Clear
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.string cimport memcpy
 
+from qsparseprop._kernels._dlpack cimport QSP_DL_CPU, qsp_dl_contiguous, qsp_dlpack_api, qsp_dltensor
+
 
 cdef object _Tensor = torch.Tensor
 cdef object _strided = torch.strided
@@ -20,27 +22,6 @@ cdef enum:
     KEPT = 512
     FLOAT32_CODE = 2 << 8 | 32
     BFLOAT16_CODE = 4 << 8 | 16
-
-
-cdef extern from "dlpack.h":
-    ctypedef struct qsp_device "struct { int32_t type, id; }":
-        int type
-    ctypedef struct qsp_dtype "struct { uint8_t code, bits; uint16_t lanes; }":
-        int code
-        int bits
-        int lanes
-    ctypedef struct qsp_dltensor:
-        void *data
-        qsp_device device
-        qsp_dtype dtype
-        unsigned long long byte_offset
-    ctypedef struct qsp_version "struct { uint32_t major, minor; }":
-        int major
-    ctypedef struct qsp_dlpack_api:
-        qsp_version version
-        int (*describe)(void *, qsp_dltensor *) noexcept
-    int QSP_DL_CPU
-    int qsp_dl_contiguous(const qsp_dltensor *tensor, int64_t *numel) noexcept
 
 
 cdef const qsp_dlpack_api *_find_exchange():
