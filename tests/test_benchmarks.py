@@ -231,8 +231,10 @@ def test_saved(tmp_path):
         assert result["kind"] in printed
         assert result["kept_mb"] <= result["saved_mb"]
         dense = result["kind"].startswith("dense")
-        assert 0 < result["error"] < (0.02 if dense else 0.1)
-        assert result["mean_error"] is None if dense else 0 < result["mean_error"] < 0.02
+        # in the small network's blocks there is nothing left to compress
+        least = -1 if result["kind"] == "blocks cl" else 0
+        assert least < result["error"] < (0.02 if dense else 0.1)
+        assert result["mean_error"] is None if dense else least < result["mean_error"] < 0.02
 
 
 def test_gradual(tmp_path):

@@ -71,16 +71,10 @@ def test_ctrl_c_prints_one_line_and_leaves_nothing(tmp_path):
     _needs_the_extra()
     out = tmp_path / "out"
     command = [sys.executable, "-m", "qsparseprop", *TINY, "--out", str(out)]
-    # Like a terminal, which signals the whole process group, and in which Ctrl-C is not ignored, as it is in jobs that
-    # a script has started in the background.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    with process:
+    # Like a terminal, which signals the whole process group.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         for line in process.stdout:
             if line.startswith("Starting 3 runs"):
                 os.killpg(process.pid, signal.SIGINT)
