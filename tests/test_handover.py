@@ -70,7 +70,7 @@ def run(model, x, training=True):
 
 def assert_gradients_agree(model, grads, grads_plain):
     """Exactly, or for weights whose inputs are made again from 8 bits, to the step of these."""
-    again = {f"{name}.weight" for name, module in model.named_modules() for block in reversed(blocks(model))
+    again = {f"{name}.weight" for name, module in model.named_modules() for block in blocks(model)
              if module in block._readers and not takes_residual(block) and repacks(block)}  # fmt: skip
     for (name, _), a, b in zip(model.named_parameters(), grads, grads_plain, strict=True):
         if name in again:
