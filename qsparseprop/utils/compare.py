@@ -62,8 +62,8 @@ _STEPS_PER_TURN = 4
 #: A way to train whose first step takes so many times as long as the fastest one's, and so many seconds, which no cold
 #: start explains, is not timed again.
 _HOPELESS, _HOPELESS_SECONDS = 2.0, 3.0
-#: The part of a batch that is tried first.
-_PART = 16
+#: The part of a batch that is tried first, and the seconds that its cold start may take.
+_PART, _COLD_SECONDS = 16, 1.0
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ def _time_dense_modes(model: nn.Module, inputs: torch.Tensor, targets: torch.Ten
             start = time.perf_counter()
             trainer.train_step(inputs[:part], targets[:part])
             spent = time.perf_counter() - start
-            if spent > max(min(seconds.values()), _HOPELESS_SECONDS):
+            if spent > max(min(seconds.values()), _COLD_SECONDS):
                 seconds[name] = _PART * spent
                 continue
         seconds |= interleaved_medians({name: steps[name]}, repeats=1, warmup=0)

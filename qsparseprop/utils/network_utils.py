@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
 from qsparseprop.utils.measurement_utils import interleaved_medians
 
-#: Forward + backward passes of each kind from which a layer's median is taken where three do not tell.
-TIMED_STEPS = 9
+#: Forward + backward passes from which a layer's medians are taken, until these differ by the factor beside: noise of
+#: the machine does not turn such a decision round.
+_TIMED_STEPS = ((1, 3.0), (3, 2.0), (9, 1.0))
 
 #: (dense type, quantised) -> sparse type
 _REPLACEMENTS: dict[tuple[type[nn.Module], bool], type[SparseModule]] = {
@@ -186,18 +187,31 @@ def _record_inputs(model: nn.Module, names: Iterable[str], example: Tensor) -> d
 
 def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
     x = x.detach().requires_grad_(x_grad)
-    with torch.enable_grad():
-        grad = torch.ones_like(module(x))
     parameters = [p for p in module.parameters() if p.requires_grad]
+    grad: Tensor | None = None
 
     def step() -> None:
+        nonlocal grad
         x.grad = None
         for p in parameters:
             p.grad = None
         with torch.enable_grad():
-            module(x).backward(grad)
+            y = module(x)
+            if grad is None:
+                grad = torch.ones_like(y)
+            if y.requires_grad:
+                y.backward(grad)
 
-    return step if x_grad or parameters else lambda: module(x)
+    return step
+
+
+def _settled_medians(steps: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median seconds of two steps, of as many passes as it takes to tell which is faster."""
+    for repeats, factor in _TIMED_STEPS:
+        seconds = interleaved_medians(steps, repeats)
+        if max(seconds.values()) >= factor * min(seconds.values()):
+            break
+    return seconds
 
 
 def _plain_dense(module: nn.Module) -> nn.Module:
@@ -405,9 +419,7 @@ def swap_modules_with_sparse(
                     "sparse": _training_step(copy.deepcopy(sparse), x, x_grad),
                 }
                 with torch.random.fork_rng(devices=[]):
-                    seconds = interleaved_medians(steps, repeats=3, warmup=2)
-                    if 0.5 < seconds["sparse"] / seconds["dense"] < 1.5:  # too close to be settled by three
-                        seconds = interleaved_medians(steps, repeats=TIMED_STEPS)
+                    seconds = _settled_medians(steps)
                 decision.dense_ms, decision.sparse_ms = 1e3 * seconds["dense"], 1e3 * seconds["sparse"]
                 if decision.dense_ms <= decision.sparse_ms:
                     decision.reason = "faster dense"
