@@ -87,9 +87,9 @@ SETTINGS = {
     "fashion_mnist": Setting("resnet20", 2, 2, image_size=32, images=10_000),
     "cifar10": Setting("resnet20", 4, 4),
     "vit": Setting(
-        "_networks:vit", 2, 2, data="cifar10", images=4000, learning_rate=5e-4, blocks=False,
-        note="A transformer of width 384 with four blocks, 64 tokens of each of 64 images: 4,096 tokens a step. Of "
-             "convolutions with BatchNorm it has none, so there are no packed blocks.",
+        "_networks:vit", 2, 2, data="cifar10", images=4000, learning_rate=5e-4,
+        note="A transformer of width 384 with four layers, 64 tokens of each of 64 images: 4,096 tokens a step. Its "
+             "packed blocks are of linear layers and GELU.",
     ),
     "pose": Setting(
         "_networks:pose", 2, 1, batch_size=16, image_size=224, data="cifar10", images=320, learning_rate=5e-4,

@@ -186,7 +186,8 @@ def norm_act_pack(
         mask = empty((x.shape[0], _words(x.shape[-1])), torch.int16)
     scales = grid[4] if per_channel else 1
     planes = empty((lanes,), torch.uint8)
-    plane_scale, zero_point = torch.empty(scales), torch.empty(scales, dtype=torch.int32)
+    plane_scale = torch.empty(scales, dtype=torch.float32)
+    zero_point = torch.empty(scales, dtype=torch.int32)
     _norm.norm_pack(
         x, residual, out, scale, shift, low, high, code_scale, code_shift, None if code_scale is None else codes, mask,
         images, ranges, planes, plane_scale, zero_point, grid, views, scheme, per_channel,
@@ -299,7 +300,8 @@ def norm_act_grad_pack(
         raise ValueError(f"the scheme {scheme!r} needs a seed")
     scales = grid[4] if per_channel else 1
     planes = empty((lanes,), torch.uint8)
-    plane_scale, zero_point = torch.empty(scales), torch.empty(scales, dtype=torch.int32)
+    plane_scale = torch.empty(scales, dtype=torch.float32)
+    zero_point = torch.empty(scales, dtype=torch.int32)
     dresidual = empty(tuple(dy.shape), dy.dtype) if residual else None
     _norm.norm_grad_pack(dy, codes, mask, factor, dresidual, images, ranges, planes, plane_scale, zero_point, grid,
                          views, scheme, options, per_channel, 0 if seed is None else mix_seed(int(seed)),

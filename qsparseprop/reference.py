@@ -410,3 +410,59 @@ def sddmm(
         else:
             out[index[slot].to(torch.int64)] = (g * x).sum(1).to(torch.float32)
     return out
+
+
+def _exp_minus(t: Tensor) -> Tensor:
+    n = (t * 1.44269504088896341).round()
+    r = n * 0.693359375 - t - n * 2.12194440e-4
+    p = torch.full_like(t, 1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + c
+    return torch.ldexp(r * r * p + r + 1.0, -n)
+
+
+def _gelu(x: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    """GELU, and the magnitude of its slope's distance from 1/2."""
+    a = x.abs()
+    b = a.clamp(max=9.5)
+    square = b * b
+    if tanh:
+        cubic = square * 0.0713548163
+        e = _exp_minus(b * (cubic + 1.59576912161))
+        q = 1.0 / (1.0 + e)
+        above = 0.5 * (1.0 - e) * q
+        density = q * q * e * (cubic * 3.0 + 1.59576912161)
+    else:
+        e = _exp_minus(square * 0.5)
+        t = 1.0 / (1.0 + b * 0.231641888)
+        p = torch.full_like(t, 1.061405429)
+        for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+            p = p * t + c
+        above = 0.5 * (1.0 - p * t * e)
+        density = e * 0.398942280401432678
+    return 0.5 * x + a * above, above + b * density
+
+
+def act(x: Tensor, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+    """See `qsparseprop.activation_ops.act`."""
+    v = x.to(torch.float32)
+    if activation.startswith("gelu"):
+        y, distance = _gelu(v, activation == "gelu_tanh")
+        distance = distance * 200.0
+        saved = (torch.copysign(distance, v).round() + 128).to(torch.uint8)
+    else:
+        high = {"relu": torch.inf, "relu6": 6.0}[activation]
+        y, passes = v.clamp(0, high), (v > 0) & (v < high)
+        words = -(-v.shape[1] // 16)
+        bits = torch.nn.functional.pad(passes, (0, 16 * words - v.shape[1])).view(len(v), words, 16)
+        saved = (bits.to(torch.int32) << torch.arange(16)).sum(2).to(torch.int16)
+    return y.to(x.dtype), saved if save else torch.empty(0, dtype=torch.uint8)
+
+
+def act_grad(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
+    """See `qsparseprop.activation_ops.act_grad`."""
+    if activation.startswith("gelu"):
+        slope = (saved.to(torch.float32) - 28.0) * (1 / 200)
+    else:
+        slope = (saved.to(torch.int32)[:, :, None] >> torch.arange(16) & 1).reshape(len(dy), -1)[:, : dy.shape[1]]
+    return (dy.to(torch.float32) * slope).to(dy.dtype)

@@ -237,6 +237,15 @@ def test_saved(tmp_path):
         assert dense or result["mean_error"] < 0.02
 
 
+def test_mlp(tmp_path):
+    document, printed = run(tmp_path, "mlp.py", "--threads", "1", "--sparsity", "0.9")
+    assert [r["network"] for r in document["results"]] == ["mlp gelu", "mlp relu", "vit"]
+    for result in document["results"]:
+        assert result["network"] in printed
+        assert list(result["ms"]) == ["fp32", "bf16", "int8", "fused"]
+        assert result["saved_mb"]["fused"] < result["saved_mb"]["int8"]
+
+
 def test_gradual(tmp_path):
     document, printed = run(tmp_path, "gradual.py")
     names = [r["name"] for r in document["runs"]]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsparseprop import mask_ops, norm_ops, ops, quantize_ops
+from qsparseprop import activation_ops, mask_ops, norm_ops, ops, quantize_ops
 from qsparseprop import nn as qnn
-from qsparseprop.geometry import conv_geometry
+from qsparseprop.geometry import conv_geometry, linear_geometry
 from qsparseprop.nn._traced import config_text
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.models import CifarResNet
@@ -353,7 +353,21 @@ def _other_calls() -> list[tuple]:
     backward = (*dy, values, *planes, list(plan.forward), list(plan.backward), grid, dy_grid, views,
                 geometry.output_views, images, shape, True, [True, True], torch.float32, None, True)  # fmt: skip
     gradient = (x, codes, mask, f, True, images, torch.stack([-100 * one, 100 * one], 1), grid, views, lanes)
+    activated = []
+    to = linear_geometry(20, 20)
+    numbers, ends = (to.input_grid.numbers, to.input_views, to.input_grid.lanes(6)), torch.stack([-one, one], 1)
+    for name in ("relu", "gelu"):
+        _, saved = activation_ops.act(x, name, True)
+        activated += [
+            (activation_ops.act, (x, name, True)), (activation_ops.act, (x, name, False)),
+            (activation_ops.act_range, (x, name)), (activation_ops.act_sums, (x, saved, name)),
+            (activation_ops.act_grad, (x, saved, name)),
+            (activation_ops.act_pack, (x, name, True, (6, 20, 1, 1), ends, *numbers, "absmax", True, False)),
+            (activation_ops.act_pack, (x, name, False, (6, 20, 1, 1), ends, *numbers, "absmax", False, True)),
+            (activation_ops.act_grad_pack, (x, saved, name, (6, 20, 1, 1), ends, *numbers, "symmetric", None, True)),
+        ]  # fmt: skip
     return [
+        *activated,
         (norm_ops.norm_act_range, (x, x, one, one, 0.0, 6.0)),
         (norm_ops.norm_act_pack, (*normed, True, True)),
         (norm_ops.norm_act_pack, (codes, None, *normed[2:6], None, None, *normed[8:], True, False)),

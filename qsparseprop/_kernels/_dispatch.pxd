@@ -19,6 +19,9 @@ cdef extern from "kernels.h" nogil:
         QSP_DITHERED
         QSP_LUQ
         QSP_SCHEMES
+        QSP_CLAMP
+        QSP_GELU
+        QSP_GELU_TANH
 
     ctypedef struct qsp_grid:
         int64_t images
@@ -134,6 +137,26 @@ cdef extern from "kernels.h" nogil:
         void *dx
         void *dresidual
 
+    ctypedef struct qsp_act:
+        int64_t channels
+        int64_t words
+        int kind
+        int dtype
+        float low
+        float high
+        const void *x
+        void *out
+        void *saved
+
+    ctypedef struct qsp_act_grad:
+        int64_t channels
+        int64_t words
+        int kind
+        int dtype
+        const void *dy
+        const void *saved
+        void *dx
+
     ctypedef struct qsp_pack:
         qsp_grid grid
         qsp_view view
@@ -148,6 +171,8 @@ cdef extern from "kernels.h" nogil:
         uint64_t seed
         const qsp_norm *norm
         const qsp_norm_grad *norm_grad
+        const qsp_act *act
+        const qsp_act_grad *act_grad
 
     ctypedef struct qsp_range:
         float absmax
@@ -202,6 +227,10 @@ cdef extern from "kernels.h" nogil:
         void (*norm_range)(const qsp_norm *, int64_t, int64_t, float *) noexcept nogil
         void (*norm_sums)(const qsp_norm_grad *, int64_t, int64_t, double *) noexcept nogil
         void (*norm_grad)(const qsp_norm_grad *, int64_t, int64_t) noexcept nogil
+        void (*act)(const qsp_act *, int64_t, int64_t) noexcept nogil
+        void (*act_range)(const qsp_act *, int64_t, int64_t, float *) noexcept nogil
+        void (*act_grad)(const qsp_act_grad *, int64_t, int64_t) noexcept nogil
+        void (*act_sums)(const qsp_act_grad *, int64_t, int64_t, double *) noexcept nogil
         void (*extent)(const int32_t *, int64_t, int32_t *, int32_t *) noexcept nogil
         void (*quantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil
         void (*dequantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil

@@ -41,12 +41,12 @@ cdef object _int16 = torch.int16
 cdef object _int32 = torch.int32
 
 
-cdef void *_matrix(object x, int *dtype, int64_t *rows, int64_t *channels, str name) except? NULL:
+cdef void *matrix(object x, int *dtype, int64_t *rows, int64_t *channels, str name) except? NULL:
     """A contiguous (rows, channels) tensor of float32 or bfloat16."""
-    return _matrix_of(strided_pointer(x, dtype, name), x, rows, channels, name)
+    return matrix_of(strided_pointer(x, dtype, name), x, rows, channels, name)
 
 
-cdef void *_matrix_of(void *data, object x, int64_t *rows, int64_t *channels, str name) except? NULL:
+cdef void *matrix_of(void *data, object x, int64_t *rows, int64_t *channels, str name) except? NULL:
     if x.ndim != 2 or not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous with 2 dimensions (rows, channels), got shape {tuple(x.shape)} "
                          f"with strides {x.stride()}")
@@ -54,7 +54,7 @@ cdef void *_matrix_of(void *data, object x, int64_t *rows, int64_t *channels, st
     return data
 
 
-cdef void *_same(object x, object like, str name) except? NULL:
+cdef void *same_matrix(object x, object like, str name) except? NULL:
     """Data of a tensor that has the shape and dtype of another one; NULL for None."""
     cdef int dtype
     cdef int64_t rows, channels
@@ -62,14 +62,14 @@ cdef void *_same(object x, object like, str name) except? NULL:
         return NULL
     if not isinstance(x, torch.Tensor) or x.shape != like.shape or x.dtype != like.dtype:
         raise ValueError(f"{name} must be {like.dtype} of shape {tuple(like.shape)}")
-    return _matrix(x, &dtype, &rows, &channels, name)
+    return matrix(x, &dtype, &rows, &channels, name)
 
 
-cdef int64_t _chunk_rows(int64_t channels) noexcept:
+cdef int64_t chunk_rows(int64_t channels) noexcept:
     return max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // max(channels, 1)))
 
 
-cdef int _team(int threads, int64_t elements) noexcept:
+cdef int team(int threads, int64_t elements) noexcept:
     return threads if threads > 1 and elements > SERIAL_ELEMENTS else 1
 
 
@@ -82,17 +82,17 @@ def moments(x, int threads):
     cdef int64_t channels, rows, k, c, chunk, chunks, width, n, done
     cdef double mean, step
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef const char *data = <const char *> _matrix(x, &dtype, &rows, &channels, "x")
+    cdef const char *data = <const char *> matrix(x, &dtype, &rows, &channels, "x")
     if not rows:
         raise ValueError("the moments of no elements are not defined")
-    chunk = _chunk_rows(channels)
+    chunk = chunk_rows(channels)
     chunks = (rows + chunk - 1) // chunk
     parts = torch.empty((chunks, channels, 4), dtype=_float64)
     cdef double *part = <double *> pointer(parts, _float64, 0, "parts")
     cdef double *first
     cdef double *other
     width = channels * (4 if dtype == QSP_F32 else 2)
-    threads = _team(threads, rows * channels)
+    threads = team(threads, rows * channels)
     for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm_moments(data + k * chunk * width, dtype, min(chunk, rows - k * chunk), channels,
                              part + 4 * k * channels)
@@ -119,13 +119,13 @@ def norm(x, residual, out, scale, shift, float low, float high, code_scale, code
     cdef int64_t k, chunk, chunks, rows = _read_norm(&a, x, residual, scale, shift, low, high, code_scale, code_shift,
                                                      codes, mask)
     _refuse_codes(&a)
-    a.out = _same(out, x, "out")
+    a.out = same_matrix(out, x, "out")
     if rows * a.channels == 0:
         return
-    chunk = _chunk_rows(a.channels)
+    chunk = chunk_rows(a.channels)
     cdef const qsp_norm *args = &a
     chunks = (rows + chunk - 1) // chunk
-    threads = _team(threads, rows * a.channels)
+    threads = team(threads, rows * a.channels)
     for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm(args, k * chunk, min(rows, (k + 1) * chunk))
 
@@ -137,10 +137,10 @@ cdef int64_t _read_norm(qsp_norm *a, object x, object residual, object scale, ob
     if isinstance(x, torch.Tensor) and x.dtype is _uint8:
         if residual is not None or codes is not None:
             raise TypeError("codes (uint8) as x go neither with a residual nor with codes to be saved")
-        a.dtype, a.x = QSP_U8, _matrix_of(pointer(x, _uint8, 0, "x"), x, &rows, &a.channels, "x")
+        a.dtype, a.x = QSP_U8, matrix_of(pointer(x, _uint8, 0, "x"), x, &rows, &a.channels, "x")
     else:
-        a.x = _matrix(x, &a.dtype, &rows, &a.channels, "x")
-    a.residual = _same(residual, x, "residual")
+        a.x = matrix(x, &a.dtype, &rows, &a.channels, "x")
+    a.residual = same_matrix(residual, x, "residual")
     a.words = (a.channels + 15) // 16
     a.scale = <const float *> pointer(scale, _float32, a.channels, "scale")
     a.shift = <const float *> pointer(shift, _float32, a.channels, "shift")
@@ -159,10 +159,10 @@ cdef int _refuse_codes(const qsp_norm *a) except -1:
     return 0
 
 
-cdef object _pack_norm(qsp_pack *a, object like, int64_t rows, int64_t channels, object images, object ranges,
-                       object planes, object plane_scale, object zero_point, object grid, object views, str scheme,
-                       options, bint per_channel, int threads):
-    """Pack what batch normalisation or its gradient gives, of known ranges (least, greatest): float32, (channels, 2).
+cdef object pack_ranged(qsp_pack *a, object like, int64_t rows, int64_t channels, object images, object ranges,
+                        object planes, object plane_scale, object zero_point, object grid, object views, str scheme,
+                        object options, bint per_channel, int threads):
+    """Pack what is computed on the way, of known ranges (least, greatest): float32, (channels, 2).
 
     `images` is the shape, (images, channels, height, width), of the tensor `like`, which is (rows, channels).
     """
@@ -171,8 +171,12 @@ cdef object _pack_norm(qsp_pack *a, object like, int64_t rows, int64_t channels,
     cdef int64_t i, count, each = channels if per_channel else 1
     cdef const float *given = <const float *> pointer(ranges, _float32, 2 * each, "ranges")
     read_scheme(scheme, options, 8, False, &a.scheme)
-    if qsp_wants_moments(&a.scheme) or a.scheme.kind == QSP_AFFINE and a.norm_grad != NULL:
-        raise ValueError(f"the scheme {scheme!r} cannot be combined with batch normalisation")
+    if a.norm_grad != NULL or a.act_grad != NULL:
+        follows = a.scheme.kind != QSP_AFFINE and not qsp_wants_moments(&a.scheme)
+    else:
+        follows = scheme in ("absmax", "symmetric", "standard")
+    if not follows:  # the scale from the range, exactly as without packing on the way
+        raise ValueError(f"the scheme {scheme!r} cannot be combined with batch normalisation or an activation")
     if channels < 2 or len(images) != 4 or images[1] != channels or images[0] * images[2] * images[3] != rows:
         raise ValueError(f"the images must have at least 2 channels and {rows} rows of {channels} channels, got shape "
                          f"{tuple(images)}")
@@ -210,12 +214,12 @@ def norm_range(x, residual, scale, shift, float low, float high, int threads):
     _refuse_codes(&a)
     if not rows:
         raise ValueError("the range of no elements is not defined")
-    chunk = _chunk_rows(a.channels)
+    chunk = chunk_rows(a.channels)
     chunks = (rows + chunk - 1) // chunk
     parts = torch.empty((chunks, a.channels, 2), dtype=_float32)
     cdef float *part = <float *> pointer(parts, _float32, 0, "parts")
     cdef const qsp_norm *args = &a
-    threads = _team(threads, rows * a.channels)
+    threads = team(threads, rows * a.channels)
     for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm_range(args, k * chunk, min(rows, (k + 1) * chunk), part + 2 * k * args.channels)
     return torch.stack([parts[:, :, 0].amin(0), parts[:, :, 1].amax(0)], 1)
@@ -235,12 +239,10 @@ def norm_pack(x, residual, out, scale, shift, float low, float high, code_scale,
     memset(&p, 0, sizeof(p))
     if out is not None:
         _refuse_codes(&a)
-    a.out = _same(out, x, "out")
+    a.out = same_matrix(out, x, "out")
     p.dtype, p.norm = a.dtype, &a
-    if scheme not in ("absmax", "symmetric", "standard"):
-        raise ValueError(f"the scheme {scheme!r} cannot be combined with batch normalisation")
-    _pack_norm(&p, x, rows, a.channels, images, ranges, planes, plane_scale, zero_point, grid, views, scheme, (),
-               per_channel, threads)
+    pack_ranged(&p, x, rows, a.channels, images, ranges, planes, plane_scale, zero_point, grid, views, scheme, (),
+                per_channel, threads)
 
 
 def norm_grad_pack(dy, codes, mask, factor, dresidual, images, ranges, planes, plane_scale, zero_point, grid, views,
@@ -251,16 +253,16 @@ def norm_grad_pack(dy, codes, mask, factor, dresidual, images, ranges, planes, p
     cdef int64_t rows = _read_gradient(&a, dy, codes, mask)
     memset(&p, 0, sizeof(p))
     a.factor = <const float *> pointer(factor, _float32, 3 * a.channels, "factor")
-    a.dresidual = _same(dresidual, dy, "dresidual")
+    a.dresidual = same_matrix(dresidual, dy, "dresidual")
     p.dtype, p.norm_grad, p.seed = a.dtype, &a, seed
-    _pack_norm(&p, dy, rows, a.channels, images, ranges, planes, plane_scale, zero_point, grid, views, scheme, options,
-               per_channel, threads)
+    pack_ranged(&p, dy, rows, a.channels, images, ranges, planes, plane_scale, zero_point, grid, views, scheme, options,
+                per_channel, threads)
 
 
 cdef int64_t _read_gradient(qsp_norm_grad *a, object dy, object codes, object mask) except -1:
     cdef int64_t rows
     memset(a, 0, sizeof(a[0]))
-    a.dy = _matrix(dy, &a.dtype, &rows, &a.channels, "dy")
+    a.dy = matrix(dy, &a.dtype, &rows, &a.channels, "dy")
     a.words = (a.channels + 15) // 16
     a.codes = <const uint8_t *> pointer(codes, _uint8, rows * a.channels, "codes")
     a.mask = <const uint16_t *> pointer(mask, _int16, rows * a.words, "mask")
@@ -275,12 +277,12 @@ def norm_sums(dy, codes, mask, int threads):
     cdef qsp_norm_grad a
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t i, k, chunk, chunks, rows = _read_gradient(&a, dy, codes, mask)
-    chunk = _chunk_rows(a.channels)
+    chunk = chunk_rows(a.channels)
     chunks = (rows + chunk - 1) // chunk
     parts = torch.empty((chunks, a.channels, 3), dtype=_float64)
     cdef double *part = <double *> pointer(parts, _float64, 0, "parts")
     cdef const qsp_norm_grad *args = &a
-    threads = _team(threads, rows * a.channels)
+    threads = team(threads, rows * a.channels)
     for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm_sums(args, k * chunk, min(rows, (k + 1) * chunk), part + 3 * k * args.channels)
     out = torch.zeros((a.channels, 3), dtype=_float64)
@@ -303,12 +305,12 @@ def norm_grad(dy, codes, mask, factor, dx, dresidual, int threads):
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t k, chunk, chunks, rows = _read_gradient(&a, dy, codes, mask)
     a.factor = <const float *> pointer(factor, _float32, 3 * a.channels, "factor")
-    a.dx, a.dresidual = _same(dx, dy, "dx"), _same(dresidual, dy, "dresidual")
+    a.dx, a.dresidual = same_matrix(dx, dy, "dx"), same_matrix(dresidual, dy, "dresidual")
     if rows * a.channels == 0:
         return
-    chunk = _chunk_rows(a.channels)
+    chunk = chunk_rows(a.channels)
     cdef const qsp_norm_grad *args = &a
     chunks = (rows + chunk - 1) // chunk
-    threads = _team(threads, rows * a.channels)
+    threads = team(threads, rows * a.channels)
     for k in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=threads > 1):
         kernels.norm_grad(args, k * chunk, min(rows, (k + 1) * chunk))

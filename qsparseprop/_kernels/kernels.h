@@ -131,6 +131,25 @@ typedef struct {
     void *dx, *dresidual;   /* dx may be NULL where it is packed; dresidual: the masked gradient, or NULL */
 } qsp_norm_grad;
 
+/* Activations; formulas are in simd/activation.h. */
+enum { QSP_CLAMP, QSP_GELU, QSP_GELU_TANH };
+
+/* An activation alone, on rows as above. `saved` is the mask above (CLAMP), or codes of slopes, a byte an element. */
+typedef struct {
+    int64_t channels, words;
+    int kind, dtype;         /* the latter of x and out */
+    float low, high;         /* CLAMP */
+    const void *x;
+    void *out, *saved;       /* out may be NULL where the result is packed, saved where it is not wanted */
+} qsp_act;
+
+typedef struct {
+    int64_t channels, words;
+    int kind, dtype;         /* the latter of dy and dx */
+    const void *dy, *saved;
+    void *dx;                /* may be NULL where it is packed, or only its sums are wanted */
+} qsp_act_grad;
+
 typedef struct {
     qsp_grid grid;
     qsp_view view;
@@ -143,9 +162,11 @@ typedef struct {
     int64_t stride;          /* 0: one scale for the tensor; 1: one per plane */
     qsp_scheme scheme;
     uint64_t seed;
-    /* One of them: what is packed is batch normalisation of the tensor, or its gradient; channels are neighbours then. */
+    /* At most one of them: what is packed in place of the tensor; channels are neighbours then. */
     const qsp_norm *norm;
     const qsp_norm_grad *norm_grad;
+    const qsp_act *act;
+    const qsp_act_grad *act_grad;
 } qsp_pack;
 
 /* What of a range is wanted: each includes the one before. */
@@ -210,6 +231,12 @@ typedef struct {
     /* Of each channel the sums over rows of the gradient, and of gradient * code, and the greatest magnitude. */
     void (*norm_sums)(const qsp_norm_grad *, int64_t first, int64_t last, double *out);
     void (*norm_grad)(const qsp_norm_grad *, int64_t first, int64_t last);
+    /* Activations of rows [first, last); of each channel the least and the greatest element before, a CLAMP's limited;
+     * gradients, and of each channel the sum and the greatest magnitude. NaN where any element is not finite. */
+    void (*act)(const qsp_act *, int64_t first, int64_t last);
+    void (*act_range)(const qsp_act *, int64_t first, int64_t last, float *out);
+    void (*act_grad)(const qsp_act_grad *, int64_t first, int64_t last);
+    void (*act_sums)(const qsp_act_grad *, int64_t first, int64_t last, double *out);
     void (*extent)(const int32_t *, int64_t n, int32_t *least, int32_t *most);
     /* Lines [first, last) of a tensor. */
     void (*quantize)(const qsp_quantize *, int64_t first, int64_t last);

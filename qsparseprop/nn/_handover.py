@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,9 @@ class PackedInput:
 
 
 def hand_over(tensor: Tensor, packed: PackedInput) -> None:
-    """Attach its packed form to a tensor."""
+    """Attach its packed form to a tensor, if it can be told whether that changes afterwards."""
+    if tensor.is_inference() and not isinstance(tensor, PackedTensor):
+        return
     packed.version = tensor_version(tensor)
     tensor._packed_input = packed
 
@@ -151,19 +154,31 @@ class PackedTensor(Tensor):
 
     _values: Tensor | None
     _own: PackedInput
+    _images: Sequence[int]
+    _channels_last: bool
 
     @staticmethod
-    def __new__(cls, packed: PackedInput, shape: Sequence[int], dtype: torch.dtype) -> PackedTensor:
-        """A channels_last tensor of that shape and dtype."""
-        n, c, h, w = shape
-        tensor = Tensor._make_wrapper_subclass(cls, (n, c, h, w), strides=(c * h * w, 1, w * c, c), dtype=dtype)
-        tensor._values, tensor._own = None, packed
+    def __new__(
+        cls, packed: PackedInput, images: Sequence[int], dtype: torch.dtype, shape: Sequence[int] | None = None
+    ) -> PackedTensor:
+        """A channels_last tensor of the shape of the packed images, or a contiguous one of another shape.
+
+        The latter has the pixels in the order in which they follow each other in channels_last images.
+        """
+        _, c, h, w = images
+        strides: Sequence[int] = (c * h * w, 1, w * c, c)
+        if shape is not None:
+            strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        tensor = Tensor._make_wrapper_subclass(cls, tuple(images if shape is None else shape), strides=strides,
+                                               dtype=dtype)  # fmt: skip
+        tensor._values, tensor._own, tensor._images, tensor._channels_last = None, packed, images, shape is None
         return tensor
 
     def values(self) -> Tensor:
         """An ordinary tensor."""
         if self._values is None:
-            self._values = unpack(self._own, self.shape, self.dtype)
+            values = unpack(self._own, self._images, self.dtype)
+            self._values = values if self._channels_last else values.permute(0, 2, 3, 1).reshape(self.shape)
         return self._values
 
     def __repr__(self, **_: Any) -> str:
@@ -190,5 +205,6 @@ class PackedTensor(Tensor):
         result = func(*args, **kwargs)
         for tensor in packed:
             if result is tensor._values:  # in place: the result is the tensor that was given
+                tensor._packed_input = None
                 return tensor
         return result

@@ -9,6 +9,7 @@ the next convolution is kept only where it cannot be made again from these 8 bit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from qsparseprop.nn.functional import (
     backward_pass,
     check_finite,
     forward_pass,
+    output_packing,
     packed_backward_pass,
     packed_forward_pass,
     packed_gradient,
@@ -156,7 +158,7 @@ class _NormAct(torch.autograd.Function):
         dx = dvalues = dbias = dresidual = None
         if conv is None and not need[0] and not need[5]:
             pass
-        elif conv is None or need[2] or not _packs_gradient(conv.qconfig, ctx.shape):
+        elif conv is None or need[2] or not packs_gradient(conv.qconfig, ctx.shape):
             dz, dresidual = norm_ops.norm_act_grad(dy, codes, mask, factor, need[5])
             dx = _images(dz, ctx.shape)
             if conv is not None:
@@ -229,20 +231,18 @@ def _packed_output(
     else:
         ranges = norm_ops.norm_act_range(z, add, scale, shift, low, high)
     geometry, qconfig = s.consumer
-    per_channel, grid = qconfig.granularity == "channel", geometry.input_grid
-    if not per_channel:
-        ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
-    y, codes, mask, *packed = norm_ops.norm_act_pack(
-        *arguments, shape, ranges, grid.numbers, geometry.input_views, grid.lanes(shape[0]), qconfig.input, per_channel,
-        s.keep,
-    )  # fmt: skip
+    ranges, *packing = output_packing(ranges, shape[0], geometry, qconfig)
+    y, codes, mask, *packed = norm_ops.norm_act_pack(*arguments, shape, ranges, *packing, s.keep)
     s.output = PackedInput(*packed, geometry, qconfig.input, qconfig.granularity)
     y = _images(y, shape) if s.keep else PackedTensor(s.output, shape, s.dtype)
     return y, codes, mask, ranges
 
 
-def _packs_gradient(qconfig: QuantConfig, shape: tuple[int, ...]) -> bool:
-    """Whether the gradient can be packed while it is computed: its scale must follow from its range."""
+def packs_gradient(qconfig: QuantConfig, shape: Sequence[int]) -> bool:
+    """Whether the gradient of an output of that shape can be packed while it is computed.
+
+    Its scale must follow from its range.
+    """
     return qconfig.grad != "dithered" and qconfig.grad_weight == "int8" and shape[1] > 1
 
 

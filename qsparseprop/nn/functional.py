@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsparseprop import ops
+from qsparseprop.geometry import Geometry
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
@@ -96,6 +98,31 @@ def packed_forward_pass(
     )  # fmt: skip
 
 
+def output_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
+    """How the input of a layer is packed: the arguments of `norm_ops.norm_act_pack` from `ranges` to `per_channel`.
+
+    `ranges` (channels, 2) are the least and the greatest element of each channel.
+    """
+    per_channel, grid = qconfig.granularity == "channel", geometry.input_grid
+    if not per_channel:
+        ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
+    return ranges, grid.numbers, geometry.input_views, grid.lanes(batch), qconfig.input, per_channel
+
+
+def gradient_packing(bound: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
+    """The same of the gradient of its output: arguments of `norm_ops.norm_act_grad_pack` from `ranges` to `options`.
+
+    `bound` (channels,) is what no magnitude exceeds.
+    """
+    per_channel, grid = qconfig.granularity == "channel", geometry.output_grid
+    if not per_channel:
+        bound = bound.amax().reshape(1)
+    scheme = "symmetric" if qconfig.grad == "absmax" else qconfig.grad
+    seed = ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None
+    return (torch.stack([-bound, bound], 1), grid.numbers, geometry.output_views, grid.lanes(batch), scheme, seed,
+            per_channel, qconfig.grad_options)  # fmt: skip
+
+
 def packed_gradient(
     dy: Tensor,
     codes: Tensor,
@@ -111,15 +138,9 @@ def packed_gradient(
 
     `bound` (channels,) is what no magnitude exceeds.
     """
-    grid = plan.geometry.output_grid
-    per_channel = qconfig.granularity == "channel"
-    if not per_channel:
-        bound = bound.amax().reshape(1)
     *packed, dresidual = ops.shortcut("norm_act_grad_pack", dy)(
-        dy, codes, mask, factor, residual, shape, torch.stack([-bound, bound], 1), grid.numbers,
-        plan.geometry.output_views, grid.lanes(shape[0]), "symmetric" if qconfig.grad == "absmax" else qconfig.grad,
-        ops.draw_seed() if qconfig.grad in ops.RANDOM_SCHEMES else None, per_channel, qconfig.grad_options,
-    )  # fmt: skip
+        dy, codes, mask, factor, residual, shape, *gradient_packing(bound, shape[0], plan.geometry, qconfig)
+    )
     return packed, dresidual
 
 
@@ -168,7 +189,8 @@ class _SparseProduct(torch.autograd.Function):
         ctx.plan, ctx.qconfig = plan, qconfig
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return out if images is x else out.view(out.shape[:2])
+        # detached, as a view of what was made here could not be changed in place by what follows
+        return out if images is x else out.view(out.shape[:2]).detach()
 
     @staticmethod
     def backward(ctx, dy: Tensor):

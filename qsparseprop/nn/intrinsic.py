@@ -1,8 +1,9 @@
-"""A convolution or none, batch normalisation, addition and activation as one module.
+"""A convolution or none, batch normalisation, addition and activation as one module; a linear layer and its activation.
 
 The modules hold the parameters of their first part only. A batch normalisation behind a sparse convolution stays a
 module of the model at its own place, whose parameters, statistics and mode are used, so that a fused model has the
-state_dict of the unfused one. Blocks compute in channels_last order; for how, see ``_norm_act.py``.
+state_dict of the unfused one. Blocks compute in channels_last order; for how, see ``_norm_act.py`` and
+``_linear_act.py``.
 """
 
 from __future__ import annotations
@@ -13,38 +14,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsparseprop.geometry import Geometry, conv_geometry, embedded, prefer_batch_innermost
+from qsparseprop.geometry import Geometry, conv_geometry, embedded, linear_geometry, prefer_batch_innermost
+from qsparseprop.nn import _linear_act
 from qsparseprop.nn._base import KERNEL_DTYPES
 from qsparseprop.nn._conv import SparseConvNd
 from qsparseprop.nn._handover import PackedInput, PackedTensor, handed_over
 from qsparseprop.nn._norm_act import Convolution, Settings, affine, norm_act, packs_input, uses_batch_statistics
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d
 from qsparseprop.nn.functional import check_finite, packed_forward_pass, packed_input
+from qsparseprop.nn.linear import QuantizedSparseLinear, SparseLinear
 from qsparseprop.ops import is_channels_last
 from qsparseprop.quantization import QuantConfig
 
 
-class _Block(nn.Module):
-    """What blocks have in common: the activation's limits, and who reads the output."""
+class _HandsOver(nn.Module):
+    """A module that knows who reads its output."""
 
-    low, high = -math.inf, math.inf
-    #: The blocks whose convolutions read the output, that with the largest kernel first, and whether anybody else does;
-    #: set when a fused model runs.
-    _readers: tuple[QuantizedSparseConvBn2d, ...] = ()
+    #: The blocks whose convolutions or linear layers read the output, that with the largest kernel first, and whether
+    #: anybody else does; set when a fused model runs.
+    _readers: tuple[Any, ...] = ()
     _read_elsewhere: bool = True
+
+    #: Attributes that the module does not have from what it was made of.
+    _own: tuple[str, ...] = ("_readers", "_read_elsewhere")
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of a block is none of its readers, which a copied model finds anew; for plans see SparseModule
         return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_readers", "_read_elsewhere")}
 
+    def _without_own(self) -> dict[str, Any]:
+        """Attributes of the module that the block was made of."""
+        return {k: v for k, v in self.__dict__.items() if k not in self._own}
+
+
+class _Block(_HandsOver):
+    """What blocks with a batch normalisation have in common: the activation's limits too."""
+
+    low, high = -math.inf, math.inf
+    _own = (*_HandsOver._own, "_norm", "high")
+
     @property
     def norm(self) -> nn.BatchNorm2d:
         """The batch normalisation."""
         raise NotImplementedError
-
-    def _without_own(self) -> dict[str, Any]:
-        """Attributes of the module that the block was made of."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_norm", "high", "_readers", "_read_elsewhere")}
 
     def _settings(
         self, shape: tuple[int, ...], dtype: torch.dtype, packs: bool, inputs: tuple[Tensor | None, ...]
@@ -170,9 +182,9 @@ class QuantizedSparseConvBn2d(_Block, QuantizedSparseConv2d):
         TypeError, ValueError
             As from the convolution and from torch.nn.BatchNorm2d; for a residual of a shape that does not fit.
         """
+        self._check_input(x)
         if torch.compiler.is_compiling() or x.ndim != 4 or x.numel() == 0 or 0 in self.weight_shape:
             return self._one_by_one(x, residual)
-        self._check_input(x)
         if x.shape[1] != self.in_channels:
             return self._one_by_one(x, residual)  # which says what is wrong
         geometry = self._geometry(x.shape[0], tuple(x.shape[2:]))
@@ -319,3 +331,109 @@ class QuantizedBNReLU2d(_Block, nn.BatchNorm2d):
         if not _is_like(residual, shape, x.dtype):
             return self._act(super().forward(x), residual)
         return norm_act(x, self, self._settings(shape, x.dtype, True, (x, residual)), residual)
+
+
+class QuantizedSparseLinearAct(_HandsOver, QuantizedSparseLinear):
+    """A sparse linear layer and the activation behind it, or one without that reads what such a block has packed.
+
+    Made by `fuse`, or by ``swap_modules_with_sparse(model, ..., fuse=True)``. For the backward pass ReLU keeps one bit
+    an element and GELU its slope in 8 bits, to 1/400.
+
+    Attributes
+    ----------
+    activation : str or None
+        "relu", "relu6", "gelu" or "gelu_tanh".
+    """
+
+    activation: str | None = None
+    _own = (*_HandsOver._own, "activation")
+
+    @classmethod
+    def fuse(cls, linear: QuantizedSparseLinear, activation: str | None) -> QuantizedSparseLinearAct:
+        """A block of a sparse linear layer, which gives it its parameters, and an activation.
+
+        Parameters
+        ----------
+        linear : QuantizedSparseLinear
+        activation : str or None
+            "relu", "relu6", "gelu", "gelu_tanh", or None for none.
+
+        Raises
+        ------
+        TypeError
+            For another module.
+        ValueError
+            For another activation.
+        """
+        if type(linear) is not QuantizedSparseLinear:
+            raise TypeError(f"{cls.__name__}.fuse expects a QuantizedSparseLinear, got {type(linear).__name__}")
+        if activation not in _linear_act.FUNCTIONS:
+            raise ValueError(f"the activation must be one of {', '.join(map(repr, _linear_act.FUNCTIONS))}, got "
+                             f"{activation!r}")
+        block = cls.__new__(cls)
+        block.__dict__.update(linear.__dict__)
+        block.activation = activation
+        return block
+
+    def unfuse(self) -> QuantizedSparseLinear:
+        """The linear layer alone, with the same parameters."""
+        linear = QuantizedSparseLinear.__new__(QuantizedSparseLinear)
+        linear.__dict__.update(self._without_own())
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block.
+
+        Parameters
+        ----------
+        x : Tensor
+            (..., in_features), floating point, any strides.
+
+        Returns
+        -------
+        Tensor
+            (..., out_features), of x's dtype, or autocast's where it is on (and x not float64, as in torch).
+
+        Raises
+        ------
+        TypeError, ValueError
+            As from the linear layer.
+        """
+        self._check_input(x)
+        if (torch.compiler.is_compiling() or x.ndim == 0 or x.numel() == 0 or x.shape[-1] != self.in_features
+                or not self.out_features):  # fmt: skip
+            return self._one_by_one(x)
+        geometry = linear_geometry(self.in_features, self.out_features)
+        packed = handed_over(x)
+        if packed is not None and not packed.fits(geometry, self._qconfig):
+            packed = None
+        if packed is None and isinstance(x, PackedTensor):
+            x = x.view_as(x)  # an ordinary tensor
+        x, kernel_dtype, dtype = self._dtypes(x)
+        saves = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, self.weight, self.bias))  # fmt: skip
+        consumer, keep = None, True
+        if self.activation is not None and self._readers and dtype == kernel_dtype:
+            consumer, keep = self._consumer()
+        y = _linear_act.linear_act(x, self.weight, self.bias, _linear_act.Settings(
+            self.activation, self._plan(geometry, 1), self._qconfig, kernel_dtype, saves, packed, consumer, keep
+        ))  # fmt: skip
+        return y if y.dtype == dtype else y.to(dtype)
+
+    def _consumer(self) -> tuple[tuple[Geometry, QuantConfig] | None, bool]:
+        """For whom the output is packed, if for anybody, and whether others read it too."""
+        first, *others = self._readers
+        geometry, qconfig = linear_geometry(first.in_features, first.out_features), first._qconfig
+        if any(r.in_features != self.out_features for r in self._readers) or not packs_input(qconfig, geometry):
+            return None, True
+        alike = all((r._qconfig.input, r._qconfig.granularity, r._qconfig.grad_weight)
+                    == (qconfig.input, qconfig.granularity, "int8") for r in others)  # fmt: skip
+        return (geometry, qconfig), self._read_elsewhere or not alike
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        x = x.view_as(x) if isinstance(x, PackedTensor) else x
+        return _linear_act.FUNCTIONS[self.activation](SparseLinear.forward(self, x))
+
+    def extra_repr(self) -> str:
+        """What the module prints of itself."""
+        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")

@@ -1,8 +1,9 @@
-"""Finding convolution - BatchNorm - [add] - ReLU in a model, and making one block of them."""
+"""Finding convolution - BatchNorm - [add] - ReLU, and linear layer - activation, in a model; making blocks of them."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import operator
 from collections import Counter
@@ -13,17 +14,26 @@ import torch
 from torch import fx, nn
 
 from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn.attention import MultiheadAttention
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d
 from qsparseprop.nn.intrinsic import (
     QuantizedBNReLU2d,
     QuantizedSparseConvBn2d,
     QuantizedSparseConvBnAddReLU2d,
     QuantizedSparseConvBnReLU2d,
+    QuantizedSparseLinearAct,
 )
+from qsparseprop.nn.linear import QuantizedSparseLinear
 
-_RELU_FUNCTIONS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_)
-_RELU6_FUNCTIONS = (nn.functional.relu6,)
+_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.GELU: "gelu"}
+_ACTIVATION_FUNCTIONS = {
+    torch.relu: "relu", torch.relu_: "relu", nn.functional.relu: "relu", nn.functional.relu_: "relu",
+    nn.functional.relu6: "relu6", nn.functional.gelu: "gelu",
+}  # fmt: skip
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+_LIMITS = {"relu": math.inf, "relu6": 6.0}
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
+_BLOCKS = (QuantizedSparseConvBn2d, QuantizedBNReLU2d, QuantizedSparseLinearAct)
 #: Of the module operator.
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
              "ilshift", "irshift", "iconcat", "setitem", "delitem")  # fmt: skip
@@ -31,7 +41,8 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "i
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (SparseModule, QuantizedBNReLU2d)) or super().is_leaf_module(module, name)
+        own = (SparseModule, QuantizedBNReLU2d, MultiheadAttention)
+        return isinstance(module, own) or super().is_leaf_module(module, name)
 
 
 class FusedForward:
@@ -74,23 +85,29 @@ class _Finder:
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.names = Counter(id(module) for module in self.modules.values())
         self.calls = Counter(id(self.modules[n.target]) for n in graph.nodes if n.op == "call_module")
 
     def module(self, node: Any) -> nn.Module | None:
         """The module that a node calls."""
         return self.modules[node.target] if isinstance(node, fx.Node) and node.op == "call_module" else None
 
-    def limit(self, node: fx.Node) -> float | None:
-        """Upper limit of the activation that a node is; None where it is none."""
-        module = self.module(node)
+    def activation_name(self, node: fx.Node) -> str | None:
+        """What `QuantizedSparseLinearAct` calls the activation that a node is; None where it is none."""
+        module, name = self.module(node), None
         if module is not None:
-            limits = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
-            return None if _has_hooks(module) else limits.get(type(module))
-        if node.op == "call_function" and node.target in _RELU_FUNCTIONS:
-            return math.inf
-        if node.op == "call_function" and node.target in _RELU6_FUNCTIONS:
-            return 6.0
-        return math.inf if node.op == "call_method" and node.target in ("relu", "relu_") else None
+            name = None if _has_hooks(module) else _ACTIVATION_MODULES.get(type(module))
+        elif node.op == "call_function":
+            name = _ACTIVATION_FUNCTIONS.get(node.target)
+        elif node.op == "call_method" and node.target in ("relu", "relu_"):
+            name = "relu"
+        if name != "gelu":
+            return name
+        return _GELUS.get(getattr(module, "approximate", None) or node.kwargs.get("approximate", "none"))
+
+    def limit(self, node: fx.Node) -> float | None:
+        """Upper limit of the activation that a node is; None where it has none."""
+        return _LIMITS.get(self.activation_name(node))
 
     def other_summand(self, node: fx.Node, summand: fx.Node) -> fx.Node | None:
         """What a node adds to a summand; None where it is no plain addition of two, or changes the other one."""
@@ -109,6 +126,7 @@ class _Finder:
         module = self.module(node)
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         marked = node.kwargs.get("inplace") or node.kwargs.get("out") is not None or getattr(module, "inplace", False)
+        marked = marked or any(argument is True for argument in node.args[1:])  # relu(x, True)
         return bool(marked) or name.endswith("_")
 
     def undisturbed(self, parts: list[fx.Node]) -> bool:
@@ -120,14 +138,22 @@ class _Finder:
             node = node.next
         return True
 
+    def obstacle(self, node: fx.Node) -> str:
+        """Why a layer cannot be part of a block, empty where it can."""
+        layer = self.module(node)
+        if self.names[id(layer)] > 1:
+            return "is at several places of the model"
+        if self.calls[id(layer)] > 1:
+            return "is called more than once"
+        if _has_hooks(layer):
+            return "has hooks"
+        return "is called in an unusual way" if len(node.args) != 1 or node.kwargs else ""
+
     def after(self, conv_node: fx.Node) -> tuple[fx.Node | None, str]:
         """The batch normalisation behind a convolution, or why there is none that fits."""
-        conv = self.module(conv_node)
-        if self.calls[id(conv)] > 1:
-            return None, "is called more than once"
-        if _has_hooks(conv):
-            return None, "has hooks"
-        if len(conv_node.users) != 1 or len(conv_node.args) != 1 or conv_node.kwargs:
+        if reason := self.obstacle(conv_node):
+            return None, reason
+        if len(conv_node.users) != 1:
             return None, "its output is used elsewhere"
         (node,) = conv_node.users
         norm = self.module(node)
@@ -178,42 +204,94 @@ def _connect(graph: fx.Graph, model: nn.Module) -> None:
     """Tell every block which others' convolutions read its output, and whether it has other readers."""
     modules = dict(model.named_modules(remove_duplicate=False))
     nodes = [n for n in graph.nodes if n.op == "call_module"]
-    convolutions = [n for n in nodes if isinstance(modules[n.target], QuantizedSparseConvBn2d)]
     for node in nodes:
         block = modules[node.target]
-        if isinstance(block, (QuantizedSparseConvBn2d, QuantizedBNReLU2d)):
-            readers = [user for user in convolutions if user in node.users and user.args[0] is node]
-            block._read_elsewhere = len(node.users) > len(readers) or any(node in user.args[1:] for user in readers)
-            # what is packed for the largest kernel may serve the others, see `geometry.embedded`
-            block._readers = tuple(sorted((modules[user.target] for user in readers),
-                                          key=lambda reader: -math.prod(reader.kernel_size)))
+        if isinstance(block, _BLOCKS):
+            kind = QuantizedSparseLinearAct if isinstance(block, QuantizedSparseLinearAct) else QuantizedSparseConvBn2d
+            calls = [user for user in nodes if user in node.users and isinstance(modules[user.target], kind)
+                     and user.args[0] is node]  # fmt: skip
+            block._read_elsewhere = len(node.users) > len(calls) or any(node in user.args[1:] for user in calls)
+            readers = [modules[user.target] for user in calls]
+            if kind is QuantizedSparseConvBn2d:
+                # what is packed for the largest kernel may serve the others, see `geometry.embedded`
+                readers.sort(key=lambda reader: -math.prod(reader.kernel_size))
+            block._readers = tuple(readers)
+
+
+def _fuse_linear(graph: fx.Graph, find: _Finder, blocks: dict[str, nn.Module], found: dict[str, str]) -> None:
+    """Add the blocks that begin with a linear layer."""
+    nodes = [n for n in graph.nodes if type(find.module(n)) is QuantizedSparseLinear]
+    calls: dict[fx.Node, str] = {}  # of blocks with an activation: their names
+    for node in nodes:
+        user = next(iter(node.users), None)
+        name = find.activation_name(user) if len(node.users) == 1 else None
+        reason = find.obstacle(node)
+        if not reason and name is None:
+            reason = "its output is used elsewhere" if len(node.users) > 1 else "no ReLU or GELU behind it"
+        if not reason and not find.undisturbed([node, user]):
+            reason = "something is changed in place meanwhile"
+        if reason:
+            found[node.target] = f"not fused: {reason}"
+        else:
+            found[node.target] = f"fused with {'GELU' if 'gelu' in name else 'ReLU'}"
+            blocks[node.target] = QuantizedSparseLinearAct.fuse(find.module(node), name)
+            calls[_replace(graph, node.target, [node, user], None)] = node.target
+    for node in nodes:  # the others that read what those can pack
+        if node.target not in blocks and not find.obstacle(node) and node.args[0] in calls:
+            blocks[node.target] = QuantizedSparseLinearAct.fuse(find.module(node), None)
+            found[node.target] = f"fused with {calls[node.args[0]]}"
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    """The model's graph, if there is one for both modes and all arguments; TypeError otherwise."""
+    for parameter in inspect.signature(type(model).forward).parameters.values():
+        if parameter.default is not parameter.empty:  # which tracing takes for given
+            raise TypeError(f"its forward pass has an optional argument, {parameter.name}")
+    modes = {module: module.training for module in model.modules()}
+    graphs = []
+    try:
+        for mode in (True, False):
+            for module in modes:
+                module.training = mode
+            graphs.append(_Tracer().trace(model))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if len({graph.python_code("self").src for graph in graphs}) > 1:
+        raise TypeError("its forward pass looks at the mode: put dropout into modules")
+    return graphs[0]
 
 
 def fuse_modules(model: nn.Module) -> dict[str, str]:
-    """Make blocks of quantised sparse convolutions and the BatchNorm2d, additions and ReLU that follow them, in place.
+    """Make blocks of quantised sparse layers and what follows them, in place.
+
+    These are convolutions with BatchNorm2d, additions and ReLU, and linear layers with ReLU or GELU.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Its sparse convolutions are replaced by blocks of ``qsparseprop.nn.intrinsic`` with the same parameters, further
-        BatchNorm2d with a ReLU behind them as well, and its forward pass by the traced graph. Names and state_dict stay
-        as they are. A model that ``torch.fx`` cannot trace stays as it is.
+        Its sparse convolutions and linear layers are replaced by blocks of ``qsparseprop.nn.intrinsic`` with the same
+        parameters, further BatchNorm2d with a ReLU behind them beside such convolutions as well, and its forward pass
+        by the traced graph. Names and state_dict stay as they are. A model that ``torch.fx`` cannot trace, or not for
+        both modes and all arguments, stays as it is.
 
     Returns
     -------
     dict
-        For each sparse convolution by its qualified name: what it was fused with, or why not; and for each BatchNorm2d
+        For each such layer by its qualified name: what it was fused with, or why not; and for each BatchNorm2d
         that became a block with the ReLU behind it, because what is before it is no sparse convolution that fits.
     """
-    names = {n: m for n, m in model.named_modules() if type(m) is QuantizedSparseConv2d}
+    if isinstance(model.__dict__.get("forward"), FusedForward):
+        unfuse_modules(model)  # tracing looks at the method of the class
+    names = {n: m for n, m in model.named_modules() if type(m) in (QuantizedSparseConv2d, QuantizedSparseLinear)}
     if not names:
         return {}
     try:
-        graph = _Tracer().trace(model)
+        graph = _trace(model)
     except Exception as error:  # whatever user code does with a proxy
         return dict.fromkeys(names, f"not fused: torch.fx cannot trace the model ({type(error).__name__}: {error})")
     find = _Finder(model, graph)
-    found = dict.fromkeys(names, "not fused: not called")
+    found = dict.fromkeys(names, "not fused: the traced graph does not call it")
     blocks: dict[str, nn.Module] = {}
     for conv_node in [n for n in graph.nodes if type(find.module(n)) is QuantizedSparseConv2d]:
         norm_node, reason = find.after(conv_node)
@@ -229,16 +307,17 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
         blocks[conv_node.target] = kind.fuse(find.module(conv_node), find.module(norm_node), high)
         found[name] = f"fused with {', '.join([str(norm_node.target), *_names(rest)])}"
         _replace(graph, conv_node.target, [conv_node, norm_node, *rest], residual)
-    if not blocks:
-        return found
     # only beside blocks of convolutions: alone they would change a model's numerics for little
-    norms = find.norms()
+    norms = find.norms() if blocks else ()
     for node in [n for n in graph.nodes if n.op == "call_module" and n.target in norms]:
         rest, residual, high = find.activation(node)
         if rest and len(node.args) == 1 and not node.kwargs and find.undisturbed([node, *rest]):
             blocks[node.target] = QuantizedBNReLU2d.fuse(find.module(node), high)
             found[node.target] = f"fused with {', '.join(_names(rest))}"
             _replace(graph, node.target, [node, *rest], residual)
+    _fuse_linear(graph, find, blocks, found)
+    if not blocks:
+        return found
     graph.lint()
     for target, block in blocks.items():
         parent, _, child = target.rpartition(".")
@@ -249,9 +328,9 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
 
 def unfuse_modules(model: nn.Module) -> None:
     """Undo `fuse_modules`, in place."""
-    if isinstance(model.__dict__.get("forward"), FusedForward):
-        del model.__dict__["forward"]
     for module in list(model.modules()):
+        if isinstance(module.__dict__.get("forward"), FusedForward):
+            del module.__dict__["forward"]
         for name, child in list(module.named_children()):
-            if isinstance(child, (QuantizedSparseConvBn2d, QuantizedBNReLU2d)):
+            if isinstance(child, _BLOCKS):
                 module.register_module(name, child.unfuse())

@@ -335,9 +335,10 @@ def swap_modules_with_sparse(
     qconfig : QuantConfig, optional
         For the quantised modules.
     fuse : bool
-        Make one block of a sparse convolution and the BatchNorm2d, addition and ReLU that follow it, and of other
-        BatchNorm2d with the ReLU behind them, see `qsparseprop.utils.fusion.fuse_modules`. What was fused, or why not,
-        is in the report. Blocks return channels_last tensors.
+        Make one block of a sparse convolution and the BatchNorm2d, addition and ReLU that follow it, of other
+        BatchNorm2d with the ReLU behind them, and of a sparse linear layer and its ReLU or GELU, see
+        `qsparseprop.utils.fusion.fuse_modules`. What was fused, or why not, is in the report. Blocks of images return
+        channels_last tensors.
 
     Returns
     -------

@@ -214,7 +214,7 @@ def swap_model(
 ) -> tuple[list[str], str]:
     """Swap a model in place, in the memory format that it is going to be trained in; see `swap_modules_with_sparse`.
 
-    With `fuse`, quantised convolutions become blocks with their BatchNorm and activation where the model can be traced.
+    With `fuse`, quantised layers become blocks with their BatchNorm and activation where the model can be traced.
 
     Returns
     -------

@@ -74,6 +74,8 @@ QSP_INLINE void f16_store_bf16_n(uint16_t *p, f16x v, int n)
 }
 QSP_INLINE f16x f16_mul(f16x x, f16x y) { return f16_of(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
 QSP_INLINE f16x f16_add(f16x x, f16x y) { return f16_of(_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)); }
+QSP_INLINE f16x f16_sub(f16x x, f16x y) { return f16_of(_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)); }
+QSP_INLINE f16x f16_div(f16x x, f16x y) { return f16_of(_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)); }
 QSP_INLINE f16x f16_fma(f16x x, f16x y, f16x z)
 {
     return f16_of(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b));
@@ -127,6 +129,13 @@ QSP_INLINE float f16_greatest(f16x v)
         s = line[i] > s ? line[i] : s;
     return s;
 }
+/* The magnitude of v, with the sign of another. */
+QSP_INLINE __m256 copysign8(__m256 v, __m256 sign)
+{
+    const __m256 bit = _mm256_set1_ps(-0.0f);
+    return _mm256_or_ps(_mm256_andnot_ps(bit, v), _mm256_and_ps(bit, sign));
+}
+QSP_INLINE f16x f16_copysign(f16x v, f16x sign) { return f16_of(copysign8(v.a, sign.a), copysign8(v.b, sign.b)); }
 QSP_INLINE f16x f16_abs(f16x v)
 {
     const __m256 sign = _mm256_set1_ps(-0.0f);

@@ -46,6 +46,8 @@ QSP_INLINE void f16_store_bf16(uint16_t *p, f16x v) { _mm256_storeu_si256((__m25
 QSP_INLINE void f16_store_bf16_n(uint16_t *p, f16x v, int n) { _mm256_mask_storeu_epi16(p, first_n(n), bf16_from(v)); }
 QSP_INLINE f16x f16_mul(f16x a, f16x b) { return _mm512_mul_ps(a, b); }
 QSP_INLINE f16x f16_add(f16x a, f16x b) { return _mm512_add_ps(a, b); }
+QSP_INLINE f16x f16_sub(f16x a, f16x b) { return _mm512_sub_ps(a, b); }
+QSP_INLINE f16x f16_div(f16x a, f16x b) { return _mm512_div_ps(a, b); }
 QSP_INLINE f16x f16_fma(f16x a, f16x b, f16x c) { return _mm512_fmadd_ps(a, b, c); }
 QSP_INLINE f16x f16_min(f16x a, f16x b) { return _mm512_min_ps(a, b); }
 QSP_INLINE f16x f16_max(f16x a, f16x b) { return _mm512_max_ps(a, b); }
@@ -62,6 +64,13 @@ QSP_INLINE f16x f16_from_codes(const uint8_t *p)
 QSP_INLINE float f16_sum(f16x v) { return _mm512_reduce_add_ps(v); }
 QSP_INLINE float f16_least(f16x v) { return _mm512_reduce_min_ps(v); }
 QSP_INLINE float f16_greatest(f16x v) { return _mm512_reduce_max_ps(v); }
+/* The magnitude of v, with the sign of another. */
+QSP_INLINE f16x f16_copysign(f16x v, f16x sign)
+{
+    const __m512i bit = _mm512_set1_epi32(INT32_MIN);
+    const __m512i bits = _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(v), 0xCA);
+    return _mm512_castsi512_ps(bits); /* bit ? sign : v */
+}
 QSP_INLINE f16x f16_abs(f16x v) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), v); }
 /* One where v is not zero, otherwise zero. */
 QSP_INLINE f16x f16_is_nonzero(f16x v)

@@ -5,6 +5,8 @@
 
 #include "norm.h"
 
+#include "activation.h"
+
 #include "unpack.h"
 
 #include "spmm.h"
@@ -32,6 +34,6 @@
 
 const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, ISA_PAIR, pack_u8, pack_f32, range,
-    range_channels, moments, quantize_rows, norm_moments, norm, norm_range, norm_sums, norm_grad, extent, quantize,
-    dequantize, relu, keep,
+    range_channels, moments, quantize_rows, norm_moments, norm, norm_range, norm_sums, norm_grad, act,
+    act_range, act_grad, act_sums, extent, quantize, dequantize, relu, keep,
 };

@@ -1,9 +1,9 @@
 /* The packer: a strided tensor -> planes of lanes, quantised to codes or as floats, with every gap filled.
  *
- * Batch normalisation and its gradient can be computed on the way, so that their result is not written and read again:
- * what is packed then is an element of the tensor (PLAIN), what norm.h makes of it (NORMED), or the gradient of that
- * (NORM_GRAD). */
-enum { PLAIN, NORMED, NORM_GRAD };
+ * Batch normalisation, activations and their gradients can be computed on the way, so that their result is not written
+ * and read again: what is packed is an element of the tensor (PLAIN), what norm.h or activation.h make of it (NORMED,
+ * ACTED), or the gradient of that (NORM_GRAD, ACT_GRAD). */
+enum { PLAIN, NORMED, NORM_GRAD, ACTED, ACT_GRAD };
 
 /* LIMITED is nearest even with codes that may leave their range. */
 enum { NEAREST, LIMITED, RANDOM, LOGARITHMIC };
@@ -91,7 +91,7 @@ static void fill_gaps(const qsp_pack *a, const qsp_walk *w, int64_t block, int64
 /* Where the first element of a run of lanes is, in the tensor, in its logical numbers and in the planes. */
 typedef struct {
     int64_t element, element_step;
-    int64_t row, row_step; /* the same in rows of channels, where batch normalisation is on the way */
+    int64_t row, row_step; /* the same in rows of channels, where something is computed on the way */
     int64_t number, number_step;
     int64_t lane, lanes;
 } lane_run;
@@ -105,6 +105,10 @@ QSP_INLINE f16x source_at(const qsp_pack *a, const lane_run *r, int64_t lane, in
                        a->norm->codes != NULL);
     if (source == NORM_GRAD)
         return norm_grad_at(a->norm_grad, r->row + lane * r->row_step, c, n, dtype);
+    if (source == ACTED)
+        return act_at(a->act, r->row + lane * r->row_step, c, n, dtype);
+    if (source == ACT_GRAD)
+        return act_grad_at(a->act_grad, r->row + lane * r->row_step, c, n, dtype);
     const int64_t at = r->element + lane * r->element_step + c;
     return whole ? load16(a->tensor, dtype, at) : load_n(a->tensor, dtype, at, 1, n);
 }
@@ -165,14 +169,34 @@ QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64
 
 enum { BAND = 64, BAND_AHEAD = 4 };
 
+/* Of what is computed on the way; 1 where nothing is. */
+QSP_INLINE int64_t source_channels(const qsp_pack *a, const int source)
+{
+    return source == NORMED      ? a->norm->channels
+           : source == NORM_GRAD ? a->norm_grad->channels
+           : source == ACTED     ? a->act->channels
+           : source == ACT_GRAD  ? a->act_grad->channels
+                                 : 1;
+}
+
 /* Ask for what `source_at` will read and write of n channels of a lane. */
 QSP_INLINE void source_prefetch(const qsp_pack *a, const lane_run *r, int64_t lane, int64_t c, int n, const int dtype,
                                 const int source)
 {
     const int width = dtype == QSP_F32 ? 4 : dtype == QSP_BF16 ? 2 : 1;
-    const int64_t at = (r->row + lane * r->row_step) * (source == NORMED ? a->norm->channels : a->norm_grad->channels) + c;
+    const int64_t at = (r->row + lane * r->row_step) * source_channels(a, source) + c;
     const char *read[2], *write[2];
-    if (source == NORMED) {
+    if (source == ACTED) {
+        read[0] = (const char *)a->act->x;
+        write[0] = (const char *)a->act->out;
+        write[1] = a->act->kind == QSP_CLAMP ? NULL : (const char *)a->act->saved;
+        read[1] = NULL;
+    } else if (source == ACT_GRAD) {
+        read[0] = (const char *)a->act_grad->dy;
+        read[1] = write[0] = write[1] = NULL;
+        if (a->act_grad->kind != QSP_CLAMP)
+            QSP_PREFETCH_READ((const char *)a->act_grad->saved + at);
+    } else if (source == NORMED) {
         read[0] = (const char *)a->norm->x;
         read[1] = (const char *)a->norm->residual;
         write[0] = (const char *)a->norm->out;
@@ -195,7 +219,7 @@ QSP_INLINE void source_prefetch(const qsp_pack *a, const lane_run *r, int64_t la
         QSP_PREFETCH_WRITE(write[1] + at);
 }
 
-/* The same of n channels, at most BAND, of what batch normalisation or its gradient gives; `sixteens`: a multiple of
+/* The same of n channels, at most BAND, of what is computed on the way; `sixteens`: a multiple of
  * sixteen. A lane's channels come one after the other, since codes, masks and results in floating point are read and
  * written beside: in whole cache lines, which would otherwise be gone from the first cache before their next sixteen
  * channels come, where lanes are images. */
@@ -204,6 +228,7 @@ QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64
 {
     QSP_ALIGNED(64) uint8_t rows[16][BAND];
     const int lanes = (int)qsp_min(16, r->lanes - k), vectors = (n + 15) / 16;
+    const int far = r->row_step > 1 || source >= ACTED; /* neighbours need no help; linear layers have long rows */
     const int64_t pitch = a->grid.pitch, number = r->number + k * r->number_step + c;
     uint8_t *to = (uint8_t *)a->planes + r->lane + (a->view.plane + c) * pitch + k;
     quantizer q[BAND / 16];
@@ -217,7 +242,7 @@ QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64
         dither[v][0] = dither[v][1] = i32_set1(0);
     }
     for (int j = 0; j < lanes; j++) {
-        if (r->row_step > 1 && k + j + BAND_AHEAD < r->lanes) /* neighbours need no help */
+        if (far && k + j + BAND_AHEAD < r->lanes)
             source_prefetch(a, r, k + j + BAND_AHEAD, c, n, dtype, source);
         for (int v = 0; v < vectors; v++) {
             const int width = sixteens ? 16 : (int)qsp_min(16, n - 16 * v);
@@ -307,7 +332,7 @@ QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64
     const int64_t image = block * g->images;
     /* the caller sees to it that channels are neighbours where there is a `source` */
     const int transposed = source != PLAIN || (v->elem_c == 1 && w.elem[2] != 1);
-    const int64_t channels = source == NORMED ? a->norm->channels : source == NORM_GRAD ? a->norm_grad->channels : 1;
+    const int64_t channels = source_channels(a, source);
 
     for (int64_t i0 = 0; i0 < w.size[0]; i0++)
         for (int64_t i1 = 0; i1 < w.size[1]; i1++) {
@@ -355,6 +380,14 @@ static void pack_u8(const qsp_pack *a, int64_t block, int64_t first, int64_t las
     const int rounding = rounding_of(&a->scheme);
     if (a->dtype == QSP_U8)
         pack_task(a, block, first, last, 1, QSP_U8, NEAREST, NORMED);
+    else if (a->act && a->dtype == QSP_F32)
+        pack_task(a, block, first, last, 1, QSP_F32, NEAREST, ACTED);
+    else if (a->act)
+        pack_task(a, block, first, last, 1, a->dtype, NEAREST, ACTED);
+    else if (a->act_grad && rounding == RANDOM && a->dtype == QSP_F32) /* what layers use by default */
+        pack_task(a, block, first, last, 1, QSP_F32, RANDOM, ACT_GRAD);
+    else if (a->act_grad)
+        pack_task(a, block, first, last, 1, a->dtype, rounding, ACT_GRAD);
     else if (a->norm_grad && rounding != RANDOM)
         pack_task(a, block, first, last, 1, a->dtype, rounding, NORM_GRAD);
     else if (rounding == LIMITED || rounding == LOGARITHMIC)

@@ -23,6 +23,8 @@ QSP_INLINE f16x f16_load_bf16_n(const uint16_t *p, int n) { EACH16(i < n ? qsp_b
 QSP_INLINE f16x f16_load_sums(const int32_t *p) { EACH16((float)p[i]); }
 QSP_INLINE f16x f16_mul(f16x a, f16x b) { EACH16(a.v[i] * b.v[i]); }
 QSP_INLINE f16x f16_add(f16x a, f16x b) { EACH16(a.v[i] + b.v[i]); }
+QSP_INLINE f16x f16_sub(f16x a, f16x b) { EACH16(a.v[i] - b.v[i]); }
+QSP_INLINE f16x f16_div(f16x a, f16x b) { EACH16(a.v[i] / b.v[i]); }
 QSP_INLINE f16x f16_fma(f16x a, f16x b, f16x c) { EACH16(a.v[i] * b.v[i] + c.v[i]); }
 QSP_INLINE f16x f16_min(f16x a, f16x b) { EACH16(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 QSP_INLINE f16x f16_max(f16x a, f16x b) { EACH16(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
@@ -80,6 +82,8 @@ QSP_INLINE void f16_transpose(f16x *r)
 }
 
 QSP_INLINE f16x f16_abs(f16x v) { EACH16(fabsf(v.v[i])); }
+/* The magnitude of v, with the sign of another. */
+QSP_INLINE f16x f16_copysign(f16x v, f16x sign) { EACH16(copysignf(v.v[i], sign.v[i])); }
 /* One where v is not zero, otherwise zero. */
 QSP_INLINE f16x f16_is_nonzero(f16x v) { EACH16(v.v[i] != 0.0f ? 1.0f : 0.0f); }
 

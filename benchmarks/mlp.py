@@ -1,0 +1,138 @@
+"""Linear layers and their activations: training steps of networks made of them, with and without blocks.
+
+"mlp gelu" and "mlp relu" are the feed-forward part of a transformer (768 -> 3072 -> 768 features at 2,048 rows), "vit"
+is a whole one (four layers of width 384, 64 tokens of each of 64 images). All linear layers but the classifier have the
+given fraction of zeros, at random positions, and are sparse modules in our network: one after the other with torch's
+activations (int8), or in blocks with them that hand over packed results (fused). Dense networks run in float32 and
+under bfloat16 autocast, and do not pay for keeping their zeros. The step of "mlp" is forward and backward, that of
+"vit" also loss and update.
+
+  python benchmarks/mlp.py --json mlp.json
+  python benchmarks/mlp.py --only "mlp gelu" --threads 1 --sparsity 0.95
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _common import (
+    DENSE,
+    Competitor,
+    Table,
+    make_parser,
+    ms_cells,
+    precision,
+    put_zeros,
+    race,
+    remark_noise,
+    say,
+    start,
+    write_json,
+)
+from _networks import vit
+from torch import nn
+
+from qsparseprop.utils.measurement_utils import saved_for_backward_bytes
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+
+NETWORKS = ("mlp gelu", "mlp relu", "vit")
+#: Name, group, bfloat16 autocast, blocks.
+SETTINGS = (("fp32", DENSE, False, False), ("bf16", DENSE, True, False), ("int8", "int8", False, False),
+            ("fused", "fused", False, True))  # fmt: skip
+
+
+def build(name: str, quick: bool) -> tuple[nn.Module, torch.Tensor]:
+    """A network and its input."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    if name == "vit":
+        return vit(), torch.randn(2 if quick else 64, 3, 32, 32, generator=generator)
+    width, rows = (16, 8) if quick else (768, 2048)
+    activation = nn.GELU() if name == "mlp gelu" else nn.ReLU()
+    model = nn.Sequential(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
+    return model, torch.randn(rows, width, generator=generator)
+
+
+def training_step(
+    name: str, model: nn.Module, x: torch.Tensor, bf16: bool, swapped: bool, fuse: bool, sparsity: float
+) -> tuple[Callable[[], None], float]:
+    """A step of a copy of the network, and the megabytes that it keeps for the backward pass."""
+    model = copy.deepcopy(model).train()
+    if swapped:
+        swap_modules_with_sparse(model, x, verbose=False, min_sparsity=max(sparsity - 0.01, 0.0), include_dense=False,
+                                 skip_modules=("head", "patches") if name == "vit" else (), fuse=fuse)  # fmt: skip
+    if name == "vit":
+        labels = torch.randint(10, (len(x),), generator=torch.Generator().manual_seed(1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+        def forward() -> torch.Tensor:
+            with precision(bf16):
+                return F.cross_entropy(model(x), labels)
+
+        def step() -> None:
+            forward().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    else:
+        x = x.requires_grad_()  # as within a network
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+        def forward() -> torch.Tensor:
+            with precision(bf16):
+                return model(x)
+
+        def step() -> None:
+            y = forward()
+            y.backward(grad.to(y.dtype))
+            model.zero_grad()
+            x.grad = None
+
+    forward()  # in its first run blocks learn of each other
+    return step, saved_for_backward_bytes(forward, model) / 1e6
+
+
+def compare(args: argparse.Namespace, networks: Sequence[str]) -> list[dict[str, Any]]:
+    """Race all settings for each network, thread count and sparsity."""
+    results = []
+    for name, threads in itertools.product(networks, args.threads):
+        torch.set_num_threads(threads)
+        model, x = build(name, args.quick)
+        say(f"\n{name}: training step in ms and MB saved for the backward pass, {threads} "
+            f"thread{'s' if threads > 1 else ''}\n")
+        table = Table(["zeros", *(s[0] for s in SETTINGS), "best dense", "x int8", "x fused",
+                       *(f"MB {s[0]}" for s in SETTINGS)], 6)  # fmt: skip
+        for sparsity in args.sparsity:
+            pruned = copy.deepcopy(model)
+            for seed, (layer, module) in enumerate(pruned.named_modules()):
+                if isinstance(module, nn.Linear) and layer != "head":
+                    put_zeros(module.weight, sparsity, seed)
+            steps = {n: training_step(name, pruned, x, bf16, group != DENSE, fuse, sparsity)
+                     for n, group, bf16, fuse in SETTINGS}  # fmt: skip
+            result = race([Competitor(n, group, steps[n][0]) for n, group, *_ in SETTINGS], args)
+            result = {"network": name, "threads": threads, "sparsity": sparsity,
+                      "saved_mb": {n: saved for n, (_, saved) in steps.items()}, **result}  # fmt: skip
+            results.append(result)
+            table.row(f"{100 * sparsity:g} %", *ms_cells(result), result["best"][DENSE], result["ratio"]["int8"],
+                      result["ratio"]["fused"], *result["saved_mb"].values())
+    say("\nx: time of the best dense setting / time of ours")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = make_parser(__doc__, repeats=5, sparsity=(0.9, 0.95), threads=(1, 2))
+    parser.add_argument("--only", choices=NETWORKS, nargs="+", default=NETWORKS, help="networks (default: all)")
+    args, document = start("mlp", parser, argv)
+    document["results"] = compare(args, args.only)
+    remark_noise(document["results"])
+    write_json(args.json, document)
+
+
+if __name__ == "__main__":
+    main()
