@@ -42,7 +42,7 @@ from qsparseprop.utils.pruning_utils import (
 BATCH = 64
 
 #: Setting by name; None is dense float32 with a mask, "float" the sparse modules in float32, "blocks" the default with
-#: convolutions and BatchNorm in blocks.
+#: convolutions and BatchNorm, and linear layers and ReLU, in blocks.
 SETTINGS: dict[str, QuantConfig | str | None] = {
     "fp32 masked dense": None,
     "fp32 sparse": "float",

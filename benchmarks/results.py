@@ -2,8 +2,8 @@
 
 Each section is one command. For each sparsity and seed a network is trained dense, pruned, and fine-tuned from one
 point on the same batches: dense in fp32 and in the best dense configuration (zeros held by masks), with sparse layers
-in float32 and in int8, the latter with compress_saved_tensors, and with packed blocks of convolution, BatchNorm and
-ReLU. The runs take turns, each in a process of its own.
+in float32 and in int8, the latter with compress_saved_tensors, and with packed blocks (convolution, BatchNorm and ReLU,
+or linear layer and GELU). The runs take turns, each in a process of its own.
 
   python benchmarks/results.py digits
   python benchmarks/results.py mnist --data ../shared/data           also: fashion_mnist, cifar10, vit

@@ -22,6 +22,7 @@ from qsparseprop.nn._handover import PackedTensor, handed_over
 from qsparseprop.nn._linear_act import FUNCTIONS, output_range
 from qsparseprop.nn.intrinsic import QuantizedSparseLinearAct
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils.fusion import unfuse_modules
 from qsparseprop.utils.measurement_utils import saved_for_backward_bytes
 from qsparseprop.utils.models import vit_tiny
 from qsparseprop.utils.network_utils import (
@@ -95,7 +96,10 @@ def test_range_holds_the_result(shape, spread, name):
     rounding = 1e-6 * x.abs().amax(0).clamp(min=1)
     assert (y.amin(0) >= least - rounding).all()
     torch.testing.assert_close(y.amax(0), most, rtol=1e-5, atol=1e-6)
-    assert (least >= FUNCTIONS[name](x).amin(0).minimum(torch.tensor(-0.1701))).all()
+    # where GELU's least value lies within a channel's range it is taken for the channel's
+    inside = (x.amin(0) < -0.75) & (x.amax(0) > -0.76) & torch.tensor(name.startswith("gelu"))
+    torch.testing.assert_close(least[~inside], y.amin(0)[~inside], rtol=1e-5, atol=1e-6)
+    assert (least[inside] > -0.1701).all()
 
 
 @given(shape=PACKED_SHAPES, dtype=DTYPES, name=st.sampled_from(NAMES), per_channel=st.booleans(), keep=st.booleans(),
@@ -346,7 +350,11 @@ def test_anybody_else_sees_an_ordinary_tensor():
     torch.testing.assert_close(h[1, 2] + 0, h.detach()[1, 2])
     assert torch.equal(h.reshape(10, 40), h.detach().view(10, 40))
     buffer = io.BytesIO()
-    torch.save(h.detach(), buffer)
+    torch.save(h, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer)
+    assert type(loaded) is torch.Tensor
+    assert torch.equal(loaded, h.detach())
     assert torch.equal(model[2](h), model(x))
 
 
@@ -410,7 +418,8 @@ def test_models_are_fused_where_possible_and_right_everywhere(way, activation):
         assert all(r.startswith("not fused") for r in reasons.values()), reasons
         wanted = {
             "mode": "looks at the mode", "alias": "several places", "input changed": "in place meanwhile",
-            "control flow": "cannot trace", "silu": "no ReLU or GELU", "two readers": "used elsewhere",
+            "control flow": "cannot trace", "changed": "used elsewhere", "silu": "no ReLU or GELU",
+            "two readers": "used elsewhere",
         }  # fmt: skip
         assert wanted.get(way, "not fused") in reasons["first"]
         assert type(blocks.first) is type(blocks.second) is QuantizedSparseLinear
@@ -449,22 +458,132 @@ def test_a_transformer_is_fused():
     assert "fused with GELU" in str(blocks.swap_report)
 
 
-class Masked(nn.Module):
+class Two(nn.Module):
+    """Two layers, with buffers."""
+
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(24, 40), nn.Linear(40, 8)
+        self.register_buffer("mean", torch.randn(24))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
+
+class Masked(Two):
     def forward(self, x, mask=None):
         h = self.first(x).relu()
         return self.second(h if mask is None else h * mask)
 
 
-def test_optional_arguments_keep_a_model_from_being_traced():
+class Keywords(Two):
+    def forward(self, x, **masks):
+        h, mask = self.first(x).relu(), masks.get("mask")
+        return self.second(h if mask is None else h * mask)
+
+
+@pytest.mark.parametrize("kind", [Masked, Keywords])
+def test_optional_arguments_keep_a_model_from_being_traced(kind):
     torch.manual_seed(0)
-    model = swap(prune(Masked()), (4, 24))
+    model = swap(prune(kind()), (4, 24))
     assert "optional argument, mask" in model.swap_report[0].reason
     x = torch.randn(4, 24)
-    assert not torch.equal(model(x), model(x, torch.zeros(4, 1)))
+    assert not torch.equal(model(x), model(x, mask=torch.zeros(4, 1)))
+
+
+class Constants(Two):
+    """Tensors made in the forward pass, or of buffers."""
+
+    def forward(self, x):
+        x = (x - self.mean.view(1, 24)) * torch.tensor(2.0) + torch.tensor([1.0])
+        return self.second(nn.functional.avg_pool2d(self.first(x).relu()[:, None, None], 1, 1, 0, True)[:, 0, 0])
+
+
+class Counting(Two):
+    def forward(self, x):
+        if self.training:
+            self.steps.add_(1)
+        self.last = x
+        return self.second(self.first(x).relu())
+
+
+class Noisy(Two):
+    def forward(self, x):
+        return self.second(self.first(x * torch.rand(24)).relu())
+
+
+def test_tracing_leaves_no_traces():
+    torch.manual_seed(0)
+    for kind, reason in ((Constants, "fused with ReLU"), (Counting, "looks at the mode"), (Noisy, "from call to call")):
+        model = prune(kind())
+        model.second.eval()
+        plain, blocks = swap(model, (4, 24), fuse=False), swap(model, (4, 24))
+        assert reason in blocks.swap_report[0].reason
+        assert blocks.training
+        assert not blocks.second.training
+        assert blocks.steps == 0
+        assert not hasattr(blocks, "last")
+        new = set(vars(blocks)) - set(vars(plain))
+        assert all(name == "forward" or name.startswith("_tensor_constant") for name in new)
+        assert bool(new) == (kind is Constants)
+        if kind is Noisy:
+            continue
+        blocks.mean.add_(1)  # buffers are read when the graph runs
+        plain.mean.add_(1)
+        x = torch.randn(4, 24)
+        torch.testing.assert_close(blocks(x), plain(x), rtol=2e-2, atol=2e-2)
+        assert blocks.steps == plain.steps
+
+
+def test_layers_of_a_shared_part_are_fused():
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8))
+    model = swap(Whole(prune(part)), (4, 24))
+    assert type(model.part[0]) is type(model.again[0]) is QuantizedSparseLinearAct
+    assert model.part[0] is model.again[0]
+
+
+class Whole(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = self.again = part
+
+    def forward(self, x):
+        return self.part(x)
+
+
+def test_parts_that_were_fused_by_themselves_stay_as_they_are():
+    torch.manual_seed(0)
+    inner = swap(mlp(nn.GELU()), (4, 24))  # its last layer has no activation
+    x = torch.randn(4, 24)
+    wanted = inner(x)
+    outer = prune(nn.Sequential(inner, nn.GELU(), nn.Linear(40, 40), nn.GELU(), nn.Linear(40, 8)))
+    for _ in range(2):
+        swap_modules_with_sparse(outer, (4, 24), fuse=True, include_dense=False, min_sparsity=0.5, verbose=False)
+        assert type(outer[2]) is QuantizedSparseLinearAct
+        outer(x)
+        assert torch.equal(inner(x), wanted)
+    unfuse_modules(outer)
+    torch.testing.assert_close(inner(x), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_parts_of_a_block_that_are_replaced_are_missed():
+    torch.manual_seed(0)
+    x = torch.randn(4, 24)
+    for run_before in (False, True):
+        model = swap(mlp(nn.GELU()), (4, 24))
+        if run_before:
+            model(x)
+        model[0] = nn.Linear(24, 40)
+        with pytest.raises(RuntimeError, match="0 was part of a block, with what follows it, and has been replaced"):
+            model(x)
+
+
+def test_a_model_whose_forward_was_replaced_is_left_alone():
+    torch.manual_seed(0)
+    model = mlp(nn.ReLU())
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)
+    assert swap_modules_with_sparse(model, (4, 24), fuse=True, include_dense=False, min_sparsity=0.5, verbose=False)
+    assert "its forward pass was replaced" in model.swap_report[0].reason
 
 
 def test_a_model_is_fused_again_after_further_changes():
@@ -482,7 +601,7 @@ def test_a_model_is_fused_again_after_further_changes():
     assert type(model[0]) is QuantizedSparseLinearAct  # another model's part
 
 
-class Scaled(Masked):
+class Scaled(Two):
     def forward(self, x):
         h = self.first(x).relu()
         h.mul_(0.5)
@@ -503,6 +622,9 @@ def test_what_is_changed_in_place_is_not_read_packed(context):
         packed = h[0](x)
         assert type(packed) is PackedTensor
         packed.mul_(0.5)
+        torch.testing.assert_close(h[2](packed), QuantizedSparseLinear.forward(h[2], packed + 0), rtol=2e-2, atol=2e-2)
+        packed = h[0](x)
+        packed[:, :20] = 0
         torch.testing.assert_close(h[2](packed), QuantizedSparseLinear.forward(h[2], packed + 0), rtol=2e-2, atol=2e-2)
 
 

@@ -200,8 +200,15 @@ class PackedTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator on the values."""
-        packed = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, PackedTensor)]
-        args, kwargs = tree_map_only(PackedTensor, PackedTensor.values, (args, kwargs or {}))
+        packed = []
+
+        def values(tensor: PackedTensor) -> Tensor:
+            packed.append(tensor)
+            if tensor.is_inference():  # there is no version counter that would tell of changes by a view
+                tensor._packed_input = None
+            return tensor.values()
+
+        args, kwargs = tree_map_only(PackedTensor, values, (args, kwargs or {}))
         result = func(*args, **kwargs)
         for tensor in packed:
             if result is tensor._values:  # in place: the result is the tensor that was given

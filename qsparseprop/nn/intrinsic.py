@@ -70,7 +70,8 @@ class _Block(_HandsOver):
             t is not None and t.requires_grad for t in (*inputs, norm.weight, norm.bias)
         )  # fmt: skip
         consumer = None
-        if packs and self._readers and all(shape[1] == reader.in_channels for reader in self._readers):
+        unseen = keep and torch.is_inference_mode_enabled()  # changes of the output would be
+        if packs and not unseen and self._readers and all(shape[1] == reader.in_channels for reader in self._readers):
             first, *others = self._readers
             geometry, qconfig = first._geometry(shape[0], shape[2:]), first._qconfig
             if packs_input(qconfig, geometry):
@@ -337,7 +338,7 @@ class QuantizedSparseLinearAct(_HandsOver, QuantizedSparseLinear):
     """A sparse linear layer and the activation behind it, or one without that reads what such a block has packed.
 
     Made by `fuse`, or by ``swap_modules_with_sparse(model, ..., fuse=True)``. For the backward pass ReLU keeps one bit
-    an element and GELU its slope in 8 bits, to 1/400.
+    an element and GELU its slope in 8 bits, to 1/400. No gradient passes an element that is not finite.
 
     Attributes
     ----------
@@ -428,7 +429,10 @@ class QuantizedSparseLinearAct(_HandsOver, QuantizedSparseLinear):
             return None, True
         alike = all((r._qconfig.input, r._qconfig.granularity, r._qconfig.grad_weight)
                     == (qconfig.input, qconfig.granularity, "int8") for r in others)  # fmt: skip
-        return (geometry, qconfig), self._read_elsewhere or not alike
+        keep = self._read_elsewhere or not alike
+        if keep and torch.is_inference_mode_enabled():  # changes of the output would not be seen
+            return None, True
+        return (geometry, qconfig), keep
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         x = x.view_as(x) if isinstance(x, PackedTensor) else x

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn.attention import MultiheadAttention
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d
 from qsparseprop.nn.intrinsic import (
     QuantizedBNReLU2d,
@@ -24,6 +21,7 @@ from qsparseprop.nn.intrinsic import (
     QuantizedSparseLinearAct,
 )
 from qsparseprop.nn.linear import QuantizedSparseLinear
+from qsparseprop.utils._tracing import trace
 
 _ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.GELU: "gelu"}
 _ACTIVATION_FUNCTIONS = {
@@ -39,36 +37,50 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "i
              "ilshift", "irshift", "iconcat", "setitem", "delitem")  # fmt: skip
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        own = (SparseModule, QuantizedBNReLU2d, MultiheadAttention)
-        return isinstance(module, own) or super().is_leaf_module(module, name)
-
-
 class FusedForward:
     """A model's forward pass as a graph in which blocks have taken the place of their parts.
 
     It is an attribute of the model that hides the method of its class. With `hand_over` blocks give each other packed
-    activations.
+    activations. `blocks` are the names of those that were made with it.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, hand_over: bool = True) -> None:
-        self.model, self.graph, self.hand_over = model, graph, hand_over
+    def __init__(self, model: nn.Module, graph: fx.Graph, blocks: Sequence[str], hand_over: bool = True) -> None:
+        self.model, self.graph, self.blocks, self.hand_over = model, graph, tuple(blocks), hand_over
         self._compiled: Callable[..., Any] | None = None
+        self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on the model."""
         if self._compiled is None:
-            if self.hand_over:
-                _connect(self.graph, self.model)
-            code = self.graph.python_code("self")
-            scope = dict(code.globals)
-            exec(code.src, scope)
-            self._compiled = scope["forward"]
+            self._compile()
+        if not torch.compiler.is_compiling():
+            for children, name, block in self._places:
+                if children.get(name) is not block:
+                    self._refuse(name)
         return self._compiled(self.model, *args, **kwargs)
 
+    def _compile(self) -> None:
+        self._places.clear()
+        for target in self.blocks:
+            parent, _, name = target.rpartition(".")
+            children = self.model.get_submodule(parent)._modules
+            if not isinstance(children.get(name), _BLOCKS):
+                self._refuse(target)
+            self._places.append((children, name, children[name]))
+        if self.hand_over:
+            _connect(self.graph, self.model)
+        code = self.graph.python_code("self")
+        scope = dict(code.globals)
+        exec(code.src, scope)
+        self._compiled = scope["forward"]
+
+    @staticmethod
+    def _refuse(name: str) -> None:
+        raise RuntimeError(f"{name} was part of a block, with what follows it, and has been replaced: turn the whole "
+                           "model back first, by swap_modules_with_dense or unfuse_modules")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
-        return FusedForward(copy.deepcopy(self.model, memo), copy.deepcopy(self.graph), self.hand_over)
+        return FusedForward(copy.deepcopy(self.model, memo), copy.deepcopy(self.graph), self.blocks, self.hand_over)
 
     def __reduce__(self) -> Any:
         raise TypeError("a model with fused blocks cannot be pickled as a whole: save its state_dict, or a copy by "
@@ -85,7 +97,8 @@ class _Finder:
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.names = Counter(id(module) for module in self.modules.values())
+        self.places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+        self.apart = _fused_parts(model)
         self.calls = Counter(id(self.modules[n.target]) for n in graph.nodes if n.op == "call_module")
 
     def module(self, node: Any) -> nn.Module | None:
@@ -126,7 +139,8 @@ class _Finder:
         module = self.module(node)
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         marked = node.kwargs.get("inplace") or node.kwargs.get("out") is not None or getattr(module, "inplace", False)
-        marked = marked or any(argument is True for argument in node.args[1:])  # relu(x, True)
+        if node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS:
+            marked = marked or True in node.args[1:]  # relu(x, True)
         return bool(marked) or name.endswith("_")
 
     def undisturbed(self, parts: list[fx.Node]) -> bool:
@@ -141,8 +155,10 @@ class _Finder:
     def obstacle(self, node: fx.Node) -> str:
         """Why a layer cannot be part of a block, empty where it can."""
         layer = self.module(node)
-        if self.names[id(layer)] > 1:
+        if self.places[id(layer)] > 1:
             return "is at several places of the model"
+        if _part_of(node.target, self.apart):
+            return "belongs to a part that was fused by itself"
         if self.calls[id(layer)] > 1:
             return "is called more than once"
         if _has_hooks(layer):
@@ -182,7 +198,8 @@ class _Finder:
     def norms(self) -> set[str]:
         """Names of the batch normalisations that may become blocks of their own."""
         return {name for name, module in self.modules.items()
-                if type(module) is nn.BatchNorm2d and self.calls[id(module)] == 1 and not _has_hooks(module)}
+                if type(module) is nn.BatchNorm2d and self.calls[id(module)] == 1 and self.places[id(module)] == 1
+                and not _has_hooks(module) and not _part_of(name, self.apart)}
 
 
 def _replace(graph: fx.Graph, target: str, parts: list[fx.Node], residual: fx.Node | None) -> fx.Node:
@@ -200,8 +217,24 @@ def _names(parts: list[fx.Node]) -> list[str]:
     return ["add"] * (len(parts) - 1) + ["ReLU"] if parts else []
 
 
+def _fused_parts(model: nn.Module) -> set[str]:
+    """Names of the parts of a model that were fused by themselves."""
+    return {name for name, module in model.named_modules(remove_duplicate=False)
+            if name and isinstance(vars(module).get("forward"), FusedForward)}
+
+
+def _part_of(name: str, parts: set[str]) -> str | None:
+    """Which of the parts a module belongs to, the outermost one; None for none."""
+    ends = [i for i, character in enumerate(name) if character == "."]
+    return next((name[:end] for end in ends if name[:end] in parts), None)
+
+
 def _connect(graph: fx.Graph, model: nn.Module) -> None:
-    """Tell every block which others' convolutions read its output, and whether it has other readers."""
+    """Tell every block which others' convolutions read its output, and whether it has other readers.
+
+    Parts that were fused by themselves hand over nothing to others: they may also be called alone.
+    """
+    parts = _fused_parts(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     nodes = [n for n in graph.nodes if n.op == "call_module"]
     for node in nodes:
@@ -209,7 +242,7 @@ def _connect(graph: fx.Graph, model: nn.Module) -> None:
         if isinstance(block, _BLOCKS):
             kind = QuantizedSparseLinearAct if isinstance(block, QuantizedSparseLinearAct) else QuantizedSparseConvBn2d
             calls = [user for user in nodes if user in node.users and isinstance(modules[user.target], kind)
-                     and user.args[0] is node]  # fmt: skip
+                     and user.args[0] is node and _part_of(user.target, parts) == _part_of(node.target, parts)]
             block._read_elsewhere = len(node.users) > len(calls) or any(node in user.args[1:] for user in calls)
             readers = [modules[user.target] for user in calls]
             if kind is QuantizedSparseConvBn2d:
@@ -242,26 +275,6 @@ def _fuse_linear(graph: fx.Graph, find: _Finder, blocks: dict[str, nn.Module], f
             found[node.target] = f"fused with {calls[node.args[0]]}"
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    """The model's graph, if there is one for both modes and all arguments; TypeError otherwise."""
-    for parameter in inspect.signature(type(model).forward).parameters.values():
-        if parameter.default is not parameter.empty:  # which tracing takes for given
-            raise TypeError(f"its forward pass has an optional argument, {parameter.name}")
-    modes = {module: module.training for module in model.modules()}
-    graphs = []
-    try:
-        for mode in (True, False):
-            for module in modes:
-                module.training = mode
-            graphs.append(_Tracer().trace(model))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if len({graph.python_code("self").src for graph in graphs}) > 1:
-        raise TypeError("its forward pass looks at the mode: put dropout into modules")
-    return graphs[0]
-
-
 def fuse_modules(model: nn.Module) -> dict[str, str]:
     """Make blocks of quantised sparse layers and what follows them, in place.
 
@@ -281,13 +294,13 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
         For each such layer by its qualified name: what it was fused with, or why not; and for each BatchNorm2d
         that became a block with the ReLU behind it, because what is before it is no sparse convolution that fits.
     """
-    if isinstance(model.__dict__.get("forward"), FusedForward):
-        unfuse_modules(model)  # tracing looks at the method of the class
+    if isinstance(vars(model).get("forward"), FusedForward):
+        _undo(model)  # tracing looks at the method of the class
     names = {n: m for n, m in model.named_modules() if type(m) in (QuantizedSparseConv2d, QuantizedSparseLinear)}
     if not names:
         return {}
     try:
-        graph = _trace(model)
+        graph, constants = trace(model)
     except Exception as error:  # whatever user code does with a proxy
         return dict.fromkeys(names, f"not fused: torch.fx cannot trace the model ({type(error).__name__}: {error})")
     find = _Finder(model, graph)
@@ -322,15 +335,24 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
     for target, block in blocks.items():
         parent, _, child = target.rpartition(".")
         model.get_submodule(parent).register_module(child, block)
-    model.__dict__["forward"] = FusedForward(model, graph)
+    vars(model).update(constants, forward=FusedForward(model, graph, list(blocks)))
     return found
 
 
+def _undo(model: nn.Module) -> None:
+    """Undo what fusing a model has made, but not what was made in parts of it before."""
+    for target in vars(model).pop("forward").blocks:
+        parent, _, name = target.rpartition(".")
+        block = model.get_submodule(target)
+        if isinstance(block, _BLOCKS):
+            model.get_submodule(parent).register_module(name, block.unfuse())
+
+
 def unfuse_modules(model: nn.Module) -> None:
-    """Undo `fuse_modules`, in place."""
+    """Undo `fuse_modules`, in place, also of parts that were fused by themselves."""
     for module in list(model.modules()):
-        if isinstance(module.__dict__.get("forward"), FusedForward):
-            del module.__dict__["forward"]
+        if isinstance(vars(module).get("forward"), FusedForward):
+            del vars(module)["forward"]
         for name, child in list(module.named_children()):
             if isinstance(child, _BLOCKS):
                 module.register_module(name, child.unfuse())

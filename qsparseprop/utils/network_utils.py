@@ -22,9 +22,9 @@ from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
 from qsparseprop.utils.measurement_utils import interleaved_medians
 
-#: Forward + backward passes from which a layer's medians are taken, until these differ by the factor beside: noise of
-#: the machine does not turn such a decision round.
-_TIMED_STEPS = ((1, 3.0), (3, 2.0), (9, 1.0))
+#: Forward + backward passes from which a layer's medians are taken, until these differ by the factor beside, which the
+#: machine's noise does not turn round where all of the faster one's passes take as many seconds as this.
+_TIMED_STEPS, _TIMED_SECONDS = ((1, 3.0), (3, 2.0), (9, 1.0)), 0.01
 
 #: (dense type, quantised) -> sparse type
 _REPLACEMENTS: dict[tuple[type[nn.Module], bool], type[SparseModule]] = {
@@ -209,7 +209,8 @@ def _settled_medians(steps: Mapping[str, Callable[[], Any]]) -> dict[str, float]
     """Median seconds of two steps, of as many passes as it takes to tell which is faster."""
     for repeats, factor in _TIMED_STEPS:
         seconds = interleaved_medians(steps, repeats)
-        if max(seconds.values()) >= factor * min(seconds.values()):
+        least, most = min(seconds.values()), max(seconds.values())
+        if most >= factor * least and repeats * least >= _TIMED_SECONDS:
             break
     return seconds
 
