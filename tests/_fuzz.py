@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from qsparseprop import ops, quantize_ops
-from qsparseprop._kernels import _dispatch, _matmul, _pack, _quantize
+from qsparseprop import activation_ops, norm_ops, ops, quantize_ops
+from qsparseprop._kernels import _activation, _dispatch, _matmul, _norm, _pack, _quantize, _statistics
 from qsparseprop.geometry import conv_geometry, linear_geometry
 from qsparseprop.pattern import dense_pattern, make_plan
 
@@ -22,6 +22,7 @@ INTEGERS = [0, 1, -1, 2, 3, 4, 5, 63, 64, 65, 128, 1 << 16, 1 << 20, (1 << 31) -
             1 << 39, (1 << 40) - 1, 1 << 40, (1 << 62) + 64, (1 << 63) - 1, -(1 << 63)]  # fmt: skip
 FLOATS = [0.0, -1.0, 0.5, 3.0, 7.0, 1e-45, 1e-300, 1e300, float("inf"), -float("inf"), float("nan")]
 SCHEMES = ["absmax", "symmetric", "standard", "sawb", "stochastic", "dithered", "luq", "int4", ""]
+ACTIVATIONS = ["relu", "relu6", "gelu", "gelu_tanh", "selu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.bool]
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -52,6 +53,11 @@ def guarded(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
     flat = torch.frombuffer(memory, dtype=dtype, count=numel, offset=start)
     like = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
     return flat.as_strided(shape, like.stride())
+
+
+def guarded_empty(shape, dtype, channels_last=False):
+    """In place of `_memory.empty`."""
+    return guarded(shape, dtype, torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def guarded_copy(tensor):
@@ -152,6 +158,43 @@ def valid_quantizations():
                     yield quantize_ops.dequantize, [codes, scale, zero, dim, group, dtype]
 
 
+def valid_rows():
+    """Arguments of the operators of batch normalisation and activations."""
+    for channels, geometry, images in (
+        (20, linear_geometry(20, 7), (70, 20, 1, 1)), (33, linear_geometry(33, 7), (5, 33, 1, 1)),
+        (4, conv_geometry(4, 7, (6, 5), (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 5, False), (5, 4, 6, 5)),
+        (18, conv_geometry(18, 7, (3, 4), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 37, True), (37, 18, 3, 4)),
+    ):  # fmt: skip
+        grid, views = list(geometry.input_grid.numbers), list(geometry.input_views)
+        lanes, seed = geometry.input_grid.lanes(images[0]), torch.tensor(3)
+        rows = images[0] * images[2] * images[3]
+        x, one, factor = torch.randn(rows, channels), torch.rand(channels) + 0.5, torch.randn(3, channels)
+        ranges = torch.stack([-4 * one, 4 * one], 1)
+        _, codes, mask = norm_ops.norm_act(x, None, one, one, 0.0, 6.0, one, one)
+        for tensor in (x, x.bfloat16()):
+            normed = [tensor, tensor, one, one, 0.0, 6.0, one, one]
+            yield norm_ops.channel_moments, [tensor]
+            yield norm_ops.norm_act, normed
+            yield norm_ops.norm_act_range, normed[:6]
+            yield norm_ops.norm_act_sums, [tensor, codes, mask]
+            yield norm_ops.norm_act_grad, [tensor, codes, mask, factor, True]
+            for per_channel in (True, False):
+                packing = [list(images), ranges if per_channel else ranges[:1].clone(), grid, views, lanes]
+                yield norm_ops.norm_act_pack, [*normed, *packing, "absmax", per_channel, True]
+                yield norm_ops.norm_act_pack, [codes, None, *normed[2:6], None, None, *packing, "standard", per_channel,
+                                               False]  # fmt: skip
+                yield norm_ops.norm_act_grad_pack, [tensor, codes, mask, factor, True, *packing, "stochastic", seed,
+                                                    per_channel]  # fmt: skip
+                for name in ("relu", "relu6", "gelu", "gelu_tanh"):
+                    _, saved = activation_ops.act(tensor, name, True)
+                    yield activation_ops.act, [tensor, name, per_channel]
+                    yield activation_ops.act_range, [tensor, name]
+                    yield activation_ops.act_sums, [tensor, saved, name]
+                    yield activation_ops.act_grad, [tensor, saved, name]
+                    yield activation_ops.act_pack, [tensor, name, True, *packing, "absmax", per_channel, True]
+                    yield activation_ops.act_grad_pack, [tensor, saved, name, *packing, "stochastic", seed, per_channel]
+
+
 def corrupt_integer(value):
     return random.choice([*INTEGERS, value + 1, value - 1, 2 * value, -value, value + 64, value - 64, value // 2])
 
@@ -162,7 +205,7 @@ def corrupt(argument):
     if isinstance(argument, bool):
         return not argument
     if isinstance(argument, str):
-        return random.choice(SCHEMES)
+        return random.choice(ACTIVATIONS if argument in ACTIVATIONS else SCHEMES)
     if isinstance(argument, torch.dtype):
         return random.choice(DTYPES)
     if isinstance(argument, int):
@@ -232,15 +275,19 @@ def main():
     torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)
-    ops.torch = quantize_ops.torch = _matmul.torch = _pack.torch = _quantize.torch = GuardedTorch()
-    valid, others = list(valid_calls()), list(valid_quantizations())
+    for module in (ops, quantize_ops, norm_ops, activation_ops, _matmul, _pack, _quantize, _norm, _activation,
+                   _statistics):  # fmt: skip
+        module.torch = GuardedTorch()
+    for module in (ops, norm_ops, activation_ops):
+        module.empty = guarded_empty
+    valid, others = list(valid_calls()), [*valid_quantizations(), *valid_rows()]
     refused = accepted = 0
     for isa in _dispatch.supported_isas():
         _dispatch.set_isa(isa)
         for op, arguments in valid + others:
             op(*map(guard, arguments))
         for _ in range(calls):
-            op, arguments = random.choice(valid if random.random() < 0.7 else others)
+            op, arguments = random.choice(valid if random.random() < 0.5 else others)
             arguments = list(arguments)
             for _ in range(random.choice([1, 1, 1, 2])):
                 place = random.randrange(len(arguments))
