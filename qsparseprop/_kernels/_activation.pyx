@@ -138,8 +138,8 @@ def act_sums(dy, saved, str activation, int threads):
         for i in range(a.channels):
             total[2 * i] += part[2 * (k * a.channels + i)]
             most = part[2 * (k * a.channels + i) + 1]
-            if not most <= total[2 * i + 1]:  # a NaN stays
-                total[2 * i + 1] = most if total[2 * i + 1] == total[2 * i + 1] else total[2 * i + 1]
+            if total[2 * i + 1] == total[2 * i + 1] and not most <= total[2 * i + 1]:  # a NaN counts, and stays
+                total[2 * i + 1] = most
     return out
 
 

@@ -20,14 +20,15 @@ from qsparseprop.geometry import Geometry
 from qsparseprop.nn._handover import PackedInput, PackedTensor, hand_over
 from qsparseprop.nn._norm_act import packs_gradient
 from qsparseprop.nn.functional import (
-    NoSecondDerivative,
     backward_pass,
+    block_gradients,
     check_finite,
     forward_pass,
     gradient_packing,
     output_packing,
     packed_backward_pass,
     packed_forward_pass,
+    refuse_forward_mode,
 )
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
@@ -119,14 +120,11 @@ class _LinearAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = _LinearAct._gradients(ctx, dy)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = NoSecondDerivative.apply(torch.empty(0, requires_grad=True), None, *gradients)
-        return *gradients, None
+        return *block_gradients(gradients), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
-        raise NotImplementedError("blocks have no forward-mode derivatives: use reverse mode (backward), or the model "
-                                  "that swap_modules_with_dense gives")
+        refuse_forward_mode()
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,14 +20,15 @@ from qsparseprop import norm_ops
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._handover import PackedInput, PackedSource, PackedTensor, hand_over, handed_over
 from qsparseprop.nn.functional import (
-    NoSecondDerivative,
     backward_pass,
+    block_gradients,
     check_finite,
     forward_pass,
     output_packing,
     packed_backward_pass,
     packed_forward_pass,
     packed_gradient,
+    refuse_forward_mode,
 )
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
@@ -126,14 +127,11 @@ class _NormAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = _NormAct._gradients(ctx, dy)
-        if torch.is_grad_enabled():  # create_graph=True; they depend on the input even where dy does not want gradients
-            gradients = NoSecondDerivative.apply(torch.empty(0, requires_grad=True), None, *gradients)
-        return *gradients, None, None, None
+        return *block_gradients(gradients), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
-        raise NotImplementedError("blocks have no forward-mode derivatives: use reverse mode (backward), or the model "
-                                  "that swap_modules_with_dense gives")
+        refuse_forward_mode()
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -243,6 +243,22 @@ class NoSecondDerivative(torch.autograd.Function):
                                   "dense module that to_dense() gives")
 
 
+def block_gradients(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of a block, made without a graph, which refuse to be differentiated where that is wanted.
+
+    They depend on the input even where the gradient that was given does not want one.
+    """
+    if not torch.is_grad_enabled():  # no create_graph=True
+        return gradients
+    return NoSecondDerivative.apply(torch.empty(0, requires_grad=True), None, *gradients)
+
+
+def refuse_forward_mode() -> None:
+    """What blocks do when they are asked for a derivative in forward mode."""
+    raise NotImplementedError("blocks have no forward-mode derivatives: use reverse mode (backward), or the model "
+                              "that swap_modules_with_dense gives")
+
+
 def sparse_product(
     x: Tensor,
     values: Tensor,
