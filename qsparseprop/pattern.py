@@ -93,6 +93,14 @@ def row_indices(crow_indices: Tensor) -> Tensor:
                                    crow_indices.diff().to(torch.int64))
 
 
+def pattern_stamp(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    """A number made of a pattern, which others hardly share: float64 scalar, exact, below 2^50; on "meta" any."""
+    mixed = [(t.to(torch.int64) + 1) * (torch.arange(t.numel(), device=t.device) % 104729 * 2654435761 % 2**31 + 1) % 2**50
+             for t in (crow_indices, col_indices)]  # fmt: skip
+    total = (mixed[0].sum() % 2**50 + mixed[1].sum() % 2**50) % 2**50
+    return total.to(torch.float64)
+
+
 def dense_pattern(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """CSR pattern of a 2-D mask: row pointers and columns (int32), and flat positions (int64)."""
     flat = mask.reshape(-1).nonzero().squeeze(1)

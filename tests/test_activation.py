@@ -70,7 +70,8 @@ def test_values_and_slopes_are_right(name):
 def test_what_is_not_finite_is_as_in_torch(isa, name):
     x = torch.tensor([[math.nan, math.inf, 1.0, -1.0]])
     y, _ = activation_ops.act(x, name, True)
-    torch.testing.assert_close(y, FUNCTIONS[name](x), equal_nan=True)
+    # float64: torch's float32 GELU is another library's on some processors, which makes NaN of infinity
+    torch.testing.assert_close(y, FUNCTIONS[name](x.double()).float(), equal_nan=True)
     ranges = output_range(torch.cat([x, -x]), name)
     assert ranges[0].isnan().all()
     assert ranges[1].isfinite().all() == (name == "relu6")  # which limits what is not finite

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._traced import config_text, traced_product
+from qsparseprop.nn._values import SparseValues
 from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.nn.functional import sparse_product
 from qsparseprop.pattern import Plan, PlanCache, dense_pattern
@@ -43,9 +44,9 @@ class SparseModule(SparseWeight):
         elif qconfig is not None:
             raise TypeError(f"{type(self).__name__} computes in float32 and takes no qconfig")
         rows = self.weight_shape[0]
-        self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype))
-        self.register_buffer("crow_indices", torch.zeros(rows + 1, dtype=torch.int32, device=device))
-        self.register_buffer("col_indices", torch.empty(0, dtype=torch.int32, device=device))
+        self.weight = SparseValues(torch.empty(0, device=device, dtype=dtype))
+        self._set_pattern(torch.zeros(rows + 1, dtype=torch.int32, device=device),
+                          torch.empty(0, dtype=torch.int32, device=device))
         self.register_parameter("bias", nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None)
 
     def _fill(
@@ -53,8 +54,8 @@ class SparseModule(SparseWeight):
     ) -> SparseModule:
         """Take over a dense weight where the mask is set."""
         crow, col, flat = dense_pattern(mask.reshape(mask.shape[0], -1))
-        self.weight = nn.Parameter(weight.reshape(-1)[flat].clone(), requires_grad)
-        self.crow_indices, self.col_indices = crow, col
+        self.weight = SparseValues(weight.reshape(-1)[flat].clone(), requires_grad)
+        self._set_pattern(crow, col)
         if bias is not None:
             self.bias = nn.Parameter(bias[0].clone(), bias[1])
         return self
@@ -109,22 +110,26 @@ class SparseModule(SparseWeight):
 
     def _plan(self, geometry: Geometry, groups: int) -> Plan:
         self._check_sizes()
+        self._check_stamp()
         cache = self.__dict__.get("_plans")
         if cache is None:
             cache = self.__dict__["_plans"] = PlanCache()
         return cache.get(self.crow_indices, self.col_indices, self._matrix_shape(), geometry, groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        # plans are made anew: they may be larger than the weights
-        return {k: v for k, v in self.__dict__.items() if k != "_plans"}
+        # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_copies")}
 
     def _check_input(self, x: Tensor) -> None:
         kind = type(self).__name__
         if not isinstance(x, Tensor):
             raise TypeError(f"{kind} expects a tensor, got {type(x).__name__}")
-        if not (x.is_cpu and self.weight.is_cpu):
+        weight = self.weight
+        with torch._C.DisableTorchFunctionSubclass():  # a look at an attribute takes longer with it
+            on_cpu = weight.is_cpu
+        if not (x.is_cpu and on_cpu):
             raise ValueError(f"{kind} computes on the CPU, got an input on device {x.device} and weights on device "
-                             f"{self.weight.device}")
+                             f"{weight.device}")
         if not x.is_floating_point():
             raise TypeError(f"{kind} expects a floating-point input (float32, bfloat16, ...), got {x.dtype}")
         if x.layout != torch.strided:

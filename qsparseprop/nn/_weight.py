@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qsparseprop._torch_compat import before_averaging
 from qsparseprop.nn._state import FORMAT, check_format, read_state
-from qsparseprop.pattern import row_indices
+from qsparseprop.nn._values import SparseValues
+from qsparseprop.pattern import pattern_stamp, row_indices, tensor_version
+
+_PATTERN = ("crow_indices", "col_indices")
 
 
 class SparseWeight(nn.Module):
@@ -18,11 +23,15 @@ class SparseWeight(nn.Module):
 
     Attributes
     ----------
-    weight : Parameter
-        (nonzeros,) values, row by row.
+    weight : SparseValues
+        (nonzeros,) values, row by row: a Parameter.
     crow_indices, col_indices : Tensor
-        The pattern in CSR, int32 buffers that are part of the state: row pointers (rows + 1,) and columns (nonzeros,)
-        of the weight seen as a matrix (rows, everything else).
+        The pattern in CSR, int32: row pointers (rows + 1,) and columns (nonzeros,) of the weight seen as a matrix (rows,
+        everything else). They are part of the state, but no buffers: whoever averages buffers, casts them, or sends them
+        in every step would spoil the pattern or waste time on it.
+    indices_stamp : Tensor
+        float64 scalar, a buffer that is not part of the state: a number made of the pattern. Where buffers are sent or
+        averaged it tells that the values beside it were those of another pattern.
     bias : Parameter or None
         (rows,).
     """
@@ -31,6 +40,7 @@ class SparseWeight(nn.Module):
     bias: nn.Parameter | None
     crow_indices: Tensor
     col_indices: Tensor
+    indices_stamp: Tensor
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -69,11 +79,56 @@ class SparseWeight(nn.Module):
 
     def _check_sizes(self) -> None:
         weight, bias = self.weight, self.bias  # every access to a parameter is a call of __getattr__
-        if weight.shape != self.col_indices.shape:
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = weight.shape
+        if shape != self.col_indices.shape:
             raise ValueError(f"weight must have one value for each of the {self.col_indices.numel()} column indices, "
-                             f"got shape {tuple(weight.shape)}")
+                             f"got shape {tuple(shape)}")
         if bias is not None and bias.shape != (self.weight_shape[0],):
             raise ValueError(f"bias must have shape ({self.weight_shape[0]},), got {tuple(bias.shape)}")
+
+    # ---- the pattern ----
+
+    def _set_pattern(self, crow: Tensor, col: Tensor) -> None:
+        """Take over a pattern, which must go with the values."""
+        self.crow_indices, self.col_indices, self._copies = crow, col, []
+        self._stamp_pattern()
+
+    def _stamp_pattern(self) -> None:
+        self.register_buffer("indices_stamp", pattern_stamp(self.crow_indices, self.col_indices), persistent=False)
+        self._stamp_version = 0
+
+    def _check_stamp(self) -> None:
+        """Refuse values that came with the stamp of another pattern."""
+        stamp = self._buffers["indices_stamp"]  # as self.indices_stamp, without a call of __getattr__
+        if tensor_version(stamp) == self._stamp_version:
+            return
+        own = pattern_stamp(self.crow_indices, self.col_indices)
+        # an average of the same number differs by roundings
+        if stamp.dtype == own.dtype and not stamp.is_meta and not torch.isclose(stamp, own, rtol=1e-12, atol=0.0):
+            raise ValueError(
+                f"the values of this {type(self).__name__}({self.extra_repr()}) were sent or averaged together with those of "
+                "another sparsity pattern. DistributedDataParallel sends values, not patterns: make the models of all "
+                "processes alike before wrapping them, by the same seed or by loading one state. Averages of weights "
+                "(EMA, SWA) want one pattern: start a new average after the pattern has changed."
+            )
+        self._stamp_version = tensor_version(stamp)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseWeight:
+        super()._apply(fn, recurse)
+
+        def move(indices: Tensor) -> Tensor:
+            moved = fn(indices)  # to another device, into shared memory; but never to another dtype
+            return moved if moved.dtype == indices.dtype else indices.to(moved.device)
+
+        self._set_pattern(*(move(getattr(self, name)) for name in _PATTERN))
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        found = [self._buffers.pop(name, None) for name in _PATTERN]  # whole modules in files of earlier versions
+        if found[0] is not None:
+            self._set_pattern(*found)
 
     # ---- changes of the pattern ----
 
@@ -181,9 +236,26 @@ class SparseWeight(nn.Module):
         self.weight.data = values.to(torch.float64 if values.dtype != torch.float64 else torch.float32)
         self.weight.data = values
         self.weight.grad = grad
-        self.crow_indices, self.col_indices = crow, col
+        self._set_pattern(crow, col)
 
     # ---- state ----
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, copy in zip(_PATTERN, self._copied_pattern(), strict=True):
+            destination[prefix + name] = copy
+
+    def _copied_pattern(self) -> Sequence[Tensor]:
+        """A copy of the pattern: what averages or overwrites the tensors of a state must not reach the pattern.
+
+        The same one for as long as somebody holds it unchanged, since a module in several places of a model has one weight
+        in the files of formats that store shared tensors once.
+        """
+        copies = [ref() for ref in self.__dict__.get("_copies", ())]
+        if not copies or not all(c is not None and tensor_version(c) == 0 for c in copies):
+            copies = [getattr(self, name).clone() for name in _PATTERN]
+            self._copies = [weakref.ref(copy) for copy in copies]
+        return copies
 
     def get_extra_state(self) -> Tensor:
         """Format of the state and shape of the dense weight: int64, (1 + dimensions,)."""
@@ -213,8 +285,8 @@ class SparseWeight(nn.Module):
             return
         with torch.no_grad():
             if assign:
-                self.weight = nn.Parameter(values, self.weight.requires_grad)
-                self.crow_indices, self.col_indices = crow, col
+                self.weight = SparseValues(values, self.weight.requires_grad)
+                self._set_pattern(crow, col)
                 if bias is not None:
                     self.bias = nn.Parameter(bias, self.bias.requires_grad)
                 return
@@ -225,6 +297,26 @@ class SparseWeight(nn.Module):
             else:
                 # copies: what is saved and what is trained must not share memory
                 self._replace(crow.clone(), col.clone(), values.to(self.weight.dtype, copy=True))
+
+
+def refuse_other_patterns(average: nn.Module, model: nn.Module) -> None:
+    """Refuse to average the weights of a model with those of another sparsity pattern.
+
+    Raises
+    ------
+    ValueError
+        Naming the layer.
+    """
+    sparse = [[(name, m) for name, m in root.named_modules() if isinstance(m, SparseWeight)] for root in (average, model)]
+    for (_, mine), (name, theirs) in zip(*sparse, strict=False):
+        same = all(torch.equal(getattr(mine, key), getattr(theirs, key)) for key in _PATTERN)
+        if not same:
+            raise ValueError(f"{name or type(theirs).__name__} has another sparsity pattern than its average, whose weights "
+                             "belong to other positions: start a new average (AveragedModel) after weights were removed or "
+                             "added")  # fmt: skip
+
+
+before_averaging(refuse_other_patterns)
 
 
 def refuse_bad_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qsparseprop import ops
 from qsparseprop.geometry import Geometry
+from qsparseprop.nn._values import plain
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
@@ -31,7 +32,7 @@ def forward_pass(
     channels_last: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The product, and the packed input with its scale and zero point; see `ops.layer_forward`."""
-    g = plan.geometry
+    g, values = plan.geometry, plain(values)
     quantisation = (None, False, (), None, False)
     if qconfig is not None:
         quantisation = (qconfig.input, qconfig.granularity == "channel", qconfig.input_options,
@@ -55,7 +56,7 @@ def backward_pass(
     channels_last: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, the values and the bias, as far as `grads` wants them; see `ops.layer_backward`."""
-    g = plan.geometry
+    g, values = plan.geometry, plain(values)
     if dy.dtype not in (torch.float32, torch.bfloat16):
         dy = dy.to(torch.float32)
     scheme, rest = None, (False, (), None)
@@ -90,7 +91,7 @@ def packed_forward_pass(
     limits: Sequence[float] = (),
 ) -> Tensor:
     """The channels_last product with an input that is packed already; see `ops.packed_forward`."""
-    g = plan.geometry
+    g, values = plan.geometry, plain(values)
     return ops.shortcut("packed_forward", packed[0])(
         *packed, values, bias, plan.forward, g.input_grid.numbers, g.output_views,
         (batch, g.output_grid.planes, *g.output_size), dtype, qconfig.weight_clip(values, plan.entries), True, factor,
@@ -157,7 +158,7 @@ def packed_backward_pass(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the input and the values from a packed one; see `ops.packed_backward`."""
-    g = plan.geometry
+    g, values = plan.geometry, plain(values)
     return ops.shortcut("packed_backward", values)(
         *dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
         g.output_views, x_shape, dy_shape, g.covers_input, grads, x_dtype, qconfig.weight_clip(values, plan.entries),
@@ -202,6 +203,7 @@ class _SparseProduct(torch.autograd.Function):
         again = torch.is_grad_enabled()  # create_graph=True
         if grads[0] or grads[1]:
             values, *packed = ctx.saved_tensors
+            values = plain(values)
             with torch.no_grad() if again else _NOTHING:
                 images, x_shape = dy, ctx.x_shape
                 if dy.ndim != 4:

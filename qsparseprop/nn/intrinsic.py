@@ -40,7 +40,7 @@ class _HandsOver(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of a block is none of its readers, which a copied model finds anew; for plans see SparseModule
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_readers", "_read_elsewhere")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_copies", "_readers", "_read_elsewhere")}
 
     def _without_own(self) -> dict[str, Any]:
         """Attributes of the module that the block was made of."""

@@ -1,0 +1,108 @@
+"""The Parameter of a sparse weight: one-dimensional values, which refuse to be taken for the dense matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_WAY_OUT = ("this is the weight of a sparse layer, the 1-D values of its nonzeros: use the layer's dense_weight(), which "
+            "has the dense shape and keeps gradients")  # fmt: skip
+
+
+def _named(names: str, *places: Any) -> set[Callable]:
+    """Functions of several modules or classes by their names, as far as this version of torch has them."""
+    return {function for name in names.split() for place in places if (function := getattr(place, name, None))}
+
+
+#: What treats its operand as a matrix or a kernel. Of one dimension torch takes some of these for something else.
+_MATRIX = _named(
+    "matmul __matmul__ __rmatmul__ mm mv bmm addmm addmv addbmm baddbmm einsum tensordot inner outer ger kron chain_matmul "
+    "t adjoint transpose swapaxes swapdims movedim moveaxis permute cdist pdist cosine_similarity "
+    "linear bilinear embedding normalize conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+    "pinverse svd qr unbind __iter__ matrix_norm cond det slogdet eigh eig svdvals multi_dot vecdot",
+    torch, Tensor, F, torch.linalg,
+) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}  # fmt: skip
+
+#: What looks along one dimension where it is given one: of the dense weight that would be another.
+_ALONG = _named(
+    "sum mean amax amin max min std var prod norm argmax argmin any all cumsum cumprod softmax log_softmax logsumexp "
+    "nansum nanmean median sort argsort topk unflatten renorm flip roll select index_select narrow count_nonzero "
+    "vector_norm",
+    torch, Tensor, F, torch.linalg,
+)  # fmt: skip
+
+#: What gives another shape, which must be one-dimensional: an element is not a row of the dense weight.
+_SHAPE = _named("view reshape unsqueeze expand flatten expand_as view_as reshape_as __getitem__", torch, Tensor)
+
+_NORM = _named("norm vector_norm", torch, Tensor, torch.linalg)
+_SELECTS = _named("topk renorm flip roll", torch, Tensor)
+
+
+def _wants_dimension(function: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function was told a dimension."""
+    if any(kwargs.get(name) is not None for name in ("dim", "axis", "dims")):
+        return True
+    if function is torch.linalg.norm:  # an order means one thing for vectors and another one for matrices
+        return len(args) > 1 or kwargs.get("ord") is not None
+    if function in _SELECTS:
+        return False
+    place = 2 if function in _NORM else 1  # behind the order of a norm
+    return len(args) > place and isinstance(args[place], (int, tuple, list)) and not isinstance(args[place], bool)
+
+
+class SparseValues(nn.Parameter):
+    """Values of the nonzeros of a sparse weight, (nonzeros,).
+
+    An ordinary Parameter for everything that treats elements alike: optimizers, norms of all elements, averages, files.
+    What takes it for the dense weight - products, transposition, rows, one dimension of several - raises a RuntimeError
+    that names `SparseWeight.dense_weight`: torch would take some of these for what they mean of a vector.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Refuse what is meant for the dense weight; results are plain tensors."""
+        kwargs = kwargs or {}
+        if func in _MATRIX or (func in _ALONG and _wants_dimension(func, args, kwargs)):
+            # no TypeError, which Python's operators would replace by one of their own
+            raise RuntimeError(f"{getattr(func, '__name__', func)}: {_WAY_OUT}")
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **kwargs)
+        except (RuntimeError, IndexError) as error:
+            if type(error) not in (RuntimeError, IndexError):
+                raise
+            raise type(error)(f"{error} ({_WAY_OUT})") from error
+        if func in _SHAPE and result.ndim != 1 and type(args[0]) is cls:
+            raise RuntimeError(f"{func.__name__} to shape {tuple(result.shape)}: {_WAY_OUT}")
+        return result
+
+    def __repr__(self) -> str:
+        return f"Parameter containing:\n{self.detach()!r}"
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        """As a Parameter is pickled, of this class."""
+        function, arguments, *rest = super().__reduce_ex__(protocol)
+        if function is torch._utils._rebuild_parameter:
+            return _rebuild, arguments[:2]
+        return function, arguments, *rest
+
+
+def _rebuild(data: Tensor, requires_grad: bool) -> SparseValues:
+    return SparseValues(data, requires_grad)
+
+
+def plain(values: Tensor) -> Tensor:
+    """Values as a tensor of torch's own class, without their graph: what kernels are given.
+
+    Every attribute of a subclass is looked up in Python, which would take longer than a small layer.
+    """
+    if type(values) is not SparseValues:
+        return values
+    with torch._C.DisableTorchFunctionSubclass():
+        return values.detach()
