@@ -95,10 +95,13 @@ def row_indices(crow_indices: Tensor) -> Tensor:
 
 def pattern_stamp(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     """A number made of a pattern, which others hardly share: float64 scalar, exact, below 2^50; on "meta" any."""
-    mixed = [(t.to(torch.int64) + 1) * (torch.arange(t.numel(), device=t.device) % 104729 * 2654435761 % 2**31 + 1) % 2**50
-             for t in (crow_indices, col_indices)]  # fmt: skip
-    total = (mixed[0].sum() % 2**50 + mixed[1].sum() % 2**50) % 2**50
-    return total.to(torch.float64)
+
+    def mixed(t: Tensor) -> Tensor:
+        # a factor for each place, so that the order counts; the products fit into 64 bits
+        factor = torch.arange(t.numel(), device=t.device) * 2654435761 % 2**31 + 1
+        return ((t.to(torch.int64) + 1) * factor % 2**31).sum()
+
+    return (mixed(crow_indices) * 2**17 + mixed(col_indices)).remainder(2**50).to(torch.float64)
 
 
 def dense_pattern(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -60,7 +60,7 @@ def train(kind):
     if rank:  # what the first process has is what counts
         for tensor in start.parameters():
             tensor.data.zero_()
-    model = DistributedDataParallel(start, forward_sync_buffers=False)
+    model = DistributedDataParallel(start)
     sent = []
 
     def count(state, bucket):
@@ -140,6 +140,44 @@ def test_two_processes_train_like_one_with_the_joint_batch(tmp_path):
         if kind == "int8":  # as far from float32 as one process gets by its rounding
             assert 0 < distance(first, exact) < 2 * distance(alone, exact)
             assert distance(alone, exact) < 0.3 * distance(network("fp32").state_dict(), exact)
+
+
+PATTERNS = '''
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from qsparseprop.nn import SparseLinear
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(rank)
+dense = nn.Linear(40, 30)
+with torch.no_grad():  # as many weights everywhere, in other places
+    dense.weight.view(-1)[torch.randperm(1200)[:1000]] = 0
+model = DistributedDataParallel(nn.Sequential(SparseLinear.from_dense(dense)))
+try:
+    model(torch.randn(3, 40))
+    print(f"{rank} ran")
+except ValueError as error:
+    print(f"{rank} refused: {error}")
+del model
+dist.barrier()
+dist.destroy_process_group()
+'''
+
+
+def test_processes_with_other_patterns_are_refused(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(PATTERNS)
+    done = torchrun(tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    assert lines[0] == "0 ran"
+    assert lines[1].startswith("1 refused: the values of this SparseLinear")
+    assert "by loading one state" in lines[1]
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

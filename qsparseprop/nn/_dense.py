@@ -46,6 +46,12 @@ def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor]:
     return weight, weight != 0
 
 
+def has_mask(module: nn.Module) -> bool:
+    """Whether a mask says which weights of a dense module exist: zeros were put there, not started from."""
+    names = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("_mask")]
+    return _sparsifier(module) is not None or any(not name.startswith("bias") for name in names)
+
+
 def dense_bias(module: nn.Module) -> tuple[Tensor, bool] | None:
     """Bias of a dense module, pruned or not, and whether it requires a gradient."""
     parameters = dict(module.named_parameters(recurse=False))

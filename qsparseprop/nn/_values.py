@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_WAY_OUT = ("this is the weight of a sparse layer, the 1-D values of its nonzeros: use the layer's dense_weight(), which "
-            "has the dense shape and keeps gradients")  # fmt: skip
+_WAY_OUT = ("this is the weight of a sparse layer, the 1-D values of its nonzeros: use the layer's dense_weight(), "
+            "which has the dense shape and keeps gradients")  # fmt: skip
 
 
 def _named(names: str, *places: Any) -> set[Callable]:
@@ -20,8 +20,8 @@ def _named(names: str, *places: Any) -> set[Callable]:
 
 #: What treats its operand as a matrix or a kernel. Of one dimension torch takes some of these for something else.
 _MATRIX = _named(
-    "matmul __matmul__ __rmatmul__ mm mv bmm addmm addmv addbmm baddbmm einsum tensordot inner outer ger kron chain_matmul "
-    "t adjoint transpose swapaxes swapdims movedim moveaxis permute cdist pdist cosine_similarity "
+    "matmul __matmul__ __rmatmul__ mm mv bmm addmm addmv addbmm baddbmm einsum tensordot inner outer ger kron "
+    "chain_matmul t adjoint transpose swapaxes swapdims movedim moveaxis permute cdist pdist cosine_similarity "
     "linear bilinear embedding normalize conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
     "pinverse svd qr unbind __iter__ matrix_norm cond det slogdet eigh eig svdvals multi_dot vecdot",
     torch, Tensor, F, torch.linalg,

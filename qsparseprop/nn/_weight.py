@@ -26,9 +26,9 @@ class SparseWeight(nn.Module):
     weight : SparseValues
         (nonzeros,) values, row by row: a Parameter.
     crow_indices, col_indices : Tensor
-        The pattern in CSR, int32: row pointers (rows + 1,) and columns (nonzeros,) of the weight seen as a matrix (rows,
-        everything else). They are part of the state, but no buffers: whoever averages buffers, casts them, or sends them
-        in every step would spoil the pattern or waste time on it.
+        The pattern in CSR, int32: row pointers (rows + 1,) and columns (nonzeros,) of the weight seen as a matrix
+        (rows, everything else). They are part of the state, but no buffers: whoever averages buffers, casts them, or
+        sends them in every step would spoil the pattern or waste time on it.
     indices_stamp : Tensor
         float64 scalar, a buffer that is not part of the state: a number made of the pattern. Where buffers are sent or
         averaged it tells that the values beside it were those of another pattern.
@@ -95,24 +95,25 @@ class SparseWeight(nn.Module):
         self._stamp_pattern()
 
     def _stamp_pattern(self) -> None:
-        self.register_buffer("indices_stamp", pattern_stamp(self.crow_indices, self.col_indices), persistent=False)
-        self._stamp_version = 0
+        stamp = pattern_stamp(self.crow_indices, self.col_indices)
+        self.register_buffer("indices_stamp", stamp, persistent=False)
+        self._stamp = None if stamp.is_meta else stamp.item()
 
     def _check_stamp(self) -> None:
         """Refuse values that came with the stamp of another pattern."""
         stamp = self._buffers["indices_stamp"]  # as self.indices_stamp, without a call of __getattr__
-        if tensor_version(stamp) == self._stamp_version:
+        # the value, since many write to `data`, which counts no version
+        if type(stamp) is not Tensor or stamp.is_meta or stamp.item() == self._stamp:
             return
         own = pattern_stamp(self.crow_indices, self.col_indices)
         # an average of the same number differs by roundings
-        if stamp.dtype == own.dtype and not stamp.is_meta and not torch.isclose(stamp, own, rtol=1e-12, atol=0.0):
+        if stamp.dtype == own.dtype and not torch.isclose(stamp, own, rtol=1e-12, atol=0.0):
             raise ValueError(
-                f"the values of this {type(self).__name__}({self.extra_repr()}) were sent or averaged together with those of "
-                "another sparsity pattern. DistributedDataParallel sends values, not patterns: make the models of all "
-                "processes alike before wrapping them, by the same seed or by loading one state. Averages of weights "
-                "(EMA, SWA) want one pattern: start a new average after the pattern has changed."
+                f"the values of this {type(self).__name__}({self.extra_repr()}) were sent or averaged together with "
+                "those of another sparsity pattern. DistributedDataParallel sends values, not patterns: make the "
+                "models of all processes alike before wrapping them, by the same seed or by loading one state. "
+                "Averages of weights (EMA, SWA) want one pattern: start a new average after it has changed."
             )
-        self._stamp_version = tensor_version(stamp)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseWeight:
         super()._apply(fn, recurse)
@@ -248,8 +249,8 @@ class SparseWeight(nn.Module):
     def _copied_pattern(self) -> Sequence[Tensor]:
         """A copy of the pattern: what averages or overwrites the tensors of a state must not reach the pattern.
 
-        The same one for as long as somebody holds it unchanged, since a module in several places of a model has one weight
-        in the files of formats that store shared tensors once.
+        The same one for as long as somebody holds it unchanged, since a module in several places of a model has one
+        weight in the files of formats that store shared tensors once.
         """
         copies = [ref() for ref in self.__dict__.get("_copies", ())]
         if not copies or not all(c is not None and tensor_version(c) == 0 for c in copies):
@@ -307,13 +308,13 @@ def refuse_other_patterns(average: nn.Module, model: nn.Module) -> None:
     ValueError
         Naming the layer.
     """
-    sparse = [[(name, m) for name, m in root.named_modules() if isinstance(m, SparseWeight)] for root in (average, model)]
-    for (_, mine), (name, theirs) in zip(*sparse, strict=False):
-        same = all(torch.equal(getattr(mine, key), getattr(theirs, key)) for key in _PATTERN)
-        if not same:
-            raise ValueError(f"{name or type(theirs).__name__} has another sparsity pattern than its average, whose weights "
-                             "belong to other positions: start a new average (AveragedModel) after weights were removed or "
-                             "added")  # fmt: skip
+    mine, theirs = ([(name, m) for name, m in root.named_modules() if isinstance(m, SparseWeight)]
+                    for root in (average, model))  # fmt: skip
+    for (_, a), (name, b) in zip(mine, theirs, strict=False):
+        if not all(torch.equal(getattr(a, key), getattr(b, key)) for key in _PATTERN):
+            raise ValueError(f"{name or type(b).__name__} has another sparsity pattern than its average, whose weights "
+                             "belong to other positions: start a new average (AveragedModel) after weights were "
+                             "removed or added")  # fmt: skip
 
 
 before_averaging(refuse_other_patterns)

@@ -6,7 +6,6 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,8 +18,21 @@ from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_
 from qsparseprop.nn._weight import check_before_loading
 from qsparseprop.nn.intrinsic import QuantizedBNReLU2d
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils._example import LayerInput, Runner, copy_model, make_runner, not_called, record
+from qsparseprop.utils._weights import Weights, weights_of
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
 from qsparseprop.utils.measurement_utils import interleaved_medians
+from qsparseprop.utils.swap_report import SwapDecision, SwapReport
+
+__all__ = [
+    "SwapDecision",
+    "SwapReport",
+    "sparsity",
+    "swap_modules_for_state",
+    "swap_modules_with_dense",
+    "swap_modules_with_sparse",
+    "unfold_attention",
+]
 
 #: Forward + backward passes from which a layer's medians are taken, until these differ by the factor beside, which the
 #: machine's noise does not turn round where all of the faster one's passes take as many seconds as this.
@@ -42,147 +54,16 @@ _PROTOTYPES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-@dataclass
-class SwapDecision:
-    """What was decided for one layer, and why.
-
-    Attributes
-    ----------
-    name, kind : str
-        Qualified name in the model and type of the dense layer.
-    shape : tuple of int
-        Shape of its weight.
-    input_shape : tuple of int or None
-        Shape of its input in the recorded forward pass.
-    sparsity : float
-        Fraction of zeros.
-    dense_ms, sparse_ms : float or None
-        Forward + backward, medians in milliseconds; None where nothing was timed.
-    swapped : bool
-    reason : str
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    input_shape: tuple[int, ...] | None
-    sparsity: float
-    dense_ms: float | None = None
-    sparse_ms: float | None = None
-    swapped: bool = False
-    reason: str = ""
-
-
-def _decision(d: SwapDecision) -> str:
-    return ("sparse" if d.swapped else "dense") + (f": {d.reason}" if d.reason else "")
-
-
-class SwapReport(list):
-    """Decisions of `swap_modules_with_sparse`; prints as a table.
-
-    One `SwapDecision` a layer, and one for each BatchNorm2d that became a block without a sparse convolution.
-    """
-
-    @property
-    def swapped(self) -> list[SwapDecision]:
-        """Those that were replaced."""
-        return [d for d in self if d.swapped]
-
-    def as_dicts(self) -> list[dict[str, Any]]:
-        """For JSON."""
-        return [asdict(d) for d in self]
-
-    def __str__(self) -> str:
-        head = ("layer", "type", "weight", "input", "sparsity", "dense ms", "sparse ms", "decision")
-        rows = [head]
-        for d in self:
-            rows.append((
-                d.name, d.kind, "x".join(map(str, d.shape)),
-                "-" if d.input_shape is None else "x".join(map(str, d.input_shape)), f"{100 * d.sparsity:.1f} %",
-                "-" if d.dense_ms is None else f"{d.dense_ms:.2f}",
-                "-" if d.sparse_ms is None else f"{d.sparse_ms:.2f}",
-                d.reason if d.kind == "BatchNorm2d" else _decision(d),
-            ))  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join(lines)
-
-
 def sparsity(model: nn.Module) -> float:
-    """Fraction of zeros in the weights of a model's Linear, Conv and sparse layers, biases not counted.
+    """Fraction of zeros in the prunable weights of a model, biases not counted.
 
-    Masks of torch.nn.utils.prune that are still attached count. 0.0 for a model without such layers.
+    Prunable is what has a line in the report of `swap_modules_with_sparse`: the weights of linear, convolutional,
+    recurrent and attention layers, of torch's and of other packages', and those of sparse layers; embeddings only where
+    they were pruned. Masks that are still attached count as zeros. 0.0 for a model without such layers.
     """
-    zeros = total = 0
-    for module in model.modules():
-        if isinstance(module, SparseModule):
-            size = torch.Size(module.weight_shape).numel()
-            zeros, total = zeros + size - module.nonzeros, total + size
-        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and _has_weight(module):
-            weight, mask = dense_weight(module)
-            zeros, total = zeros + weight.numel() - int((mask & (weight != 0)).sum()), total + weight.numel()
-    return zeros / total if total else 0.0
-
-
-def _example_input(model: nn.Module, input_shape: Any) -> Tensor:
-    if isinstance(input_shape, Tensor):
-        return input_shape
-    shape = tuple(input_shape)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-        raise ValueError(f"input_shape must be positive integers, batch included, got {input_shape!r}")
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    # neither values nor the state of torch's generator should depend on a conversion
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter.dtype)
-
-
-def _copy_model(model: nn.Module) -> nn.Module:
-    """Deep copy that also takes models with prune's masks attached.
-
-    Prune keeps the masked weight as a plain attribute, which after a forward pass is part of a graph and as such
-    refused by deepcopy; for the time of the copy a detached view stands in.
-    """
-    attributes = [
-        (module, key, value)
-        for module in model.modules()
-        for key, value in vars(module).items()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    try:
-        for module, key, value in attributes:
-            vars(module)[key] = value.detach()
-        return copy.deepcopy(model)
-    finally:
-        for module, key, value in attributes:
-            vars(module)[key] = value
-
-
-def _record_inputs(model: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, tuple[Tensor, bool]]:
-    """Run the model once on a copy and keep what every named layer gets: its input and whether that needs a gradient.
-
-    A copy, so that batch statistics, random state of modules and hooks of the model stay untouched.
-    """
-    probe = _copy_model(model)
-    probe.train(model.training)
-    seen: dict[str, tuple[Tensor, bool]] = {}
-
-    def keep(name: str):
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if isinstance(x, Tensor):
-                seen[name] = (x.detach().clone(memory_format=torch.preserve_format), x.requires_grad)
-
-        return hook
-
-    for name in names:
-        probe.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
-    state = torch.get_rng_state()
-    try:
-        with torch.enable_grad():
-            probe(example)
-    finally:
-        torch.set_rng_state(state)
-    return seen
+    found = weights_of(model)
+    total = sum(w.total for w in found)
+    return sum(w.zeros for w in found) / total if total else 0.0
 
 
 def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
@@ -235,20 +116,21 @@ def _plain_dense(module: nn.Module) -> nn.Module:
     return plain
 
 
-def _has_weight(module: nn.Module) -> bool:
-    """Whether a layer's weight exists yet; that of a lazy module does not."""
-    return not any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False))
-
-
 def _owners(model: nn.Module) -> Counter[int]:
     """How many modules hold each Parameter."""
     return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
-def _unsupported(module: nn.Module, owners: Counter[int]) -> str | None:
+def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
     """Why a layer cannot be replaced, or None."""
+    module = found.module
+    kind = type(module).__qualname__
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+        return f"{kind} is a subclass whose weight does not exist yet"
     if dense_type(module) not in _DENSE_TYPES:
-        return f"{type(module).__qualname__} is a subclass with a behaviour of its own"
+        if isinstance(module, _DENSE_TYPES):
+            return f"{kind} is a subclass with a behaviour of its own"
+        return f"nothing sparse replaces {kind}"
     if foreign_parametrization(module):
         return "has a parametrization"
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
@@ -294,9 +176,48 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
         check_before_loading(model)
 
 
+def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
+    """Whether a sparse layer is the faster one; the times go into the decision."""
+    steps = {
+        "dense": _training_step(_plain_dense(dense), seen.x, seen.requires_grad),
+        "sparse": _training_step(copy.deepcopy(sparse), seen.x, seen.requires_grad),
+    }
+    with torch.random.fork_rng(devices=[]):
+        seconds = _settled_medians(steps)
+    decision.dense_ms, decision.sparse_ms = 1e3 * seconds["dense"], 1e3 * seconds["sparse"]
+    if decision.dense_ms > decision.sparse_ms:
+        return True
+    decision.reason = "faster dense"
+    return False
+
+
+def _put_back_what_is_not_called(
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    sparse: Mapping[str, nn.Module],
+    run: Runner,
+    decisions: Mapping[str, SwapDecision],
+) -> None:
+    """Run the swapped model itself, and undo the replacement of layers that it still calls in their dense form.
+
+    Modules that a model has in a Python list or in a function besides their place in it cannot be replaced there.
+    """
+    try:
+        unused = not_called(model, sparse, run)
+    except Exception as error:
+        _replace_children(model, {id(layer): dense[name] for name, layer in sparse.items()})
+        raise RuntimeError("the model runs on the example as it is, but not with sparse layers, so nothing was "
+                           f"replaced: {error}. If it computes with the weight of a layer, name that layer in "
+                           "skip_modules.") from error  # fmt: skip
+    _replace_children(model, {id(sparse[name]): dense[name] for name in unused})
+    for name in unused:
+        decisions[name].swapped = False
+        decisions[name].reason = "is called from a list or a kept method, where it cannot be replaced"
+
+
 def swap_modules_with_sparse(
     model: nn.Module,
-    input_shape: Sequence[int] | Tensor,
+    input_shape: Sequence[Any] | Tensor | Mapping[str, Any] | Callable[..., Any] | None,
     inplace: bool = True,
     verbose: bool = True,
     prototype: bool = False,
@@ -314,9 +235,13 @@ def swap_modules_with_sparse(
     model : torch.nn.Module
         On the CPU, with zeros in its weights or pruned by torch.nn.utils.prune or torch.ao.pruning (masks attached or
         removed).
-    input_shape : sequence of int, or Tensor
-        Shape of the model's input, batch included, or an example input: it decides the sizes (and the memory format)
-        at which layers are timed.
+    input_shape : sequence of int, Tensor, sequence or mapping of these, callable, or None
+        What the model is run on once, in its present mode, which decides the sizes (and the memory format) at which
+        layers are timed: the shape of its input, batch included, or an example input; a tuple or list of both, for a
+        model with several arguments, or a mapping with their names (arguments that are neither shape nor tensor are
+        passed as they are); or a function that is called with the model and runs it, for models that need more, such as
+        targets. A function without parameters runs the model by itself. None goes with ``include_dense=False``, which
+        runs nothing.
     inplace : bool
         Change `model`; otherwise a deep copy.
     verbose : bool
@@ -332,7 +257,9 @@ def swap_modules_with_sparse(
         Layers with a smaller fraction of zeros stay dense.
     include_dense : bool
         Time each layer, dense and sparse, forward and backward, at its real input, and leave it dense where that is
-        faster. Otherwise every layer that is sparse enough is replaced.
+        faster, where the model computes with its weight directly, or where the model, which is run once more after the
+        swap, does not call the layer that has replaced it. Otherwise the model is not run at all, and every layer that
+        is sparse enough is replaced.
     qconfig : QuantConfig, optional
         For the quantised modules.
     fuse : bool
@@ -353,6 +280,8 @@ def swap_modules_with_sparse(
     TypeError, ValueError
         For arguments that make no sense, or a name in `skip_modules` that the model does not have. The model is
         unchanged then.
+    RuntimeError
+        If the model runs on the example with its dense layers only. It is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -364,7 +293,11 @@ def swap_modules_with_sparse(
         raise ValueError("prototype=True simulates quantised layers and only goes with quantize=True")
     if fuse and (prototype or not quantize):
         raise ValueError("fuse=True only goes with quantize=True, and not with prototype=True")
-    example = _example_input(model, input_shape)
+    if input_shape is None and include_dense and not prototype:
+        raise ValueError("input_shape=None runs nothing and only goes with include_dense=False")
+    run = None if input_shape is None else make_runner(model, input_shape)
+    if not include_dense:
+        run = None
     named = dict(model.named_modules())
     skipped: set[int] = set()
     for item in skip_modules or ():
@@ -374,65 +307,58 @@ def swap_modules_with_sparse(
         skipped.update(id(m) for m in module.modules())
     if not inplace:
         kept = [name for name, module in named.items() if id(module) in skipped]
-        model = _copy_model(model)
+        model = copy_model(model)
         named = dict(model.named_modules())
         skipped = {id(named[name]) for name in kept}
 
-    report, replacements = SwapReport(), {}
-    layers = {n: m for n, m in named.items() if isinstance(m, _DENSE_TYPES)}
-    candidates = {}
+    report = SwapReport()
+    candidates: dict[str, SwapDecision] = {}
     owners = _owners(model)
-    for name, module in layers.items():
-        if not _has_weight(module):
-            reason = f"{type(module).__qualname__} is a subclass whose weight does not exist yet"
-            report.append(SwapDecision(name, type(module).__name__, (), None, 0.0, reason=reason))
+    for found in weights_of(model):
+        if isinstance(found.module, SparseModule):
             continue
-        weight, mask = dense_weight(module)
-        zeros = 1.0 - int((mask & (weight != 0)).sum()) / max(weight.numel(), 1)
-        decision = SwapDecision(name, type(module).__name__, tuple(weight.shape), None, zeros)
+        decision = SwapDecision(found.name, type(found.module).__name__, found.shape, None, found.sparsity)
         report.append(decision)
-        if id(module) in skipped:
+        if id(found.module) in skipped:
             decision.reason = "in skip_modules"
-        elif (why := _unsupported(module, owners)) is not None:
+        elif (why := _unsupported(found, owners)) is not None:
             decision.reason = why
-        elif zeros < min_sparsity:
+        elif found.sparsity < min_sparsity:
             decision.reason = f"below min_sparsity={min_sparsity:g}"
-        elif name == "":
+        elif found.name == "":
             decision.reason = "it is the model itself: use from_dense"
-        elif _own_hooks(module):
+        elif _own_hooks(found.module):
             decision.reason = "has hooks"
+        elif found.zeros == found.total and not found.masked:
+            # a new head, LoRA's B, a residual branch or a ControlNet that starts at zero: it is there to learn
+            decision.reason = "has no nonzero and no mask: it was initialised to zero, not pruned"
+        elif prototype and dense_type(found.module) not in _PROTOTYPES:
+            decision.reason = f"nothing simulates {dense_type(found.module).__name__}"
         else:
-            candidates[name] = decision
+            candidates[found.name] = decision
 
-    recorded = _record_inputs(model, candidates, example) if candidates else {}
+    recorded, read = record(model, candidates, run) if run is not None and candidates else ({}, set())
+    dense = {name: named[name] for name in candidates}
+    sparse: dict[str, nn.Module] = {}
     for name, decision in candidates.items():
-        dense = layers[name]
-        if prototype and dense_type(dense) not in _PROTOTYPES:
-            decision.reason = f"nothing simulates {dense_type(dense).__name__}"
-            continue
-        kind = _PROTOTYPES[dense_type(dense)] if prototype else _REPLACEMENTS[dense_type(dense), quantize]
-        sparse = kind.from_dense(dense, qconfig=qconfig)
+        kind = _PROTOTYPES[dense_type(dense[name])] if prototype else _REPLACEMENTS[dense_type(dense[name]), quantize]
         if name in recorded:
-            x, x_grad = recorded[name]
-            decision.input_shape = tuple(x.shape)
-            if include_dense and not prototype:
-                steps = {
-                    "dense": _training_step(_plain_dense(dense), x, x_grad),
-                    "sparse": _training_step(copy.deepcopy(sparse), x, x_grad),
-                }
-                with torch.random.fork_rng(devices=[]):
-                    seconds = _settled_medians(steps)
-                decision.dense_ms, decision.sparse_ms = 1e3 * seconds["dense"], 1e3 * seconds["sparse"]
-                if decision.dense_ms <= decision.sparse_ms:
-                    decision.reason = "faster dense"
-                    continue
-        elif include_dense and not prototype:
+            decision.input_shape = tuple(recorded[name].x.shape)
+        if name in read:
+            decision.reason = "its weight is read outside of its own forward pass"
+            continue
+        if name not in recorded and run is not None and not prototype:
             decision.reason = "not reached by the example input, so not timed"
             continue
+        layer = kind.from_dense(dense[name], qconfig=qconfig)
+        if name in recorded and not prototype and not _pays(dense[name], layer, recorded[name], decision):
+            continue
         decision.swapped = True
-        replacements[id(dense)] = sparse
+        sparse[name] = layer
 
-    _replace_children(model, replacements)
+    _replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
+    if run is not None and sparse:
+        _put_back_what_is_not_called(model, dense, sparse, run, candidates)
     if fuse:
         fused = fuse_modules(model)
         for decision in report.swapped:
@@ -519,7 +445,7 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
     if isinstance(model, SparseModule):
         return model.to_dense()
     if not inplace:
-        model = _copy_model(model)
+        model = copy_model(model)
     unfuse_modules(model)
     _replace_children(model, {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseModule)})
     return model

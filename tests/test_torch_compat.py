@@ -1,0 +1,160 @@
+"""What the project uses of torch beyond its documented interface."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from qsparseprop.nn import QuantizedSparseLinear, SparseConv2d, SparseLinear
+
+from ._helpers import set_weight
+
+# ---- averages of weights (EMA, SWA) ----
+
+
+def model_of(seed=0, inputs=512):
+    """Columns beyond the reach of rounding: 0.9 * n + 0.1 * n is not always n."""
+    layer = set_weight(nn.Linear(inputs, 64, bias=False), 0.05, seed)
+    return nn.Sequential(SparseLinear.from_dense(layer), nn.BatchNorm1d(64), nn.Linear(64, 4))
+
+
+KINDS = {
+    "ema 0.9": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+    "ema 0.99": {"multi_avg_fn": get_ema_multi_avg_fn(0.99)},
+    "ema 0.9999": {"multi_avg_fn": get_ema_multi_avg_fn(0.9999)},
+    "own function": {"avg_fn": lambda average, new, n: 0.9 * average + 0.1 * new},
+    "swa": {},
+}
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_average_of_an_unchanged_model_is_that_model(kind, use_buffers):
+    model = model_of()
+    average = AveragedModel(model, use_buffers=use_buffers, **kind)
+    for _ in range(4):
+        average.update_parameters(model)
+    x = torch.randn(4, 512)
+    torch.testing.assert_close(average.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_averages_are_those_of_the_masked_dense_model(use_buffers):
+    model = model_of()
+    dense = copy.deepcopy(model)
+    dense[0] = model[0].to_dense()
+    averages = [AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=use_buffers)
+                for m in (model, dense)]  # fmt: skip
+    for _ in range(3):
+        with torch.no_grad():
+            model[0].weight.mul_(1.5)
+            dense[0].weight.mul_(1.5)
+        for average, m in zip(averages, (model, dense), strict=True):
+            average.update_parameters(m)
+    torch.testing.assert_close(averages[0].module[0].dense_weight(), averages[1].module[0].weight)
+
+
+def removes(layer):
+    keep = layer.mask()
+    keep[::2] = False
+    layer.apply_further_mask(keep)
+
+
+def moves(layer):
+    """As many weights elsewhere, as dynamic sparse training does."""
+    flipped = layer.dense_weight().detach().flip(1)
+    layer.apply_further_mask(torch.zeros(layer.weight_shape))
+    layer.regrow(flipped != 0, flipped)
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("updates", [0, 1, 3])
+@pytest.mark.parametrize("change", [removes, moves])
+def test_a_pattern_that_changes_is_refused_at_the_update(change, updates, use_buffers):
+    model = nn.ModuleDict({"body": model_of()})
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=use_buffers)
+    for _ in range(updates):
+        average.update_parameters(model)
+    before = copy.deepcopy(average.state_dict())
+    change(model["body"][0])
+    with pytest.raises(ValueError, match=r"body\.0 has another sparsity pattern"):
+        average.update_parameters(model)
+    after = average.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    AveragedModel(model).update_parameters(model)  # a new one
+
+
+def test_other_ways_to_average_buffers_are_noticed_at_the_next_use():
+    model = model_of()
+    average = copy.deepcopy(model)
+    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        mine.copy_(0.9 * mine + 0.1 * theirs)
+    average(torch.randn(4, 512))
+    moves(model[0])
+    for kind in (nn.Module.parameters, nn.Module.buffers):
+        for mine, theirs in zip(kind(average), kind(model), strict=True):
+            mine.data.copy_(0.9 * mine + 0.1 * theirs)
+    with pytest.raises(ValueError, match="another sparsity pattern"):
+        average(torch.randn(4, 512))
+
+
+def test_what_averages_a_state_does_not_reach_the_pattern():
+    """As averages of other packages do, which multiply every tensor of the state, integers as well."""
+    model = model_of()
+    average = copy.deepcopy(model)
+    pattern = [t.clone() for t in (average[0].crow_indices, average[0].col_indices)]
+    for mine, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        mine.copy_(0.9 * mine + 0.1 * theirs)
+    assert torch.equal(average[0].crow_indices, pattern[0])
+    assert torch.equal(average[0].col_indices, pattern[1])
+    x = torch.randn(4, 512)
+    torch.testing.assert_close(average.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+# ---- patterns are no buffers ----
+
+
+@pytest.mark.parametrize("cast", [
+    lambda m: m.half(), lambda m: m.double(), lambda m: m.to(torch.bfloat16), lambda m: m.type(torch.float16),
+    lambda m: m.share_memory(), lambda m: m.to(memory_format=torch.channels_last), lambda m: m.to("cpu"),
+])  # fmt: skip
+def test_casts_leave_the_pattern_alone(cast):
+    layer = SparseConv2d.from_dense(set_weight(nn.Conv2d(70, 30, 3), 0.2, 0))
+    wanted = layer.mask()
+    cast(layer)
+    assert layer.crow_indices.dtype == layer.col_indices.dtype == torch.int32
+    assert torch.equal(layer.mask(), wanted)
+    assert layer(torch.randn(2, 70, 5, 5, dtype=layer.weight.dtype)).shape == (2, 30, 3, 3)
+
+
+def test_on_meta_and_back():
+    layer = SparseLinear.from_dense(set_weight(nn.Linear(20, 30), 0.2, 0))
+    state = layer.state_dict()
+    layer.to("meta")
+    assert layer.crow_indices.is_meta
+    layer.load_state_dict(state, assign=True)
+    assert layer(torch.randn(2, 20)).shape == (2, 30)
+
+
+def test_whole_modules_of_earlier_versions_are_read():
+    layer = QuantizedSparseLinear.from_dense(set_weight(nn.Linear(20, 30), 0.2, 0))
+    state = layer.__getstate__()
+    for name in ("crow_indices", "col_indices"):  # which were buffers
+        state["_buffers"] = {**state["_buffers"], name: state.pop(name)}
+    del state["_buffers"]["indices_stamp"], state["_stamp"]
+    old = QuantizedSparseLinear.__new__(QuantizedSparseLinear)
+    old.__setstate__(state)
+    x = torch.randn(3, 20)
+    assert torch.equal(old(x), layer(x))
+    assert not {"crow_indices", "col_indices"} & dict(old.named_buffers()).keys()
+
+
+def test_functional_call_with_a_state():
+    model = model_of().eval()
+    other = model_of().eval()
+    with torch.no_grad():
+        other[0].weight.mul_(2)
+    x = torch.randn(3, 512)
+    torch.testing.assert_close(torch.func.functional_call(model, other.state_dict(), x), other(x))

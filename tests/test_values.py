@@ -1,0 +1,171 @@
+"""The Parameter of a sparse weight: ordinary where elements are alike, refused where it is meant to be dense."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
+from qsparseprop.nn._values import SparseValues
+from qsparseprop.utils.optimizer_utils import decays, parameter_groups
+
+from ._helpers import set_weight
+
+
+@pytest.fixture
+def layer():
+    return SparseLinear.from_dense(set_weight(nn.Linear(20, 30), 0.2, 0))
+
+
+MISUSES = {
+    "orthogonality": lambda w: (w @ w.t()).norm(),
+    "product": lambda w: torch.randn(4, 20) @ w,
+    "product with itself": lambda w: w @ w,
+    "linear": lambda w: F.linear(torch.randn(4, 20), w),
+    "linear of as many features": lambda w: F.linear(torch.randn(4, w.numel()), w),
+    "convolution": lambda w: F.conv2d(torch.randn(1, 2, 5, 5), w),
+    "T": lambda w: w.T,
+    "mT": lambda w: w.mT,
+    "transposed": lambda w: w.transpose(0, -1),
+    "normalised rows": lambda w: F.normalize(w, dim=-1),
+    "norms of rows": lambda w: w.norm(dim=0),
+    "norms of rows by place": lambda w: torch.norm(w, 2, 0),
+    "vector norm": lambda w: torch.linalg.vector_norm(w, dim=0),
+    "spectral norm": lambda w: torch.linalg.norm(w, 2),
+    "matrix norm": lambda w: torch.linalg.matrix_norm(w),
+    "sums of columns": lambda w: w.sum(0),
+    "means by name": lambda w: torch.mean(w, dim=0),
+    "amax": lambda w: w.abs().amax(0) if False else w.amax(0),
+    "softmax": lambda w: torch.softmax(w, 0),
+    "a row": lambda w: w[0],
+    "rows": lambda w: list(w),
+    "unbind": lambda w: w.unbind(),
+    "another dimension": lambda w: w[None],
+    "as a matrix": lambda w: w.view(w.size(0), -1),
+    "reshaped": lambda w: torch.reshape(w, (-1, 1)),
+    "flattened from 1": lambda w: w.flatten(1),
+    "einsum": lambda w: torch.einsum("i,i->", w, w),
+    "singular values": lambda w: torch.linalg.svdvals(w),
+    "outer": lambda w: torch.outer(w, w),
+    "broadcast": lambda w: w + torch.randn(30, 20),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES.values(), ids=MISUSES)
+def test_what_is_meant_for_the_dense_weight_is_refused(layer, misuse):
+    with pytest.raises((RuntimeError, IndexError), match=r"dense_weight\(\)"):
+        misuse(layer.weight)
+
+
+def test_refused_in_a_compiled_function_as_well(layer):
+    with pytest.raises(Exception, match=r"dense_weight\(\)"):
+        torch.compile(lambda w: w @ w.t(), backend="eager", fullgraph=True)(layer.weight)
+
+
+USES = {
+    "norm": lambda w: w.norm(), "order": lambda w: w.norm(1), "penalty": lambda w: w.pow(2).sum(),
+    "magnitude": lambda w: w.abs().max(), "flat": lambda w: w.view(-1), "flatten": lambda w: w.flatten(),
+    "reshape": lambda w: w.reshape(-1), "slice": lambda w: w[2:5], "choice": lambda w: w[w > 0],
+    "vector norm": lambda w: torch.linalg.vector_norm(w), "elementwise": lambda w: w * w + 1,
+    "one vector of all": lambda w: nn.utils.parameters_to_vector([w]), "detached": lambda w: w.detach(),
+    "stacked": lambda w: torch.stack([w, w]), "largest": lambda w: w.topk(2).values, "dtype": lambda w: w.double(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_what_treats_elements_alike_is_as_with_any_parameter(layer, use):
+    plain = nn.Parameter(layer.weight.data)
+    result = use(layer.weight)
+    assert type(result) is (type(layer.weight) if result is layer.weight else torch.Tensor)
+    assert torch.equal(result, use(plain))
+
+
+def test_the_dense_weight_has_the_gradient_that_torch_gives(layer):
+    """An orthogonality penalty, of the sparse layer and of a dense one with the same zeros."""
+    dense, mask = layer.to_dense(), layer.mask()
+
+    def penalty(w):
+        return (w @ w.t() - torch.eye(30)).square().sum()
+
+    penalty(layer.dense_weight()).backward()
+    penalty(dense.weight).backward()
+    torch.testing.assert_close(layer.weight.grad, dense.weight.grad[mask])
+
+
+@pytest.mark.parametrize("kind", [SparseLinear, QuantizedSparseLinear, SparseConv2d, QuantizedSparseConv2d])
+def test_every_way_to_a_layer_leads_to_such_values(kind):
+    dense = set_weight(nn.Linear(8, 9) if "Linear" in kind.__name__ else nn.Conv2d(8, 9, 3), 0.3, 0)
+    layer = kind.from_dense(dense)
+    other = kind.like(dense)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    empty = kind.like(dense)
+    empty.load_state_dict(layer.state_dict())
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other, empty, layer.double()]
+    layer.regrow(torch.ones(layer.weight_shape))
+    for one in (*copies, layer):
+        assert type(one.weight) is SparseValues
+        assert isinstance(one.weight, nn.Parameter)
+        assert one.weight.requires_grad
+        assert one.weight.shape == (one.nonzeros,)
+
+
+def test_states_hold_plain_tensors(layer):
+    assert all(type(value) is torch.Tensor for value in layer.state_dict().values())
+
+
+def test_an_optimizer_that_was_pickled_with_its_layer_still_trains_it(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    layer, optimizer = pickle.loads(pickle.dumps((layer, optimizer)))
+    assert optimizer.param_groups[0]["params"][0] is layer.weight
+
+
+def test_it_prints_like_a_parameter(layer):
+    assert repr(layer.weight).startswith("Parameter containing:\ntensor([")
+
+
+# ---- weight decay ----
+
+
+def model_of(sparse):
+    model = nn.Sequential(set_weight(nn.Linear(20, 30), 0.2, 0), nn.LayerNorm(30), nn.Linear(30, 4))
+    if sparse:
+        model[0] = SparseLinear.from_dense(model[0])
+    return model
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_weights_decay_in_their_group(sparse):
+    model = model_of(sparse)
+    model[2].weight.requires_grad_(False)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decay, rest = parameter_groups(model, 0.05)
+    assert [names[id(p)] for p in decay["params"]] == ["0.weight"]
+    assert {names[id(p)] for p in rest["params"]} == {"0.bias", "1.weight", "1.bias", "2.bias"}
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.05, 0.0)
+    assert [decays(p) for p in model.parameters()] == [True, False, False, False, True, False]
+
+
+def test_a_step_decays_sparse_weights_like_dense_ones():
+    steps = []
+    for sparse in (False, True):
+        model = model_of(sparse)
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        steps.append(model[0].dense_weight() if sparse else model[0].weight)
+    torch.testing.assert_close(*steps)
+
+
+def test_names_may_be_spared():
+    model = model_of(True)
+    for names, wanted in ((["0"], {"2.weight"}), (["2.weight"], {"0.weight"})):
+        decay, _ = parameter_groups(model, 0.1, names)
+        assert {n for n, p in model.named_parameters() if any(p is q for q in decay["params"])} == wanted
+    with pytest.raises(ValueError, match="'3'"):
+        parameter_groups(model, 0.1, ["3"])
+    with pytest.raises(ValueError, match="-1"):
+        parameter_groups(model, -1)
