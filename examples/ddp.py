@@ -35,9 +35,8 @@ def make_model(sparsity: float, kind: str) -> nn.Module:
 
 def train(kind: str, sparsity: float, epochs: int, batch_size: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    # The pattern is the same everywhere after the first broadcast. Sending the buffers in every forward pass would cost
-    # more than the gradients. (Before torch 2.13: broadcast_buffers=False.)
-    model = DistributedDataParallel(make_model(sparsity, kind), forward_sync_buffers=False)
+    # The pattern has to be the same everywhere, which the seed sees to: values are sent, patterns are not.
+    model = DistributedDataParallel(make_model(sparsity, kind))
     sent = [0, 0]  # bytes, steps
 
     def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
