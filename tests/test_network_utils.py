@@ -464,6 +464,17 @@ def test_with_timing(net, quantize):
         assert f"{d.dense_ms:.2f}" in str(net.swap_report)
 
 
+def test_a_layer_whose_sparse_form_cannot_take_its_input_stays_dense(monkeypatch):
+    def refuse(self, x):
+        raise ValueError("planes too large")
+
+    monkeypatch.setattr(QuantizedSparseLinear, "forward", refuse)
+    model = nn.Sequential(set_weight(nn.Linear(40, 40), 0.1, 0), nn.ReLU())
+    swap_modules_with_sparse(model, (3, 40), verbose=False)
+    assert type(model[0]) is nn.Linear
+    assert decisions(model)["0"].reason == "cannot take its input: planes too large"
+
+
 def test_an_empty_report():
     model = nn.Sequential(nn.ReLU())
     swap(model, (2, 2))

@@ -149,3 +149,19 @@ def test_layers_on_meta_and_lazy_ones_have_a_line():
     swap_modules_with_sparse(model, None, include_dense=False, verbose=False)
     assert len(model.swap_report) == 3
     assert not model.swap_report.swapped
+
+
+def test_a_weight_that_two_modules_share_counts_once():
+    model = nn.Sequential(nn.Linear(20, 10), nn.Linear(20, 10), nn.Linear(10, 20))
+    zero(model[0].weight, 0.9)
+    zero(model[2].weight, 0.5)
+    model[1].weight = model[0].weight
+    assert sparsity(model) == pytest.approx(0.7)
+
+
+def test_a_subclass_of_the_same_name_is_told_from_torchs():
+    kind = type("Linear", (nn.Linear,), {"__module__": "some.package"})
+    model = nn.Sequential(kind(10, 10))
+    zero(model[0].weight)
+    swap_modules_with_sparse(model, None, include_dense=False, verbose=False)
+    assert model.swap_report[0].reason == "some.package.Linear is a subclass with a behaviour of its own"

@@ -43,6 +43,14 @@ class Weights:
     masked: bool = False
 
     @property
+    def identity(self) -> tuple[int, ...]:
+        """The same for modules that share their weights."""
+        if isinstance(self.module, SparseModule):
+            return (id(self.module),)
+        own = tuple(id(p) for p in self.module.parameters(recurse=False) if p.ndim > 1)
+        return own or (id(self.module),)
+
+    @property
     def sparsity(self) -> float:
         """Fraction of zeros; 1 for a weight without elements."""
         return self.zeros / self.total if self.total else 1.0

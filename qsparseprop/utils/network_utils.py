@@ -48,6 +48,7 @@ _REPLACEMENTS: dict[tuple[type[nn.Module], bool], type[SparseModule]] = {
     (nn.Conv2d, True): sparse_nn.QuantizedSparseConv2d,
 }
 _DENSE_TYPES = tuple({kind for kind, _ in _REPLACEMENTS})
+_DENSE_NAMES = {kind.__name__ for kind in _DENSE_TYPES}
 _PROTOTYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: sparse_nn.FakeQuantLinear,
     nn.Conv2d: sparse_nn.FakeQuantConv2d,
@@ -61,7 +62,8 @@ def sparsity(model: nn.Module) -> float:
     recurrent and attention layers, of torch's and of other packages', and those of sparse layers; embeddings only where
     they were pruned. Masks that are still attached count as zeros. 0.0 for a model without such layers.
     """
-    found = weights_of(model)
+    # a weight that several modules share counts once
+    found = {w.identity: w for w in weights_of(model)}.values()
     total = sum(w.total for w in found)
     return sum(w.zeros for w in found) / total if total else 0.0
 
@@ -129,7 +131,8 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
         return f"{kind} is a subclass whose weight does not exist yet"
     if dense_type(module) not in _DENSE_TYPES:
         if isinstance(module, _DENSE_TYPES):
-            return f"{kind} is a subclass with a behaviour of its own"
+            own = f"{type(module).__module__}.{kind}" if kind in _DENSE_NAMES else kind
+            return f"{own} is a subclass with a behaviour of its own"
         return f"nothing sparse replaces {kind}"
     if foreign_parametrization(module):
         return "has a parametrization"
@@ -177,12 +180,17 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
 
 
 def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
-    """Whether a sparse layer is the faster one; the times go into the decision."""
+    """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
     steps = {
         "dense": _training_step(_plain_dense(dense), seen.x, seen.requires_grad),
         "sparse": _training_step(copy.deepcopy(sparse), seen.x, seen.requires_grad),
     }
     with torch.random.fork_rng(devices=[]):
+        try:
+            steps["sparse"]()
+        except (NotImplementedError, TypeError, ValueError) as error:
+            decision.reason = f"cannot take its input: {error}"
+            return False
         seconds = _settled_medians(steps)
     decision.dense_ms, decision.sparse_ms = 1e3 * seconds["dense"], 1e3 * seconds["sparse"]
     if decision.dense_ms > decision.sparse_ms:
