@@ -170,6 +170,7 @@ def repeated(*values):
     (repeated(0.15, 0.12), repeated(0.13), 4, True),  # a second is over
     (repeated(2.0), repeated(1.5), 3, False),
     (repeated(2.0, 1.0), repeated(1.5), 3, True),
+    (repeated(0.03, 0.07), repeated(0.02), 9, False),  # three passes that differ more than they prove
     (repeated(0.0), repeated(0.0), 25, True),  # a clock that does not move
 ])  # fmt: skip
 def test_comparisons_take_as_many_passes_as_it_takes(dense, sparse, passes, noisy):
@@ -209,8 +210,9 @@ def test_senseless_comparisons_are_errors(steps, passes, capsys):
 
 def test_spread_of_ratios():
     assert ratio_spread([2.0], [1.0]) == Spread(2.0, 2.0, 2.0)
-    # few: the smallest and the largest; many: quartiles, as numpy's
-    assert ratio_spread([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) == Spread(2.0, 1.0, 3.0)
+    # few: wider than what was met, so that three of three are no proof; many: quartiles, as numpy's
+    assert ratio_spread([1.5, 2.0, 6.0], [1.0, 1.0, 1.0]) == Spread(2.0, 0.5, 8.0)
+    assert ratio_spread([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]) == Spread(2.0, 2.0, 2.0)
     times = torch.rand(2, 41, dtype=torch.float64).add(0.5)
     low, high = np.quantile((times[0] / times[1]).numpy(), [0.25, 0.75])
     found = ratio_spread(times[0].tolist(), times[1].tolist())

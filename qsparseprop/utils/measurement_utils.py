@@ -262,8 +262,10 @@ class Spread:
     value : float
         Ratio of the medians.
     low, high : float
-        Lower and upper quartile of the ratios of calls that were timed beside each other; of fewer than eight pairs the
-        smallest and the largest, since quartiles of so few tell nothing. `value` lies between them, or is one of them.
+        Lower and upper quartile of the ratios of calls that were timed beside each other, with `value` between them.
+        Quartiles of fewer than eight pairs tell nothing, and so few need not have met the worst: there the ends are
+        `value`, divided and multiplied by as much as the largest of the ratios is larger than the smallest. One pair
+        has no spread.
     """
 
     value: float
@@ -305,9 +307,10 @@ def ratio_spread(numerators: Sequence[float], denominators: Sequence[float]) -> 
         raise ValueError(f"a ratio needs positive times, got {len(pairs)} pairs: {pairs[:3]}")
     value = statistics.median(numerators) / statistics.median(denominators)
     ratios = sorted(n / d for n, d in pairs)
-    low, high = ratios[0], ratios[-1]
-    if len(ratios) >= _PAIRS_WITH_QUARTILES:
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    if len(ratios) < _PAIRS_WITH_QUARTILES:
+        width = ratios[-1] / ratios[0]
+        return Spread(value, value / width, value * width)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Spread(value, min(low, value), max(high, value))
 
 
@@ -358,8 +361,8 @@ def compare_interleaved(
 ) -> Comparison:
     """Time two functions in turn until it is clear which one is faster, or that the machine does not tell.
 
-    One pass settles a factor of 3, three passes one of 2, nine passes any that lies outside of the spread. Where it
-    lies within, passes go on until it does no more, or one of the limits is reached.
+    One pass settles a factor of 3, three passes one of 2, and nine passes any, provided that 1 lies outside of the
+    spread. Where it lies within, passes go on until it does no more, or one of the limits is reached.
 
     Parameters
     ----------
@@ -396,8 +399,8 @@ def compare_interleaved(
         medians = {name: statistics.median(values) for name, values in times.items()}
         least, most = sorted(medians.values())
         ratio = ratio_spread(times[first], times[second])
-        enough = passes in _SETTLED and most >= _SETTLED[passes] * least and passes * least >= _SETTLED_SECONDS
-        enough = enough or (passes >= _USUAL_PASSES and ratio.side != 0)
+        early = passes in _SETTLED and most >= _SETTLED[passes] * least and passes * least >= _SETTLED_SECONDS
+        enough = (early or passes >= _USUAL_PASSES) and ratio.side != 0
         late = passes >= max(_SETTLED) and clock() - start >= most_seconds
         if enough or late or passes >= most_passes:
             return Comparison(medians, ratio, passes)
