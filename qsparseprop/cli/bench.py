@@ -45,7 +45,8 @@ def add_parser(commands: Any) -> None:
     add("--by-layer", action="store_true", help="with --model: measure its layers one by one, at their inputs' sizes")
     add("--sparsity", nargs="+", type=number_between(0, 1), default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.98], metavar="S",
         help="shares of zeros, at random places (default: %(default)s)")
-    add("--threads", type=whole_number(1), metavar="N", help="threads to compute with, at most the processors (default: PyTorch's choice)")
+    add("--threads", type=whole_number(1), metavar="N",
+        help="threads to compute with, no more than processors (default: PyTorch's choice)")
     add("--repeats", type=whole_number(1), default=5, metavar="N",
         help="timed steps of each, at least (default: %(default)s)")
     add("--out", type=Path, metavar="DIR",
