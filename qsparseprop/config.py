@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import sys
 from typing import Any
 
@@ -10,6 +12,32 @@ import torch
 
 from qsparseprop._kernels import _dispatch
 from qsparseprop._version import __version__
+
+
+def cpu_model() -> str:
+    """Name of the processor, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
+            for line in info:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def usable_processors() -> int:
+    """How many logical processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _torch_build() -> str:
+    """What torch was built with and what it uses of this processor, on one line."""
+    shown = torch.__config__.show()
+    patterns = (r"^\s*- ((?:GCC|clang|MSVC)[^\n]*)", r"(OpenMP \d+)", r"(oneAPI Math Kernel Library Version [\w.]+)",
+                r"(MKL-DNN v[\w.]+)", r"(CPU capability usage: \w+)")  # fmt: skip
+    found = (re.search(pattern, shown, re.MULTILINE | re.IGNORECASE) for pattern in patterns)
+    return ", ".join(match[1].strip() for match in found if match) or "unknown"
 
 
 def openmp_runtimes() -> list[str]:
@@ -33,6 +61,10 @@ def get_config() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "processors": usable_processors(),
+        "compiler": _dispatch.compiler,
+        "torch_build": _torch_build(),
         "isa_built": _dispatch.built_isas(),
         "isa_supported": _dispatch.supported_isas(),
         "isa_chosen": _dispatch.active_isa(),
@@ -43,16 +75,24 @@ def get_config() -> dict[str, Any]:
 
 
 def show_config() -> None:
-    """Print versions, instruction sets (built, supported, chosen), OpenMP runtime and thread count."""
+    """Print what a report of a bug needs.
+
+    Versions, processor, builds, instruction sets (built, supported, chosen), OpenMP runtimes and thread count.
+    """
+    found = get_config()
     labels = {
+        "cpu": "processor",
+        "processors": "processors that may be used",
+        "compiler": "qsparseprop built by",
+        "torch_build": "torch built by and using",
         "isa_built": "ISA built",
         "isa_supported": "ISA supported",
         "isa_chosen": "ISA chosen (QSPARSEPROP_ISA overrides)",
         "openmp": "OpenMP",
-        "openmp_runtimes": "OpenMP runtime",
+        "openmp_runtimes": f"OpenMP runtimes ({len(found['openmp_runtimes'])} mapped, 1 is right)",
         "threads": "threads (torch.get_num_threads())",
     }
-    for key, value in get_config().items():
+    for key, value in found.items():
         if isinstance(value, list):
             value = ", ".join(value) or "unknown"
         elif isinstance(value, bool):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qsparseprop.cli import main
-from qsparseprop.utils.bench import break_even, parse_layer
+from qsparseprop.utils.bench import parse_layer
 from qsparseprop.utils.compare import ConfigurationError
 from qsparseprop.utils.data import load_data
 from qsparseprop.utils.models import build_model, load_checkpoint, resnet20
@@ -222,12 +222,6 @@ def test_bench_of_a_model(by_layer, capsys):
     assert main([*arguments, *(["--by-layer"] if by_layer else [])]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "x" in line and "90 %" in line]
     assert len([line for line in lines if "..." not in line]) == (3 if by_layer else 1)
-
-
-def test_break_even():
-    assert break_even([(0.5, 0.5), (0.9, 2.0)]) == pytest.approx(0.7)
-    assert break_even([(0.5, 1.5), (0.9, 2.0)]) is None
-    assert break_even([(0.5, 0.5), (0.9, 0.9)]) is None
 
 
 def test_layers_are_read_as_pytorch_prints_them():

@@ -11,7 +11,7 @@ from qsparseprop._kernels import _dispatch
 from ._helpers import run_python
 
 KEYS = {"qsparseprop", "torch", "python", "platform", "isa_built", "isa_supported", "isa_chosen", "openmp",
-        "openmp_runtimes", "threads"}  # fmt: skip
+        "openmp_runtimes", "threads", "cpu", "processors", "compiler", "torch_build"}  # fmt: skip
 CHOSEN = "from qsparseprop._kernels import _dispatch; print(_dispatch.active_isa())"
 
 
@@ -25,6 +25,10 @@ def test_get_config():
     assert set(found["isa_supported"]) <= set(found["isa_built"])
     assert found["isa_chosen"] in found["isa_supported"]
     assert isinstance(found["openmp"], bool)
+    assert 1 <= found["processors"] <= os.cpu_count()
+    assert found["cpu"]
+    assert found["compiler"].split()[0] in ("GCC", "Clang", "unknown")
+    assert "\n" not in found["torch_build"]
     assert all(os.path.isabs(path) for path in found["openmp_runtimes"])
 
 
@@ -55,6 +59,8 @@ def test_show_config(capsys):
         else:
             assert shown == str(value)
     assert "QSPARSEPROP_ISA" in out
+    assert f"OpenMP runtimes ({len(found['openmp_runtimes'])} mapped, 1 is right)" in out
+    assert len(lines) < 24  # one screen
 
 
 def test_public_names():

@@ -138,5 +138,8 @@ def test_nonsense_is_refused():
         layer_cost(nn.Linear(20, 10), (4, 19))
     with pytest.raises(ValueError, match="expects"):
         layer_cost(nn.Conv2d(3, 4, 3), (4, 4, 8, 8))
+    for wrong in ({"stride": 0}, {"dilation": 0}, {"stride": (1, 2, 3)}):
+        with pytest.raises(ValueError, match="must be 2 positive sizes"):
+            layer_cost(nn.Conv2d(3, 4, 3, **wrong), (4, 3, 8, 8))
     with pytest.raises(ValueError, match="smaller than the kernel"):
         layer_cost(nn.Conv2d(3, 4, 3), (4, 3, 2, 8))

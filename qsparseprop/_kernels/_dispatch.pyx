@@ -15,13 +15,22 @@ cdef extern from *:
     #else
     #define QSP_HAVE_OPENMP 0
     #endif
+    #if defined(__clang__)
+    #define QSP_COMPILER "Clang " __clang_version__
+    #elif defined(__GNUC__)
+    #define QSP_COMPILER "GCC " __VERSION__
+    #else
+    #define QSP_COMPILER "unknown"
+    #endif
     """
     enum:
         QSP_HAVE_OPENMP
+    const char *QSP_COMPILER
 
 cdef const qsp_kernels *_active = NULL
 
 have_openmp = bool(QSP_HAVE_OPENMP)
+compiler = QSP_COMPILER.decode()
 
 
 cdef const qsp_kernels *active_kernels() noexcept nogil:

@@ -13,7 +13,7 @@ __all__ = ["add_parser"]
 _DESCRIPTION = """\
 Measure from which sparsity on sparse int8 training pays on this machine: training steps (forward and backward) of
 layers or of a whole model at several sparsities, against the fastest of {fp32, bf16} x {contiguous, channels_last} of
-dense PyTorch, measured in turn."""
+dense PyTorch, measured in turn. A crossing is only named where the spread of the steps allows it."""
 
 _EPILOG = """\
 examples:
@@ -45,11 +45,12 @@ def add_parser(commands: Any) -> None:
     add("--by-layer", action="store_true", help="with --model: measure its layers one by one, at their inputs' sizes")
     add("--sparsity", nargs="+", type=number_between(0, 1), default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.98], metavar="S",
         help="shares of zeros, at random places (default: %(default)s)")
-    add("--threads", type=whole_number(1), metavar="N", help="threads to compute with (default: PyTorch's choice)")
+    add("--threads", type=whole_number(1), metavar="N",
+        help="threads to compute with, no more than processors (default: PyTorch's choice)")
     add("--repeats", type=whole_number(1), default=5, metavar="N",
         help="timed steps of each, at least (default: %(default)s)")
     add("--out", type=Path, metavar="DIR",
-        help="write bench.json, speedup.png (speed-up against sparsity, with the break-even) and, for layers, "
+        help="write bench.json, speedup.png (speed-up against sparsity, its spread and what follows) and, for layers, "
         "roofline.png there; made if need be")
     parser.set_defaults(run=run, parser=parser)
 
@@ -61,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
         parser.error("--model and --layer exclude each other")
     if arguments.by_layer and arguments.model is None:
         parser.error("--by-layer needs --model")
+    if arguments.input and arguments.model is None and not arguments.layer:
+        parser.error("--input is the shape for a --layer or a --model: name one, like "
+                     '--layer "Linear(768, 3072)" --input 64,768')
     wanted = 1 if arguments.model is not None else len(arguments.layer)
     if len(arguments.input) != wanted:
         parser.error(f"--input must be given {wanted} time(s), once a layer or model, got {len(arguments.input)}")

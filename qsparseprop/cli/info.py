@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
-Without a file: show which instruction sets were built, which of them this CPU has, and which one is used.
+Without a file: show versions, processor, instruction sets (built, supported, chosen), threads, compilers and OpenMP
+runtimes: what a report of a bug needs.
 
 With a file - a checkpoint of `finetune` or of a Finetuner, a state dict of PyTorch, or .safetensors: show shape,
-sparsity and size of each weight."""
+sparsity and size of each weight. Any file may be given: nothing in it is run, and what is no file of weights is
+refused.
+
+exit codes: 0 done, 2 no such file, or none of weights"""
 
 
 def add_parser(commands: Any) -> None:
@@ -35,12 +40,14 @@ def run(arguments: argparse.Namespace) -> int:
         qsparseprop.show_config()
         return 0
     from qsparseprop.utils._errors import ConfigurationError
-    from qsparseprop.utils.models import read_state_dict
+    from qsparseprop.utils.state_files import read_state_dict
     from qsparseprop.utils.state_report import format_weights, weight_infos
 
     try:
         state = read_state_dict(arguments.file)
     except OSError as error:
         raise ConfigurationError(f"cannot read {arguments.file}: {error.strerror or error}") from error
-    print(format_weights(weight_infos(state)))
+    encoding = sys.stdout.encoding or "utf-8"
+    # names come from the file, and may have characters that the output has not
+    print(format_weights(weight_infos(state)).encode(encoding, "backslashreplace").decode(encoding))
     return 0

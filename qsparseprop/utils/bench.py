@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
-import itertools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+import statistics
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop import nn as sparse_nn
+from qsparseprop.config import usable_processors
 
 from ._errors import ConfigurationError
-from .cost_model import layer_cost, model_costs
-from .measurement_utils import environment, interleaved_medians
-from .models import build_model
+from .break_even import break_even
+from .cost_model import LayerCost, layer_cost, model_costs
+from .measurement_utils import (
+    Spread,
+    environment,
+    interleaved_medians,
+    interleaved_times,
+    machine_memory_bytes,
+    ratio_spread,
+)
+from .models import MODELS, build_model
 from .network_utils import swap_modules_with_sparse
 from .pruning_utils import prunable_modules
 from .setup_run import TrainingMode
@@ -30,6 +41,9 @@ DEFAULT_LAYERS = (("Conv2d(128, 128, 3, padding=1)", (64, 128, 16, 16)), ("Linea
 
 #: Short steps are timed more often: until a comparison has taken so long, but not more often than that.
 _SECONDS, _MOST_STEPS = 0.5, 100
+
+#: A larger share of the machine's memory is not asked for.
+_MOST_MEMORY = 0.5
 
 _MODES = tuple(TrainingMode(bf16, channels_last) for bf16 in (False, True) for channels_last in (False, True))
 _SPARSE_KINDS = {nn.Linear: "QuantizedSparseLinear", nn.Conv1d: "QuantizedSparseConv1d",
@@ -53,7 +67,7 @@ class BenchConfig:
     sparsities : tuple of float
         Ascending.
     threads : int or None
-        torch's threads; None for its own choice.
+        torch's threads, no more than processors; None for its own choice.
     repeats : int
         Timed steps at least.
     """
@@ -73,8 +87,8 @@ def parse_layer(text: str) -> nn.Module:
     Raises
     ------
     ConfigurationError
-        If it is no call of ``Linear``, ``Conv1d`` or ``Conv2d`` with numbers, tuples, strings and the like, or one that
-        PyTorch refuses.
+        If it is no call of ``Linear``, ``Conv1d`` or ``Conv2d`` with numbers, tuples, strings and the like, one that
+        PyTorch refuses, one without weights, or with more than half of the machine's memory would hold.
     """
     kinds = {kind.__name__: kind for kind in _SPARSE_KINDS}
     wrong = ConfigurationError(f"{text!r} is no layer; write it like \"Linear(768, 3072)\" or \"Conv2d(64, 64, 3, "
@@ -85,12 +99,38 @@ def parse_layer(text: str) -> nn.Module:
             raise wrong
         args = [ast.literal_eval(value) for value in call.args]
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise error if error is wrong else wrong from error
+    if "device" in kwargs or "dtype" in kwargs:
+        raise ConfigurationError(f"{text!r}: layers are measured on the CPU in float32 and bfloat16; leave out device "
+                                 "and dtype")  # fmt: skip
     try:
+        with warnings.catch_warnings(), torch.device("meta"):  # sizes first: nothing is allocated there
+            warnings.simplefilter("ignore")  # of empty layers
+            weight = kinds[call.func.id](*args, **kwargs).weight
+        if not weight.numel():
+            raise ConfigurationError(f"{text!r} has no weights")
+        _check_memory(text, weight.nbytes)
         return kinds[call.func.id](*args, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"{text!r}: {str(error).splitlines()[0]}") from error
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"{text!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _check_memory(what: str, size: float) -> None:
+    memory = machine_memory_bytes()
+    if memory is not None and size > _MOST_MEMORY * memory:
+        raise ConfigurationError(f"{what} needs about {size / 1e9:,.0f} GB to be measured, more than half of the "
+                                 f"memory ({memory / 1e9:,.0f} GB)")  # fmt: skip
 
 
 def bench(config: BenchConfig, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -105,69 +145,158 @@ def bench(config: BenchConfig, say: Callable[[str], None] = lambda text: None) -
     Returns
     -------
     dict
-        ``results``: one entry a layer (or model) and sparsity, with ``name``, ``sparsity``, ``ms`` by setting,
-        ``best_dense``, ``best_sparse``, ``speedup`` and, of layers, ``dense`` and ``sparse`` (``operations`` and
-        ``bytes`` of a step); ``break_even``: sparsity by name (None: not within what was measured); ``limits``: what
-        this machine reaches, in operations or bytes a second (layers only); ``config``, ``environment``.
+        ``results``: one entry a layer (or model) and sparsity, with ``name``, ``sparsity``, ``ms`` by setting
+        (medians), ``best_dense``, ``best_sparse``, ``samples`` (milliseconds of each step of these two, in the order of
+        the turns), ``speedup`` (ratio of their medians), ``spread`` (its lower and upper end, see `Spread`) and, of
+        layers, ``dense`` and ``sparse`` (``operations`` and ``bytes`` of a step); ``break_even``: a `BreakEven` as
+        dict, by name; ``limits``: what this machine reaches, in operations or bytes a second (layers only);
+        ``config``, ``environment``.
 
     Raises
     ------
     ConfigurationError
-        If layers, model and inputs do not go together.
+        If layers, model and inputs do not go together or are too large, a layer would be left without weights, or
+        threads are more than processors. Nothing has been measured then.
     """
     if config.threads is not None:
+        if config.threads > usable_processors():
+            raise ConfigurationError(f"{config.threads} threads would wait for each other: this process may use "
+                                     f"{usable_processors()} processors")  # fmt: skip
         torch.set_num_threads(config.threads)
     torch.manual_seed(0)
-    jobs = _jobs(config)
+    jobs = _jobs(config, say)
     results = []
-    for name, module, x, x_grad in jobs:
+    for name, module, shape, x_grad in jobs:
+        x = torch.randn(shape)
         for sparsity in config.sparsities:
             say(f"{name} at {100 * sparsity:g} % ...")
             results.append(_measure(name, module, x, x_grad, sparsity, config.repeats))
     names = list(dict.fromkeys(result["name"] for result in results))
-    curves = {n: [(r["sparsity"], r["speedup"]) for r in results if r["name"] == n] for n in names}
+    curves = {n: [(r["sparsity"], Spread(r["speedup"], *r["spread"])) for r in results if r["name"] == n]
+              for n in names}  # fmt: skip
     layers = config.model is None or config.by_layer
     if layers:
         say("machine limits ...")
     return {
         "results": results,
-        "break_even": {name: break_even(curve) for name, curve in curves.items()},
+        "break_even": {name: asdict(break_even(curve)) for name, curve in curves.items()},
         "limits": machine_limits() if layers else {},
         "config": asdict(config),
         "environment": environment(),
     }
 
 
-def _jobs(config: BenchConfig) -> list[tuple[str, nn.Module, Tensor, bool]]:
-    """Name, module, input, and whether the input needs a gradient."""
+#: Name, module, shape of the input, and whether the input needs a gradient.
+_Job = tuple[str, nn.Module, tuple[int, ...], bool]
+
+
+def _jobs(config: BenchConfig, say: Callable[[str], None]) -> list[_Job]:
     if config.model is not None:
-        shape = config.inputs[0]
-        extra = {"in_channels": shape[1], "image_size": shape[-1]} if len(shape) == 4 else {}
-        model = build_model(config.model, **extra).train()
+        if len(config.inputs) != 1:
+            raise ConfigurationError(f"{config.model} needs the shape of one input, got {len(config.inputs)}")
+        return _jobs_of_model(config, config.model, config.inputs[0], say)
+    if len(config.layers) != len(config.inputs):
+        raise ConfigurationError(f"each layer needs the shape of its input, got {len(config.layers)} layers and "
+                                 f"{len(config.inputs)} shapes")  # fmt: skip
+    jobs = []
+    for text, shape in list(zip(config.layers, config.inputs, strict=True)) or DEFAULT_LAYERS:
+        module, name = parse_layer(text), f"{text} on {_times(shape)}"
         try:
-            costs = model_costs(model, shape)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise ConfigurationError(f"{config.model} cannot take an input of shape {shape}: {error}") from error
-        if not config.by_layer:
-            return [(config.model, model, torch.randn(shape), False)]
-        jobs: dict[tuple[str, tuple[int, ...]], tuple[str, nn.Module, Tensor, bool]] = {}
-        for cost in costs:
-            module = model.get_submodule(cost.name)
-            # one of each kind and size
-            if type(module) in _SPARSE_KINDS:
-                jobs.setdefault((str(module), cost.input_shape), (cost.name, module, torch.randn(cost.input_shape),
-                                                                  cost is not costs[0]))  # fmt: skip
-        return list(jobs.values())
-    pairs = list(zip(config.layers, config.inputs, strict=True)) or DEFAULT_LAYERS
-    jobs_of_layers = []
-    for text, shape in pairs:
-        module = parse_layer(text)
-        try:
-            layer_cost(module, shape)
+            _check_memory(name, len(_MODES) * 1.5 * layer_cost(module, shape).total.bytes)
+        except ConfigurationError:
+            raise
         except ValueError as error:
-            raise ConfigurationError(f"{text} with an input of shape {shape}: {error}") from error
-        jobs_of_layers.append((f"{text} on {'x'.join(map(str, shape))}", module, torch.randn(shape), True))
-    return jobs_of_layers
+            raise ConfigurationError(f"{text} with an input of shape {_times(shape)}: {error}") from error
+        if (problem := _problem(module, shape, config.sparsities)) is not None:
+            raise ConfigurationError(f"{text} with an input of shape {_times(shape)}: {problem}")
+        jobs.append((name, module, shape, True))
+    return jobs
+
+
+def _jobs_of_model(
+    config: BenchConfig, name: str, shape: tuple[int, ...], say: Callable[[str], None]
+) -> list[_Job]:
+    model, costs = _model_and_costs(name, shape)
+    for path, module in prunable_modules(model).items():
+        _check_rest(f"{path} of {name}", module, config.sparsities)
+    if not config.by_layer:
+        return [(name, model, shape, False)]
+    jobs: dict[tuple[str, tuple[int, ...]], _Job] = {}
+    for cost in costs:
+        module = model.get_submodule(cost.name)
+        key = str(module), cost.input_shape  # one of each kind and size
+        if key in jobs or type(module) not in _SPARSE_KINDS:
+            continue
+        if (problem := _problem(module, cost.input_shape, config.sparsities)) is not None:
+            say(f"{cost.name} is left out: {problem}")
+            continue
+        jobs[key] = (cost.name, module, cost.input_shape, cost is not costs[0])
+    if not jobs:
+        raise ConfigurationError(f"{name} has no layer that can be sparse: Linear, Conv1d or Conv2d")
+    return list(jobs.values())
+
+
+def _model_and_costs(name: str, shape: tuple[int, ...]) -> tuple[nn.Module, list[LayerCost]]:
+    """A model that takes inputs of a shape, and what its layers have to do."""
+    if name in MODELS and len(shape) != 4:
+        raise ConfigurationError(f"{name} takes images, batch,channels,height,width, like 64,3,32,32; got an input of "
+                                 f"shape {_times(shape)}")  # fmt: skip
+    if name in MODELS and "image_size" in inspect.signature(MODELS[name]).parameters and shape[2] != shape[3]:
+        raise ConfigurationError(f"{name} takes square images, got an input of shape {_times(shape)}")
+    what = f"{name} with an input of shape {_times(shape)}"
+    _check_memory(what, 4 * len(_MODES) * math.prod(shape))
+    extra = {"in_channels": shape[1], "image_size": shape[-1]} if len(shape) == 4 else {}
+    if name in MODELS:
+        with torch.device("meta"):
+            _check_memory(what, 3 * len(_MODES) * _bytes_of_parameters(build_model(name, **extra)))
+    model = build_model(name, **extra).train()
+    try:
+        # of one example first, which tells how much memory all of them need
+        costs = model_costs(model, (1, *shape[1:]))
+        _check_memory(what, shape[0] * sum(cost.forward.bytes for cost in costs)
+                      + 3 * len(_MODES) * _bytes_of_parameters(model))  # fmt: skip
+        return model, model_costs(model, shape)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # a model of one's own may raise anything
+        reason = _first_line(error)
+        raise ConfigurationError(f"{name} cannot take an input of shape {_times(shape)}: {reason}") from error
+
+
+def _bytes_of_parameters(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def _check_rest(name: str, module: nn.Module, sparsities: tuple[float, ...]) -> None:
+    size = module.weight.numel()
+    if round(max(sparsities) * size) >= size:
+        raise ConfigurationError(f"at {100 * max(sparsities):g} % zeros nothing is left of {name}, which has {size} "
+                                 f"weight{'s' if size > 1 else ''}")  # fmt: skip
+
+
+def _problem(module: nn.Module, shape: tuple[int, ...], sparsities: tuple[float, ...]) -> str | None:
+    """Why a layer cannot be measured, dense and sparse, at inputs of a shape; tried with one example."""
+    try:
+        _check_rest(type(module).__name__, module, sparsities)
+        batched = len(shape) > (1 if isinstance(module, nn.Linear) else module.weight.ndim - 1)
+        x = torch.zeros((1, *shape[1:]) if batched else shape)
+        with torch.no_grad():
+            module(x)
+            _sparse_layer(_pruned(module, max(sparsities)))(x)
+    except Exception as error:  # of many types, from torch and from the kernels
+        return _first_line(error)
+    return None
+
+
+def _pruned(module: nn.Module, sparsity: float) -> nn.Module:
+    pruned = copy.deepcopy(module)
+    for part in [pruned] if type(module) in _SPARSE_KINDS else prunable_modules(pruned).values():
+        _put_zeros(part.weight, sparsity)
+    return pruned
+
+
+def _sparse_layer(module: nn.Module) -> nn.Module:
+    return getattr(sparse_nn, _SPARSE_KINDS[type(module)]).from_dense(module)
 
 
 @torch.no_grad()
@@ -200,27 +329,26 @@ def _step(module: nn.Module, x: Tensor, x_grad: bool, mode: TrainingMode) -> Cal
 
 
 def _measure(name: str, module: nn.Module, x: Tensor, x_grad: bool, sparsity: float, repeats: int) -> dict[str, Any]:
-    pruned = copy.deepcopy(module)
-    layer = type(module) in _SPARSE_KINDS
+    pruned, layer = _pruned(module, sparsity), type(module) in _SPARSE_KINDS
     if layer:
-        _put_zeros(pruned.weight, sparsity)
-        sparse = getattr(sparse_nn, _SPARSE_KINDS[type(module)]).from_dense(pruned)
+        sparse = _sparse_layer(pruned)
     else:
-        for part in prunable_modules(pruned).values():
-            _put_zeros(part.weight, sparsity)
         sparse = swap_modules_with_sparse(copy.deepcopy(pruned), x, include_dense=False, verbose=False,
-                                          min_sparsity=sparsity - 0.02)  # fmt: skip
+                                          min_sparsity=max(0.0, sparsity - 0.02))  # fmt: skip
     modes = _MODES if x.ndim == 4 else tuple(mode for mode in _MODES if not mode.channels_last)
     steps = {f"dense {mode.name}": _step(pruned, x, x_grad, mode) for mode in modes}
     fast = [mode for mode in modes if mode.channels_last or x.ndim != 4]
     steps |= {f"int8 {mode.name}": _step(sparse, x, x_grad, mode) for mode in fast}
     turn = sum(interleaved_medians(steps, repeats=1, warmup=2).values())
-    medians = interleaved_medians(steps, max(repeats, min(_MOST_STEPS, int(_SECONDS / turn))), warmup=0)
-    ms = {key: 1e3 * seconds for key, seconds in medians.items()}
-    best = {kind: min((k for k in ms if k.startswith(kind)), key=ms.__getitem__) for kind in ("dense", "int8")}
+    times = interleaved_times(steps, max(repeats, min(_MOST_STEPS, int(_SECONDS / turn))), warmup=0)
+    samples = {key: [1e3 * seconds for seconds in values] for key, values in times.items()}
+    ms = {key: statistics.median(values) for key, values in samples.items()}
+    dense, int8 = (min((k for k in ms if k.startswith(kind)), key=ms.__getitem__) for kind in ("dense", "int8"))
+    spread = ratio_spread(samples[dense], samples[int8])
     result = {
-        "name": name, "sparsity": sparsity, "input": list(x.shape), "ms": ms, "best_dense": best["dense"],
-        "best_sparse": best["int8"], "speedup": ms[best["dense"]] / ms[best["int8"]],
+        "name": name, "sparsity": sparsity, "input": list(x.shape), "ms": ms, "best_dense": dense, "best_sparse": int8,
+        "samples": {key: samples[key] for key in (dense, int8)}, "speedup": spread.value,
+        "spread": [spread.low, spread.high],
     }  # fmt: skip
     if layer:
         for kind, of in (("dense", pruned), ("sparse", sparse)):
@@ -229,26 +357,6 @@ def _measure(name: str, module: nn.Module, x: Tensor, x_grad: bool, sparsity: fl
             cost = layer_cost(of, x.shape, dtype=dtype, input_grad=x_grad).total
             result[kind] = {"operations": cost.operations, "bytes": cost.bytes, "seconds": ms[setting] / 1e3}
     return result
-
-
-def break_even(curve: Sequence[tuple[float, float]]) -> float | None:
-    """Sparsity at which a speed-up is 1, between measured points (straight lines in its logarithm).
-
-    Parameters
-    ----------
-    curve : sequence of (sparsity, speed-up)
-        Sorted by sparsity.
-
-    Returns
-    -------
-    float or None
-        None where it does not rise through 1; if it does so several times, the last one.
-    """
-    found = None
-    for (s0, y0), (s1, y1) in itertools.pairwise(curve):
-        if y0 < 1 <= y1:
-            found = s0 + (s1 - s0) * (0 - math.log(y0)) / (math.log(y1) - math.log(y0))
-    return found
 
 
 def machine_limits() -> dict[str, float]:

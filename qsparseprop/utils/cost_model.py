@@ -108,7 +108,8 @@ def _valid_positions(size: int, kernel: int, stride: int, before: int, dilation:
 
 
 def _pairs(value: Any, dimensions: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * dimensions
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * dimensions if len(values) == 1 else values
 
 
 def _padding(module: nn.Module, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
@@ -145,6 +146,9 @@ def _conv_shape(module: nn.Module, input_shape: tuple[int, ...], weight_shape: t
         raise ValueError(f"the layer expects (batch, {weight_shape[1] * module.groups}, {dimensions} sizes), got an "
                          f"input of shape {input_shape}")  # fmt: skip
     stride, dilation = _pairs(module.stride, dimensions), _pairs(module.dilation, dimensions)
+    if not len(stride) == len(dilation) == dimensions or min(*kernel, *stride, *dilation) < 1:
+        raise ValueError(f"kernel, stride and dilation must be {dimensions} positive sizes, got {kernel}, {stride} and "
+                         f"{dilation}")  # fmt: skip
     valid, outs = [], []
     for size, k, s, d, (before, after) in zip(
         input_shape[2:], kernel, stride, dilation, _padding(module, kernel, dilation), strict=True

@@ -10,14 +10,14 @@ import importlib
 import inspect
 import itertools
 import os
-import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ._errors import ConfigurationError
+from .state_files import read_state_dict, strip_prefix
 
 __all__ = [
     "MODELS",
@@ -366,45 +366,6 @@ def _import_function(name: str) -> Callable[..., nn.Module]:
     if not callable(function):
         raise ConfigurationError(f"{name} is not a function")
     return function
-
-
-def strip_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str = "module.") -> dict[str, torch.Tensor]:
-    """Return `state_dict` with `prefix` removed from the keys that start with it (``DataParallel`` leaves one)."""
-    return {key.removeprefix(prefix): value for key, value in state_dict.items()}
-
-
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Read the tensors of a model from a file.
-
-    Parameters
-    ----------
-    path : path-like
-        Written by ``torch.save`` - a state dict, one under ``"state_dict"``, or a checkpoint of a ``Finetuner`` - or a
-        ``.safetensors`` file. Keys may start with ``module.``. Only tensors and plain containers are unpickled.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is no such file.
-    OSError
-        If it cannot be read.
-    """
-    if os.fspath(path).endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ConfigurationError("a .safetensors file needs safetensors: pip install safetensors") from error
-        return strip_prefix(load_file(path))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.PickleError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        raise ConfigurationError(f"{os.fspath(path)} holds no weights: {str(error).splitlines()[0]}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not any(isinstance(v, torch.Tensor) for v in content.values()):
-        raise ConfigurationError(f"{os.fspath(path)} holds no weights: it is not a state dict")
-    return strip_prefix({key: value for key, value in content.items() if isinstance(value, torch.Tensor)})
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
