@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize, prune
 
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils import network_utils
+from qsparseprop.utils.measurement_utils import Comparison, Spread
 from qsparseprop.utils.network_utils import SwapDecision, SwapReport, sparsity, swap_modules_with_sparse
 
 from ._helpers import generator, relative_error, run_python, saved_for_backward, set_weight
@@ -459,9 +461,22 @@ def test_with_timing(net, quantize):
         assert d.dense_ms > 0
         assert d.sparse_ms > 0
         assert d.swapped == (d.sparse_ms < d.dense_ms)
-        assert d.reason == ("" if d.swapped else "faster dense")
+        assert d.reason.startswith(("", "within the noise") if d.swapped else "faster dense")
         assert isinstance(net.get_submodule(d.name), (SparseConv2d, SparseLinear)) == d.swapped
         assert f"{d.dense_ms:.2f}" in str(net.swap_report)
+
+
+@pytest.mark.parametrize("sparse_ms", [0.9, 1.1])
+def test_what_is_within_the_noise_is_said(net, monkeypatch, sparse_ms):
+    def timed(steps):
+        return Comparison({"dense": 1e-3, "sparse": 1e-3 * sparse_ms}, Spread(1 / sparse_ms, 0.8, 1.3), 25)
+
+    monkeypatch.setattr(network_utils, "compare_interleaved", timed)
+    swap_modules_with_sparse(net, SHAPE, verbose=False)
+    d = decisions(net)["head"]
+    assert d.swapped == (sparse_ms < 1)
+    note = "within the noise: 0.80x to 1.30x in 25 passes"
+    assert d.reason == (note if d.swapped else f"faster dense, {note}")
 
 
 def test_a_layer_whose_sparse_form_cannot_take_its_input_stays_dense(monkeypatch):

@@ -21,7 +21,7 @@ from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._example import LayerInput, Runner, copy_model, make_runner, not_called, record
 from qsparseprop.utils._weights import Weights, weights_of
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
-from qsparseprop.utils.measurement_utils import interleaved_medians
+from qsparseprop.utils.measurement_utils import compare_interleaved
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
 __all__ = [
@@ -33,10 +33,6 @@ __all__ = [
     "swap_modules_with_sparse",
     "unfold_attention",
 ]
-
-#: Forward + backward passes from which a layer's medians are taken, until these differ by the factor beside, which the
-#: machine's noise does not turn round where all of the faster one's passes take as many seconds as this.
-_TIMED_STEPS, _TIMED_SECONDS = ((1, 3.0), (3, 2.0), (9, 1.0)), 0.01
 
 #: (dense type, quantised) -> sparse type
 _REPLACEMENTS: dict[tuple[type[nn.Module], bool], type[SparseModule]] = {
@@ -86,16 +82,6 @@ def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
                 y.backward(grad)
 
     return step
-
-
-def _settled_medians(steps: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of two steps, of as many passes as it takes to tell which is faster."""
-    for repeats, factor in _TIMED_STEPS:
-        seconds = interleaved_medians(steps, repeats)
-        least, most = min(seconds.values()), max(seconds.values())
-        if most >= factor * least and repeats * least >= _TIMED_SECONDS:
-            break
-    return seconds
 
 
 def _plain_dense(module: nn.Module) -> nn.Module:
@@ -191,12 +177,11 @@ def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapD
         except (NotImplementedError, TypeError, ValueError) as error:
             decision.reason = f"cannot take its input: {error}"
             return False
-        seconds = _settled_medians(steps)
-    decision.dense_ms, decision.sparse_ms = 1e3 * seconds["dense"], 1e3 * seconds["sparse"]
-    if decision.dense_ms > decision.sparse_ms:
-        return True
-    decision.reason = "faster dense"
-    return False
+        timed = compare_interleaved(steps)
+    decision.dense_ms, decision.sparse_ms = 1e3 * timed.medians["dense"], 1e3 * timed.medians["sparse"]
+    faster = decision.dense_ms > decision.sparse_ms
+    decision.reason = ", ".join(part for part in ("" if faster else "faster dense", timed.note) if part)
+    return faster
 
 
 def _put_back_what_is_not_called(
