@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._dense import dense_weight
+from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
 from qsparseprop.nn._traced import config_text, traced_product
 from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.nn.functional import sparse_product
@@ -52,7 +53,7 @@ class SparseModule(SparseWeight):
         self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool
     ) -> SparseModule:
         """Take over a dense weight where the mask is set."""
-        crow, col, flat = dense_pattern(mask.reshape(mask.shape[0], -1))
+        crow, col, flat = dense_pattern(mask.reshape(self._matrix_shape()))
         self.weight = nn.Parameter(weight.reshape(-1)[flat].clone(), requires_grad)
         self.crow_indices, self.col_indices = crow, col
         if bias is not None:
@@ -118,10 +119,14 @@ class SparseModule(SparseWeight):
         # plans are made anew: they may be larger than the weights
         return {k: v for k, v in self.__dict__.items() if k != "_plans"}
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        refuse_scripting(self)
+
     def _check_input(self, x: Tensor) -> None:
         kind = type(self).__name__
         if not isinstance(x, Tensor):
-            raise TypeError(f"{kind} expects a tensor, got {type(x).__name__}")
+            refuse_input(self, x)
+        refuse_tracing(self)
         if not (x.is_cpu and self.weight.is_cpu):
             raise ValueError(f"{kind} computes on the CPU, got an input on device {x.device} and weights on device "
                              f"{self.weight.device}")
