@@ -201,8 +201,8 @@ class SparseWeight(nn.Module):
         """Give the Parameter another number of values."""
         outdate_graphs(self.weight)
         self.weight.grad = None
-        # A graph that still exists keeps a node that accumulates gradients of the old size, and refuses to now; torch makes a
-        # new one only when the dtype changes on the way.
+        # A graph that still exists keeps a node that accumulates gradients of the old size, and refuses to now; torch
+        # makes a new one only when the dtype changes on the way.
         self.weight.data = values.to(torch.float64 if values.dtype != torch.float64 else torch.float32)
         self.weight.data = values
         self.weight.grad = grad if values.numel() else None  # as after a backward pass

@@ -346,7 +346,8 @@ class GradualPruner:
     def _check_optimizer(self) -> None:
         sparse = [m for m in self.modules.values() if isinstance(m, SparseWeight)]
         check_owners(sparse)
-        check_unsplit(m._parameters.get("weight_orig") for m in self.modules.values() if not isinstance(m, SparseWeight))
+        masked = [m for m in self.modules.values() if not isinstance(m, SparseWeight)]
+        check_unsplit(m._parameters.get("weight_orig") for m in masked)
         optimizer = inner_optimizer(self._optimizer)
         for module in sparse:
             element_state(optimizer, module.weight)
