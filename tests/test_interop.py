@@ -122,6 +122,19 @@ def test_symbolic_trace():
     assert model[0].weight.grad.any()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_eager_quantisation_of_what_stayed_dense():
+    """It sets and deletes an attribute `qconfig` of every module, which float32 modules have in common with torch's."""
+    sparse, _, _ = example("SparseLinear")
+    model = nn.Sequential(sparse, nn.Linear(sparse.out_features, 4)).eval()
+    dynamic = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert type(dynamic[0]) is qnn.SparseLinear
+    assert type(dynamic[1]) is not nn.Linear
+    x = torch.randn(8, sparse.in_features)
+    assert relative_error(dynamic(x), model(x)) < 0.05
+
+
 # ---- tools that give a layer another weight ----
 
 
@@ -337,6 +350,25 @@ def test_the_gradient_of_the_input_after_a_change_of_the_pattern(kind):
     layer.apply_further_mask(torch.rand(layer.weight_shape) < 0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_after_what_changes_nothing(kind):
+    layer, _, x = example(kind)
+    y = layer(x).sum()
+    layer.apply_further_mask(torch.ones(layer.weight_shape))
+    layer.regrow(layer.mask())
+    y.backward()
+    assert layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_layer_after_a_change_of_the_pattern(kind):
+    layer, _, x = example(kind)
+    y = torch.compile(layer, backend="aot_eager")(x).sum()
+    layer.apply_further_mask(torch.rand(layer.weight_shape) < 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_a_graph_of_a_block_after_a_change_of_the_pattern():

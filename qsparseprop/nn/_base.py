@@ -73,6 +73,11 @@ class SparseModule(SparseWeight):
         # torch.compile can read a string, but not turn a QuantConfig into one
         self._qconfig, self._qconfig_text = qconfig, config_text(qconfig)
 
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        # torch.ao.quantization gives every module one, and takes it away again
+        self.qconfig = None
+
     @classmethod
     def like(cls, module: nn.Module, qconfig: QuantConfig | None = None) -> SparseModule:
         """A module without weights, with the settings of a dense one."""

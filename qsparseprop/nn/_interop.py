@@ -108,9 +108,9 @@ def check_deletion(module: nn.Module, name: str) -> None:
     Raises
     ------
     NotImplementedError
-        Where there is no process group, without which FSDP does nothing.
+        Where FSDP is not in use.
     """
-    if name == "weight" and not _distributed():
+    if name == "weight" and not (_distributed() and "torch.distributed.fsdp" in sys.modules):
         raise NotImplementedError(f"the weight of {type(module).__name__} cannot be parametrised or taken away, see "
                                   "the way back to dense layers: swap_modules_with_dense(model)")
 

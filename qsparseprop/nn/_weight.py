@@ -179,6 +179,8 @@ class SparseWeight(nn.Module):
         optimizer = None if optimizer is None else inner_optimizer(optimizer)
         state = {} if optimizer is None else element_state(optimizer, self.weight)
         old = self._flat_indices()
+        if torch.equal(flat, old):
+            return  # nothing was removed or added
         place = torch.searchsorted(old, flat)
         known = torch.cat([old, old.new_full((1,), -1)])[place] == flat
         source = place[known]
