@@ -509,6 +509,25 @@ def test_wrapped_optimizers(wrap):
         layer.apply_further_mask(mask, wrap(torch.optim.LBFGS(layer.parameters())))
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Keeps slow copies of the parameters, as some wrappers do."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                self.state[p]["slow"] = p.detach().clone()
+
+
+def test_wrappers_with_a_state_of_their_own():
+    layer, _, _ = example("SparseLinear")
+    before = layer.nonzeros
+    with pytest.raises(NotImplementedError, match="Lookahead keeps a state beside"):
+        layer.apply_further_mask(torch.zeros(layer.weight_shape), Lookahead(torch.optim.SGD(layer.parameters(), 0.1)))
+    assert layer.nonzeros == before
+
+
 def test_what_is_no_optimizer():
     layer, _, _ = example("SparseLinear")
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got dict"):

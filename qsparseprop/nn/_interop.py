@@ -96,7 +96,9 @@ def check_parameter(module: nn.Module, name: str, parameter: Tensor | None) -> N
     if name.startswith("weight_"):
         raise NotImplementedError(f"the weight of {kind} cannot be reparametrised, see the way back to dense layers: "
                                   "swap_modules_with_dense(model)")
-    if name == "weight" and parameter is not None and parameter.ndim != 1:
+    if name != "weight" or parameter is None or parameter.ndim == 1:
+        return
+    if tuple(parameter.shape) != (module.col_indices.numel(), 1):  # a column of the right length is a slip, see forward
         raise ValueError(f"the weight of {kind} is the vector of its nonzeros, it cannot become a tensor of shape "
                          f"{tuple(parameter.shape)}: fold other layers into dense ones, after "
                          "swap_modules_with_dense(model), and load dense states within accept_dense_state()")
@@ -182,6 +184,11 @@ def inner_optimizer(optimizer: Any) -> Any:
         For one whose state cannot follow a change of the pattern in every process.
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        own = getattr(optimizer, "state", None)
+        if own and own is not inner.state:
+            raise NotImplementedError(f"{type(optimizer).__name__} keeps a state beside that of the optimizer that it "
+                                      "wraps, so that single weights can neither be removed nor added: make a new one "
+                                      "instead")
         optimizer = inner
     if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
