@@ -6,10 +6,19 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+
+def called_by_parameter() -> bool:
+    """Whether the method of a tensor in whose ``__torch_function__`` this is called was called by nn.Parameter itself.
+
+    That wants `detach` of a subclass to give the subclass; everybody else is to get a plain tensor.
+    """
+    return sys._getframe(2).f_code is nn.Parameter.__new__.__code__
 
 
 def before_averaging(check: Callable[[nn.Module, nn.Module], None]) -> None:

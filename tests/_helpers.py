@@ -121,6 +121,14 @@ def gradient_of(y: Tensor, layout: str, seed: int) -> Tensor:
     return laid_out(torch.randn(y.shape, generator=generator(seed)).to(y.dtype), layout)
 
 
+def value_gradient(layer: nn.Module) -> Tensor:
+    """Gradient of a layer's weight; that of a sparse one without any is None, which optimizers pass over."""
+    if layer.weight.numel():
+        return layer.weight.grad
+    assert layer.weight.grad is None
+    return torch.zeros_like(layer.weight)
+
+
 def saved_for_backward(call: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
     """What autograd keeps, the module's own parameters not counted."""
     saved: list[Tensor] = []

@@ -28,6 +28,7 @@ from ._helpers import (
     relative_error,
     row_groups,
     set_weight,
+    value_gradient,
 )
 
 GRADIENTS = [*LAYOUTS, "sum"]
@@ -49,7 +50,7 @@ def run(layer, x, grad_layout, seed):
     dy = gradient_of(y, grad_layout, seed)
     torch.manual_seed(seed)
     y.backward(dy)
-    return SimpleNamespace(y=y.detach(), dy=dy, dx=x.grad, dw=layer.weight.grad,
+    return SimpleNamespace(y=y.detach(), dy=dy, dx=x.grad, dw=value_gradient(layer),
                            db=None if layer.bias is None else layer.bias.grad)  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from ._helpers import (
     run_python,
     saved_for_backward,
     set_weight,
+    value_gradient,
 )
 
 QUANTIZED = [kind for kind in KINDS if kind.startswith("Quantized")]
@@ -74,7 +75,7 @@ def run(layer, case, seed=None):
     if seed is not None:
         torch.manual_seed(seed)
     y.backward(dy)
-    return SimpleNamespace(y=y.detach(), dy=dy, dx=x.grad, dw=layer.weight.grad,
+    return SimpleNamespace(y=y.detach(), dy=dy, dx=x.grad, dw=value_gradient(layer),
                            db=None if layer.bias is None else layer.bias.grad)  # fmt: skip
 
 

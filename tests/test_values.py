@@ -126,6 +126,15 @@ def test_it_prints_like_a_parameter(layer):
     assert repr(layer.weight).startswith("Parameter containing:\ntensor([")
 
 
+def test_a_parameter_may_be_made_of_it(layer):
+    copy_of = nn.Parameter(layer.weight)
+    assert isinstance(copy_of, nn.Parameter)
+    assert copy_of.requires_grad
+    assert copy_of.is_leaf
+    assert torch.equal(copy_of, layer.weight)
+    assert type(layer.weight.detach()) is torch.Tensor
+
+
 # ---- weight decay ----
 
 

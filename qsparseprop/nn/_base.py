@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._dense import dense_weight
+from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
 from qsparseprop.nn._traced import config_text, traced_product
 from qsparseprop.nn._values import SparseValues
 from qsparseprop.nn._weight import SparseWeight
@@ -53,7 +54,7 @@ class SparseModule(SparseWeight):
         self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool
     ) -> SparseModule:
         """Take over a dense weight where the mask is set."""
-        crow, col, flat = dense_pattern(mask.reshape(mask.shape[0], -1))
+        crow, col, flat = dense_pattern(mask.reshape(self._matrix_shape()))
         self.weight = SparseValues(weight.reshape(-1)[flat].clone(), requires_grad)
         self._set_pattern(crow, col)
         if bias is not None:
@@ -72,6 +73,11 @@ class SparseModule(SparseWeight):
             raise TypeError(f"qconfig must be {wanted}, got {type(qconfig).__name__}")
         # torch.compile can read a string, but not turn a QuantConfig into one
         self._qconfig, self._qconfig_text = qconfig, config_text(qconfig)
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        # torch.ao.quantization gives every module one, and takes it away again
+        self.qconfig = None
 
     @classmethod
     def like(cls, module: nn.Module, qconfig: QuantConfig | None = None) -> SparseModule:
@@ -120,10 +126,14 @@ class SparseModule(SparseWeight):
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
         return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_copies")}
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        refuse_scripting(self)
+
     def _check_input(self, x: Tensor) -> None:
         kind = type(self).__name__
         if not isinstance(x, Tensor):
-            raise TypeError(f"{kind} expects a tensor, got {type(x).__name__}")
+            refuse_input(self, x)
+        refuse_tracing(self)
         weight = self.weight
         with torch._C.DisableTorchFunctionSubclass():  # a look at an attribute takes longer with it
             on_cpu = weight.is_cpu

@@ -29,6 +29,7 @@ from qsparseprop.nn.functional import (
     packed_backward_pass,
     packed_forward_pass,
     refuse_forward_mode,
+    value_gradient,
 )
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
@@ -151,7 +152,7 @@ class _LinearAct(torch.autograd.Function):
                                                need, ctx.x_dtype)
         return (
             dx.view(ctx.x_shape) if need[0] else None,
-            dvalues.to(values.dtype) if need[1] else None,
+            value_gradient(dvalues, values) if need[1] else None,
             dbias.to(ctx.bias_dtype) if need[2] else None,
         )
 

@@ -29,6 +29,7 @@ from qsparseprop.nn.functional import (
     packed_forward_pass,
     packed_gradient,
     refuse_forward_mode,
+    value_gradient,
 )
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
@@ -173,7 +174,7 @@ class _NormAct(torch.autograd.Function):
                                                ctx.shape, need[:2], ctx.x_dtype, conv.channels_last)
         return (
             dx if need[0] else None,
-            dvalues.to(values.dtype) if need[1] else None,
+            value_gradient(dvalues, values) if need[1] else None,
             dbias.to(bias_dtype) if need[2] else None,
             with_normalised.to(gamma_dtype) if need[3] else None,
             total.to(beta_dtype) if need[4] else None,

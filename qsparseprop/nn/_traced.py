@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qsparseprop.geometry import Geometry, conv_geometry
-from qsparseprop.nn.functional import backward_pass, check_finite, forward_pass
+from qsparseprop.nn._interop import refuse_onnx
+from qsparseprop.nn.functional import backward_pass, check_finite, forward_pass, value_gradient
 from qsparseprop.pattern import GatherList, Plan, shared_plan_cache
 from qsparseprop.quantization import QuantConfig
 
@@ -65,6 +66,7 @@ def _layer(x, values, bias, crow_indices, col_indices, geometry, groups, qconfig
 
 
 def _layer_fake(x, values, bias, crow_indices, col_indices, geometry, groups, qconfig, dtype):
+    refuse_onnx()
     return tuple(forward_pass(x, values, bias, _fake_plan(crow_indices, geometry), _config(qconfig), dtype))
 
 
@@ -123,7 +125,7 @@ def _gradients(ctx, dy, *_):
     )
     return (
         dx if grads[0] else None,
-        dvalues.to(values.dtype) if grads[1] else None,
+        value_gradient(dvalues, values) if grads[1] else None,
         dbias.to(ctx.bias_dtype) if grads[2] else None,
         None, None, None, None, None, None,
     )  # fmt: skip

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsparseprop._torch_compat import called_by_parameter
+
 _WAY_OUT = ("this is the weight of a sparse layer, the 1-D values of its nonzeros: use the layer's dense_weight(), "
-            "which has the dense shape and keeps gradients")  # fmt: skip
+            "which has the dense shape and keeps gradients, or swap_modules_with_dense(model)")  # fmt: skip
 
 
 def _named(names: str, *places: Any) -> set[Callable]:
@@ -58,8 +60,9 @@ class SparseValues(nn.Parameter):
     """Values of the nonzeros of a sparse weight, (nonzeros,).
 
     An ordinary Parameter for everything that treats elements alike: optimizers, norms of all elements, averages, files.
-    What takes it for the dense weight - products, transposition, rows, one dimension of several - raises a RuntimeError
-    that names `SparseWeight.dense_weight`: torch would take some of these for what they mean of a vector.
+    What takes it for the dense weight - products, transposition, rows, one dimension of several - raises a
+    NotImplementedError that names `SparseWeight.dense_weight`: torch would take some of these for what they mean of a
+    vector.
     """
 
     @classmethod
@@ -70,7 +73,7 @@ class SparseValues(nn.Parameter):
         kwargs = kwargs or {}
         if func in _MATRIX or (func in _ALONG and _wants_dimension(func, args, kwargs)):
             # no TypeError, which Python's operators would replace by one of their own
-            raise RuntimeError(f"{getattr(func, '__name__', func)}: {_WAY_OUT}")
+            raise NotImplementedError(f"{getattr(func, '__name__', func)}: {_WAY_OUT}")
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
@@ -78,8 +81,10 @@ class SparseValues(nn.Parameter):
             if type(error) not in (RuntimeError, IndexError):
                 raise
             raise type(error)(f"{error} ({_WAY_OUT})") from error
+        if func is Tensor.detach and called_by_parameter():
+            return torch.Tensor._make_subclass(cls, result, False)  # nn.Parameter(layer.weight)
         if func in _SHAPE and result.ndim != 1 and type(args[0]) is cls:
-            raise RuntimeError(f"{func.__name__} to shape {tuple(result.shape)}: {_WAY_OUT}")
+            raise NotImplementedError(f"{func.__name__} to shape {tuple(result.shape)}: {_WAY_OUT}")
         return result
 
     def __repr__(self) -> str:

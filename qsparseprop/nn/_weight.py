@@ -11,8 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop._torch_compat import before_averaging
+from qsparseprop.nn._interop import (
+    check_deletion,
+    check_owners,
+    check_parameter,
+    element_state,
+    inner_optimizer,
+    outdate_graphs,
+)
 from qsparseprop.nn._state import FORMAT, check_format, read_state
 from qsparseprop.nn._values import SparseValues
+from qsparseprop.nn.functional import NoGradient
 from qsparseprop.pattern import pattern_stamp, row_indices, tensor_version
 
 _PATTERN = ("crow_indices", "col_indices")
@@ -67,7 +76,8 @@ class SparseWeight(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight with its zeros, differentiable with respect to `weight`."""
         dense = self.weight.new_zeros(torch.Size(self.weight_shape).numel())
-        return dense.index_put((self._flat_indices(),), self.weight).view(self.weight_shape)
+        values = self.weight if self.nonzeros else NoGradient.apply(self.weight)
+        return dense.index_put((self._flat_indices(),), values).view(self.weight_shape)
 
     def _matrix_shape(self) -> tuple[int, int]:
         """Rows, and everything else."""
@@ -86,6 +96,15 @@ class SparseWeight(nn.Module):
                              f"got shape {tuple(shape)}")
         if bias is not None and bias.shape != (self.weight_shape[0],):
             raise ValueError(f"bias must have shape ({self.weight_shape[0]},), got {tuple(bias.shape)}")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """See torch.nn.Module; parameters of dense layers are refused."""
+        check_parameter(self, name, param)
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        check_deletion(self, name)
+        super().__delattr__(name)
 
     # ---- the pattern ----
 
@@ -150,10 +169,19 @@ class SparseWeight(nn.Module):
         ------
         ValueError
             For another shape, or an optimizer that does not train this weight; nothing has changed then.
+        TypeError
+            For what is no optimizer.
         NotImplementedError
-            For an optimizer whose state does not belong to single weights (LBFGS).
+            For an optimizer whose state does not belong to single weights (LBFGS) or lies in other processes
+            (ZeroRedundancyOptimizer), and for a weight that FSDP or DistributedDataParallel has laid out; in every
+            process alike, and nothing has changed then either.
         """
         self._check_mask(mask, "mask")
+        check_owners([self])
+        self._remove(mask, optimizer)
+
+    def _remove(self, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        """`apply_further_mask` without its checks."""
         flat = self._flat_indices()
         self._rearrange(flat[mask.reshape(-1)[flat] != 0], None, optimizer)
 
@@ -175,12 +203,13 @@ class SparseWeight(nn.Module):
 
         Raises
         ------
-        ValueError, NotImplementedError
+        ValueError, TypeError, NotImplementedError
             See `apply_further_mask`.
         """
         self._check_mask(mask, "mask")
         if values is not None:
             self._check_mask(values, "values")
+        check_owners([self])
         old = self._flat_indices()
         flat = torch.cat([old, mask.reshape(-1).nonzero().squeeze(1)]).unique()
         self._rearrange(flat, None if values is None else values.detach().reshape(-1)[flat], optimizer)
@@ -194,23 +223,20 @@ class SparseWeight(nn.Module):
 
         Raises
         ------
-        ValueError, NotImplementedError
+        ValueError, TypeError, NotImplementedError
             See `apply_further_mask`.
         """
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise NotImplementedError("LBFGS keeps its state for all parameters together, so that single weights can "
-                                      "neither be removed nor added: make a new optimizer instead")
-        weight = self.weight
-        if weight.requires_grad and not any(weight is p for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError("the optimizer does not train the weight of this module")
-        state = optimizer.state.get(weight, {})
-        return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
+        check_owners([self])
+        return element_state(inner_optimizer(optimizer), self.weight)
 
     @torch.no_grad()
     def _rearrange(self, flat: Tensor, fresh: Tensor | None, optimizer: torch.optim.Optimizer | None) -> None:
         """Move the weights to the positions `flat` (int64, ascending), which may lack old ones and have new ones."""
-        state = {} if optimizer is None else self.check_optimizer(optimizer)
+        optimizer = None if optimizer is None else inner_optimizer(optimizer)
+        state = {} if optimizer is None else element_state(optimizer, self.weight)
         old = self._flat_indices()
+        if torch.equal(flat, old):
+            return  # nothing was removed or added
         place = torch.searchsorted(old, flat)
         known = torch.cat([old, old.new_full((1,), -1)])[place] == flat
         source = place[known]
@@ -231,12 +257,13 @@ class SparseWeight(nn.Module):
 
     def _replace(self, crow: Tensor, col: Tensor, values: Tensor, grad: Tensor | None = None) -> None:
         """Give the Parameter another number of values."""
+        outdate_graphs(self.weight)
         self.weight.grad = None
-        # A graph that still exists keeps a node that accumulates gradients of the old size; torch makes a new one only
-        # when the dtype changes on the way.
+        # A graph that still exists keeps a node that accumulates gradients of the old size, and refuses to now; torch
+        # makes a new one only when the dtype changes on the way.
         self.weight.data = values.to(torch.float64 if values.dtype != torch.float64 else torch.float32)
         self.weight.data = values
-        self.weight.grad = grad
+        self.weight.grad = grad if values.numel() else None  # as after a backward pass
         self._set_pattern(crow, col)
 
     # ---- state ----

@@ -173,6 +173,24 @@ def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)  # a call of `to` costs as much where it does nothing
 
 
+def value_gradient(gradient: Tensor, values: Tensor) -> Tensor | None:
+    """Gradient of the values; none where there are none, since optimizers may divide by the number of elements."""
+    return _as_dtype(gradient, values.dtype) if values.numel() else None
+
+
+class NoGradient(torch.autograd.Function):
+    """Part of a graph, for DistributedDataParallel, but gets no gradient: for tensors without elements."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        """The tensor as it is."""
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> None:
+        """No gradient."""
+
+
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -217,7 +235,7 @@ class _SparseProduct(torch.autograd.Function):
             dbias = dy.detach().sum((0, *range(2, dy.ndim)), dtype=torch.float32)
         gradients = (
             dx if grads[0] else None,
-            _as_dtype(dvalues, values.dtype) if grads[1] else None,
+            value_gradient(dvalues, values) if grads[1] else None,
             _as_dtype(dbias, ctx.bias_dtype) if grads[2] else None,
         )
         if again:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qsparseprop.geometry import linear_geometry, linear_numbers
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
+from qsparseprop.nn.functional import NoGradient
 from qsparseprop.quantization import QuantConfig
 
 
@@ -111,7 +112,8 @@ class SparseLinear(SparseModule):
             raise ValueError(f"{type(self).__name__} expects the last dimension to be in_features={self.in_features}, "
                              f"got shape {tuple(x.shape)}")
         if not (self.in_features and self.out_features):  # nothing to multiply
-            return nn.functional.linear(x, self.dense_weight(), self.bias)
+            bias = self.bias if self.bias is None or self.out_features else NoGradient.apply(self.bias)
+            return nn.functional.linear(x, self.dense_weight(), bias)
         leading = x.shape[:-1]
         rows = x if x.ndim == 2 else x.reshape(math.prod(leading), self.in_features)
         if torch.compiler.is_compiling():

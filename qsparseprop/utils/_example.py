@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree
 
+from qsparseprop.nn._dense import dense_type, dense_weight, trains_weight
+
 #: Runs a model once.
 Runner = Callable[[nn.Module], Any]
 
@@ -234,8 +236,13 @@ def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[st
 
 def _bake_mask(layer: nn.Module) -> None:
     """Make a mask permanent, so that the weight is a parameter that can be watched."""
-    if parametrize.is_parametrized(layer, "weight"):
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    if parametrize.is_parametrized(layer):
+        # not by torch's function: that changes the class, which the layer shares with the one that it is a copy of
+        weight, _ = dense_weight(layer)
+        kind, requires_grad = dense_type(layer), trains_weight(layer)
+        del layer._modules["parametrizations"]
+        layer.__class__ = kind
+        layer.register_parameter("weight", nn.Parameter(weight, requires_grad))
     if prune.is_pruned(layer) and hasattr(layer, "weight_orig"):
         prune.remove(layer, "weight")
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_weight, has_mask
+from qsparseprop.nn._foreign_masks import ForeignMask, foreign_masks
 
 #: Parts of the names that layers outside of torch.nn give their weights, the projections of experts for instance.
 _NAMES = ("weight", "kernel", "proj")
 
+_PRUNABLE = (nn.Linear, nn.modules.conv._ConvNd)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -33,6 +35,8 @@ class Weights:
         Of all weights, masked ones counted as zeros.
     masked : bool
         Whether a mask says which weights exist.
+    foreign : ForeignMask or None
+        What another tool keeps beside the weight, for this tool to apply.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Weights:
     zeros: int
     total: int
     masked: bool = False
+    foreign: ForeignMask | None = None
 
     @property
     def identity(self) -> tuple[int, ...]:
@@ -64,8 +69,14 @@ def weights_of(model: nn.Module) -> list[Weights]:
     Embeddings are looked up, not multiplied; they count where somebody pruned them: with a mask, or with more than half
     of their entries zero.
     """
-    found = (_weights(name, module) for name, module in model.named_modules())
-    return [w for w in found if w is not None]
+    masks = foreign_masks(model)
+    found = [w for name, module in model.named_modules() if (w := _weights(name, module)) is not None]
+    for w in found:
+        w.foreign = masks.get(w.name)
+        if w.foreign is not None and w.foreign.mask is not None and not w.masked:
+            weight = dense_weight(w.module)[0] if isinstance(w.module, _PRUNABLE) else w.module.weight.detach()
+            w.zeros, w.masked = _zeros(weight * w.foreign.mask), True
+    return found
 
 
 def _weights(name: str, module: nn.Module) -> Weights | None:
@@ -88,7 +99,7 @@ def _dense_weights(module: nn.Module) -> Iterator[Tensor]:
     if packed is not None:
         yield from packed
         return
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+    if isinstance(module, _PRUNABLE):
         yield dense_weight(module)[0]
         return
     masks = dict(module.named_buffers(recurse=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import operator
 from collections import Counter
@@ -57,6 +58,8 @@ class FusedForward:
             for children, name, block in self._places:
                 if children.get(name) is not block:
                     self._refuse(name)
+        if args and args[0] is self.model:  # from a method: accelerate makes one when it unwraps a model
+            args = args[1:]
         return self._compiled(self.model, *args, **kwargs)
 
     def _compile(self) -> None:
@@ -85,6 +88,13 @@ class FusedForward:
     def __reduce__(self) -> Any:
         raise TypeError("a model with fused blocks cannot be pickled as a whole: save its state_dict, or a copy by "
                         "swap_modules_with_dense(model, inplace=False)")
+
+
+def _fused_forward(module: nn.Module) -> FusedForward | None:
+    """The traced forward pass of a module that was fused, also where somebody has made a method of it."""
+    forward = vars(module).get("forward")
+    forward = getattr(forward, "__func__", forward)
+    return forward if isinstance(forward, FusedForward) else None
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -220,7 +230,7 @@ def _names(parts: list[fx.Node]) -> list[str]:
 def _fused_parts(model: nn.Module) -> set[str]:
     """Names of the parts of a model that were fused by themselves."""
     return {name for name, module in model.named_modules(remove_duplicate=False)
-            if name and isinstance(vars(module).get("forward"), FusedForward)}
+            if name and _fused_forward(module) is not None}
 
 
 def _part_of(name: str, parts: set[str]) -> str | None:
@@ -294,7 +304,7 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
         For each such layer by its qualified name: what it was fused with, or why not; and for each BatchNorm2d
         that became a block with the ReLU behind it, because what is before it is no sparse convolution that fits.
     """
-    if isinstance(vars(model).get("forward"), FusedForward):
+    if _fused_forward(model) is not None:
         _undo(model)  # tracing looks at the method of the class
     names = {n: m for n, m in model.named_modules() if type(m) in (QuantizedSparseConv2d, QuantizedSparseLinear)}
     if not names:
@@ -341,7 +351,9 @@ def fuse_modules(model: nn.Module) -> dict[str, str]:
 
 def _undo(model: nn.Module) -> None:
     """Undo what fusing a model has made, but not what was made in parts of it before."""
-    for target in vars(model).pop("forward").blocks:
+    blocks = _fused_forward(model).blocks
+    del vars(model)["forward"]
+    for target in blocks:
         parent, _, name = target.rpartition(".")
         block = model.get_submodule(target)
         if isinstance(block, _BLOCKS):
@@ -349,9 +361,21 @@ def _undo(model: nn.Module) -> None:
 
 
 def unfuse_modules(model: nn.Module) -> None:
-    """Undo `fuse_modules`, in place, also of parts that were fused by themselves."""
+    """Undo `fuse_modules`, in place, also of parts that were fused by themselves.
+
+    Raises
+    ------
+    RuntimeError
+        Where something (accelerate's mixed precision) has wrapped the fused forward pass; nothing has changed then.
+    """
+    for module in model.modules():
+        forward = getattr(vars(module).get("forward"), "__func__", vars(module).get("forward"))
+        if forward is not None and _fused_forward(module) is None and isinstance(inspect.unwrap(forward), FusedForward):
+            raise RuntimeError(f"the forward pass of {type(module).__name__} was fused and then wrapped: take that off "
+                               "first, by accelerator.unwrap_model(model, keep_fp32_wrapper=False) if it is "
+                               "accelerate's")
     for module in list(model.modules()):
-        if isinstance(vars(module).get("forward"), FusedForward):
+        if _fused_forward(module) is not None:
             del vars(module)["forward"]
         for name, child in list(module.named_children()):
             if isinstance(child, _BLOCKS):

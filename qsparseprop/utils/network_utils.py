@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qsparseprop import nn as sparse_nn
+from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
 from qsparseprop.nn._weight import check_before_loading
@@ -122,6 +123,8 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
         return f"nothing sparse replaces {kind}"
     if foreign_parametrization(module):
         return "has a parametrization"
+    if found.foreign is not None:
+        return found.foreign.reason
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "shares a parameter with another module"
     if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -163,6 +166,7 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
             _mind_fast_path(parent)
     if any(isinstance(m, SparseModule) for m in model.modules()):
         check_before_loading(model)
+        guard_merging(model)
 
 
 def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from qsparseprop.nn._interop import check_owners, check_unsplit, element_state, inner_optimizer
 from qsparseprop.nn._weight import SparseWeight
 
 __all__ = [
@@ -254,7 +255,8 @@ class GradualPruner:
         For impossible numbers, names that do not exist, a model without anything to prune, or an optimizer that does
         not train it.
     NotImplementedError
-        For LBFGS.
+        For LBFGS and ZeroRedundancyOptimizer, and for a model that FSDP or DistributedDataParallel has wrapped; in
+        every process alike, here and in `step`, where nothing has changed then.
 
     Examples
     --------
@@ -342,9 +344,13 @@ class GradualPruner:
         self.steps, self._initial = int(state_dict["steps"]), initial
 
     def _check_optimizer(self) -> None:
-        for module in self.modules.values():
-            if isinstance(module, SparseWeight):
-                module.check_optimizer(self._optimizer)
+        sparse = [m for m in self.modules.values() if isinstance(m, SparseWeight)]
+        check_owners(sparse)
+        masked = [m for m in self.modules.values() if not isinstance(m, SparseWeight)]
+        check_unsplit(m._parameters.get("weight_orig") for m in masked)
+        optimizer = inner_optimizer(self._optimizer)
+        for module in sparse:
+            element_state(optimizer, module.weight)
 
     def _zeros(self, names: Collection[str]) -> float:
         modules = [self.modules[name] for name in names]
@@ -365,7 +371,7 @@ class GradualPruner:
             mask = (module.mask() if isinstance(module, SparseWeight) else module.weight_mask != 0).contiguous()
             mask.view(-1)[mask.view(-1).nonzero().squeeze(1)[~part]] = False
             if isinstance(module, SparseWeight):
-                module.apply_further_mask(mask, self._optimizer)
+                module._remove(mask, self._optimizer)
             else:
                 module.weight_mask.copy_(mask)
 
