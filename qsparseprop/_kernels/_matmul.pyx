@@ -162,8 +162,8 @@ def quantized_spmm(values, index, group_ptr, offset, plane, x_scale, x_zero_poin
     _spare_scratch.append(scratch)
 
 
-cdef void _multiply_part(const qsp_kernels *kernels, const qsp_spmm *a, const qsp_view *view, int64_t units, int64_t task,
-                         bint codes) noexcept nogil:
+cdef void _multiply_part(const qsp_kernels *kernels, const qsp_spmm *a, const qsp_view *view, int64_t units,
+                         int64_t task, bint codes) noexcept nogil:
     """One unit of a view and one part of its rows; views of fewer than `units` units have tasks without work."""
     cdef int64_t unit = task // a.row_chunks, row = view.plane
     cdef qsp_spmm one

@@ -46,7 +46,9 @@ class SparseModule(SparseWeight):
         self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype))
         self.register_buffer("crow_indices", torch.zeros(rows + 1, dtype=torch.int32, device=device))
         self.register_buffer("col_indices", torch.empty(0, dtype=torch.int32, device=device))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(self._outputs, device=device, dtype=dtype)) if bias else None
+        )
 
     def _fill(
         self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool
@@ -78,11 +80,14 @@ class SparseModule(SparseWeight):
         raise NotImplementedError
 
     @classmethod
-    def _check_dense(cls, module: nn.Module) -> tuple[Tensor, Tensor]:
-        wanted = cls._dense_type
-        if not isinstance(module, wanted):
-            raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.{wanted.__name__}, "
+    def _check_kind(cls, module: nn.Module) -> None:
+        if not isinstance(module, cls._dense_type):
+            raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.{cls._dense_type.__name__}, "
                             f"got {type(module).__module__}.{type(module).__qualname__}")
+
+    @classmethod
+    def _check_dense(cls, module: nn.Module) -> tuple[Tensor, Tensor]:
+        cls._check_kind(module)
         weight, mask = dense_weight(module)
         if weight.device.type != "cpu":
             raise ValueError(f"the weight must be on the CPU, got device {weight.device}")

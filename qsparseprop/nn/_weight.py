@@ -24,7 +24,7 @@ class SparseWeight(nn.Module):
         The pattern in CSR, int32 buffers that are part of the state: row pointers (rows + 1,) and columns (nonzeros,)
         of the weight seen as a matrix (rows, everything else).
     bias : Parameter or None
-        (rows,).
+        (rows,), or in transposed layers one element for each feature or channel of the output as well.
     """
 
     weight: nn.Parameter
@@ -64,6 +64,11 @@ class SparseWeight(nn.Module):
         shape = self.weight_shape
         return shape[0], math.prod(shape[1:])
 
+    @property
+    def _outputs(self) -> int:
+        """Features or channels of the output, for each of which a bias has an element."""
+        return self.weight_shape[0]
+
     def _flat_indices(self) -> Tensor:
         return row_indices(self.crow_indices) * self._matrix_shape()[1] + self.col_indices
 
@@ -72,8 +77,8 @@ class SparseWeight(nn.Module):
         if weight.shape != self.col_indices.shape:
             raise ValueError(f"weight must have one value for each of the {self.col_indices.numel()} column indices, "
                              f"got shape {tuple(weight.shape)}")
-        if bias is not None and bias.shape != (self.weight_shape[0],):
-            raise ValueError(f"bias must have shape ({self.weight_shape[0]},), got {tuple(bias.shape)}")
+        if bias is not None and bias.shape != (self._outputs,):
+            raise ValueError(f"bias must have shape ({self._outputs},), got {tuple(bias.shape)}")
 
     # ---- changes of the pattern ----
 
