@@ -4,6 +4,7 @@ from qsparseprop.nn._state import accept_dense_state
 from qsparseprop.nn.attention import MultiheadAttention
 from qsparseprop.nn.conv1d import QuantizedSparseConv1d, SparseConv1d
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d, SparseConv2d
+from qsparseprop.nn.conv3d import QuantizedSparseConv3d, SparseConv3d
 from qsparseprop.nn.conv_transpose import (
     QuantizedSparseConvTranspose1d,
     QuantizedSparseConvTranspose2d,
@@ -22,6 +23,7 @@ __all__ = [
     "MultiheadAttention",
     "QuantizedSparseConv1d",
     "QuantizedSparseConv2d",
+    "QuantizedSparseConv3d",
     "QuantizedSparseConvTranspose1d",
     "QuantizedSparseConvTranspose2d",
     "QuantizedSparseConvTranspose3d",
@@ -29,6 +31,7 @@ __all__ = [
     "QuantizedSparseTransposedLinear",
     "SparseConv1d",
     "SparseConv2d",
+    "SparseConv3d",
     "SparseConvTranspose1d",
     "SparseConvTranspose2d",
     "SparseConvTranspose3d",
