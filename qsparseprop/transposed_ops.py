@@ -91,8 +91,8 @@ def transposed_forward(
         fronts.copy_(zero_point.view(-1, 1))
     rows = columns[0].shape[0] - 1
     if bias is not None:  # a plane for each phase of the stride
-        if not bias.shape[0] or rows % bias.shape[0]:
-            raise ValueError(f"a bias of {bias.shape[0]} elements does not go with {rows} planes")
+        if bias.ndim != 1 or not bias.shape[0] or rows % bias.shape[0]:
+            raise ValueError(f"a bias of shape {tuple(bias.shape)} does not go with {rows} planes")
         bias = bias.to(torch.float32).repeat(rows // bias.shape[0])
     out = _multiply(packed, values, columns, scale, zero_point, clip, bias, grid, out_views, shape,
                     is_channels_last(x) if channels_last is None else channels_last, False, dtype)

@@ -33,6 +33,8 @@ class SparseModule(SparseWeight):
 
     _dense_type: ClassVar[type[nn.Module]]
     quantized: ClassVar[bool] = False
+    #: Whether the weight is stored as that of the layer from the output to the input.
+    transposed: ClassVar[bool] = False
     _qconfig: QuantConfig | None = None
     _qconfig_text: str = config_text(None)
 

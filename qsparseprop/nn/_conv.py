@@ -23,7 +23,6 @@ class SparseConvNd(SparseModule):
 
     _dense_type: ClassVar[type[nn.Module]]
     _axes: ClassVar[tuple[str, ...]]
-    _transposed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -188,10 +187,10 @@ class SparseConvNd(SparseModule):
             images = images.flatten(2, 3)  # a view where slices lie one after the other, otherwise a copy
         if torch.compiler.is_compiling():
             numbers = [n for part in layout for n in (part if isinstance(part, tuple) else (part,))]
-            numbers += [batch_magnitude(batch), int(batch_innermost), *[1] * self._transposed]
+            numbers += [batch_magnitude(batch), int(batch_innermost), *[1] * self.transposed]
             y = self._trace(images, numbers, self.groups)
         else:
-            geometry = conv_geometry(*layout, batch, batch_innermost, self._transposed)
+            geometry = conv_geometry(*layout, batch, batch_innermost, self.transposed)
             y = self._multiply(images, self._plan(geometry, self.groups))
         if dims == 1:
             y = y.squeeze(2)

@@ -20,7 +20,7 @@ class SparseConvTransposeNd(SparseConvNd):
     so are the pattern and the plans, which the products walk the other way round.
     """
 
-    _transposed = True
+    transposed = True
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class SparseTransposedLinear(SparseLinear):
     """
 
     _dense_type = nn.Module  # see `_check_kind`
+    transposed = True
 
     def __init__(
         self,
