@@ -142,7 +142,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def _transposed_shape(module: nn.Module, input_shape: tuple[int, ...], weight_shape: tuple[int, ...],
                       count_padding: bool) -> _Shape:  # fmt: skip
-    """Of a transposed convolution: what the convolution with the same weight does with an input of the output's size."""
+    """Of a transposed convolution: that of the convolution with the same weight, whose input has the output's size."""
     dimensions = len(weight_shape) - 2
     batched = input_shape if len(input_shape) == dimensions + 2 else (1, *input_shape)
     if len(batched) != dimensions + 2 or batched[1] != weight_shape[0]:
