@@ -55,6 +55,14 @@ def test_the_kernels_are_the_reference(isa, stride):
     check_reference(layer, dense, x, layer._plan(geometry, 2))
 
 
+def test_the_kernels_are_the_reference_in_larger_layers(isa):
+    """Several units of lanes, and rows of many nonzeros, which some kernels bring into another order first."""
+    dense = set_weight(nn.Conv3d(8, 12, 3, padding=1), 0.5, 0)
+    layer = qnn.QuantizedSparseConv3d.from_dense(dense, False)
+    geometry = conv_geometry(8, 12, (4, 10, 11), (3, 3, 3), (1, 1, 1), (1,) * 6, (1, 1, 1), 2, False)
+    check_reference(layer, dense, torch.randn(2, 8, 4, 10, 11), layer._plan(geometry, 1))
+
+
 @pytest.mark.parametrize("batch_innermost", [False, True])
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 3, 1), (3, 1, 2)])
 def test_every_tap_finds_its_voxel(stride, batch_innermost):

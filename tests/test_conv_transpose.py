@@ -13,7 +13,16 @@ from qsparseprop import nn as qnn
 from qsparseprop.geometry import conv_geometry
 from qsparseprop.quantization import QuantConfig
 
-from ._helpers import LAYOUTS, VALUES, generator, laid_out, random_values, relative_error, set_weight
+from ._helpers import (
+    LAYOUTS,
+    VALUES,
+    generator,
+    laid_out,
+    random_values,
+    relative_error,
+    saved_for_backward,
+    set_weight,
+)
 from ._layers import check_float, check_quantised, check_reference, layer_cases, run
 
 KINDS = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
@@ -50,6 +59,41 @@ def test_the_kernels_are_the_reference(isa, values):
     out = dense(x).shape
     geometry = conv_geometry(8, 6, tuple(out[2:]), (3, 2), (2, 3), (1, 0, 0, -2), (2, 1), 5, False, True)
     check_reference(layer, dense, x, layer._plan(geometry, 2))
+
+
+def test_the_kernels_are_the_reference_in_larger_layers(isa):
+    """Several units of lanes, and rows of many nonzeros, which some kernels bring into another order first."""
+    dense = set_weight(nn.ConvTranspose2d(24, 20, 3, 2, 1, 1), 0.5, 0)
+    layer = qnn.QuantizedSparseConvTranspose2d.from_dense(dense, False)
+    geometry = conv_geometry(20, 24, (28, 26), (3, 3), (2, 2), (1, 0, 1, 0), (1, 1), 4, False, True)
+    check_reference(layer, dense, torch.randn(4, 24, 14, 13), layer._plan(geometry, 1))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_nan_is_not_lost(granularity):
+    dense = set_weight(nn.ConvTranspose2d(3, 4, 3), 1.0, 0)
+    layer = qnn.QuantizedSparseConvTranspose2d.from_dense(dense, qconfig=QuantConfig(granularity=granularity))
+    x = torch.randn(2, 3, 5, 5)
+    x[1, 2, 3, 3] = torch.nan
+    y, _, dw, _ = run(layer, x, torch.randn(2, 4, 7, 7))
+    assert not y[1, :, 3:6, 3:6].isfinite().any()
+    assert not dw.view(dense.weight.shape)[2].isfinite().any()
+    dy = torch.randn(2, 4, 7, 7)
+    dy[0, 1, 3, 3] = torch.inf
+    _, dx, dw, _ = run(layer, torch.randn(2, 3, 5, 5), dy)
+    assert not dx[0, :, 1:4, 1:4].isfinite().any()
+    assert not dw.view(dense.weight.shape)[:, 1].isfinite().any()
+
+
+def test_a_byte_an_element_waits_for_the_backward_pass():
+    layer = qnn.QuantizedSparseConvTranspose2d.from_dense(set_weight(nn.ConvTranspose2d(32, 4, 3, 2), 0.5, 0))
+    for x in (torch.randn(8, 32, 32, 32), torch.rand(8, 32, 32, 32)):
+        saved = saved_for_backward(lambda x=x: layer(x.requires_grad_()), layer)
+        assert sum(t.numel() * t.element_size() for t in saved) < 1.3 * x.numel()
+        layer.weight.requires_grad_(False)
+        saved = saved_for_backward(lambda x=x: layer(x), layer)
+        assert sum(t.numel() for t in saved) == 0
+        layer.weight.requires_grad_(True)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -117,6 +117,16 @@ def test_shapes(cls, shape):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(("nf", "nx"), [(3, 0), (0, 3)])
+def test_no_features(cls, nf, nx):
+    x = torch.randn(4, nx, requires_grad=True)
+    y = cls(nf, nx)(x)
+    assert y.shape == (4, nf)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_attributes(cls):
     layer = cls.from_dense(conv1d())
     assert (layer.nf, layer.nx, layer.out_features, layer.in_features) == (12, 20, 12, 20)
