@@ -11,11 +11,17 @@ Derivation of the grid's size (one dimension, stride s, padding p before the dat
 phase f = t mod s at lane j + m, m = t div s. Phase f holds data at lanes lo_f .. hi_f - 1. The pitch must hold the data
 (hi_f) and the output (O), and its gap must cover both what the taps read behind the data (O + m_f - lo_f) and, in the
 backward pass, what they read before the output; the last two are the same condition.
+
+Volumes (depth, height, width) are images whose slices lie below each other, in memory and, with gaps between them, in
+the lanes: depth is only another shift of the taps, and a view is one slice. A transposed convolution is the convolution
+with the same weight the other way round; see `Geometry.transposed`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -94,6 +100,7 @@ class _Axis:
 
     size: int
     out: int
+    stride: int
     pitch: int
     phases: tuple[int, ...]  # those that a tap reads
     low: tuple[int, ...]
@@ -104,22 +111,23 @@ class _Axis:
     covered: bool  # whether the phases hold the whole input
 
 
-def _axis(size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int) -> _Axis:
+def _axis(size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int, complete: bool) -> _Axis:
+    """One dimension; `complete`: also with the phases that no tap reads."""
     before, after = padding
     out = (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
     taps = [k * dilation for k in range(kernel)]
-    phases = tuple(sorted({t % stride for t in taps}))
+    phases = tuple(range(stride)) if complete else tuple(sorted({t % stride for t in taps}))
     low, count, first = [], [], []
     pitch = max(out, 1)
     for f in phases:
         lo = max(0, -((f - before) // stride))
         hi = max(lo, -((f - before - size) // stride))
-        reach = max(t // stride for t in taps if t % stride == f)
+        reach = max((t // stride for t in taps if t % stride == f), default=0)
         low.append(lo)
         count.append(hi - lo)
         first.append(f + stride * lo - before)
         pitch = max(pitch, hi, out + reach - lo)
-    return _Axis(size, out, pitch, phases, tuple(low), tuple(count), tuple(first),
+    return _Axis(size, out, stride, pitch, phases, tuple(low), tuple(count), tuple(first),
                  tuple(phases.index(t % stride) for t in taps), tuple(t // stride for t in taps), sum(count) == size)
 
 
@@ -134,27 +142,61 @@ class Geometry:
     input_views, output_views : tuple of int
         Nine numbers a view, as the operators take them.
     output_size : tuple of int
-        Height and width of the output.
+        Height and width of the output, or depth, height and width.
     covers_input : bool
         Whether every input pixel lies in some view; the gradient of the others is zero.
+    transposed : bool
+        Whether the layer is the transposed convolution: its input is what is called the output here, and the other
+        way round. All phases have views, since pixels that no tap reaches get the bias.
     """
 
     input_grid: Grid
     output_grid: Grid
     input_views: tuple[int, ...]
     output_views: tuple[int, ...]
-    output_size: tuple[int, int]
+    output_size: tuple[int, ...]
     covers_input: bool
     in_channels: int
     tap_phase: tuple[int, ...]
     tap_shift: tuple[int, ...]
-    input_size: tuple[int, int]
-    stride: tuple[int, int]
+    input_size: tuple[int, ...]
+    stride: tuple[int, ...]
     #: Row and column of the input that a tap reads for the output's first pixel; negative in the padding.
-    tap_offset: tuple[tuple[int, int], ...]
+    tap_offset: tuple[tuple[int, ...], ...]
+    transposed: bool = False
+
+    @functools.cached_property
+    def input_image(self) -> tuple[int, int]:
+        """Height and width of the input's tensor, in which the slices of a volume lie below each other."""
+        return math.prod(self.input_size[:-1]), self.input_size[-1]
+
+    @functools.cached_property
+    def output_image(self) -> tuple[int, int]:
+        """The same of the output."""
+        return math.prod(self.output_size[:-1]), self.output_size[-1]
 
 
-def prefer_batch_innermost(batch: int, input_size: tuple[int, int], channels_last: bool) -> bool:
+def all_lanes(views: Sequence[int], shape: Sequence[int], grid: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """The views of the output, as the weight gradient takes them: as a single one, and the shape that it is of.
+
+    Slices of a volume have a view each, but lie on the same planes with gaps of zeros between them, which add nothing
+    to a sum over lanes.
+
+    Parameters
+    ----------
+    views, shape
+        Of the output's tensor.
+    grid : sequence of int
+        Of its planes.
+    """
+    if len(views) <= 9:
+        return views, shape
+    plane, channels, origin, _, cols = views[:5]
+    rows = (views[-7] - origin) // grid[2] + views[-6]
+    return (plane, channels, origin, rows, cols, 0, 0, 1, 1), (*shape[:2], rows, cols)
+
+
+def prefer_batch_innermost(batch: int, input_size: tuple[int, ...], channels_last: bool) -> bool:
     """Whether neighbouring lanes had better be images than pixels.
 
     Images side by side waste no lanes on padding and keep every load aligned, which counts for small images. But a run
@@ -162,7 +204,7 @@ def prefer_batch_innermost(batch: int, input_size: tuple[int, int], channels_las
     they are channels it makes no difference, unless images are so large that a power of two of bytes lies between two,
     of which the caches hold only a few.
     """
-    pixels = input_size[0] * input_size[1]
+    pixels = math.prod(input_size)
     if channels_last:
         return (batch >= UNIT and pixels <= 256) or (batch >= 16 and pixels <= 64)
     return batch >= UNIT and pixels <= 64
@@ -171,27 +213,30 @@ def prefer_batch_innermost(batch: int, input_size: tuple[int, int], channels_las
 def conv_geometry(
     in_channels: int,
     out_channels: int,
-    input_size: tuple[int, int],
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
+    input_size: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     batch: int,
     batch_innermost: bool,
+    transposed: bool = False,
 ) -> Geometry:
     """Geometry of a convolution.
 
     Parameters
     ----------
     in_channels, out_channels : int
-    input_size, kernel_size, stride, dilation : (int, int)
-        Height and width.
-    padding : (int, int, int, int)
-        Zeros above, below, left and right.
+    input_size, kernel_size, stride, dilation : tuple of int
+        Height and width, or depth, height and width.
+    padding : tuple of int
+        Zeros above, below, left and right; those before and behind come first. Fewer than none cut off.
     batch : int
         Only its magnitude counts (powers of two up to the block's size): batches of 100 and 128 share a geometry.
     batch_innermost : bool
         Whether neighbouring lanes are images, not pixels of a row.
+    transposed : bool
+        For the transposed convolution; everything else is said of the convolution that it transposes.
 
     Raises
     ------
@@ -199,7 +244,7 @@ def conv_geometry(
         If the kernel does not fit into the padded input, or the planes are too large for 32-bit offsets.
     """
     return _conv_geometry(in_channels, out_channels, input_size, kernel_size, stride, padding, dilation,
-                          batch_magnitude(batch), batch_innermost)
+                          batch_magnitude(batch), batch_innermost, transposed)
 
 
 def batch_magnitude(batch: int) -> int:
@@ -215,29 +260,35 @@ def batch_magnitude(batch: int) -> int:
 def _conv_geometry(
     in_channels: int,
     out_channels: int,
-    input_size: tuple[int, int],
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
+    input_size: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     batch: int,
     batch_innermost: bool,
+    transposed: bool,
 ) -> Geometry:
-    ys = _axis(input_size[0], kernel_size[0], stride[0], padding[:2], dilation[0])
-    xs = _axis(input_size[1], kernel_size[1], stride[1], padding[2:], dilation[1])
-    if ys.out < 1 or xs.out < 1:
-        padded = (input_size[0] + padding[0] + padding[1], input_size[1] + padding[2] + padding[3])
-        reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True))
-        raise ValueError(f"the padded input ({padded[0]} x {padded[1]}) is smaller than the kernel "
-                         f"({reach[0]} x {reach[1]}, dilation included)")
-    pixels = ys.pitch * xs.pitch
+    axes = [_axis(n, k, s, (p, q), d, transposed) for n, k, s, p, q, d in
+            zip(input_size, kernel_size, stride, padding[::2], padding[1::2], dilation, strict=True)]  # fmt: skip
+    output_size = tuple(axis.out for axis in axes)
+    if min(output_size) < 1:
+        padded = (n + p + q for n, p, q in zip(input_size, padding[::2], padding[1::2], strict=True))
+        reach = (d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True))
+        raise ValueError(f"the padded input ({' x '.join(map(str, padded))}) is smaller than the kernel "
+                         f"({' x '.join(map(str, reach))}, dilation included)")
+    zs, ys, xs = axes if len(axes) == 3 else (_axis(1, 1, 1, (0, 0), 1, False), *axes)
+    pixels = zs.pitch * ys.pitch * xs.pitch
     if batch_innermost:
         images = min(UNIT, max(16, batch))
-        lane_b, lane_x, lane_y = 1, images, xs.pitch * images
+        lane_b, lane_x = 1, images
     else:
         images = max(1, BLOCK_LANES // pixels)
-        lane_b, lane_x, lane_y = pixels, 1, xs.pitch
-    tap_shift = tuple(y * lane_y + x * lane_x for y in ys.tap_shift for x in xs.tap_shift)
+        lane_b, lane_x = pixels, 1
+    lane_y = xs.pitch * lane_x
+    lane_z = ys.pitch * lane_y
+    tap_shift = tuple(z * lane_z + y * lane_y + x * lane_x
+                      for z in zs.tap_shift for y in ys.tap_shift for x in xs.tap_shift)  # fmt: skip
     front = _round_up(max(tap_shift), UNIT)
     if not batch_innermost:
         # a block of twice the size where that saves a good part of the lanes
@@ -246,30 +297,37 @@ def _conv_geometry(
         images = min(images, batch)
     pitch = _pitch(front, images * pixels)
     base = Grid(images, lane_b, lane_y, lane_x, 1, pitch, front, pitch)
-    phases = len(ys.phases) * len(xs.phases)
+    phases = len(zs.phases) * len(ys.phases) * len(xs.phases)
     if max(in_channels * phases, out_channels) * pitch >= 2**31:
         raise ValueError(f"{max(in_channels * phases, out_channels)} planes of {pitch} lanes are more than 32-bit "
-                         f"offsets reach; images of {input_size[0]} x {input_size[1]} are too large")
-    views = []
-    for i in range(len(ys.phases)):
-        for j in range(len(xs.phases)):
-            views += [(i * len(xs.phases) + j) * in_channels, in_channels,
-                      ys.low[i] * lane_y + xs.low[j] * lane_x, ys.count[i], xs.count[j],
-                      ys.first[i], xs.first[j], stride[0], stride[1]]
+                         f"offsets reach; images of {' x '.join(map(str, input_size))} are too large")
+    views: list[int] = []
+    plane = 0
+    for h, i, j in itertools.product(range(len(zs.phases)), range(len(ys.phases)), range(len(xs.phases))):
+        for k in range(max(zs.count[h], 1)):  # without slices an empty view stands for the planes
+            rows = ys.count[i] if zs.count[h] else 0
+            first = (zs.first[h] + k * zs.stride) * ys.size if rows else 0
+            views += [plane, in_channels, (zs.low[h] + k) * lane_z + ys.low[i] * lane_y + xs.low[j] * lane_x,
+                      rows, xs.count[j], first + ys.first[i], xs.first[j], ys.stride, xs.stride]  # fmt: skip
+        plane += in_channels
+    output_views = [n for k in range(zs.out)
+                    for n in (0, out_channels, k * lane_z, ys.out, xs.out, k * ys.out, 0, 1, 1)]  # fmt: skip
     return Geometry(
         input_grid=base.with_planes(in_channels * phases),
         output_grid=base.with_planes(out_channels),
         input_views=tuple(views),
-        output_views=(0, out_channels, 0, ys.out, xs.out, 0, 0, 1, 1),
-        output_size=(ys.out, xs.out),
-        covers_input=ys.covered and xs.covered,
+        output_views=tuple(output_views),
+        output_size=output_size,
+        covers_input=all(axis.covered for axis in axes),
         in_channels=in_channels,
-        tap_phase=tuple(y * len(xs.phases) + x for y in ys.tap_phase for x in xs.tap_phase),
+        tap_phase=tuple((z * len(ys.phases) + y) * len(xs.phases) + x
+                        for z in zs.tap_phase for y in ys.tap_phase for x in xs.tap_phase),
         tap_shift=tap_shift,
         input_size=input_size,
         stride=stride,
-        tap_offset=tuple((y * dilation[0] - padding[0], x * dilation[1] - padding[2])
-                         for y in range(kernel_size[0]) for x in range(kernel_size[1])),
+        tap_offset=tuple(itertools.product(*([k * d - p for k in range(n)] for n, d, p in
+                                             zip(kernel_size, dilation, padding[::2], strict=True)))),
+        transposed=transposed,
     )  # fmt: skip
 
 
@@ -311,6 +369,11 @@ def linear_numbers(in_features: int, out_features: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def linear_geometry(in_features: int, out_features: int) -> Geometry:
-    """Geometry of a linear layer: images of one pixel, a block of 64 of them side by side."""
-    return conv_geometry(in_features, out_features, (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), UNIT, True)
+def linear_geometry(in_features: int, out_features: int, transposed: bool = False) -> Geometry:
+    """Geometry of a linear layer: images of one pixel, a block of 64 of them side by side.
+
+    `transposed` is one whose weight is stored the other way round, (in_features, out_features); the arguments then are
+    those of the layer that it transposes.
+    """
+    return conv_geometry(in_features, out_features, (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), UNIT, True,
+                         transposed)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qsparseprop._kernels import _matmul, _pack, _statistics
 from qsparseprop._kernels._memory import empty
-from qsparseprop.geometry import buffer_lanes
+from qsparseprop.geometry import all_lanes, buffer_lanes
 from qsparseprop.reference import mix_seed
 
 _library = torch.library.Library("qsparseprop", "DEF")
@@ -616,8 +616,8 @@ def layer_backward(
             x_scale = x_zero_point = dy_scale = None
             if packed is None or packed.dtype != torch.float32:
                 packed = shortcut("pack")(dy, dy_grid, dy_views, lanes)
-        dvalues = shortcut("sddmm")(planes, packed, *rows, x_scale, x_zero_point, dy_scale, grid, dy_grid, dy_views,
-                                    dy.shape, values.shape[0])
+        dvalues = shortcut("sddmm")(planes, packed, *rows, x_scale, x_zero_point, dy_scale, grid, dy_grid,
+                                    *all_lanes(dy_views, dy.shape, dy_grid), values.shape[0])
     if grads[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.float32)
     # each an own tensor: an operator's results may not be the same one

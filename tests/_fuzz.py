@@ -11,9 +11,9 @@ import sys
 
 import torch
 
-from qsparseprop import activation_ops, norm_ops, ops, quantize_ops
+from qsparseprop import activation_ops, norm_ops, ops, quantize_ops, transposed_ops
 from qsparseprop._kernels import _activation, _dispatch, _matmul, _norm, _pack, _quantize, _statistics
-from qsparseprop.geometry import conv_geometry, linear_geometry
+from qsparseprop.geometry import all_lanes, conv_geometry, linear_geometry
 from qsparseprop.pattern import dense_pattern, make_plan
 
 PAGE = mmap.PAGESIZE
@@ -79,9 +79,11 @@ class GuardedTorch:
 
 
 def valid_calls():
-    for number in range(5):
+    for number in range(6):
         if number == 0:
             g, shape, groups = linear_geometry(20, 30), (70, 20, 1, 1), 1
+        elif number == 5:
+            g, shape, groups = volumes(), (3, 4, 12, 5), 1
         else:
             size, kernel, stride, inner = [((6, 5), (3, 3), (2, 1), False), ((9, 9), (3, 3), (1, 1), True),
                                            ((4, 7), (1, 1), (3, 2), False), ((12, 3), (5, 2), (2, 2), True)][number - 1]
@@ -93,7 +95,7 @@ def valid_calls():
         mask = torch.rand(outputs, shape[1] // groups * taps) < 0.3
         plan = make_plan(*dense_pattern(mask)[:2], g, groups)
         values = torch.randn(int(mask.sum()))
-        x, dy = torch.randn(shape), torch.randn(shape[0], outputs, *g.output_size)
+        x, dy = torch.randn(shape), torch.randn(shape[0], outputs, *g.output_image)
         x_lanes, y_lanes = g.input_grid.lanes(shape[0]), g.output_grid.lanes(shape[0])
         seed = torch.tensor(1)
         grid, dy_grid = list(g.input_grid.numbers), list(g.output_grid.numbers)
@@ -137,8 +139,34 @@ def valid_calls():
                                            scheme and "stochastic", seed, [True, True, True], dtype,
                                            dtype == torch.bfloat16]  # fmt: skip
             rows = plan.forward
+            one, one_shape = all_lanes(out_views, list(dy.shape), dy_grid)
             yield ops.sddmm, [px, py, rows.group_ptr, rows.offset, rows.index, rows.plane, sx, zx, sy, grid, dy_grid,
-                              out_views, list(dy.shape), values.numel()]  # fmt: skip
+                              list(one), list(one_shape), values.numel()]  # fmt: skip
+
+
+def volumes(transposed=False):
+    return conv_geometry(4, 18, (3, 4, 5), (2, 3, 2), (2, 1, 2), (1, 1, 1, 1, 0, 1), (1, 1, 1), 3, False, transposed)
+
+
+def valid_transposed():
+    for g, batch in ((linear_geometry(20, 30, True), 70), (volumes(True), 3),
+                     (conv_geometry(4, 18, (6, 5), (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 37, True, True), 37)):
+        rows, columns = g.output_grid.planes, g.in_channels
+        plan = make_plan(*dense_pattern(torch.rand(rows, columns * len(g.tap_shift)) < 0.3)[:2], g, 1)
+        values, bias = torch.randn(plan.forward.index.amax() + 1), torch.randn(columns)
+        x, dy = torch.randn(batch, rows, *g.output_image), torch.randn(batch, columns, *g.input_image)
+        grids = [list(g.output_grid.numbers), list(g.input_grid.numbers)]
+        views = [list(g.output_views), list(g.input_views)]
+        for scheme in (None, "absmax", "standard"):
+            for dtype in (torch.float32, torch.bfloat16):
+                forward = [x.to(dtype), values, bias, list(plan.backward), grids[0], *views, list(dy.shape), scheme,
+                           dtype, dtype == torch.bfloat16, [], None, scheme == "standard", True]  # fmt: skip
+                _, planes, scale, _ = transposed_ops.transposed_forward(*forward)
+                yield transposed_ops.transposed_forward, forward
+                yield transposed_ops.transposed_backward, [
+                    dy.to(dtype), values, planes, scale, list(plan.forward), *grids, *views, list(x.shape),
+                    scheme and "stochastic", torch.tensor(1), [True, True, True], dtype,
+                    dtype == torch.bfloat16]  # fmt: skip
 
 
 def valid_quantizations():
@@ -275,12 +303,12 @@ def main():
     torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)
-    for module in (ops, quantize_ops, norm_ops, activation_ops, _matmul, _pack, _quantize, _norm, _activation,
-                   _statistics):  # fmt: skip
+    for module in (ops, quantize_ops, norm_ops, activation_ops, transposed_ops, _matmul, _pack, _quantize, _norm,
+                   _activation, _statistics):  # fmt: skip
         module.torch = GuardedTorch()
     for module in (ops, norm_ops, activation_ops):
         module.empty = guarded_empty
-    valid, others = list(valid_calls()), [*valid_quantizations(), *valid_rows()]
+    valid, others = [*valid_calls(), *valid_transposed()], [*valid_quantizations(), *valid_rows()]
     refused = accepted = 0
     for isa in _dispatch.supported_isas():
         _dispatch.set_isa(isa)

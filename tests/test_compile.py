@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsparseprop import activation_ops, mask_ops, norm_ops, ops, quantize_ops
+from qsparseprop import activation_ops, mask_ops, norm_ops, ops, quantize_ops, transposed_ops
 from qsparseprop import nn as qnn
 from qsparseprop.geometry import conv_geometry, linear_geometry
 from qsparseprop.nn._traced import config_text
@@ -332,6 +332,28 @@ def test_opcheck_of_the_operator_for_graphs(qconfig, trained):
     )
 
 
+def _transposed_calls() -> list[tuple]:
+    """Operators of transposed layers, and arguments of them."""
+    transposed = []
+    layer = qnn.QuantizedSparseConvTranspose2d.from_dense(set_weight(nn.ConvTranspose2d(4, 6, 2, 2), 0.4, 0))
+    g = conv_geometry(6, 4, (4, 6), (2, 2), (2, 2), (0, 0, 0, 0), (1, 1), 3, False, True)
+    plan, values, bias = layer._plan(g, 1), layer.weight.detach(), layer.bias.detach()
+    grids, views = (g.output_grid.numbers, g.input_grid.numbers), (g.output_views, g.input_views)
+    x, dy = torch.randn(3, 4, 2, 3), torch.randn(3, 6, 4, 6)
+    for scheme, save, floats in ((None, True, False), ("absmax", True, False), ("standard", True, True),
+                                 ("absmax", False, False)):  # fmt: skip
+        forward_arguments = (x, values, bias, list(plan.backward), grids[0], *views, dy.shape, scheme,
+                             torch.float32, True, [], None, floats, save)  # fmt: skip
+        _, planes, scale, _ = transposed_ops.transposed_forward(*forward_arguments)
+        transposed += [
+            (transposed_ops.transposed_forward, forward_arguments),
+            (transposed_ops.transposed_backward, (
+                dy, values, planes if save else None, scale if save else None, list(plan.forward), *grids, *views,
+                x.shape, "symmetric" if scheme else None, None, [True, save, True], torch.float32, True)),
+        ]  # fmt: skip
+    return transposed
+
+
 def _other_calls() -> list[tuple]:
     """Operators that are no part of a plain layer, and arguments of them."""
     x, one, f = torch.randn(6, 20), torch.rand(20), torch.randn(3, 20)
@@ -368,6 +390,7 @@ def _other_calls() -> list[tuple]:
         ]  # fmt: skip
     return [
         *activated,
+        *_transposed_calls(),
         (norm_ops.norm_act_range, (x, x, one, one, 0.0, 6.0)),
         (norm_ops.norm_act_pack, (*normed, True, True)),
         (norm_ops.norm_act_pack, (codes, None, *normed[2:6], None, None, *normed[8:], True, False)),

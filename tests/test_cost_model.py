@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from qsparseprop import nn as qnn
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
 from qsparseprop.utils.measurement_utils import layer_cost, model_costs, saved_for_backward_bytes
 from qsparseprop.utils.models import resnet20
@@ -84,6 +85,45 @@ def test_other_dimensions(layer):
     assert layer_cost(layer, x.shape).forward.operations == forward.get_total_flops() + y.numel()
 
 
+@pytest.mark.parametrize("layer", [
+    nn.ConvTranspose1d(3, 5, 4, stride=2), nn.ConvTranspose2d(4, 6, (3, 2), (3, 1), 1, (2, 0), 2, dilation=(2, 1)),
+    nn.ConvTranspose3d(2, 3, 2, padding=1),
+], ids=str)  # fmt: skip
+def test_transposed_convolutions(layer):
+    x = torch.zeros(2, layer.in_channels, *[6] * (layer.weight.ndim - 2))
+    with FlopCounterMode(display=False) as forward:
+        y = layer(x)
+    cost = layer_cost(layer, x.shape)
+    assert cost.forward.operations == x.numel() * layer.weight[0].numel() * 2 + y.numel()
+    if layer.groups == 1:
+        assert cost.forward.operations == forward.get_total_flops() + y.numel()
+    assert cost.saved_bytes == 4 * x.numel()
+    kind = getattr(qnn, f"Sparse{type(layer).__name__}")
+    sparse = layer_cost(kind.from_dense(layer), x.shape)
+    assert sparse.forward.operations == cost.forward.operations
+    valid = layer_cost(kind.from_dense(layer), x.shape, count_padding=False)
+    assert valid.forward.operations == 2 * _valid_products(layer, x) + y.numel()
+
+
+def _valid_products(layer, x):
+    """Products whose result lies in the output: what a weight of ones adds up."""
+    ones = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                       layer.output_padding, layer.groups, False, layer.dilation)  # fmt: skip
+    nn.init.ones_(ones.weight)
+    return int(ones(torch.ones_like(x)).sum())
+
+
+def test_transposed_linear_layers():
+    layer = qnn.SparseTransposedLinear(10, 20)
+    layer.regrow(torch.rand(20, 10) < 0.4)
+    plain = SparseLinear.from_dense(nn.Linear(20, 10))
+    plain.apply_further_mask(layer.mask().t())
+    ours, wanted = (layer_cost(m, (4, 3, 20)) for m in (layer, plain))
+    assert (ours.forward, ours.backward, ours.saved_bytes) == (wanted.forward, wanted.backward, wanted.saved_bytes)
+    with pytest.raises(ValueError, match="20 features"):
+        layer_cost(layer, (4, 10))
+
+
 def test_bytes_of_linear_layers():
     dense = pruned(nn.Linear(20, 10))
     nonzeros = int(torch.count_nonzero(dense.weight))
@@ -132,8 +172,8 @@ def test_a_whole_model():
 def test_nonsense_is_refused():
     with pytest.raises(TypeError, match="ReLU"):
         layer_cost(nn.ReLU(), (1, 2))
-    with pytest.raises(TypeError, match="ConvTranspose2d"):
-        layer_cost(nn.ConvTranspose2d(2, 2, 2), (1, 2, 4, 4))
+    with pytest.raises(ValueError, match="expects"):
+        layer_cost(nn.ConvTranspose2d(2, 4, 2), (1, 4, 4, 4))
     with pytest.raises(ValueError, match="20 features"):
         layer_cost(nn.Linear(20, 10), (4, 19))
     with pytest.raises(ValueError, match="expects"):

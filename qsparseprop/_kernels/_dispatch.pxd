@@ -160,6 +160,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct qsp_pack:
         qsp_grid grid
         qsp_view view
+        int filled
         int64_t images
         int dtype
         const void *tensor

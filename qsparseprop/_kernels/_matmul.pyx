@@ -32,7 +32,6 @@ from qsparseprop._kernels._tensor cimport (
 )
 
 cdef enum:
-    MAX_VIEWS = 64
     # multiply-adds below which starting threads costs more than it gives
     SERIAL_WORK = 1 << 20
     # units of lanes, and slots of a row, from which bringing a list into another order first pays
@@ -163,16 +162,39 @@ def quantized_spmm(values, index, group_ptr, offset, plane, x_scale, x_zero_poin
     _spare_scratch.append(scratch)
 
 
+cdef void _multiply_part(const qsp_kernels *kernels, const qsp_spmm *a, const qsp_view *view, int64_t units,
+                         int64_t task, bint codes) noexcept nogil:
+    """One unit of a view and one part of its rows; views of fewer than `units` units have tasks without work."""
+    cdef int64_t unit = task // a.row_chunks, row = view.plane
+    cdef qsp_spmm one
+    if unit >= units:
+        return
+    one = a[0]
+    one.view = view[0]
+    one.list.rows = view.channels
+    one.list.group_ptr += row
+    if a.scale != NULL:
+        one.scale += row
+        one.correction += row
+    if a.paired != NULL:
+        one.paired += row
+    if a.bias != NULL:
+        one.bias += row
+    if codes:
+        kernels.spmm_u8(&one, unit, task % a.row_chunks)
+    else:
+        kernels.spmm_f32(&one, unit, task % a.row_chunks)
+
+
 cdef int64_t _multiply(qsp_spmm *given, int64_t slots, int32_t high, bint codes, object planes, object bias, object out,
                        object grid, object views, int threads) except -1:
     """The product of a list with its weights and scales, which `given` has, and planes."""
     cdef qsp_spmm a = given[0]
-    cdef qsp_spmm each[MAX_VIEWS]
-    cdef qsp_view view[MAX_VIEWS]
+    cdef const qsp_spmm *args = &a
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t count, i, row = 0, blocks, units, chunks, end, task, size
-    cdef const qsp_spmm *args
+    cdef int64_t count, i, row = 0, blocks, units = 0, work = 0, tasks, end, task
     cdef object scratch = None
+    cdef qsp_list part
     read_grid(grid, &a.grid, "grid")
     a.planes = pointer(planes, _uint8 if codes else _float32, 1, "planes")
     a.bias = <const float *> optional_pointer(bias, _float32, a.list.rows, "bias")
@@ -180,46 +202,36 @@ cdef int64_t _multiply(qsp_spmm *given, int64_t slots, int32_t high, bint codes,
     # planes of the output are numbered by the rows of the list
     cdef qsp_grid rows_grid = a.grid
     rows_grid.planes = a.list.rows if a.list.rows > 0 else 1
-    count = read_views(views, &rows_grid, out.shape, out.stride(), view, "out")
+    cdef bytes held = read_views(views, &rows_grid, out.shape, out.stride(), "out")
+    cdef const qsp_view *each = <const qsp_view *> PyBytes_AS_STRING(held)
+    count = len(held) // sizeof(qsp_view)
     a.images = out.shape[0]
-    size = numel(out)
-    if size == 0:
+    if numel(out) == 0:
         return 0
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     for i in range(count):
-        row += view[i].channels
-        end = check_lanes(&a.grid, &view[i], a.images, "out")
+        if i == 0 or each[i].plane != each[i - 1].plane:  # not the same rows once more
+            row += each[i].channels
+        end = check_lanes(&a.grid, &each[i], a.images, "out")
         if slots and (blocks - 1) * a.grid.block + end + high > numel(planes):
             raise ValueError(f"offset {high} leads past the end of planes, which has {numel(planes)} lanes")
+        units = max(units, qsp_count_units(&a.grid, &each[i], a.images))
     if row != a.list.rows:
         raise ValueError(f"the views of out have {row} channels, group_ptr has {a.list.rows} rows")
-    if codes and kernels.pair != NULL and slots >= PAIR_SLOTS * a.list.rows and count > 0:
-        if qsp_count_units(&a.grid, &view[0], a.images) >= PAIR_UNITS:
+    if codes and kernels.pair != NULL and slots >= PAIR_SLOTS * a.list.rows:
+        if units >= PAIR_UNITS:
             scratch = _pair(&a, slots, threads)
-    for i in range(count):
-        each[i] = a
-        args = &each[i]
-        each[i].view = view[i]
-        row = view[i].plane
-        each[i].list.rows = view[i].channels
-        each[i].list.group_ptr = a.list.group_ptr + row
-        if codes:
-            each[i].scale, each[i].correction = a.scale + row, a.correction + row
-        if a.paired != NULL:
-            each[i].paired = a.paired + row
-        if a.bias != NULL:
-            each[i].bias = a.bias + row
-        units = qsp_count_units(&a.grid, &view[i], a.images)
-        chunks = _chunks(&args.list, units, threads)
-        each[i].row_chunks = chunks
-        if codes:
-            for task in prange(units * chunks, nogil=True, num_threads=threads, schedule="dynamic",
-                               use_threads_if=threads > 1 and slots * units * QSP_UNIT > SERIAL_WORK):
-                kernels.spmm_u8(args, task // chunks, task % chunks)
-        else:
-            for task in prange(units * chunks, nogil=True, num_threads=threads, schedule="dynamic",
-                               use_threads_if=threads > 1 and slots * units * QSP_UNIT > SERIAL_WORK):
-                kernels.spmm_f32(args, task // chunks, task % chunks)
+    part = a.list
+    part.rows = each[0].channels
+    a.row_chunks = _chunks(&part, units * count, threads)
+    tasks = units * a.row_chunks
+    # each view has its share of the slots, or, where several have the same rows, all of them
+    work = slots * units * QSP_UNIT * max(1, count * each[0].channels // max(row, 1))
+    for task in prange(count * tasks, nogil=True, num_threads=threads, schedule="dynamic",
+                       use_threads_if=threads > 1 and work > SERIAL_WORK):
+        _multiply_part(kernels, args, each + task // tasks,
+                       units if count == 1 else qsp_count_units(&args.grid, each + task // tasks, args.images),
+                       task % tasks, codes)
     if scratch is not None:
         _spare_scratch.append(scratch)
     return 0
@@ -265,7 +277,7 @@ def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy
     """
     cdef bint codes = planes.dtype is _uint8
     cdef qsp_sddmm a
-    cdef qsp_view view[MAX_VIEWS]
+    cdef bytes view
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int32_t low = 0, high = 0
     cdef int64_t slots, blocks, units, end, values, chunks, chunk, lanes
@@ -280,9 +292,10 @@ def sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy
     a.plane = <const int32_t *> pointer(plane, _int32, slots, "plane")
     _check_index(a.index, slots, -1, values, "index")
     _check_index(a.plane, slots, 0, a.grid.planes, "plane")
-    if read_views(views, &a.dy_grid, shape, (0, 0, 0, 0), view, "dy") != 1:
+    view = read_views(views, &a.dy_grid, shape, (0, 0, 0, 0), "dy")
+    if len(view) != sizeof(qsp_view):
         raise ValueError("dy must have one view")
-    a.view = view[0]
+    a.view = (<const qsp_view *> PyBytes_AS_STRING(view))[0]
     if a.list.rows != a.view.channels or a.view.plane != 0:
         raise ValueError(f"dy has {a.view.channels} channels, group_ptr has {a.list.rows} rows")
     if (a.grid.lane_b != a.dy_grid.lane_b or a.grid.lane_y != a.dy_grid.lane_y or a.grid.lane_x != a.dy_grid.lane_x

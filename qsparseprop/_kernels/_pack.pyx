@@ -28,7 +28,6 @@ from qsparseprop._kernels._tensor cimport (
 )
 
 cdef enum:
-    MAX_VIEWS = 64
     PLANES_PER_TASK = 64
     # elements below which starting threads costs more than it gives
     SERIAL_ELEMENTS = 1 << 15
@@ -40,37 +39,45 @@ cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
 cdef object _uint8 = torch.uint8
 
+cdef void _pack_part(const qsp_kernels *kernels, const qsp_pack *a, const qsp_view *views, int64_t count, int64_t view,
+                     int64_t block, int64_t chunk, bint codes) noexcept nogil:
+    """Planes of a part of the channels of a view, and of those behind it that have the same planes."""
+    cdef int64_t plane = views[view].plane, channels = views[view].channels
+    cdef int64_t first = chunk * PLANES_PER_TASK, last = min(channels, first + PLANES_PER_TASK)
+    cdef qsp_pack one
+    if view and views[view - 1].plane == plane:  # done with the first of them, which owns the gaps
+        return
+    one = a[0]
+    while view < count and views[view].plane == plane:
+        one.view = views[view]
+        if codes:
+            kernels.pack_u8(&one, block, first, last)
+        else:
+            kernels.pack_f32(&one, block, first, last)
+        one.filled = 1
+        view += 1
+
+
 cdef int64_t pack_planes(qsp_pack *a, object shape, object stride, object planes, object views, object planes_dtype,
                          bint codes, int threads) except -1:
     """Pack a tensor of that shape and those strides; `a` has everything but the planes, the views and the images."""
-    cdef qsp_view all_views[MAX_VIEWS]
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t i, count, blocks, chunks, task, tail, size = 1 if codes else sizeof(float)
-    cdef const qsp_pack *args
-    cdef qsp_pack each[MAX_VIEWS]
-    count = read_views(views, &a.grid, shape, stride, all_views, "x")
+    cdef bytes held = read_views(views, &a.grid, shape, stride, "x")
+    cdef const qsp_view *each = <const qsp_view *> PyBytes_AS_STRING(held)
+    count = len(held) // sizeof(qsp_view)
     a.images = shape[0]
     blocks = (a.images + a.grid.images - 1) // a.grid.images
     a.planes = pointer(planes, planes_dtype, blocks * a.grid.block, "planes")
     for i in range(count):
-        each[i] = a[0]
-        each[i].view = all_views[i]
-        check_lanes(&a.grid, &all_views[i], a.images, "x")
-        if a.stride and all_views[i].plane % all_views[i].channels:
-            raise ValueError(f"view {i} must start at a multiple of {all_views[i].channels} planes, since each of its "
-                             f"channels has a scale, got {all_views[i].plane}")
-        chunks = (all_views[i].channels + PLANES_PER_TASK - 1) // PLANES_PER_TASK
-        args = &each[i]
-        if codes:
-            for task in prange(blocks * chunks, nogil=True, num_threads=threads, schedule="static",
-                               use_threads_if=blocks * a.grid.block > SERIAL_ELEMENTS):
-                kernels.pack_u8(args, task // chunks, task % chunks * PLANES_PER_TASK,
-                                min(args.view.channels, (task % chunks + 1) * PLANES_PER_TASK))
-        else:
-            for task in prange(blocks * chunks, nogil=True, num_threads=threads, schedule="static",
-                               use_threads_if=blocks * a.grid.block > SERIAL_ELEMENTS):
-                kernels.pack_f32(args, task // chunks, task % chunks * PLANES_PER_TASK,
-                                 min(args.view.channels, (task % chunks + 1) * PLANES_PER_TASK))
+        check_lanes(&a.grid, &each[i], a.images, "x")
+        if a.stride and each[i].plane % each[i].channels:
+            raise ValueError(f"view {i} must start at a multiple of {each[i].channels} planes, since each of its "
+                             f"channels has a scale, got {each[i].plane}")
+    chunks = (each[0].channels + PLANES_PER_TASK - 1) // PLANES_PER_TASK
+    for task in prange(blocks * chunks * count, nogil=True, num_threads=threads, schedule="static",
+                       use_threads_if=blocks * a.grid.block > SERIAL_ELEMENTS):
+        _pack_part(kernels, a, each, count, task % count, task // count // chunks, task // count % chunks, codes)
     # behind the last plane is what pads its last image
     tail = numel(planes) - blocks * a.grid.block
     memset(<char *> a.planes + size * blocks * a.grid.block,

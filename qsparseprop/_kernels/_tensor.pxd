@@ -19,6 +19,5 @@ cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name)
 cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL
 cdef int64_t numel(object tensor) except -1
 cdef void read_grid(object numbers, qsp_grid *grid, str name) except *
-cdef int64_t read_views(object numbers, const qsp_grid *grid, object shape, object stride, qsp_view *views,
-                        str name) except -1
+cdef bytes read_views(object numbers, const qsp_grid *grid, object shape, object stride, str name)
 cdef int64_t check_lanes(const qsp_grid *grid, const qsp_view *view, int64_t images, str name) except -1

@@ -2,6 +2,7 @@
 
 import torch
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_Clear
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.string cimport memcpy
@@ -17,9 +18,13 @@ cdef object _bfloat16 = torch.bfloat16
 # What tuples of numbers were found to mean. A layer brings the same ones at every call, and reading them anew would
 # take longer than the kernels of a small layer.
 cdef dict _grids = {}
+# (identity of the tuple, planes, shape, strides) -> the tuple, which keeps its identity from being used again, and what
+# was read. Hashing the numbers themselves would take microseconds where a stride of 16 makes 256 views of them.
 cdef dict _views = {}
+cdef int64_t _views_size = 0
 cdef enum:
     KEPT = 512
+    KEPT_BYTES = 1 << 23
     FLOAT32_CODE = 2 << 8 | 32
     BFLOAT16_CODE = 4 << 8 | 16
 
@@ -56,7 +61,6 @@ cdef int64_t _dtype_code(const qsp_dltensor *t) noexcept:
     return t.dtype.code << 8 | t.dtype.bits
 
 VIEW_NUMBERS = 9
-MAX_VIEWS = 64
 LIMIT = 1 << 30
 
 
@@ -135,40 +139,38 @@ cdef void _read_grid(object numbers, qsp_grid *grid, str name) except *:
         raise ValueError(f"{name} is not a grid: {list(numbers)}")
 
 
-cdef int64_t read_views(object numbers, const qsp_grid *grid, object shape, object stride, qsp_view *views,
-                        str name) except -1:
-    """Views of a (images, channels, height, width) tensor; returns how many.
+cdef bytes read_views(object numbers, const qsp_grid *grid, object shape, object stride, str name):
+    """Views of a (images, channels, height, width) tensor: one `qsp_view` after the other.
 
     Nine numbers each: first plane, channels, origin (lane), rows, columns, first row, first column, row step,
     column step.
     """
-    cdef bytes known
-    cdef int64_t count
+    global _views_size
+    cdef bytes views
     cdef object key = None, found
     if type(numbers) is tuple:
-        key = numbers, grid.planes, tuple(shape), tuple(stride)
+        key = <uintptr_t> <void *> numbers, grid.planes, tuple(shape), tuple(stride)
         found = _views.get(key)
         if found is not None:
-            known = found
-            memcpy(views, <const char *> known, len(known))
-            return len(known) // sizeof(qsp_view)
-    count = _read_views(numbers, grid, shape, stride, views, name)
+            return (<tuple> found)[1]
+    views = _read_views(numbers, grid, shape, stride, name)
     if key is not None:
-        if len(_views) >= KEPT:
+        if len(_views) >= KEPT or _views_size + len(views) > KEPT_BYTES:
             _views.clear()
-        _views[key] = (<const char *> views)[:count * sizeof(qsp_view)]
-    return count
+            _views_size = 0
+        _views[key] = numbers, views
+        _views_size += len(views)
+    return views
 
 
-cdef int64_t _read_views(object numbers, const qsp_grid *grid, object shape, object stride, qsp_view *views,
-                         str name) except -1:
+cdef bytes _read_views(object numbers, const qsp_grid *grid, object shape, object stride, str name):
     cdef int64_t count = len(numbers) // VIEW_NUMBERS, i
     cdef int64_t channels, height, width, y0, x0, ystep, xstep
     if len(shape) != 4:
         raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(shape)}")
-    if count * VIEW_NUMBERS != len(numbers) or not 1 <= count <= MAX_VIEWS:
-        raise ValueError(f"the views of {name} must be 1 to {MAX_VIEWS} times {VIEW_NUMBERS} numbers, "
-                         f"got {len(numbers)}")
+    if count < 1 or count * VIEW_NUMBERS != len(numbers):
+        raise ValueError(f"the views of {name} must be {VIEW_NUMBERS} numbers each, and one or more of them, got "
+                         f"{len(numbers)}")
     for size in shape:
         if not 0 <= size < LIMIT:
             raise ValueError(f"{name} has an impossible or too large shape, {tuple(shape)}")
@@ -177,9 +179,10 @@ cdef int64_t _read_views(object numbers, const qsp_grid *grid, object shape, obj
             raise ValueError(f"the views of {name} have a number out of range: {list(numbers)}")
     channels, height, width = shape[1], shape[2], shape[3]
     cdef int64_t sb = stride[0], sc = stride[1], sy = stride[2], sx = stride[3]
+    cdef bytes views = PyBytes_FromStringAndSize(NULL, count * sizeof(qsp_view))
     cdef qsp_view *v
     for i in range(count):
-        v = &views[i]
+        v = <qsp_view *> PyBytes_AS_STRING(views) + i
         one = numbers[9 * i:9 * i + 9]
         (v.plane, v.channels, v.origin, v.rows, v.cols, y0, x0, ystep, xstep) = one
         if v.rows == 0 or v.cols == 0:
@@ -200,7 +203,7 @@ cdef int64_t _read_views(object numbers, const qsp_grid *grid, object shape, obj
         v.index_c, v.index_x, v.index_y = 1, channels * xstep, channels * width * ystep
         v.index_b = channels * width * height
         v.index = (y0 * width + x0) * channels
-    return count
+    return views
 
 
 cdef int64_t check_lanes(const qsp_grid *grid, const qsp_view *view, int64_t images, str name) except -1:

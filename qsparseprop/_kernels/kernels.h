@@ -153,6 +153,7 @@ typedef struct {
 typedef struct {
     qsp_grid grid;
     qsp_view view;
+    int filled;              /* whether the gaps are written: a view before has the same planes */
     int64_t images;
     int dtype;
     const void *tensor;

@@ -35,6 +35,8 @@ class SparseModule(SparseWeight):
 
     _dense_type: ClassVar[type[nn.Module]]
     quantized: ClassVar[bool] = False
+    #: Whether the weight is stored as that of the layer from the output to the input.
+    transposed: ClassVar[bool] = False
     _qconfig: QuantConfig | None = None
     _qconfig_text: str = config_text(None)
 
@@ -48,7 +50,9 @@ class SparseModule(SparseWeight):
         self.weight = SparseValues(torch.empty(0, device=device, dtype=dtype))
         self._set_pattern(torch.zeros(rows + 1, dtype=torch.int32, device=device),
                           torch.empty(0, dtype=torch.int32, device=device))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(self._outputs, device=device, dtype=dtype)) if bias else None
+        )
 
     def _fill(
         self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool
@@ -85,11 +89,14 @@ class SparseModule(SparseWeight):
         raise NotImplementedError
 
     @classmethod
-    def _check_dense(cls, module: nn.Module) -> tuple[Tensor, Tensor]:
-        wanted = cls._dense_type
-        if not isinstance(module, wanted):
-            raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.{wanted.__name__}, "
+    def _check_kind(cls, module: nn.Module) -> None:
+        if not isinstance(module, cls._dense_type):
+            raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.{cls._dense_type.__name__}, "
                             f"got {type(module).__module__}.{type(module).__qualname__}")
+
+    @classmethod
+    def _check_dense(cls, module: nn.Module) -> tuple[Tensor, Tensor]:
+        cls._check_kind(module)
         weight, mask = dense_weight(module)
         if weight.device.type != "cpu":
             raise ValueError(f"the weight must be on the CPU, got device {weight.device}")

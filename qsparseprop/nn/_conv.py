@@ -1,7 +1,8 @@
-"""What convolutions of one and two dimensions share: both are computed in two."""
+"""What convolutions share: those of one dimension are computed in two."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -14,12 +15,13 @@ from qsparseprop.quantization import QuantConfig
 
 
 class SparseConvNd(SparseModule):
-    """Base of the convolutions; `SparseConv1d` and `SparseConv2d` document it.
+    """Base of the convolutions; `SparseConv1d`, `SparseConv2d` and `SparseConv3d` document it.
 
-    A one-dimensional convolution is a two-dimensional one over images of height 1.
+    A one-dimensional convolution is a two-dimensional one over images of height 1; the slices of a volume are laid out
+    as one image, below each other.
     """
 
-    _dense_type: ClassVar[type[nn.Conv1d | nn.Conv2d]]
+    _dense_type: ClassVar[type[nn.Module]]
     _axes: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -43,6 +45,17 @@ class SparseConvNd(SparseModule):
         # torch's checks and its way to write arguments; on "meta" nothing is initialised
         dense = self._dense_type(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
                                  padding_mode, "meta")
+        self._set_up_as(dense, vectorizing_over_on, qconfig, device, dtype)
+
+    def _set_up_as(
+        self,
+        dense: nn.Module,
+        vectorizing_over_on: bool | None,
+        qconfig: QuantConfig | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Take over the settings of a dense convolution."""
         if dense.padding_mode != "zeros":
             raise NotImplementedError(f"{type(self).__name__} pads with zeros; padding_mode={dense.padding_mode!r} is "
                                       "not supported (pad with torch.nn.functional.pad first)")
@@ -51,7 +64,7 @@ class SparseConvNd(SparseModule):
         self.padding, self.dilation = dense.padding, dense.dilation
         self.groups, self.padding_mode = dense.groups, dense.padding_mode
         self.vectorizing_over_on = vectorizing_over_on
-        self._set_up(bias, qconfig, device, dtype)
+        self._set_up(dense.bias is not None, qconfig, device, dtype)
 
     @property
     def _pads(self) -> tuple[int, ...]:
@@ -71,9 +84,9 @@ class SparseConvNd(SparseModule):
 
         Parameters
         ----------
-        conv : torch.nn.Conv1d or torch.nn.Conv2d
-            With zeros in its weight, or pruned by torch.nn.utils.prune or torch.ao.pruning (mask attached or removed).
-            It is not changed.
+        conv : torch.nn.Module
+            The convolution of torch.nn of the same name, with zeros in its weight, or pruned by torch.nn.utils.prune or
+            torch.ao.pruning (mask attached or removed). It is not changed.
         vectorizing_over_on : bool, optional
             A hint for the order of the lanes; results do not depend on it. True: neighbouring lanes are images of the
             batch, which wastes none on small feature maps with batches of 16 and more. False: they are pixels of
@@ -120,8 +133,8 @@ class SparseConvNd(SparseModule):
         Parameters
         ----------
         x : Tensor
-            (images, in_channels, height, width), or (images, in_channels, length) in one dimension, or without images;
-            floating point, any strides.
+            (images, in_channels, height, width), in one dimension (images, in_channels, length), in three (images,
+            in_channels, depth, height, width), or without images; floating point, any strides.
 
         Returns
         -------
@@ -135,31 +148,54 @@ class SparseConvNd(SparseModule):
             For another number of dimensions or channels, an integer or complex dtype, another device, or an image
             smaller than the kernel.
         """
+        images = self._images(x)
+        size = tuple(images.shape[2:])
+        return self._convolve(x, images, self._layout(size, self._pads), self._output_size(size))
+
+    def _images(self, x: Tensor) -> Tensor:
+        """The input, checked, with a dimension of images."""
         self._check_input(x)
         dims = len(self._axes)
         if x.ndim not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
             axes = ", ".join(self._axes)
             raise ValueError(f"{type(self).__name__} expects (images, {self.in_channels}, {axes}) or "
                              f"({self.in_channels}, {axes}), got shape {tuple(x.shape)}")
-        images = x if x.ndim == dims + 2 else x[None]
+        return x if x.ndim == dims + 2 else x[None]
+
+    def _output_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Size of the output for one of the input."""
+        pads = self._pads
+        return tuple((n + p + q - d * (k - 1) - 1) // s + 1 for n, p, q, d, k, s in
+                     zip(size, pads[::2], pads[1::2], self.dilation, self.kernel_size, self.stride, strict=True))
+
+    def _layout(self, size: tuple[int, ...], pads: tuple[int, ...]) -> tuple[int | tuple[int, ...], ...]:
+        """The arguments of `conv_geometry` for a size of the input, without those of the batch."""
+        flat = (1,) * (2 - len(self._axes))
+        return (self.in_channels, self.out_channels, flat + size, flat + self.kernel_size, flat + self.stride,
+                (0, 0) * len(flat) + pads, flat + self.dilation)  # fmt: skip
+
+    def _convolve(
+        self, x: Tensor, images: Tensor, layout: Sequence[int | tuple[int, ...]], out_size: tuple[int, ...]
+    ) -> Tensor:
+        dims = len(self._axes)
+        batch, batch_innermost = images.shape[0], self.vectorizing_over_on
+        if batch_innermost is None:
+            batch_innermost = prefer_batch_innermost(batch, tuple(images.shape[2:]), images.stride(1) == 1)
         if dims == 1:
             images = images.unsqueeze(2)
-        batch, size = images.shape[0], tuple(images.shape[2:])
-        batch_innermost = self.vectorizing_over_on
-        if batch_innermost is None:
-            batch_innermost = prefer_batch_innermost(batch, size, images.stride(1) == 1)
-        flat = (1,) * (2 - dims)
-        kernel, stride, dilation = flat + self.kernel_size, flat + self.stride, flat + self.dilation
-        pads = (0, 0) * (2 - dims) + self._pads
+        elif dims == 3:
+            images = images.flatten(2, 3)  # a view where slices lie one after the other, otherwise a copy
         if torch.compiler.is_compiling():
-            y = self._trace(images, [self.in_channels, self.out_channels, *size, *kernel, *stride, *pads, *dilation,
-                                     batch_magnitude(batch), int(batch_innermost)], self.groups)
+            numbers = [n for part in layout for n in (part if isinstance(part, tuple) else (part,))]
+            numbers += [batch_magnitude(batch), int(batch_innermost), *[1] * self.transposed]
+            y = self._trace(images, numbers, self.groups)
         else:
-            geometry = conv_geometry(self.in_channels, self.out_channels, size, kernel, stride, pads, dilation, batch,
-                                     batch_innermost)
+            geometry = conv_geometry(*layout, batch, batch_innermost, self.transposed)
             y = self._multiply(images, self._plan(geometry, self.groups))
         if dims == 1:
             y = y.squeeze(2)
+        elif dims == 3:
+            y = y.unflatten(2, out_size[:2])
         return y if x.ndim == dims + 2 else y[0]
 
     def extra_repr(self) -> str:

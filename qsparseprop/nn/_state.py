@@ -115,7 +115,7 @@ def _read_dense(module: SparseWeight, found: Mapping[str, Any], prefix: str) -> 
     key = f"{prefix}weight" if mask is None else f"{prefix}weight_orig"
     errors = [_check_tensor(weight, shape, key)]
     if module.bias is not None and bias is not None:
-        errors.append(_check_tensor(bias, shape[:1], f"{prefix}bias"))
+        errors.append(_check_tensor(bias, (module._outputs,), f"{prefix}bias"))
     choice = _dense_choice.get()
     if choice is None:
         errors.append(f"{key}: is the weight of a dense layer; load it within accept_dense_state('keep_pattern') or "
@@ -149,7 +149,7 @@ def _read_sparse(module: SparseWeight, found: Mapping[str, Any], prefix: str) ->
         errors.append(str(error))
     bias = found.get("bias")
     if module.bias is not None and bias is not None:
-        errors.append(_check_tensor(bias, module.weight_shape[:1], f"{prefix}bias"))
+        errors.append(_check_tensor(bias, (module._outputs,), f"{prefix}bias"))
     errors = [e for e in errors if e is not None]
     return (None, errors) if errors else (State(values, crow, col, bias), [])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -37,17 +38,24 @@ def _config(text: str) -> QuantConfig | None:
 
 
 def _geometry(n: Sequence[int]) -> Geometry:
-    if len(n) != 16:
-        raise ValueError(f"geometry must be 16 numbers, got {len(n)}")
-    return conv_geometry(n[0], n[1], tuple(n[2:4]), tuple(n[4:6]), tuple(n[6:8]), tuple(n[8:12]), tuple(n[12:14]),
-                         n[14], bool(n[15]))
+    if len(n) not in (16, 17, 22, 23):
+        raise ValueError(f"geometry must be 16 numbers, or 22 for volumes, and one more for transposed layers, got "
+                         f"{len(n)}")
+    dims = _dimensions(n)
+    size, kernel, stride, pads, more_pads, dilation = (tuple(n[2 + i * dims : 2 + (i + 1) * dims]) for i in range(6))
+    return conv_geometry(n[0], n[1], size, kernel, stride, pads + more_pads, dilation, n[2 + 6 * dims],
+                         bool(n[3 + 6 * dims]), any(n[4 + 6 * dims :]))
+
+
+def _dimensions(numbers: Sequence[int]) -> int:
+    return 3 if len(numbers) > 17 else 2
 
 
 def _find_plan(crow: Tensor, col: Tensor, numbers: Sequence[int], groups: int) -> Plan:
-    geometry = _geometry(numbers)
+    geometry, dims = _geometry(numbers), _dimensions(numbers)
     if groups < 1 or numbers[0] % groups or numbers[1] % groups:
         raise ValueError(f"channels ({numbers[0]} and {numbers[1]}) must be multiples of groups={groups}")
-    shape = numbers[1], numbers[0] // groups * numbers[4] * numbers[5]
+    shape = numbers[1], numbers[0] // groups * math.prod(numbers[2 + dims : 2 + 2 * dims])
     return shared_plan_cache(crow, col).get(crow, col, shape, geometry, groups)
 
 
@@ -152,9 +160,10 @@ def traced_product(
     x, values, bias, dtype
         As for `functional.sparse_product`.
     crow_indices, col_indices : Tensor
-        CSR pattern of the weight seen as (out_channels, in_channels / groups * taps), int32.
+        CSR pattern of the weight seen as (out_channels, in_channels / groups * taps), int32; for transposed layers
+        the channels are those of the convolution that is transposed.
     geometry : sequence of int
-        The arguments of `conv_geometry`, one after the other.
+        The arguments of `conv_geometry`, one after the other; the last one only where it is true.
     groups : int
     qconfig : str
         Of `config_text`.

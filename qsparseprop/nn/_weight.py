@@ -42,7 +42,7 @@ class SparseWeight(nn.Module):
         float64 scalar, a buffer that is not part of the state: a number made of the pattern. Where buffers are sent or
         averaged it tells that the values beside it were those of another pattern.
     bias : Parameter or None
-        (rows,).
+        (rows,), or in transposed layers one element for each feature or channel of the output as well.
     """
 
     weight: nn.Parameter
@@ -84,6 +84,11 @@ class SparseWeight(nn.Module):
         shape = self.weight_shape
         return shape[0], math.prod(shape[1:])
 
+    @property
+    def _outputs(self) -> int:
+        """Features or channels of the output, for each of which a bias has an element."""
+        return self.weight_shape[0]
+
     def _flat_indices(self) -> Tensor:
         return row_indices(self.crow_indices) * self._matrix_shape()[1] + self.col_indices
 
@@ -94,8 +99,8 @@ class SparseWeight(nn.Module):
         if shape != self.col_indices.shape:
             raise ValueError(f"weight must have one value for each of the {self.col_indices.numel()} column indices, "
                              f"got shape {tuple(shape)}")
-        if bias is not None and bias.shape != (self.weight_shape[0],):
-            raise ValueError(f"bias must have shape ({self.weight_shape[0]},), got {tuple(bias.shape)}")
+        if bias is not None and bias.shape != (self._outputs,):
+            raise ValueError(f"bias must have shape ({self._outputs},), got {tuple(bias.shape)}")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """See torch.nn.Module; parameters of dense layers are refused."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparseprop import ops
+from qsparseprop import ops, transposed_ops  # noqa: F401 -- the latter registers operators
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._values import plain
 from qsparseprop.pattern import Plan
@@ -30,17 +30,26 @@ def forward_pass(
     qconfig: QuantConfig | None,
     dtype: torch.dtype,
     channels_last: bool | None = None,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The product, and the packed input with its scale and zero point; see `ops.layer_forward`."""
+    """The product, and the packed input with its scale and zero point; see `ops.layer_forward`.
+
+    Transposed layers only have the latter three where `save` says so: they may have to be made for the purpose.
+    """
     g, values = plan.geometry, plain(values)
     quantisation = (None, False, (), None, False)
     if qconfig is not None:
         quantisation = (qconfig.input, qconfig.granularity == "channel", qconfig.input_options,
                         qconfig.weight_clip(values, plan.entries), qconfig.grad_weight == "float32")
     scheme, *rest = quantisation
+    if g.transposed:
+        return ops.shortcut("transposed_forward", x)(
+            x, values, bias, plan.backward, g.output_grid.numbers, g.output_views, g.input_views,
+            (x.shape[0], g.in_channels, *g.input_image), scheme, dtype, *rest, save, channels_last,
+        )  # fmt: skip
     return ops.shortcut("layer_forward", x)(
         x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
-        (x.shape[0], g.output_grid.planes, *g.output_size), scheme, None, dtype, *rest, channels_last,
+        (x.shape[0], g.output_grid.planes, *g.output_image), scheme, None, dtype, *rest, channels_last,
     )  # fmt: skip
 
 
@@ -63,6 +72,12 @@ def backward_pass(
     if qconfig is not None:
         scheme = qconfig.grad
         rest = (qconfig.granularity == "channel", qconfig.grad_options, qconfig.weight_clip(values, plan.entries))
+    if g.transposed:
+        return ops.shortcut("transposed_backward", dy)(
+            dy, values, *packed[:2], plan.forward, g.output_grid.numbers, g.input_grid.numbers, g.output_views,
+            g.input_views, x_shape, scheme, ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None, grads, x_dtype,
+            *rest, channels_last,
+        )  # fmt: skip
     return ops.shortcut("layer_backward", dy)(
         dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
         g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None,
@@ -194,13 +209,14 @@ class NoGradient(torch.autograd.Function):
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, qconfig: QuantConfig | None, dtype: torch.dtype
-    ) -> Tensor:
+        ctx, x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, qconfig: QuantConfig | None,
+        dtype: torch.dtype, save: bool
+    ) -> Tensor:  # fmt: skip
         if qconfig is not None and qconfig.check_finite:
             check_finite(x, "the input")
             check_finite(values, "the weight")
         images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
-        out, *packed = forward_pass(images, values, bias, plan, qconfig, dtype)
+        out, *packed = forward_pass(images, values, bias, plan, qconfig, dtype, None, save)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(values, *packed)
         elif ctx.needs_input_grad[0]:
@@ -240,7 +256,7 @@ class _SparseProduct(torch.autograd.Function):
         )
         if again:
             gradients = NoSecondDerivative.apply(dy, values, *gradients)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents: Tensor | None):
@@ -315,4 +331,5 @@ def sparse_product(
     NotImplementedError
         From the derivative of a derivative, and from forward-mode differentiation.
     """
-    return _SparseProduct.apply(x, values, bias, plan, qconfig, x.dtype if dtype is None else dtype)
+    save = torch.is_grad_enabled() and values.requires_grad
+    return _SparseProduct.apply(x, values, bias, plan, qconfig, x.dtype if dtype is None else dtype, save)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qsparseprop.geometry import linear_geometry, linear_numbers
+from qsparseprop.geometry import Geometry, linear_geometry, linear_numbers
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.nn.functional import NoGradient
@@ -112,17 +112,30 @@ class SparseLinear(SparseModule):
             raise ValueError(f"{type(self).__name__} expects the last dimension to be in_features={self.in_features}, "
                              f"got shape {tuple(x.shape)}")
         if not (self.in_features and self.out_features):  # nothing to multiply
-            bias = self.bias if self.bias is None or self.out_features else NoGradient.apply(self.bias)
-            return nn.functional.linear(x, self.dense_weight(), bias)
+            return self._dense_product(x)
         leading = x.shape[:-1]
         rows = x if x.ndim == 2 else x.reshape(math.prod(leading), self.in_features)
         if torch.compiler.is_compiling():
-            y = self._trace(rows[..., None, None], linear_numbers(self.in_features, self.out_features), 1)
+            y = self._trace(rows[..., None, None], self._layout_numbers(), 1)
         else:
-            y = self._multiply(rows, self._plan(linear_geometry(self.in_features, self.out_features), 1))
+            y = self._multiply(rows, self._plan(self._layout(), 1))
             if rows is x:
                 return y
         return y.view(*leading, self.out_features)
+
+    def _dense_product(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense_weight(), self._bias_or_none())
+
+    def _bias_or_none(self) -> Tensor | None:
+        """The bias, which gets no gradient where it has no elements."""
+        return self.bias if self.bias is None or self.bias.numel() else NoGradient.apply(self.bias)
+
+    def _layout(self) -> Geometry:
+        return linear_geometry(self.in_features, self.out_features)
+
+    def _layout_numbers(self) -> list[int]:
+        """The same for `traced_product`."""
+        return linear_numbers(self.in_features, self.out_features)
 
     def extra_repr(self) -> str:
         """What the module prints of itself."""

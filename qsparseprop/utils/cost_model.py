@@ -129,15 +129,38 @@ def _weights_by_tap(module: nn.Module, shape: tuple[int, ...], taps: int) -> lis
 
 
 def _linear_shape(module: nn.Module, input_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> _Shape:
-    if not input_shape or input_shape[-1] != weight_shape[1]:
-        raise ValueError(f"the layer expects {weight_shape[1]} features, got an input of shape {input_shape}")
+    outs, ins = reversed(weight_shape) if _is_transposed(module) else weight_shape
+    if not input_shape or input_shape[-1] != ins:
+        raise ValueError(f"the layer expects {ins} features, got an input of shape {input_shape}")
     batch = math.prod(input_shape[:-1])
     weights = module.nonzeros if isinstance(module, SparseModule) else math.prod(weight_shape)
-    return _Shape(weights, weights * batch, math.prod(input_shape), batch * weight_shape[0], weight_shape[0])
+    return _Shape(weights, weights * batch, math.prod(input_shape), batch * outs, outs)
 
 
-def _conv_shape(module: nn.Module, input_shape: tuple[int, ...], weight_shape: tuple[int, ...],
-                count_padding: bool) -> _Shape:  # fmt: skip
+def _is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, _ConvTransposeNd) or (isinstance(module, SparseModule) and module.transposed)
+
+
+def _transposed_shape(module: nn.Module, input_shape: tuple[int, ...], weight_shape: tuple[int, ...],
+                      count_padding: bool) -> _Shape:  # fmt: skip
+    """Of a transposed convolution: that of the convolution with the same weight, whose input has the output's size."""
+    dimensions = len(weight_shape) - 2
+    batched = input_shape if len(input_shape) == dimensions + 2 else (1, *input_shape)
+    if len(batched) != dimensions + 2 or batched[1] != weight_shape[0]:
+        raise ValueError(f"the layer expects (batch, {weight_shape[0]}, {dimensions} sizes), got an input of shape "
+                         f"{input_shape}")
+    stride, dilation, extra = (_pairs(v, dimensions) for v in (module.stride, module.dilation, module.output_padding))
+    padding = _padding(module, weight_shape[2:], dilation)
+    sizes = [(n - 1) * s - p - q + d * (k - 1) + 1 + e for n, s, (p, q), d, k, e in
+             zip(batched[2:], stride, padding, dilation, weight_shape[2:], extra, strict=True)]  # fmt: skip
+    padding = [(p, q - e) for (p, q), e in zip(padding, extra, strict=True)]
+    shape = _conv_shape(module, (batched[0], weight_shape[1] * module.groups, *sizes), weight_shape, count_padding,
+                        padding)  # fmt: skip
+    return _Shape(shape.weights, shape.uses, shape.outputs, shape.inputs, weight_shape[1] * module.groups)
+
+
+def _conv_shape(module: nn.Module, input_shape: tuple[int, ...], weight_shape: tuple[int, ...], count_padding: bool,
+                padding: Sequence[tuple[int, int]]) -> _Shape:  # fmt: skip
     kernel = weight_shape[2:]
     dimensions = len(kernel)
     if len(input_shape) == dimensions + 1:
@@ -151,7 +174,7 @@ def _conv_shape(module: nn.Module, input_shape: tuple[int, ...], weight_shape: t
                          f"{dilation}")  # fmt: skip
     valid, outs = [], []
     for size, k, s, d, (before, after) in zip(
-        input_shape[2:], kernel, stride, dilation, _padding(module, kernel, dilation), strict=True
+        input_shape[2:], kernel, stride, dilation, padding, strict=True
     ):
         out = (size + before + after - d * (k - 1) - 1) // s + 1
         if out < 1:
@@ -181,8 +204,8 @@ def layer_cost(
     Parameters
     ----------
     module : nn.Module
-        ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, or a sparse module. A dense one counts its zeros: it
-        computes with them.
+        ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, a transposed convolution, or a sparse module. A
+        dense one counts its zeros: it computes with them.
     input_shape : sequence of int
         Batch included.
     dtype : torch.dtype
@@ -207,14 +230,18 @@ def layer_cost(
         If the input does not go with the layer.
     """
     sparse = isinstance(module, SparseModule)
-    if isinstance(module, _ConvTransposeNd) or not (sparse or isinstance(module, (nn.Linear, _ConvNd))):
+    if not (sparse or isinstance(module, (nn.Linear, _ConvNd))):
         raise TypeError(f"no cost is known of a {type(module).__name__}")
     input_shape = tuple(int(n) for n in input_shape)
     weight_shape = tuple(module.weight_shape) if sparse else tuple(module.weight.shape)
     if len(weight_shape) == 2:
         shape = _linear_shape(module, input_shape, weight_shape)
+    elif _is_transposed(module):
+        shape = _transposed_shape(module, input_shape, weight_shape, count_padding)
     else:
-        shape = _conv_shape(module, input_shape, weight_shape, count_padding)
+        dilation = _pairs(module.dilation, len(weight_shape) - 2)
+        shape = _conv_shape(module, input_shape, weight_shape, count_padding,
+                            _padding(module, weight_shape[2:], dilation))
 
     bias = 0 if module.bias is None else shape.rows
     item = dtype.itemsize
@@ -278,8 +305,7 @@ def model_costs(
     modes = [(module, module.training) for module in model.modules()]
     try:
         for name, module in model.named_modules():
-            known = isinstance(module, (SparseModule, nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd)
-            if known:
+            if isinstance(module, (SparseModule, nn.Linear, _ConvNd)):
                 handles.append(module.register_forward_pre_hook(record(name), with_kwargs=True))
         model.eval()
         with torch.no_grad():

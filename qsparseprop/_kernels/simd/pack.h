@@ -325,7 +325,8 @@ QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64
     const qsp_view *v = &a->view;
     qsp_walk w;
     qsp_walk_init(&w, g, v, qsp_images_in_block(a->images, g, block));
-    fill_gaps(a, &w, block, first, last, codes);
+    if (!a->filled)
+        fill_gaps(a, &w, block, first, last, codes);
     const int batch_inner = g->lane_b < g->lane_x;
     const int64_t number0 = batch_inner ? v->index_y : v->index_b, number1 = batch_inner ? v->index_x : v->index_y,
                   number2 = batch_inner ? v->index_b : v->index_x;
