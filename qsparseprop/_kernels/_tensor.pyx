@@ -22,6 +22,7 @@ cdef enum:
     KEPT = 512
     FLOAT32_CODE = 2 << 8 | 32
     BFLOAT16_CODE = 4 << 8 | 16
+    COMPLEX = 5  # DLPack's code
 
 
 cdef const qsp_dlpack_api *_find_exchange():
@@ -44,12 +45,84 @@ cdef dict _dtype_codes = {
 
 cdef bint _describe(object tensor, qsp_dltensor *out):
     """Description of a tensor on the CPU; False where it takes the long way, which also knows what is wrong."""
+    cdef int i
     if _exchange == NULL or (type(tensor) is not _Tensor and type(tensor) is not _Parameter):
         return False
     if _exchange.describe(<void *> tensor, out) != 0:
         PyErr_Clear()
         return False
+    if out.data == NULL:  # right if there are no elements; otherwise somebody has freed them
+        for i in range(out.ndim):
+            if out.shape[i] == 0:
+                break
+        else:
+            return False
     return out.device.type == QSP_DL_CPU and out.dtype.lanes == 1
+
+
+cdef bint _reaches(object tensor, const qsp_dltensor *t) except -1:
+    """Whether the memory of a tensor reaches as far as its elements."""
+    cdef int64_t last = 0, step = 1
+    cdef int i
+    for i in range(t.ndim - 1, -1, -1):
+        if t.shape[i] == 0:
+            return True
+        last += (t.shape[i] - 1) * (t.strides[i] if t.strides != NULL else step)
+        step *= t.shape[i]
+    cdef int64_t offset = tensor.storage_offset(), size = tensor.untyped_storage().nbytes()
+    return (offset + last + 1) * (t.dtype.bits // 8) <= size
+
+
+def are_plain(*tensors):
+    """Whether tensors, or None, on the CPU are no more than numbers in memory that is there.
+
+    Not plain are subclasses of Tensor, what functorch wraps, negative and conjugate views, tensors that only say that
+    they are zero, and those whose storage was made smaller than they are.
+    """
+    cdef qsp_dltensor t
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if _exchange == NULL:
+            if (type(tensor) is not _Tensor and type(tensor) is not _Parameter) or _dispatch_key_bits(tensor) not in \
+                    _plain_key_bits or not _storage_reaches(tensor):
+                return False
+        elif not (_describe(tensor, &t) and t.dtype.code != COMPLEX and not tensor.is_neg() and _reaches(tensor, &t)):
+            return False
+    return True
+
+
+cdef object _dispatch_key_bits(object tensor):
+    return _dispatch_keys(tensor).raw_repr()
+
+
+cdef object _dispatch_keys = torch._C._dispatch_keys
+with torch.inference_mode():
+    _inference_tensor = torch.empty(0)
+# of tensors made by torch.empty, outside of inference mode and in it
+cdef object _plain_key_bits = frozenset(_dispatch_key_bits(t) for t in (torch.empty(0), _inference_tensor))
+del _inference_tensor
+
+
+cdef bint _storage_reaches(object tensor) except -1:
+    """The same as `_reaches` for any tensor; True where there is no storage that could be too small."""
+    if (not tensor.is_cpu or tensor.layout is not _strided or tensor.is_nested or tensor._is_zerotensor()
+            or type(tensor).__torch_dispatch__ is not _Tensor.__torch_dispatch__ or torch._is_functional_tensor(tensor)
+            or torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.numel() == 0):
+        return True
+    last = sum([(n - 1) * step for n, step in zip(tensor.shape, tensor.stride())])
+    return (tensor.storage_offset() + last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def check_storage(tensor, str name):
+    """Refuse a tensor whose storage was made smaller than it is; None and what has no storage pass."""
+    cdef qsp_dltensor t
+    if tensor is None or (_describe(tensor, &t) and _reaches(tensor, &t)):
+        return
+    if not _storage_reaches(tensor):
+        raise ValueError(f"{name} has no memory: the storage of a tensor of shape {tuple(tensor.shape)} and dtype "
+                         f"{tensor.dtype} has {tensor.untyped_storage().nbytes()} bytes; whoever has resized it (FSDP "
+                         f"and offloading do) must restore it first")
 
 
 cdef int64_t _dtype_code(const qsp_dltensor *t) noexcept:
@@ -80,6 +153,7 @@ cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? 
         raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
     if tensor.numel() < size:
         raise ValueError(f"{name} must have at least {size} elements, got {tensor.numel()}")
+    check_storage(tensor, name)
     return <void *> <uintptr_t> tensor.data_ptr()
 
 
@@ -103,6 +177,7 @@ cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL:
         raise TypeError(f"{name} must be of dtype torch.float32 or torch.bfloat16, got {tensor.dtype}")
     if not tensor.is_cpu or tensor.layout is not _strided:
         raise ValueError(f"{name} must be a strided tensor on the CPU, got {tensor.layout} on device {tensor.device}")
+    check_storage(tensor, name)
     return <void *> <uintptr_t> tensor.data_ptr()
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qsparseprop import ops
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._traced import config_text, traced_product
@@ -129,6 +130,8 @@ class SparseModule(SparseWeight):
             raise TypeError(f"{kind} expects a floating-point input (float32, bfloat16, ...), got {x.dtype}")
         if x.layout != torch.strided:
             raise TypeError(f"{kind} expects a strided tensor, got layout {x.layout}")
+        if not torch.compiler.is_compiling():  # before anything reads it
+            ops.check_storage(x, "the input")
 
     def _dtypes(self, x: Tensor) -> tuple[Tensor, torch.dtype, torch.dtype]:
         """The input in a dtype of the kernels, that of their output, and the dtype of the result.

@@ -30,6 +30,7 @@ from qsparseprop.nn.functional import (
     packed_forward_pass,
     refuse_forward_mode,
 )
+from qsparseprop.ops import check_storage
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
@@ -135,6 +136,7 @@ class _LinearAct(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         rows = math.prod(ctx.x_shape[:-1])
         x_shape = (rows, ctx.x_shape[-1], 1, 1)
+        check_storage(dy, "the gradient of the output")
         dy = dy.to(s.dtype).reshape(rows, dy.shape[-1]).contiguous()
         dx = dvalues = None
         if s.activation is not None and packs_gradient(s.qconfig, dy.shape):

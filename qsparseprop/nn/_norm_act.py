@@ -30,12 +30,14 @@ from qsparseprop.nn.functional import (
     packed_gradient,
     refuse_forward_mode,
 )
+from qsparseprop.ops import check_storage
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
 
 def _rows(x: Tensor) -> Tensor:
     """(pixels, channels) of an (images, channels, height, width) tensor, a view where it is channels_last."""
+    check_storage(x, "x")
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
@@ -142,6 +144,7 @@ class _NormAct(torch.autograd.Function):
             check_finite(dy, "the gradient of the output")
         need = ctx.needs_input_grad
         bias_dtype, gamma_dtype, beta_dtype = ctx.dtypes
+        check_storage(dy, "the gradient of the output")
         dy = _rows(dy.to(s.dtype))
         total, with_codes, greatest = norm_ops.norm_act_sums(dy, codes, mask).unbind(1)
         with_normalised = slope * with_codes + offset * total

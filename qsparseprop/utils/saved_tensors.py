@@ -259,7 +259,8 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
             tensor = tensor.detach().contiguous()
             flat = tensor.view(-1)
         storage = tensor.untyped_storage()
-        key = (storage._cdata, tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version)
+        # a negative view shares the memory of what it is the negative of
+        key = (storage._cdata, tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version, tensor.is_neg())
         entry = self._entries.get(key)
         if entry is None or (keep_sign and not entry.keep_sign):
             codes = encode(flat, self.scheme, self.group_size, keep_sign)
