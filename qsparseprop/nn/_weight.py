@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.nn._state import FORMAT, check_format, read_state
+from qsparseprop.ops import are_plain
 from qsparseprop.pattern import row_indices
 
 
@@ -199,7 +200,8 @@ class SparseWeight(nn.Module):
     ) -> None:
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        found = read_state(self, state_dict, prefix)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        found = read_state(self, state_dict, prefix, assign)
         missing_keys.extend(found.missing)
         error_msgs.extend(found.errors)
         if strict:
@@ -207,16 +209,12 @@ class SparseWeight(nn.Module):
         if found.state is None:
             return
         values, crow, col, bias = found.state
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        if self.weight.is_meta and not assign:
-            error_msgs.append(f"{prefix}weight: the module is on the meta device; load with assign=True")
-            return
         with torch.no_grad():
             if assign:
-                self.weight = nn.Parameter(values, self.weight.requires_grad)
-                self.crow_indices, self.col_indices = crow, col
+                self.weight = nn.Parameter(_as_memory(values), self.weight.requires_grad)
+                self.crow_indices, self.col_indices = _as_memory(crow), _as_memory(col)
                 if bias is not None:
-                    self.bias = nn.Parameter(bias, self.bias.requires_grad)
+                    self.bias = nn.Parameter(_as_memory(bias), self.bias.requires_grad)
                 return
             if bias is not None:
                 self.bias.copy_(bias)
@@ -224,10 +222,19 @@ class SparseWeight(nn.Module):
                 self.weight.copy_(values)
             else:
                 # copies: what is saved and what is trained must not share memory
-                self._replace(crow.clone(), col.clone(), values.to(self.weight.dtype, copy=True))
+                where = self.crow_indices.device
+                self._replace(crow.to(where, copy=True), col.to(where, copy=True), values.to(self.weight, copy=True))
 
 
-def refuse_bad_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def _as_memory(tensor: Tensor) -> Tensor:
+    """A tensor of a state as the kernels read it: copied where it has gaps, or is the negative of what is stored."""
+    plain = type(tensor) not in (Tensor, nn.Parameter) or (are_plain(tensor) and tensor.is_contiguous())
+    return tensor if plain else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def refuse_bad_state(
+    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *_: Any
+) -> None:
     """Check the states of all sparse modules of a model; a pre-hook of its load_state_dict.
 
     torch collects errors while it loads one module after the other, so that a model is half-loaded when the last one
@@ -238,9 +245,17 @@ def refuse_bad_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
     RuntimeError
         Naming all keys that are wrong; nothing has changed then.
     """
-    errors = [error for name, module in model.named_modules(remove_duplicate=False)
-              if isinstance(module, SparseWeight)
-              for error in read_state(module, state_dict, f"{prefix}{name}." if name else prefix).errors]
+    assign = local_metadata.get("assign_to_params_buffers", False)
+    of_module: dict[str, dict[str, Any]] = {}  # in one pass: there may be many of both
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise RuntimeError(f"the keys of a state must be strings, got {key!r}: nothing was loaded")
+        of_module.setdefault(key[: key.rfind(".") + 1], {})[key] = value
+    errors = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SparseWeight):
+            own = f"{prefix}{name}." if name else prefix
+            errors += read_state(module, of_module.get(own, {}), own, assign).errors
     if errors:
         raise RuntimeError(f"the state does not fit {type(model).__name__}, nothing was loaded:\n\t"
                            + "\n\t".join(errors))
