@@ -9,6 +9,11 @@ from torch._subclasses import FakeTensor
 from qsparseprop._kernels._tensor import check_storage
 
 
+def holds_tensors(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are those of others, as a DTensor's are."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def unreadable(value: object) -> str | None:
     """What keeps the elements of a tensor from being read within a small multiple of the memory that it takes.
 
@@ -31,8 +36,8 @@ def unreadable(value: object) -> str | None:
         return f"expected a dense (strided) tensor, got {kind} one"
     if value.is_meta or isinstance(value, FakeTensor):
         return "has no contents (it is on the meta device, or fake): load the state with map_location='cpu'"
-    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return None  # made of other tensors, as DTensor is: its storage says nothing
+    if holds_tensors(value):  # its own storage says nothing
+        return None
     try:
         check_storage(value, "the tensor")
     except ValueError as error:

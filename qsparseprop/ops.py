@@ -50,6 +50,14 @@ def shortcut(name: str, *tensors: Tensor | None) -> Callable:
     return _direct[name]
 
 
+def saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What an autograd.Function saved, for those who read it by torch, which reads freed memory."""
+    tensors = ctx.saved_tensors  # once: hooks make them anew
+    for tensor in tensors:
+        check_storage(tensor, "a tensor that was saved for the backward pass")
+    return tensors
+
+
 def _checked(function: Callable) -> Callable:
     """An implementation that refuses tensors whose memory is too small, as nobody else does."""
     names = list(inspect.signature(function).parameters)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qsparseprop.contents import unreadable
+from qsparseprop.contents import holds_tensors, unreadable
 from qsparseprop.geometry import Geometry
 
 GROUP = 4  # nonzeros that the kernels take at a time; rows are padded to it
@@ -73,6 +73,8 @@ def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, i
     for name, tensor in ((crow_name, crow_indices), (col_name, col_indices)):
         if (problem := unreadable(tensor)) is not None:
             raise (ValueError if isinstance(tensor, Tensor) else TypeError)(f"{name}: {problem}")
+        if holds_tensors(tensor):
+            raise TypeError(f"{name} must be a tensor in memory, got {type(tensor).__name__}")
         if tensor.dtype != torch.int32 or tensor.ndim != 1:
             raise TypeError(f"{name} must be a 1-D tensor of dtype torch.int32, got {tensor.dtype} of shape "
                             f"{tuple(tensor.shape)}")

@@ -114,6 +114,15 @@ cdef bint _storage_reaches(object tensor) except -1:
     return (tensor.storage_offset() + last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
+cdef void *_checked_data(object tensor, str name) except? NULL:
+    """Data of a tensor that took the long way."""
+    check_storage(tensor, name)
+    cdef uintptr_t data = tensor.data_ptr()
+    if data == 0 and tensor.numel():
+        raise ValueError(f"{name} has no memory of its own, it is a {type(tensor).__name__}")
+    return <void *> data
+
+
 def check_storage(tensor, str name):
     """Refuse a tensor whose storage was made smaller than it is; None and what has no storage pass."""
     cdef qsp_dltensor t
@@ -153,8 +162,7 @@ cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? 
         raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
     if tensor.numel() < size:
         raise ValueError(f"{name} must have at least {size} elements, got {tensor.numel()}")
-    check_storage(tensor, name)
-    return <void *> <uintptr_t> tensor.data_ptr()
+    return _checked_data(tensor, name)
 
 
 cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name) except? NULL:
@@ -177,8 +185,7 @@ cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL:
         raise TypeError(f"{name} must be of dtype torch.float32 or torch.bfloat16, got {tensor.dtype}")
     if not tensor.is_cpu or tensor.layout is not _strided:
         raise ValueError(f"{name} must be a strided tensor on the CPU, got {tensor.layout} on device {tensor.device}")
-    check_storage(tensor, name)
-    return <void *> <uintptr_t> tensor.data_ptr()
+    return _checked_data(tensor, name)
 
 
 cdef void read_grid(object numbers, qsp_grid *grid, str name) except *:

@@ -128,10 +128,16 @@ class SparseModule(SparseWeight):
                              f"{self.weight.device}")
         if not x.is_floating_point():
             raise TypeError(f"{kind} expects a floating-point input (float32, bfloat16, ...), got {x.dtype}")
+        if x.is_nested:
+            raise TypeError(f"{kind} expects a strided tensor, got a nested one")
         if x.layout != torch.strided:
             raise TypeError(f"{kind} expects a strided tensor, got layout {x.layout}")
-        if not torch.compiler.is_compiling():  # before anything reads it
-            ops.check_storage(x, "the input")
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(f"{kind} does not go with the transforms of torch.func (vmap, grad, jvp, ...): use "
+                                      "autograd, or the dense module that to_dense() gives")
+        ops.check_storage(x, "the input")  # before anything reads it
 
     def _dtypes(self, x: Tensor) -> tuple[Tensor, torch.dtype, torch.dtype]:
         """The input in a dtype of the kernels, that of their output, and the dtype of the result.

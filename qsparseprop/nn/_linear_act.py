@@ -30,7 +30,7 @@ from qsparseprop.nn.functional import (
     packed_forward_pass,
     refuse_forward_mode,
 )
-from qsparseprop.ops import check_storage
+from qsparseprop.ops import check_storage, saved_tensors
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
@@ -129,7 +129,7 @@ class _LinearAct(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        values, saved, *packed = ctx.saved_tensors
+        values, saved, *packed = saved_tensors(ctx)
         s: Settings = ctx.settings
         if s.qconfig.check_finite:
             check_finite(dy, "the gradient of the output")

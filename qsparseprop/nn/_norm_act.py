@@ -30,7 +30,7 @@ from qsparseprop.nn.functional import (
     packed_gradient,
     refuse_forward_mode,
 )
-from qsparseprop.ops import check_storage
+from qsparseprop.ops import check_storage, saved_tensors
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
@@ -137,7 +137,7 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        codes, mask, gamma, rstd, slope, offset, values, *kept = ctx.saved_tensors
+        codes, mask, gamma, rstd, slope, offset, values, *kept = saved_tensors(ctx)
         s: Settings = ctx.settings
         conv = s.convolution
         if conv is not None and conv.qconfig.check_finite:

@@ -47,7 +47,7 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (bits,) = ctx.saved_tensors
+        (bits,) = ops.saved_tensors(ctx)
         if dy.dtype in _KERNEL_DTYPES and dy.stride() == ctx.layout.stride():
             return ops.shortcut("keep_masked", dy, bits)(dy, bits), None, None, None
         mask = _unpack_bits(bits, ctx.layout, dy.dtype)
@@ -109,7 +109,7 @@ class BitDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (bits,) = ctx.saved_tensors
+        (bits,) = ops.saved_tensors(ctx)
         return dy * _unpack_bits(bits, ctx.layout, dy.dtype).div_(1 - ctx.p), None
 
 
@@ -130,7 +130,7 @@ class ByteMaxPool2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (place,) = ctx.saved_tensors
+        (place,) = ops.saved_tensors(ctx)
         kernel, stride, padding, dilation = ctx.settings
         place = place.long()
         first_row, first_column = _window_starts(dy, stride, padding)

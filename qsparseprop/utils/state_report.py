@@ -6,7 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from qsparseprop.contents import unreadable
+
+from ._errors import ConfigurationError
 
 __all__ = ["WeightInfo", "format_weights", "weight_infos"]
 
@@ -57,7 +62,15 @@ def weight_infos(state: Mapping[str, Tensor]) -> list[WeightInfo]:
     list of WeightInfo
         A sparse weight's shape is known where its module's ``_extra_state`` is in the state; otherwise it is what its
         pattern reaches.
+
+    Raises
+    ------
+    ConfigurationError
+        For a tensor whose contents cannot be read, such as an expanded one, or a sparse weight without its pattern.
     """
+    for key, tensor in state.items():
+        if (problem := unreadable(tensor)) is not None:
+            raise ConfigurationError(f"{key}: {problem}")
     infos, other_elements, other_bytes = [], 0, 0
     modules = {key.removesuffix("crow_indices") for key in state if key.endswith("crow_indices")}
     for key, tensor in state.items():
@@ -65,9 +78,11 @@ def weight_infos(state: Mapping[str, Tensor]) -> list[WeightInfo]:
         if module in modules and name in _PATTERN:
             continue
         if module in modules and name == "weight":
-            crow, col = state[module + "crow_indices"], state[module + "col_indices"]
+            crow, col = state[module + "crow_indices"], state.get(module + "col_indices")
+            if col is None:
+                raise ConfigurationError(f"{module}col_indices is missing, values and pattern only make sense together")
             extra = state.get(module + "_extra_state")
-            if extra is not None and extra.numel() > 2:
+            if extra is not None and extra.dtype == torch.int64 and extra.ndim == 1 and 2 < extra.numel() < 10:
                 shape = tuple(extra[1:].tolist())
             else:
                 shape = (crow.numel() - 1, int(col.max()) + 1 if col.numel() else 0)
