@@ -34,7 +34,7 @@ def unreadable(value: object) -> str | None:
     if value.is_nested or value.layout != torch.strided or value.is_quantized:
         kind = "a nested" if value.is_nested else f"a quantized {value.dtype}" if value.is_quantized else value.layout
         return f"expected a dense (strided) tensor, got {kind} one"
-    if value.is_meta or isinstance(value, FakeTensor):
+    if value.is_meta or isinstance(value, FakeTensor) or value._is_zerotensor():
         return "has no contents (it is on the meta device, or fake): load the state with map_location='cpu'"
     if holds_tensors(value):  # its own storage says nothing
         return None

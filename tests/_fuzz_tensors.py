@@ -12,6 +12,7 @@ import re
 import resource
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -299,7 +300,8 @@ def check(result, error, wanted, wanted_error, what, tolerance=1e-5):
         return "refused"
     if wanted is None and wanted_error is not None:
         raise AssertionError(f"{what}: gave a result where plain tensors are refused by {wanted_error!r}")
-    assert same(result, wanted, tolerance), f"{what}: another result; {[*map(plain, flat(result))]} in place of {wanted}, {what}"
+    found = [*map(plain, flat(result))]
+    assert same(found, wanted, tolerance), f"{what}: another result; {found} in place of {wanted}, {what}"
     return "right"
 
 
@@ -307,7 +309,8 @@ def call_layer(cases):
     module, x = random.choice(cases)
     y = copy.deepcopy(module)(x)
     tensors = {"x": x, "weight": module.weight.detach(), "bias": module.bias.detach(),
-               "crow_indices": module.crow_indices, "col_indices": module.col_indices, "dy": torch.randn_like(y)}  # fmt: skip
+               "crow_indices": module.crow_indices, "col_indices": module.col_indices,
+               "dy": torch.randn_like(y)}  # fmt: skip
     if isinstance(module, intrinsic.QuantizedSparseConvBnAddReLU2d):
         tensors["residual"] = torch.randn_like(y)
 
@@ -376,7 +379,7 @@ def main():
     layers, others = list(layer_cases()), [*operator_calls(), *compressed_calls()]
     for module, x in layers:
         module(x)
-    size = int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1]) << 10
+    size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     counts = {"refused": 0, "right": 0, "other": 0}
     for _ in range(calls):

@@ -135,8 +135,8 @@ class SparseModule(SparseWeight):
         if torch.compiler.is_compiling():
             return
         if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(f"{kind} does not go with the transforms of torch.func (vmap, grad, jvp, ...): use "
-                                      "autograd, or the dense module that to_dense() gives")
+            raise NotImplementedError(f"{kind} does not go with the transforms of torch.func (vmap, grad, jvp, ...): "
+                                      "use autograd, or the dense module that to_dense() gives")
         ops.check_storage(x, "the input")  # before anything reads it
 
     def _dtypes(self, x: Tensor) -> tuple[Tensor, torch.dtype, torch.dtype]:

@@ -89,8 +89,8 @@ def weight_infos(state: Mapping[str, Tensor]) -> list[WeightInfo]:
             size = tensor.nbytes + crow.nbytes + col.nbytes
             dense_bytes = math.prod(shape) * tensor.element_size()
             infos.append(WeightInfo(key, shape, tensor.numel(), True, size, dense_bytes))
-        elif tensor.ndim >= 2 and tensor.is_floating_point():
-            nonzeros = int(tensor.count_nonzero())
+        elif tensor.ndim >= 2 and tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 8:
+            nonzeros = int((tensor != 0).sum())  # count_nonzero does not know numbers of 8 bits
             infos.append(WeightInfo(key, tuple(tensor.shape), nonzeros, False, tensor.nbytes, tensor.nbytes))
         else:
             other_elements, other_bytes = other_elements + tensor.numel(), other_bytes + tensor.nbytes
