@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from qsparseprop._kernels._tensor import check_storage
+
+
+@functools.cache
+def is_convertible(dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype are floating-point ones that torch can convert, which it cannot for half bytes."""
+    try:
+        return dtype.is_floating_point and torch.empty(1, dtype=dtype).to(torch.float32).numel() == 1
+    except RuntimeError:
+        return False
 
 
 def holds_tensors(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qsparseprop.contents import unreadable
+from qsparseprop.contents import is_convertible, unreadable
 from qsparseprop.pattern import check_pattern, dense_pattern
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def _check_tensor(state: Any, shape: tuple[int, ...], key: str) -> str | None:
         return f"{key}: expected shape {tuple(shape)}, got {tuple(state.shape)}"
     if (problem := unreadable(state)) is not None:
         return f"{key}: {problem}"
-    # of several numbers in a byte torch can convert none
-    if not state.is_floating_point() or torch.finfo(state.dtype).bits < 8:
+    if not is_convertible(state.dtype):
         return f"{key}: expected a floating-point tensor, got dtype {state.dtype}"
     return None
 
@@ -171,7 +170,7 @@ def _read_sparse(module: SparseWeight, found: Mapping[str, Any], prefix: str) ->
     except (TypeError, ValueError, RuntimeError) as error:  # the last one from subclasses of Tensor
         errors.append(str(error))
     bias = found.get("bias")
-    if module.bias is not None and bias is not None:
+    if module.bias is not None and "bias" in found:
         errors.append(_check_tensor(bias, module.weight_shape[:1], f"{prefix}bias"))
     errors = [e for e in errors if e is not None]
     return (None, errors) if errors else (State(values, crow, col, bias), [])

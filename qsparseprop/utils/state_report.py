@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsparseprop.contents import unreadable
+from qsparseprop.contents import is_convertible, unreadable
 
 from ._errors import ConfigurationError
 
@@ -89,7 +89,7 @@ def weight_infos(state: Mapping[str, Tensor]) -> list[WeightInfo]:
             size = tensor.nbytes + crow.nbytes + col.nbytes
             dense_bytes = math.prod(shape) * tensor.element_size()
             infos.append(WeightInfo(key, shape, tensor.numel(), True, size, dense_bytes))
-        elif tensor.ndim >= 2 and tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 8:
+        elif tensor.ndim >= 2 and is_convertible(tensor.dtype):
             nonzeros = int((tensor != 0).sum())  # count_nonzero does not know numbers of 8 bits
             infos.append(WeightInfo(key, tuple(tensor.shape), nonzeros, False, tensor.nbytes, tensor.nbytes))
         else:
