@@ -275,6 +275,39 @@ def test_blocks_refuse_inputs_and_gradients_without_memory(name):
         y.backward(freed(torch.ones_like(y)))
 
 
+@pytest.mark.parametrize("place", ["weight", "crow_indices", "col_indices", "bias"])
+def test_modules_whose_own_memory_is_gone(place):
+    layer = qnn.SparseLinear.from_dense(pruned(nn.Linear(8, 5)))
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    tensor = getattr(layer, place)
+    size = tensor.untyped_storage().nbytes()
+    tensor.untyped_storage().resize_(0)
+    if place != "bias":
+        with pytest.raises(ValueError, match=f"{place} {NO_MEMORY}"):
+            layer.dense_weight()
+        with pytest.raises(ValueError, match=f"{place} {NO_MEMORY}"):
+            layer.apply_further_mask(torch.zeros(5, 8))
+    with pytest.raises(RuntimeError, match=f"{place} of the module {NO_MEMORY}"):
+        layer.load_state_dict(state)
+    tensor.untyped_storage().resize_(size)
+    with torch.no_grad():
+        tensor.zero_()
+    layer.load_state_dict(state)
+    assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_normalisations_of_blocks_whose_memory_is_gone(place, training):
+    if training and place.startswith("running"):
+        pytest.skip("not read in training")
+    module, x = block("conv, norm, relu")
+    module.norm.train(training)
+    getattr(module.norm, place).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        module(x)
+
+
 def operator_calls():
     x, matrix = torch.randn(2, 3, 4, 5), torch.randn(6, 20)
     one = torch.ones(20)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop.contents import is_convertible, unreadable
+from qsparseprop.ops import check_storage
 from qsparseprop.pattern import check_pattern, dense_pattern
 
 if TYPE_CHECKING:
@@ -204,6 +205,12 @@ def read_state(module: SparseWeight, state_dict: Mapping[str, Any], prefix: str,
     state, errors = (_read_dense if dense else _read_sparse)(module, found, prefix)
     if not assign and any(t is not None and t.is_meta for t in (module.weight, module.bias)):
         errors.append(f"{prefix}weight: the module is on the meta device; load with assign=True")
+    if not assign:
+        for name in ("weight", "crow_indices", "col_indices", "bias"):
+            try:
+                check_storage(getattr(module, name), f"{prefix}{name} of the module")
+            except ValueError as error:
+                errors.append(str(error))
     if module.bias is None and state is not None:
         state = state._replace(bias=None)
     return FoundState(None if missing or errors else state, missing, unexpected, errors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.nn._state import FORMAT, check_format, read_state
-from qsparseprop.ops import are_plain
+from qsparseprop.ops import are_plain, check_storage
 from qsparseprop.pattern import row_indices
 
 
@@ -57,6 +57,7 @@ class SparseWeight(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight with its zeros, differentiable with respect to `weight`."""
+        check_storage(self.weight, "weight")
         dense = self.weight.new_zeros(torch.Size(self.weight_shape).numel())
         return dense.index_put((self._flat_indices(),), self.weight).view(self.weight_shape)
 
@@ -66,6 +67,8 @@ class SparseWeight(nn.Module):
         return shape[0], math.prod(shape[1:])
 
     def _flat_indices(self) -> Tensor:
+        check_storage(self.crow_indices, "crow_indices")
+        check_storage(self.col_indices, "col_indices")
         return row_indices(self.crow_indices) * self._matrix_shape()[1] + self.col_indices
 
     def _check_sizes(self) -> None:
@@ -154,6 +157,7 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def _rearrange(self, flat: Tensor, fresh: Tensor | None, optimizer: torch.optim.Optimizer | None) -> None:
         """Move the weights to the positions `flat` (int64, ascending), which may lack old ones and have new ones."""
+        check_storage(self.weight, "weight")
         state = {} if optimizer is None else self.check_optimizer(optimizer)
         old = self._flat_indices()
         place = torch.searchsorted(old, flat)
