@@ -75,6 +75,11 @@ def _checked(function: Callable) -> Callable:
     return checked
 
 
+def _refuse_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    """Without it torch would take the gradient for zero, and warn of that only."""
+    raise NotImplementedError("the operators of qsparseprop have no derivatives: use the modules of qsparseprop.nn")
+
+
 def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Register a function as the CPU implementation of an operator.
 
@@ -93,6 +98,8 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         _library.impl(name, _checked(function), "CPU")
         torch.library.register_fake(f"qsparseprop::{name}", fake, lib=_library)
         overload = getattr(torch.ops.qsparseprop, name).default
+        if not overload._schema.is_mutable:
+            torch.library.register_autograd(f"qsparseprop::{name}", _refuse_derivative, lib=_library)
         overload.__doc__ = function.__doc__
         return overload
 

@@ -196,6 +196,14 @@ def test_transforms_of_functions_are_refused(kind):
             call()
 
 
+def test_operators_have_no_derivatives():
+    """Torch took them for zero."""
+    x = torch.randn(2, 3, requires_grad=True)
+    y, _ = torch.ops.qsparseprop.relu_mask(x)
+    with pytest.raises(NotImplementedError, match="operators of qsparseprop have no derivatives: use the modules"):
+        y.sum().backward()
+
+
 # ---- tensors whose memory is gone ----
 
 
