@@ -69,7 +69,7 @@ cdef bint _reaches(object tensor, const qsp_dltensor *t) except -1:
             return True
         last += (t.shape[i] - 1) * (t.strides[i] if t.strides != NULL else step)
         step *= t.shape[i]
-    cdef int64_t offset = tensor.storage_offset(), size = tensor.untyped_storage().nbytes()
+    cdef int64_t offset = tensor.storage_offset(), size = len(tensor.untyped_storage())
     return (offset + last + 1) * (t.dtype.bits // 8) <= size
 
 
