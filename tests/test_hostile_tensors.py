@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils import prune
 
 from qsparseprop import activation_ops, mask_ops, norm_ops, ops, quantize_ops
 from qsparseprop import nn as qnn
+from qsparseprop.geometry import linear_numbers
 from qsparseprop.nn import intrinsic
 from qsparseprop.pattern import check_pattern
 from qsparseprop.quantization import QuantConfig, dequantize, quantize
@@ -183,6 +185,21 @@ def test_tensors_that_only_say_that_they_are_zero():
     assert torch.equal(x.grad, torch.zeros(3, 8))
 
 
+def test_negative_views_in_the_operator_of_graphs():
+    layer = qnn.QuantizedSparseLinear.from_dense(pruned(nn.Linear(8, 5)))
+    x = torch.randn(3, 8)
+    trace = layer._trace  # what torch.compile calls
+    numbers = linear_numbers(8, 5)
+    wanted = trace(x[..., None, None], numbers, 1)
+    assert torch.equal(trace(negative(x)[..., None, None], numbers, 1), wanted)
+    layer.crow_indices, layer.col_indices = negative(layer.crow_indices), negative(layer.col_indices)
+    assert torch.equal(trace(x[..., None, None], numbers, 1), wanted)
+    given = x[..., None, None].clone()
+    given.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        trace(given, numbers, 1)
+
+
 # ---- functorch ----
 
 
@@ -302,6 +319,25 @@ def test_modules_whose_own_memory_is_gone(place):
         tensor.zero_()
     layer.load_state_dict(state)
     assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["weight_orig", "weight_mask", "bias"])
+def test_dense_layers_whose_memory_is_gone(place):
+    """As of a model whose parameters FSDP has spread over processes."""
+    dense = prune.l1_unstructured(nn.Linear(8, 5), "weight", 0.5)
+    getattr(dense, place).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{place} of the dense layer {NO_MEMORY}"):
+        qnn.SparseLinear.from_dense(dense)
+
+
+def test_masks_without_memory():
+    layer = qnn.SparseLinear.from_dense(pruned(nn.Linear(8, 5)))
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=f"mask {NO_MEMORY}"):
+        layer.apply_further_mask(freed(torch.ones(5, 8)))
+    with pytest.raises(ValueError, match=f"values {NO_MEMORY}"):
+        layer.regrow(torch.ones(5, 8), freed(torch.ones(5, 8)))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
 @pytest.mark.parametrize("place", ["weight", "bias", "running_mean", "running_var"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -84,6 +85,8 @@ class SparseModule(SparseWeight):
         if not isinstance(module, wanted):
             raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.{wanted.__name__}, "
                             f"got {type(module).__module__}.{type(module).__qualname__}")
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+            ops.check_storage(tensor, f"{name} of the dense layer")
         weight, mask = dense_weight(module)
         if weight.device.type != "cpu":
             raise ValueError(f"the weight must be on the CPU, got device {weight.device}")

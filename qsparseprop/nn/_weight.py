@@ -136,6 +136,7 @@ class SparseWeight(nn.Module):
     def _check_mask(self, mask: Tensor, name: str) -> None:
         if tuple(mask.shape) != tuple(self.weight_shape):
             raise ValueError(f"{name} must have shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}")
+        check_storage(mask, name)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """What an optimizer keeps for each element of `weight`; an error if it cannot follow a change of the pattern.
