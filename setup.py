@@ -13,7 +13,9 @@ import, so that one build runs on every CPU of the architecture.
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +37,7 @@ CYTHON_DIRECTIVES = {
 # -ffp-contract=off: otherwise gcc fuses a*b+c (intrinsics too) where the instruction set has FMA and nowhere else, and
 # the instruction sets round, and so quantise, differently. Where a fused multiply-add is wanted the source says so.
 FLAGS = {
-    "unix": ["-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"],
+    "unix": ["-O3", "-g0", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"],
     "msvc": ["/O2", "/std:c11"],
 }
 # Cython's output is clean under these too (gcc 12, clang 14), so there are no exceptions for it.
@@ -108,8 +110,32 @@ class BuildKernels(build_ext):
             ext.extra_link_args = openmp.link
             ext.define_macros = [("QSPARSEPROP_OPENMP", "1" if openmp.compile else "0")]
             ext.sources = [self.translated(ext, source) for source in ext.sources]
-        super().build_extensions()
+        self.forget_the_interpreters_library_path()
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with ThreadPoolExecutor(processors) as pool:
+            compile_one = self.compiler.compile
+
+            def compile_all(sources, *args, **kwargs):
+                # one object each: the instruction sets take longest, and belong to one module
+                jobs = [pool.submit(compile_one, [source], *args, **kwargs) for source in sources]
+                return [path for job in jobs for path in job.result()]
+
+            self.compiler.compile = compile_all
+            self.parallel = len(self.extensions)  # modules wait for the pool, which has a thread a processor
+            # the module that takes longest first
+            self.extensions.sort(key=lambda ext: -len(ext.sources))
+            super().build_extensions()
         stamp.write_text(settings)
+
+    def forget_the_interpreters_library_path(self):
+        """Take the run path out of the link command that Python itself was built with: it names this machine's folders.
+
+        The modules need no library from there: what they use of Python the interpreter has loaded, whatever its place.
+        """
+        own = (sysconfig.get_config_var("LDSHARED") or "").split()
+        paths = {flag for flag in own if flag.startswith(("-Wl,-rpath", "-Wl,-R"))}
+        if paths and hasattr(self.compiler, "linker_so"):
+            self.compiler.set_executable("linker_so", [f for f in self.compiler.linker_so if f not in paths])
 
     def openmp_flags(self):
         """Flags with which the compiler builds a working OpenMP program; exits with one sentence where none does."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qsparseprop.contents import holds_tensors, unreadable
 from qsparseprop.geometry import Geometry
 
 GROUP = 4  # nonzeros that the kernels take at a time; rows are padded to it
@@ -48,7 +49,7 @@ class Plan(NamedTuple):
 
 
 def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], prefix: str = "") -> None:
-    """Check a CSR pattern.
+    """Check a CSR pattern, sizes before contents: in memory of the order of what the tensors take.
 
     Parameters
     ----------
@@ -64,16 +65,23 @@ def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, i
     TypeError
         For another dtype.
     ValueError
-        If row pointers do not ascend from 0 to the number of nonzeros, or columns are out of range, unsorted or double.
+        For tensors whose contents cannot be read; if row pointers do not ascend from 0 to the number of nonzeros, or
+        columns are out of range, unsorted or double.
     """
     rows, cols = shape
     crow_name, col_name = f"{prefix}crow_indices", f"{prefix}col_indices"
     for name, tensor in ((crow_name, crow_indices), (col_name, col_indices)):
+        if (problem := unreadable(tensor)) is not None:
+            raise (ValueError if isinstance(tensor, Tensor) else TypeError)(f"{name}: {problem}")
+        if holds_tensors(tensor):
+            raise TypeError(f"{name} must be a tensor in memory, got {type(tensor).__name__}")
         if tensor.dtype != torch.int32 or tensor.ndim != 1:
             raise TypeError(f"{name} must be a 1-D tensor of dtype torch.int32, got {tensor.dtype} of shape "
                             f"{tuple(tensor.shape)}")
     if crow_indices.numel() != rows + 1:
         raise ValueError(f"{crow_name} must have {rows + 1} elements, got {crow_indices.numel()}")
+    if col_indices.numel() > rows * cols:
+        raise ValueError(f"{col_name} must have at most {rows} * {cols} elements, got {col_indices.numel()}")
     counts = crow_indices.to(torch.int64).diff()  # int32 might wrap
     if crow_indices[0] != 0 or crow_indices[-1] != col_indices.numel() or (counts < 0).any():
         raise ValueError(f"{crow_name} must ascend from 0 to the number of nonzeros, {col_indices.numel()}")
@@ -82,8 +90,10 @@ def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, i
     low, high = col_indices.aminmax()
     if low < 0 or high >= cols:
         raise ValueError(f"{col_name} must lie in [0, {cols}), got {int(low)} to {int(high)}")
-    flat = row_indices(crow_indices).to(torch.int64) * cols + col_indices
-    if (flat.diff() <= 0).any():
+    ascends = col_indices[1:] > col_indices[:-1]
+    first = crow_indices[1:-1]  # of rows, which may start anywhere
+    ascends[first[(first > 0) & (first < col_indices.numel())].to(torch.int64) - 1] = True
+    if not ascends.all():
         raise ValueError(f"{col_name} must ascend within each row, without duplicates")
 
 

@@ -139,6 +139,7 @@ class QuantConfig:
         """
         if self.weight != "sawb" or values.numel() == 0:
             return None
+        ops.check_storage(values, "the weight")
         x = values.detach().double()
         n = x.count_nonzero().clamp(min=1) if self.sawb_nonzeros else entries
         clip = self.sawb[0] * (x.square().sum() / n).sqrt() - self.sawb[1] * x.abs().sum() / n

@@ -241,7 +241,7 @@ def test_forward_mode_is_refused(kind):
 def test_transforms_of_functions_are_refused(kind):
     """torch.func differentiates functions, vmap runs them over another dimension; neither may give wrong numbers."""
     layer, _, x = example(kind)
-    with pytest.raises(RuntimeError, match="setup_context"):
+    with pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
         torch.func.grad(lambda x: layer(x).sum())(x)
-    with pytest.raises(RuntimeError, match="setup_context"):
+    with pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
         torch.func.vmap(layer)(x[None])

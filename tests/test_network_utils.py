@@ -13,7 +13,14 @@ from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseC
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils import network_utils
 from qsparseprop.utils.measurement_utils import Comparison, Spread
-from qsparseprop.utils.network_utils import SwapDecision, SwapReport, sparsity, swap_modules_with_sparse
+from qsparseprop.utils.network_utils import (
+    SwapDecision,
+    SwapReport,
+    sparsity,
+    swap_modules_for_state,
+    swap_modules_with_dense,
+    swap_modules_with_sparse,
+)
 
 from ._helpers import generator, relative_error, run_python, saved_for_backward, set_weight
 
@@ -619,3 +626,70 @@ def test_sparsity_with_masks_and_sparse_layers(net):
     assert sparsity(masked) == pytest.approx(0.75, abs=0.01)
     masked(torch.randn(SHAPE))
     assert sparsity(masked) == pytest.approx(0.75, abs=0.01)
+
+
+# ---- every kind of layer ----
+
+
+def volumes():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(2, 8, 3, stride=2, padding=1), nn.ReLU(), nn.ConvTranspose3d(8, 4, 2, stride=2),
+                         nn.Flatten(2), nn.Conv1d(4, 6, 5, stride=3), nn.ConvTranspose1d(6, 4, 3, padding=1, groups=2),
+                         nn.Unflatten(2, (1, -1)), nn.ConvTranspose2d(4, 3, 3), nn.Conv2d(3, 5, 3))  # fmt: skip
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_every_kind_of_layer_is_replaced_and_put_back(quantize):
+    model = volumes()
+    layers = [m for m in model if hasattr(m, "weight")]
+    for seed, layer in enumerate(layers):
+        set_weight(layer, 0.3, seed)
+    x = torch.randn(3, 2, 4, 6, 5)
+    wanted = model(x)
+    kinds = [type(m) for m in model]
+    swap_modules_with_sparse(model, x, min_sparsity=0.5, include_dense=False, quantize=quantize, verbose=False)
+    assert [d.kind for d in model.swap_report.swapped] == [k.__name__ for k in kinds if "Conv" in k.__name__]
+    y = model(x)
+    assert relative_error(y, wanted) < (0.2 if quantize else 1e-4)
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    fresh = volumes()
+    swap_modules_for_state(fresh, model.state_dict(), quantize=quantize).load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), y)
+    swap_modules_with_dense(model)
+    assert [type(m) for m in model] == kinds
+    assert relative_error(model(x), wanted) < 1e-5
+
+
+def test_transformers_conv1d_is_replaced_like_a_linear_layer():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=100, n_positions=32)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    kind = type(model.transformer.h[0].mlp.c_fc)
+    for m in model.modules():
+        if isinstance(m, kind):
+            with torch.no_grad():
+                m.weight.mul_(torch.rand(m.weight.shape) > 0.9)
+    x = torch.randint(0, 100, (2, 8))
+    wanted = model(x).logits
+    swap_modules_with_sparse(model, x, include_dense=False, quantize=False, verbose=False)
+    assert [d.kind for d in model.swap_report.swapped] == ["Conv1D"] * 8
+    assert relative_error(model(x).logits, wanted) < 1e-5
+    model.train()
+    model(x, labels=x).loss.backward()
+    assert model.transformer.h[1].attn.c_attn.weight.grad is not None
+    swap_modules_with_dense(model.eval())
+    assert sum(isinstance(m, kind) for m in model.modules()) == 8
+    assert relative_error(model(x).logits, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("patch", [9, 14, 16])
+@pytest.mark.parametrize("timed", [True, False])
+def test_patch_embeddings(patch, timed):
+    model = nn.Sequential(nn.Conv2d(3, 48, patch, patch), nn.Flatten(2))
+    prune.l1_unstructured(model[0], "weight", 0.9)
+    x = torch.rand(2, 3, 3 * patch, 3 * patch)
+    wanted = model(x)
+    swap_modules_with_sparse(model, x, include_dense=timed, quantize=False, verbose=False)
+    assert timed or type(model[0]) is SparseConv2d
+    assert relative_error(model(x), wanted) < 1e-5

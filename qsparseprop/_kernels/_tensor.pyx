@@ -27,6 +27,7 @@ cdef enum:
     KEPT_BYTES = 1 << 23
     FLOAT32_CODE = 2 << 8 | 32
     BFLOAT16_CODE = 4 << 8 | 16
+    COMPLEX = 5  # DLPack's code
 
 
 cdef const qsp_dlpack_api *_find_exchange():
@@ -39,7 +40,8 @@ cdef const qsp_dlpack_api *_find_exchange():
 
 
 cdef const qsp_dlpack_api *_exchange = _find_exchange()
-cdef object _Parameter = torch.nn.Parameter
+# Subclasses of Tensor that are tensors to the kernels.
+cdef set _plain_classes = {torch.Tensor, torch.nn.Parameter}
 # DLPack's (code, bits) of a dtype as one number
 cdef dict _dtype_codes = {
     torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64, torch.uint8: 1 << 8 | 8,
@@ -47,14 +49,100 @@ cdef dict _dtype_codes = {
 }
 
 
+def treat_as_tensor(kind):
+    """Let the kernels read tensors of a subclass that differs from Tensor in Python only."""
+    _plain_classes.add(kind)
+
+
 cdef bint _describe(object tensor, qsp_dltensor *out):
     """Description of a tensor on the CPU; False where it takes the long way, which also knows what is wrong."""
-    if _exchange == NULL or (type(tensor) is not _Tensor and type(tensor) is not _Parameter):
+    cdef int i
+    if _exchange == NULL or type(tensor) not in _plain_classes:
         return False
     if _exchange.describe(<void *> tensor, out) != 0:
         PyErr_Clear()
         return False
+    if out.data == NULL:  # right if there are no elements; otherwise somebody has freed them
+        for i in range(out.ndim):
+            if out.shape[i] == 0:
+                break
+        else:
+            return False
     return out.device.type == QSP_DL_CPU and out.dtype.lanes == 1
+
+
+cdef bint _reaches(object tensor, const qsp_dltensor *t) except -1:
+    """Whether the memory of a tensor reaches as far as its elements."""
+    cdef int64_t last = 0, step = 1
+    cdef int i
+    for i in range(t.ndim - 1, -1, -1):
+        if t.shape[i] == 0:
+            return True
+        last += (t.shape[i] - 1) * (t.strides[i] if t.strides != NULL else step)
+        step *= t.shape[i]
+    cdef int64_t offset = tensor.storage_offset(), size = len(tensor.untyped_storage())
+    return (offset + last + 1) * (t.dtype.bits // 8) <= size
+
+
+def are_plain(*tensors):
+    """Whether tensors, or None, on the CPU are no more than numbers in memory that is there.
+
+    Not plain are subclasses of Tensor, what functorch wraps, negative and conjugate views, tensors that only say that
+    they are zero, and those whose storage was made smaller than they are.
+    """
+    cdef qsp_dltensor t
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if _exchange == NULL:
+            if (type(tensor) not in _plain_classes or _dispatch_key_bits(tensor) not in _plain_key_bits
+                    or not _storage_reaches(tensor)):
+                return False
+        elif not (_describe(tensor, &t) and t.dtype.code != COMPLEX and not tensor.is_neg() and _reaches(tensor, &t)):
+            return False
+    return True
+
+
+cdef object _dispatch_key_bits(object tensor):
+    return _dispatch_keys(tensor).raw_repr()
+
+
+cdef object _dispatch_keys = torch._C._dispatch_keys
+with torch.inference_mode():
+    _inference_tensor = torch.empty(0)
+# of tensors made by torch.empty, outside of inference mode and in it
+cdef object _plain_key_bits = frozenset(_dispatch_key_bits(t) for t in (torch.empty(0), _inference_tensor))
+del _inference_tensor
+
+
+cdef bint _storage_reaches(object tensor) except -1:
+    """The same as `_reaches` for any tensor; True where there is no storage that could be too small."""
+    if (not tensor.is_cpu or tensor.layout is not _strided or tensor.is_nested or tensor._is_zerotensor()
+            or type(tensor).__torch_dispatch__ is not _Tensor.__torch_dispatch__ or torch._is_functional_tensor(tensor)
+            or torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.numel() == 0):
+        return True
+    last = sum([(n - 1) * step for n, step in zip(tensor.shape, tensor.stride())])
+    return (tensor.storage_offset() + last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+cdef void *_checked_data(object tensor, str name) except? NULL:
+    """Data of a tensor that took the long way."""
+    check_storage(tensor, name)
+    cdef uintptr_t data = tensor.data_ptr()
+    if data == 0 and tensor.numel():
+        raise ValueError(f"{name} has no memory of its own, it is a {type(tensor).__name__}")
+    return <void *> data
+
+
+def check_storage(tensor, str name):
+    """Refuse a tensor whose storage was made smaller than it is; None and what has no storage pass."""
+    cdef qsp_dltensor t
+    if tensor is None or (_describe(tensor, &t) and _reaches(tensor, &t)):
+        return
+    if not _storage_reaches(tensor):
+        raise ValueError(f"{name} has no memory: the storage of a tensor of shape {tuple(tensor.shape)} and dtype "
+                         f"{tensor.dtype} has {tensor.untyped_storage().nbytes()} bytes; whoever has resized it (FSDP "
+                         f"and offloading do) must restore it first")
 
 
 cdef int64_t _dtype_code(const qsp_dltensor *t) noexcept:
@@ -84,7 +172,7 @@ cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? 
         raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
     if tensor.numel() < size:
         raise ValueError(f"{name} must have at least {size} elements, got {tensor.numel()}")
-    return <void *> <uintptr_t> tensor.data_ptr()
+    return _checked_data(tensor, name)
 
 
 cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name) except? NULL:
@@ -107,7 +195,7 @@ cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL:
         raise TypeError(f"{name} must be of dtype torch.float32 or torch.bfloat16, got {tensor.dtype}")
     if not tensor.is_cpu or tensor.layout is not _strided:
         raise ValueError(f"{name} must be a strided tensor on the CPU, got {tensor.layout} on device {tensor.device}")
-    return <void *> <uintptr_t> tensor.data_ptr()
+    return _checked_data(tensor, name)
 
 
 cdef void read_grid(object numbers, qsp_grid *grid, str name) except *:

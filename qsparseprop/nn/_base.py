@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from qsparseprop import ops
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
@@ -97,6 +99,8 @@ class SparseModule(SparseWeight):
     @classmethod
     def _check_dense(cls, module: nn.Module) -> tuple[Tensor, Tensor]:
         cls._check_kind(module)
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+            ops.check_storage(tensor, f"{name} of the dense layer")
         weight, mask = dense_weight(module)
         if weight.device.type != "cpu":
             raise ValueError(f"the weight must be on the CPU, got device {weight.device}")
@@ -149,8 +153,16 @@ class SparseModule(SparseWeight):
                              f"{weight.device}")
         if not x.is_floating_point():
             raise TypeError(f"{kind} expects a floating-point input (float32, bfloat16, ...), got {x.dtype}")
+        if x.is_nested:
+            raise TypeError(f"{kind} expects a strided tensor, got a nested one")
         if x.layout != torch.strided:
             raise TypeError(f"{kind} expects a strided tensor, got layout {x.layout}")
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(f"{kind} does not go with the transforms of torch.func (vmap, grad, jvp, ...): "
+                                      "use autograd, or the dense module that to_dense() gives")
+        ops.check_storage(x, "the input")  # before anything reads it
 
     def _dtypes(self, x: Tensor) -> tuple[Tensor, torch.dtype, torch.dtype]:
         """The input in a dtype of the kernels, that of their output, and the dtype of the result.

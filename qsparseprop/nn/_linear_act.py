@@ -31,6 +31,7 @@ from qsparseprop.nn.functional import (
     refuse_forward_mode,
     value_gradient,
 )
+from qsparseprop.ops import check_storage, saved_tensors
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
@@ -129,13 +130,14 @@ class _LinearAct(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        values, saved, *packed = ctx.saved_tensors
+        values, saved, *packed = saved_tensors(ctx)
         s: Settings = ctx.settings
         if s.qconfig.check_finite:
             check_finite(dy, "the gradient of the output")
         need = ctx.needs_input_grad[:3]
         rows = math.prod(ctx.x_shape[:-1])
         x_shape = (rows, ctx.x_shape[-1], 1, 1)
+        check_storage(dy, "the gradient of the output")
         dy = dy.to(s.dtype).reshape(rows, dy.shape[-1]).contiguous()
         dx = dvalues = None
         if s.activation is not None and packs_gradient(s.qconfig, dy.shape):

@@ -31,12 +31,14 @@ from qsparseprop.nn.functional import (
     refuse_forward_mode,
     value_gradient,
 )
+from qsparseprop.ops import check_storage, saved_tensors
 from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
 
 def _rows(x: Tensor) -> Tensor:
     """(pixels, channels) of an (images, channels, height, width) tensor, a view where it is channels_last."""
+    check_storage(x, "x")
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
@@ -136,13 +138,14 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        codes, mask, gamma, rstd, slope, offset, values, *kept = ctx.saved_tensors
+        codes, mask, gamma, rstd, slope, offset, values, *kept = saved_tensors(ctx)
         s: Settings = ctx.settings
         conv = s.convolution
         if conv is not None and conv.qconfig.check_finite:
             check_finite(dy, "the gradient of the output")
         need = ctx.needs_input_grad
         bias_dtype, gamma_dtype, beta_dtype = ctx.dtypes
+        check_storage(dy, "the gradient of the output")
         dy = _rows(dy.to(s.dtype))
         total, with_codes, greatest = norm_ops.norm_act_sums(dy, codes, mask).unbind(1)
         with_normalised = slope * with_codes + offset * total

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qsparseprop.contents import is_convertible, unreadable
+from qsparseprop.ops import check_storage
 from qsparseprop.pattern import check_pattern, dense_pattern
 
 if TYPE_CHECKING:
@@ -77,56 +79,80 @@ class FoundState(NamedTuple):
 
 def check_format(state: Any, shape: tuple[int, ...], key: str) -> str | None:
     """What is wrong with a module's ``_extra_state``, or None."""
-    if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.ndim != 1 or state.numel() < 1:
-        return f"{key}: expected a 1-D tensor of dtype torch.int64, the format's number and the weight's shape"
-    number, *saved = state.tolist()
-    if number != FORMAT:
+    problem = unreadable(state)
+    if problem is None and (state.dtype != torch.int64 or state.ndim != 1 or state.numel() < 1):
+        problem = f"got dtype {state.dtype} and shape {tuple(state.shape)}"
+    if problem is not None:
+        return (f"{key}: expected a 1-D tensor of dtype torch.int64, the format's number and the weight's shape; "
+                f"{problem}")
+    if (number := int(state[0])) != FORMAT:
         return (f"{key}: the state is in format {number} of sparse modules, this version of qsparseprop reads format "
                 f"{FORMAT}")
-    if tuple(saved) != tuple(shape):
-        return f"{key}: the state is that of a weight of shape {tuple(saved)}, this module's is {tuple(shape)}"
+    if state.numel() != 1 + len(shape):
+        return (f"{key}: the state is that of a weight of {state.numel() - 1} dimensions, this module's has "
+                f"{len(shape)}")
+    if (saved := tuple(state[1:].tolist())) != tuple(shape):
+        return f"{key}: the state is that of a weight of shape {saved}, this module's is {tuple(shape)}"
     return None
 
 
 def _check_tensor(state: Any, shape: tuple[int, ...], key: str) -> str | None:
     """What is wrong with a floating-point tensor, or None."""
-    if not isinstance(state, Tensor):
-        return f"{key}: expected a tensor, got {type(state).__name__}"
-    if not state.is_floating_point():
-        return f"{key}: expected a floating-point tensor, got dtype {state.dtype}"
-    if tuple(state.shape) != tuple(shape):
+    if isinstance(state, Tensor) and not state.is_nested and tuple(state.shape) != tuple(shape):
         return f"{key}: expected shape {tuple(shape)}, got {tuple(state.shape)}"
+    if (problem := unreadable(state)) is not None:
+        return f"{key}: {problem}"
+    if not is_convertible(state.dtype):
+        return f"{key}: expected a floating-point tensor, got dtype {state.dtype}"
     return None
 
 
-def _dense_tensor(found: Mapping[str, Any], name: str) -> tuple[Any, Tensor | None]:
-    """A dense parameter, pruned or not, and its mask."""
+def _check_mask(state: Any, shape: tuple[int, ...], key: str) -> str | None:
+    """What is wrong with a mask of torch.nn.utils.prune, which may have any real dtype, or None."""
+    if isinstance(state, Tensor) and not state.is_nested and tuple(state.shape) != tuple(shape):
+        return f"{key}: expected shape {tuple(shape)}, got {tuple(state.shape)}"
+    if (problem := unreadable(state)) is not None:
+        return f"{key}: {problem}"
+    return f"{key}: expected a mask of real numbers, got dtype {state.dtype}" if state.is_complex() else None
+
+
+def _dense_tensor(
+    found: Mapping[str, Any], name: str, shape: tuple[int, ...], prefix: str
+) -> tuple[Tensor | None, Tensor | None, list[str]]:
+    """A dense parameter, pruned or not, its mask, and what is wrong with them."""
+    mask = None
     if f"{name}_orig" in found and f"{name}_mask" in found:
-        values, mask = found[f"{name}_orig"], found[f"{name}_mask"]
-        fits = isinstance(values, Tensor) and isinstance(mask, Tensor) and values.shape == mask.shape
-        return (values * mask, mask != 0) if fits else (None, None)
-    return found.get(name), None
+        mask, key = found[f"{name}_mask"], f"{name}_orig"
+        errors = [_check_tensor(found[key], shape, prefix + key), _check_mask(mask, shape, f"{prefix}{name}_mask")]
+    elif name in found:
+        key = name
+        errors = [_check_tensor(found[key], shape, prefix + key)]
+    else:
+        return None, None, []
+    errors = [error for error in errors if error is not None]
+    if errors:
+        return None, None, errors
+    return found[key] if mask is None else found[key] * mask, mask, []
 
 
 def _read_dense(module: SparseWeight, found: Mapping[str, Any], prefix: str) -> tuple[State | None, list[str]]:
     shape = module.weight_shape
-    weight, mask = _dense_tensor(found, "weight")
-    bias, _ = _dense_tensor(found, "bias")
-    key = f"{prefix}weight" if mask is None else f"{prefix}weight_orig"
-    errors = [_check_tensor(weight, shape, key)]
-    if module.bias is not None and bias is not None:
-        errors.append(_check_tensor(bias, (module._outputs,), f"{prefix}bias"))
+    weight, mask, errors = _dense_tensor(found, "weight", shape, prefix)
+    bias = None
+    if module.bias is not None:
+        bias, _, of_bias = _dense_tensor(found, "bias", (module._outputs,), prefix)
+        errors += of_bias
     choice = _dense_choice.get()
     if choice is None:
-        errors.append(f"{key}: is the weight of a dense layer; load it within accept_dense_state('keep_pattern') or "
-                      "accept_dense_state('take_zeros') of qsparseprop.nn")
-    errors = [e for e in errors if e is not None]
+        key = "weight_orig" if "weight_orig" in found else "weight"
+        errors.append(f"{prefix}{key}: is the weight of a dense layer; load it within "
+                      "accept_dense_state('keep_pattern') or accept_dense_state('take_zeros') of qsparseprop.nn")
     if errors:
         return None, errors
     if choice == "keep_pattern":
         flat, crow, col = module._flat_indices(), module.crow_indices, module.col_indices
     else:
-        mask = weight != 0 if mask is None else mask
+        mask = (weight if mask is None else mask) != 0
         crow, col, flat = dense_pattern(mask.reshape(shape[0], -1))
     return State(weight.detach().reshape(-1)[flat], crow, col, bias), []
 
@@ -140,21 +166,18 @@ def _read_sparse(module: SparseWeight, found: Mapping[str, Any], prefix: str) ->
     if "_extra_state" in found:
         errors.append(check_format(found["_extra_state"], module.weight_shape, f"{prefix}_extra_state"))
     try:
-        for key in _SPARSE_KEYS[1:]:
-            if not isinstance(found[key], Tensor):
-                raise TypeError(f"{prefix}{key} must be a tensor, got {type(found[key]).__name__}")
         check_pattern(crow, col, module._matrix_shape(), prefix)
         errors.append(_check_tensor(values, (col.numel(),), f"{prefix}weight"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last one from subclasses of Tensor
         errors.append(str(error))
     bias = found.get("bias")
-    if module.bias is not None and bias is not None:
+    if module.bias is not None and "bias" in found:
         errors.append(_check_tensor(bias, (module._outputs,), f"{prefix}bias"))
     errors = [e for e in errors if e is not None]
     return (None, errors) if errors else (State(values, crow, col, bias), [])
 
 
-def read_state(module: SparseWeight, state_dict: Mapping[str, Any], prefix: str) -> FoundState:
+def read_state(module: SparseWeight, state_dict: Mapping[str, Any], prefix: str, assign: bool) -> FoundState:
     """Find and check a module's state, and change nothing.
 
     Parameters
@@ -163,11 +186,13 @@ def read_state(module: SparseWeight, state_dict: Mapping[str, Any], prefix: str)
     state_dict : mapping of str to Tensor
     prefix : str
         What the module's keys start with.
+    assign : bool
+        Whether the state's tensors will take the place of the module's, which may be on the meta device then.
     """
     found = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     pruned = "weight_orig" in found and "weight_mask" in found
     weight = found.get("weight")
-    dense = pruned or (isinstance(weight, Tensor) and weight.ndim == len(module.weight_shape))
+    dense = pruned or (isinstance(weight, Tensor) and not weight.is_nested and weight.ndim == len(module.weight_shape))
     expected = {"weight_orig", "weight_mask"} if pruned else {"weight"}
     if not dense:
         expected = {*_SPARSE_KEYS, "_extra_state"}
@@ -178,6 +203,14 @@ def read_state(module: SparseWeight, state_dict: Mapping[str, Any], prefix: str)
     if not found.keys() & {*_SPARSE_KEYS, "weight_orig"}:
         return FoundState(None, missing, unexpected, [])
     state, errors = (_read_dense if dense else _read_sparse)(module, found, prefix)
+    if not assign and any(t is not None and t.is_meta for t in (module.weight, module.bias)):
+        errors.append(f"{prefix}weight: the module is on the meta device; load with assign=True")
+    if not assign:
+        for name in ("weight", "crow_indices", "col_indices", "bias"):
+            try:
+                check_storage(getattr(module, name), f"{prefix}{name} of the module")
+            except ValueError as error:
+                errors.append(str(error))
     if module.bias is None and state is not None:
         state = state._replace(bias=None)
     return FoundState(None if missing or errors else state, missing, unexpected, errors)

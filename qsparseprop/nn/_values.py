@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsparseprop._kernels._tensor import treat_as_tensor
 from qsparseprop._torch_compat import called_by_parameter
 
 _WAY_OUT = ("this is the weight of a sparse layer, the 1-D values of its nonzeros: use the layer's dense_weight(), "
@@ -96,6 +97,9 @@ class SparseValues(nn.Parameter):
         if function is torch._utils._rebuild_parameter:
             return _rebuild, arguments[:2]
         return function, arguments, *rest
+
+
+treat_as_tensor(SparseValues)
 
 
 def _rebuild(data: Tensor, requires_grad: bool) -> SparseValues:

@@ -22,6 +22,7 @@ from qsparseprop.nn._interop import (
 from qsparseprop.nn._state import FORMAT, check_format, read_state
 from qsparseprop.nn._values import SparseValues
 from qsparseprop.nn.functional import NoGradient
+from qsparseprop.ops import are_plain, check_storage
 from qsparseprop.pattern import pattern_stamp, row_indices, tensor_version
 
 _PATTERN = ("crow_indices", "col_indices")
@@ -75,6 +76,7 @@ class SparseWeight(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight with its zeros, differentiable with respect to `weight`."""
+        check_storage(self.weight, "weight")
         dense = self.weight.new_zeros(torch.Size(self.weight_shape).numel())
         values = self.weight if self.nonzeros else NoGradient.apply(self.weight)
         return dense.index_put((self._flat_indices(),), values).view(self.weight_shape)
@@ -90,6 +92,8 @@ class SparseWeight(nn.Module):
         return self.weight_shape[0]
 
     def _flat_indices(self) -> Tensor:
+        check_storage(self.crow_indices, "crow_indices")
+        check_storage(self.col_indices, "col_indices")
         return row_indices(self.crow_indices) * self._matrix_shape()[1] + self.col_indices
 
     def _check_sizes(self) -> None:
@@ -222,6 +226,7 @@ class SparseWeight(nn.Module):
     def _check_mask(self, mask: Tensor, name: str) -> None:
         if tuple(mask.shape) != tuple(self.weight_shape):
             raise ValueError(f"{name} must have shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}")
+        check_storage(mask, name)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """What an optimizer keeps for each element of `weight`; an error if it cannot follow a change of the pattern.
@@ -237,6 +242,7 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def _rearrange(self, flat: Tensor, fresh: Tensor | None, optimizer: torch.optim.Optimizer | None) -> None:
         """Move the weights to the positions `flat` (int64, ascending), which may lack old ones and have new ones."""
+        check_storage(self.weight, "weight")
         optimizer = None if optimizer is None else inner_optimizer(optimizer)
         state = {} if optimizer is None else element_state(optimizer, self.weight)
         old = self._flat_indices()
@@ -304,7 +310,8 @@ class SparseWeight(nn.Module):
     ) -> None:
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        found = read_state(self, state_dict, prefix)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        found = read_state(self, state_dict, prefix, assign)
         missing_keys.extend(found.missing)
         error_msgs.extend(found.errors)
         if strict:
@@ -312,16 +319,12 @@ class SparseWeight(nn.Module):
         if found.state is None:
             return
         values, crow, col, bias = found.state
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        if self.weight.is_meta and not assign:
-            error_msgs.append(f"{prefix}weight: the module is on the meta device; load with assign=True")
-            return
         with torch.no_grad():
             if assign:
-                self.weight = SparseValues(values, self.weight.requires_grad)
-                self._set_pattern(crow, col)
+                self.weight = SparseValues(_as_memory(values), self.weight.requires_grad)
+                self._set_pattern(_as_memory(crow), _as_memory(col))
                 if bias is not None:
-                    self.bias = nn.Parameter(bias, self.bias.requires_grad)
+                    self.bias = nn.Parameter(_as_memory(bias), self.bias.requires_grad)
                 return
             if bias is not None:
                 self.bias.copy_(bias)
@@ -329,7 +332,14 @@ class SparseWeight(nn.Module):
                 self.weight.copy_(values)
             else:
                 # copies: what is saved and what is trained must not share memory
-                self._replace(crow.clone(), col.clone(), values.to(self.weight.dtype, copy=True))
+                where = self.crow_indices.device
+                self._replace(crow.to(where, copy=True), col.to(where, copy=True), values.to(self.weight, copy=True))
+
+
+def _as_memory(tensor: Tensor) -> Tensor:
+    """A tensor of a state as the kernels read it: copied where it has gaps, or is the negative of what is stored."""
+    plain = type(tensor) not in (Tensor, nn.Parameter) or (are_plain(tensor) and tensor.is_contiguous())
+    return tensor if plain else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def refuse_other_patterns(average: nn.Module, model: nn.Module) -> None:
@@ -352,7 +362,9 @@ def refuse_other_patterns(average: nn.Module, model: nn.Module) -> None:
 before_averaging(refuse_other_patterns)
 
 
-def refuse_bad_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def refuse_bad_state(
+    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *_: Any
+) -> None:
     """Check the states of all sparse modules of a model; a pre-hook of its load_state_dict.
 
     torch collects errors while it loads one module after the other, so that a model is half-loaded when the last one
@@ -363,9 +375,17 @@ def refuse_bad_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
     RuntimeError
         Naming all keys that are wrong; nothing has changed then.
     """
-    errors = [error for name, module in model.named_modules(remove_duplicate=False)
-              if isinstance(module, SparseWeight)
-              for error in read_state(module, state_dict, f"{prefix}{name}." if name else prefix).errors]
+    assign = local_metadata.get("assign_to_params_buffers", False)
+    of_module: dict[str, dict[str, Any]] = {}  # in one pass: there may be many of both
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise RuntimeError(f"the keys of a state must be strings, got {key!r}: nothing was loaded")
+        of_module.setdefault(key[: key.rfind(".") + 1], {})[key] = value
+    errors = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SparseWeight):
+            own = f"{prefix}{name}." if name else prefix
+            errors += read_state(module, of_module.get(own, {}), own, assign).errors
     if errors:
         raise RuntimeError(f"the state does not fit {type(model).__name__}, nothing was loaded:\n\t"
                            + "\n\t".join(errors))

@@ -18,6 +18,7 @@ from qsparseprop.quantization import QuantConfig
 
 def check_finite(tensor: Tensor, name: str) -> None:
     """Refuse NaN and Inf."""
+    ops.check_storage(tensor, name)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} has NaN or Inf (check_finite is on)")
 
@@ -43,11 +44,11 @@ def forward_pass(
                         qconfig.weight_clip(values, plan.entries), qconfig.grad_weight == "float32")
     scheme, *rest = quantisation
     if g.transposed:
-        return ops.shortcut("transposed_forward", x)(
+        return ops.shortcut("transposed_forward", x, values, bias)(
             x, values, bias, plan.backward, g.output_grid.numbers, g.output_views, g.input_views,
             (x.shape[0], g.in_channels, *g.input_image), scheme, dtype, *rest, save, channels_last,
         )  # fmt: skip
-    return ops.shortcut("layer_forward", x)(
+    return ops.shortcut("layer_forward", x, values, bias)(
         x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
         (x.shape[0], g.output_grid.planes, *g.output_image), scheme, None, dtype, *rest, channels_last,
     )  # fmt: skip
@@ -67,18 +68,19 @@ def backward_pass(
     """Gradients of the input, the values and the bias, as far as `grads` wants them; see `ops.layer_backward`."""
     g, values = plan.geometry, plain(values)
     if dy.dtype not in (torch.float32, torch.bfloat16):
+        ops.check_storage(dy, "the gradient of the output")
         dy = dy.to(torch.float32)
     scheme, rest = None, (False, (), None)
     if qconfig is not None:
         scheme = qconfig.grad
         rest = (qconfig.granularity == "channel", qconfig.grad_options, qconfig.weight_clip(values, plan.entries))
     if g.transposed:
-        return ops.shortcut("transposed_backward", dy)(
+        return ops.shortcut("transposed_backward", dy, values, *packed[:2])(
             dy, values, *packed[:2], plan.forward, g.output_grid.numbers, g.input_grid.numbers, g.output_views,
             g.input_views, x_shape, scheme, ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None, grads, x_dtype,
             *rest, channels_last,
         )  # fmt: skip
-    return ops.shortcut("layer_backward", dy)(
+    return ops.shortcut("layer_backward", dy, values, *packed)(
         dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
         g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None,
         grads, x_dtype, *rest, channels_last,
@@ -107,7 +109,7 @@ def packed_forward_pass(
 ) -> Tensor:
     """The channels_last product with an input that is packed already; see `ops.packed_forward`."""
     g, values = plan.geometry, plain(values)
-    return ops.shortcut("packed_forward", packed[0])(
+    return ops.shortcut("packed_forward", *packed, values, bias, factor)(
         *packed, values, bias, plan.forward, g.input_grid.numbers, g.output_views,
         (batch, g.output_grid.planes, *g.output_size), dtype, qconfig.weight_clip(values, plan.entries), True, factor,
         limits,
@@ -154,7 +156,7 @@ def packed_gradient(
 
     `bound` (channels,) is what no magnitude exceeds.
     """
-    *packed, dresidual = ops.shortcut("norm_act_grad_pack", dy)(
+    *packed, dresidual = ops.shortcut("norm_act_grad_pack", dy, codes, mask, factor)(
         dy, codes, mask, factor, residual, shape, *gradient_packing(bound, shape[0], plan.geometry, qconfig)
     )
     return packed, dresidual
@@ -174,7 +176,7 @@ def packed_backward_pass(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the input and the values from a packed one; see `ops.packed_backward`."""
     g, values = plan.geometry, plain(values)
-    return ops.shortcut("packed_backward", values)(
+    return ops.shortcut("packed_backward", *dy, values, *packed)(
         *dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
         g.output_views, x_shape, dy_shape, g.covers_input, grads, x_dtype, qconfig.weight_clip(values, plan.entries),
         channels_last,
@@ -248,6 +250,7 @@ class _SparseProduct(torch.autograd.Function):
                 if images is not dy and grads[0]:
                     dx = dx.view(ctx.x_shape)
         else:
+            ops.check_storage(dy, "the gradient of the output")
             dbias = dy.detach().sum((0, *range(2, dy.ndim)), dtype=torch.float32)
         gradients = (
             dx if grads[0] else None,

@@ -23,7 +23,7 @@ from qsparseprop.nn._norm_act import Convolution, Settings, affine, norm_act, pa
 from qsparseprop.nn.conv2d import QuantizedSparseConv2d
 from qsparseprop.nn.functional import check_finite, packed_forward_pass, packed_input
 from qsparseprop.nn.linear import QuantizedSparseLinear, SparseLinear
-from qsparseprop.ops import is_channels_last
+from qsparseprop.ops import check_storage, is_channels_last
 from qsparseprop.quantization import QuantConfig
 
 
@@ -66,6 +66,8 @@ class _Block(_HandsOver):
         There will be a backward pass if one of the inputs wants a gradient.
         """
         norm, keep = self.norm, self._read_elsewhere
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            check_storage(getattr(norm, name), f"{name} of the batch normalisation")
         saves = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (*inputs, norm.weight, norm.bias)
         )  # fmt: skip

@@ -53,7 +53,7 @@ class Codes:
     def decode(self) -> Tensor:
         """The values that the codes stand for: (elements,), of the original dtype."""
         if self.zero_point.dtype == torch.int32:
-            dequantize = ops.shortcut("dequantize", self.codes)
+            dequantize = ops.shortcut("dequantize", *self.tensors)
             return dequantize(self.codes, self.scale, self.zero_point, None, self.group_size, self.dtype)
         out = torch.empty(self.codes.numel(), dtype=self.dtype)
         offset = -self.zero_point * self.scale

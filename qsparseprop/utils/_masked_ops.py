@@ -47,9 +47,9 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (bits,) = ctx.saved_tensors
+        (bits,) = ops.saved_tensors(ctx)
         if dy.dtype in _KERNEL_DTYPES and dy.stride() == ctx.layout.stride():
-            return ops.shortcut("keep_masked", dy)(dy, bits), None, None, None
+            return ops.shortcut("keep_masked", dy, bits)(dy, bits), None, None, None
         mask = _unpack_bits(bits, ctx.layout, dy.dtype)
         # the operator behind ReLU's own backward pass; several times as fast as a product with a bool mask
         return torch.ops.aten.threshold_backward(dy, mask, 0), None, None, None
@@ -60,7 +60,8 @@ class BitReLU(_Masked):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        if x.dtype not in _KERNEL_DTYPES or dense_layout(x) is None:
+        ops.check_storage(x, "the input of relu")
+        if x.dtype not in _KERNEL_DTYPES or dense_layout(x) is None or not ops.are_plain(x):
             y = x.relu_() if inplace else x.relu()
             mask = ~(y <= 0)  # which is true for a NaN, as in torch's backward pass
             ctx.layout, bits = _dense_like(mask), _pack_bits(mask)
@@ -108,7 +109,7 @@ class BitDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (bits,) = ctx.saved_tensors
+        (bits,) = ops.saved_tensors(ctx)
         return dy * _unpack_bits(bits, ctx.layout, dy.dtype).div_(1 - ctx.p), None
 
 
@@ -129,7 +130,7 @@ class ByteMaxPool2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (place,) = ctx.saved_tensors
+        (place,) = ops.saved_tensors(ctx)
         kernel, stride, padding, dilation = ctx.settings
         place = place.long()
         first_row, first_column = _window_starts(dy, stride, padding)

@@ -18,6 +18,7 @@ from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
 from qsparseprop.nn._weight import check_before_loading
 from qsparseprop.nn.intrinsic import QuantizedBNReLU2d
+from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._example import LayerInput, Runner, copy_model, make_runner, not_called, record
 from qsparseprop.utils._weights import Weights, weights_of
@@ -35,21 +36,22 @@ __all__ = [
     "unfold_attention",
 ]
 
-#: (dense type, quantised) -> sparse type
-_REPLACEMENTS: dict[tuple[type[nn.Module], bool], type[SparseModule]] = {
-    (nn.Linear, False): sparse_nn.SparseLinear,
-    (nn.Linear, True): sparse_nn.QuantizedSparseLinear,
-    (nn.Conv1d, False): sparse_nn.SparseConv1d,
-    (nn.Conv1d, True): sparse_nn.QuantizedSparseConv1d,
-    (nn.Conv2d, False): sparse_nn.SparseConv2d,
-    (nn.Conv2d, True): sparse_nn.QuantizedSparseConv2d,
+#: dense type -> sparse types, in float32 and quantised
+_REPLACEMENTS: dict[type[nn.Module], tuple[type[SparseModule], type[SparseModule]]] = {
+    kind: (getattr(sparse_nn, f"Sparse{kind.__name__}"), getattr(sparse_nn, f"QuantizedSparse{kind.__name__}"))
+    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 }
-_DENSE_TYPES = tuple({kind for kind, _ in _REPLACEMENTS})
-_DENSE_NAMES = {kind.__name__ for kind in _DENSE_TYPES}
 _PROTOTYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: sparse_nn.FakeQuantLinear,
     nn.Conv2d: sparse_nn.FakeQuantConv2d,
 }
+
+
+def _replacements() -> dict[type[nn.Module], tuple[type[SparseModule], type[SparseModule]]]:
+    """What can be replaced, transformers' layers included where transformers is in use."""
+    conv1d = dense_conv1d()
+    transposed = (sparse_nn.SparseTransposedLinear, sparse_nn.QuantizedSparseTransposedLinear)
+    return _REPLACEMENTS if conv1d is None else {**_REPLACEMENTS, conv1d: transposed}
 
 
 def sparsity(model: nn.Module) -> float:
@@ -116,9 +118,10 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
     kind = type(module).__qualname__
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
         return f"{kind} is a subclass whose weight does not exist yet"
-    if dense_type(module) not in _DENSE_TYPES:
-        if isinstance(module, _DENSE_TYPES):
-            own = f"{type(module).__module__}.{kind}" if kind in _DENSE_NAMES else kind
+    dense_types = tuple(_replacements())
+    if dense_type(module) not in dense_types:
+        if isinstance(module, dense_types):
+            own = f"{type(module).__module__}.{kind}" if kind in {t.__name__ for t in dense_types} else kind
             return f"{own} is a subclass with a behaviour of its own"
         return f"nothing sparse replaces {kind}"
     if foreign_parametrization(module):
@@ -225,7 +228,10 @@ def swap_modules_with_sparse(
     qconfig: QuantConfig | None = None,
     fuse: bool = False,
 ) -> nn.Module:
-    """Replace the Linear, Conv1d and Conv2d layers of a model that are sparse enough, and faster so.
+    """Replace the layers of a model that are sparse enough, and faster so.
+
+    These are ``Linear``, ``Conv1d`` to ``Conv3d`` and ``ConvTranspose1d`` to ``ConvTranspose3d`` of torch, and
+    ``Conv1D`` of transformers.
 
     Parameters
     ----------
@@ -338,7 +344,8 @@ def swap_modules_with_sparse(
     dense = {name: named[name] for name in candidates}
     sparse: dict[str, nn.Module] = {}
     for name, decision in candidates.items():
-        kind = _PROTOTYPES[dense_type(dense[name])] if prototype else _REPLACEMENTS[dense_type(dense[name]), quantize]
+        of = dense_type(dense[name])
+        kind = _PROTOTYPES[of] if prototype else _replacements()[of][quantize]
         if name in recorded:
             decision.input_shape = tuple(recorded[name].x.shape)
         if name in read:
@@ -411,10 +418,10 @@ def swap_modules_for_state(
         dense = named.get(name)
         if isinstance(dense, SparseModule):
             continue
-        if dense is None or dense_type(dense) not in _DENSE_TYPES:
+        if dense is None or dense_type(dense) not in _replacements():
             kind = "does not have it" if dense is None else f"has a {type(dense).__name__} there"
             raise ValueError(f"{name} is a sparse layer in the state, the model {kind}")
-        replacements[id(dense)] = _REPLACEMENTS[dense_type(dense), quantize].like(dense, qconfig)
+        replacements[id(dense)] = _replacements()[dense_type(dense)][quantize].like(dense, qconfig)
     _replace_children(model, replacements)
     if fuse:
         fuse_modules(model)

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from qsparseprop.contents import holds_tensors
+
 from ._codec import SCHEMES, Codes, encode
 from ._masked_ops import BitDropout, BitHardtanh, BitReLU, ByteMaxPool2d, dense_layout
 
@@ -230,7 +232,7 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
     @torch.compiler.disable
     def pack(self, tensor: Tensor, keep_sign: bool = False) -> Any:
         """What is kept in place of a tensor that an operator saves."""
-        if tensor.layout != torch.strided or not tensor.is_cpu:
+        if tensor.layout != torch.strided or not tensor.is_cpu or holds_tensors(tensor):
             return _Untouched(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
         node = tensor.grad_fn
         parameter = _is_parameter(tensor)
@@ -259,7 +261,8 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
             tensor = tensor.detach().contiguous()
             flat = tensor.view(-1)
         storage = tensor.untyped_storage()
-        key = (storage._cdata, tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version)
+        # a negative view shares the memory of what it is the negative of
+        key = (storage._cdata, tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version, tensor.is_neg())
         entry = self._entries.get(key)
         if entry is None or (keep_sign and not entry.keep_sign):
             codes = encode(flat, self.scheme, self.group_size, keep_sign)
@@ -272,7 +275,7 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
         """Whether an operator on x would save something in this context's hands."""
         if not (isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and x.is_cpu):
             return False
-        if x.layout != torch.strided or not x.is_floating_point() or x.numel() < self.min_size:
+        if x.layout != torch.strided or not x.is_floating_point() or x.numel() < self.min_size or holds_tensors(x):
             return False
         # Not where activation checkpointing or another context has the word: it will do the same once more without us.
         return _innermost_compression() is self

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from qsparseprop.contents import unreadable
+
 from .state_files import stored_bytes
 
 __all__ = ["WeightInfo", "format_weights", "weight_infos"]
@@ -119,7 +121,7 @@ def _size(tensor: Tensor | None) -> int:
 
 def _readable(tensor: Tensor) -> bool:
     """Whether each element has its place in memory."""
-    return stored_bytes(tensor) == tensor.numel() * tensor.element_size()
+    return unreadable(tensor) is None and stored_bytes(tensor) == tensor.numel() * tensor.element_size()
 
 
 def _sparse_info(
@@ -167,7 +169,8 @@ def _dense_info(key: str, tensor: Tensor, readings: Counter[int]) -> WeightInfo:
     if tensor.device.type == "meta":
         return WeightInfo(key, shape, None, False, 0, dense_bytes, "on the meta device, without values")
     if not _readable(tensor):
-        return WeightInfo(key, shape, None, False, _size(tensor), dense_bytes, "its elements share memory, not counted")
+        note = "its elements share memory or have none, not counted"
+        return WeightInfo(key, shape, None, False, _size(tensor), dense_bytes, note)
     readings[tensor.untyped_storage().data_ptr()] += dense_bytes
     if readings[tensor.untyped_storage().data_ptr()] > _MOST_READINGS * tensor.untyped_storage().nbytes():
         return WeightInfo(key, shape, None, False, dense_bytes, dense_bytes, "shares memory with many, not counted")

@@ -1,0 +1,438 @@
+"""Tensors that are not what they seem to be: views with the negative bit, wrappers, tensors without memory.
+
+What is right is what a dense layer does with the same values; what cannot be right is refused by a sentence.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils import prune
+
+from qsparseprop import activation_ops, mask_ops, norm_ops, ops, quantize_ops
+from qsparseprop import nn as qnn
+from qsparseprop.geometry import linear_numbers
+from qsparseprop.nn import intrinsic
+from qsparseprop.pattern import check_pattern
+from qsparseprop.quantization import QuantConfig, dequantize, quantize
+from qsparseprop.utils.saved_tensors import compress_saved_tensors
+
+from ._helpers import KINDS, example, run_python
+
+NO_MEMORY = r"has no memory: the storage of a tensor of shape .* bytes; whoever has resized it"
+
+
+def negative(t):
+    """The same values, stored as their negatives."""
+    return torch._neg_view(-t.detach())
+
+
+def freed(t, size=0):
+    t = t.detach().clone()
+    t.untyped_storage().resize_(size)
+    return t
+
+
+def pruned(dense):
+    with torch.no_grad():
+        dense.weight.mul_(torch.rand(dense.weight.shape) < 0.4)
+    return dense
+
+
+def blocks():
+    """Blocks with what they compute in place of, and inputs."""
+    torch.manual_seed(0)
+    conv, norm = pruned(nn.Conv2d(4, 6, 3, padding=1)), nn.BatchNorm2d(6)
+    sparse = qnn.QuantizedSparseConv2d.from_dense(conv)
+    x = torch.randn(3, 4, 6, 5)
+    yield "conv, norm, relu", intrinsic.QuantizedSparseConvBnReLU2d.fuse(sparse, norm), x
+    yield "norm, relu", intrinsic.QuantizedBNReLU2d.fuse(nn.BatchNorm2d(4)), x
+    linear = qnn.QuantizedSparseLinear.from_dense(pruned(nn.Linear(12, 9)))
+    yield "linear, gelu", intrinsic.QuantizedSparseLinearAct.fuse(linear, "gelu"), torch.randn(7, 12)
+    yield "linear", intrinsic.QuantizedSparseLinearAct.fuse(linear, None), torch.randn(7, 12)
+
+
+BLOCKS = [name for name, *_ in blocks()]
+
+
+def block(name):
+    return next((module, x) for found, module, x in blocks() if found == name)
+
+
+# ---- which tensors go past the dispatcher ----
+
+
+def test_plain_tensors():
+    x = torch.randn(4, 3)
+    with torch.inference_mode():
+        inference = torch.randn(3)
+    for tensor in (x, x.t(), x[1:], nn.Parameter(x), x.clone().requires_grad_(), inference, x.int(), x > 0, None,
+                   x.expand(10**6, 4, 3), torch.empty(0), torch.empty(3, 0, 2), x.bfloat16()):  # fmt: skip
+        assert ops.are_plain(tensor)
+    assert ops.are_plain(x, None, x)
+    assert ops.shortcut("pack", x, None) is ops._direct["pack"]
+
+
+def test_tensors_that_are_not_plain():
+    x, z = torch.randn(3), torch.randn(3, dtype=torch.complex64)
+    with FakeTensorMode():
+        fake = torch.randn(3)
+    for tensor in (negative(x), z.conj().imag, z.conj(), torch._efficientzerotensor(3), x.to("meta"), x.to_sparse(),
+                   fake, freed(x), freed(x, 8), x.as_subclass(type("Own", (torch.Tensor,), {}))):  # fmt: skip
+        assert not ops.are_plain(tensor)
+        assert not ops.are_plain(x, tensor)
+        assert ops.shortcut("pack", x, tensor) is torch.ops.qsparseprop.pack.default
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", [lambda f: torch.func.vmap(f), torch.func.functionalize])
+def test_tensors_that_functorch_wraps(transform):
+    seen = []
+    transform(lambda x: seen.append(ops.are_plain(x)) or x)(torch.randn(2, 3))
+    assert seen == [False]
+
+
+# ---- the negative and the conjugate bit ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["x", "weight", "bias", "dy", "conj"])
+def test_negative_views_give_the_same(kind, place):
+    """Were off by a factor of 2, with gradients of the wrong sign."""
+    layer, _, x = example(kind)
+    dy = torch.randn_like(layer(x))
+    runs = []
+    for hostile in (False, True):
+        given = x
+        if hostile and place == "conj":  # what .conj().imag of an FFT is
+            given = torch.complex(torch.zeros(x.shape), -x).conj().imag
+        elif hostile and place == "x":
+            given = negative(x)
+        for name in ("weight", "bias"):
+            if hostile and place == name:
+                setattr(layer, name, nn.Parameter(negative(getattr(layer, name))))
+        given = given.detach().requires_grad_()
+        torch.manual_seed(7)
+        y = layer(given)
+        runs.append([y, *torch.autograd.grad(y, [given, layer.weight, layer.bias],
+                                             negative(dy) if hostile and place == "dy" else dy)])  # fmt: skip
+    for wanted, found in zip(*runs, strict=True):
+        assert torch.equal(wanted, found)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("place", ["x", "dy"])
+@pytest.mark.parametrize("training", [True, False])
+def test_negative_views_in_blocks(name, place, training):
+    runs = []
+    for hostile in (False, True):
+        module, x = block(name)
+        module.train(training)
+        x = (negative(x) if hostile and place == "x" else x).detach().requires_grad_()
+        torch.manual_seed(7)
+        y = module(x)
+        dy = torch.ones_like(y).cumsum(0)
+        gradients = torch.autograd.grad(y, [x, *module.parameters()], negative(dy) if hostile and place == "dy" else dy)
+        runs.append([y, *gradients])
+    for wanted, found in zip(*runs, strict=True):
+        assert torch.equal(wanted, found)
+
+
+@pytest.mark.parametrize("scheme", ["absmax", "standard", "sawb", "stochastic"])
+def test_negative_views_are_quantised_as_what_they_are(scheme):
+    x = torch.randn(5, 7)
+    torch.manual_seed(1)
+    wanted = dequantize(quantize(x, scheme))
+    torch.manual_seed(1)
+    assert torch.equal(dequantize(quantize(negative(x), scheme)), wanted)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_negative_views_in_operators_that_keep_a_bit(inplace):
+    x = torch.randn(4, 5, 6)
+    runs = []
+    for hostile in (False, True):
+        leaf = (-x if hostile else x).requires_grad_()
+        with compress_saved_tensors(min_size=0):
+            middle = torch._neg_view(leaf * 1) if hostile else leaf * 1
+            y = nn.functional.relu(middle, inplace=inplace)
+        (gradient,) = torch.autograd.grad(y.square().sum(), leaf)
+        runs.append([y, -gradient if hostile else gradient])
+    for wanted, found in zip(*runs, strict=True):
+        assert torch.allclose(wanted, found, atol=0.05)
+
+
+def test_a_negative_view_is_not_compressed_as_what_it_is_the_negative_of():
+    """Both lie in the same memory, of which only one set of codes is kept."""
+    x = torch.linspace(-3, 3, 8192).requires_grad_()
+    with compress_saved_tensors():
+        middle = x * 1
+        y = middle.exp() * torch._neg_view(middle)  # each saves one of them
+    y.sum().backward()
+    wanted = -(x.detach().exp() * (1 + x.detach()))
+    assert torch.allclose(x.grad, wanted, atol=0.3)
+
+
+def test_tensors_that_only_say_that_they_are_zero():
+    layer = qnn.QuantizedSparseLinear.from_dense(pruned(nn.Linear(8, 5)))
+    zeros = torch._efficientzerotensor((3, 8))
+    assert torch.equal(layer(zeros), layer(torch.zeros(3, 8)))
+    x = torch.randn(3, 8, requires_grad=True)
+    layer(x).backward(torch._efficientzerotensor((3, 5)))
+    assert torch.equal(x.grad, torch.zeros(3, 8))
+
+
+def test_negative_views_in_the_operator_of_graphs():
+    layer = qnn.QuantizedSparseLinear.from_dense(pruned(nn.Linear(8, 5)))
+    x = torch.randn(3, 8)
+    trace = layer._trace  # what torch.compile calls
+    numbers = linear_numbers(8, 5)
+    wanted = trace(x[..., None, None], numbers, 1)
+    assert torch.equal(trace(negative(x)[..., None, None], numbers, 1), wanted)
+    layer.crow_indices, layer.col_indices = negative(layer.crow_indices), negative(layer.col_indices)
+    assert torch.equal(trace(x[..., None, None], numbers, 1), wanted)
+    given = x[..., None, None].clone()
+    given.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        trace(given, numbers, 1)
+
+
+# ---- functorch ----
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of torch's own jvp
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_of_functions_are_refused(kind):
+    layer, _, x = example(kind)
+    for call in (lambda: torch.func.grad(lambda x: layer(x).sum())(x), lambda: torch.func.vmap(layer)(x[None]),
+                 lambda: torch.func.functionalize(layer)(x), lambda: torch.func.jvp(layer, (x,), (x,))):  # fmt: skip
+        with pytest.raises(NotImplementedError, match=rf"{kind} does not go with the transforms .* to_dense\(\) gives"):
+            call()
+
+
+def test_operators_have_no_derivatives():
+    """Torch took them for zero."""
+    x = torch.randn(2, 3, requires_grad=True)
+    y, _ = torch.ops.qsparseprop.relu_mask(x)
+    with pytest.raises(NotImplementedError, match="operators of qsparseprop have no derivatives: use the modules"):
+        y.sum().backward()
+
+
+# ---- tensors whose memory is gone ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["x", "weight", "bias", "crow_indices", "col_indices", "dy"])
+@pytest.mark.parametrize("size", [0, 4])
+def test_storages_that_were_resized(kind, place, size):
+    layer, _, x = example(kind)
+    y = layer(x)
+    if place == "x":
+        with pytest.raises(ValueError, match=f"the input {NO_MEMORY}"):
+            layer(freed(x, size))
+    elif place == "dy":
+        with pytest.raises(ValueError, match=NO_MEMORY):
+            y.backward(freed(torch.randn_like(y), size))
+    else:
+        tensor = freed(getattr(layer, place), size)
+        setattr(layer, place, nn.Parameter(tensor) if place in ("weight", "bias") else tensor)
+        with pytest.raises(ValueError, match=NO_MEMORY):
+            layer(x)
+
+
+@pytest.mark.parametrize("config", [QuantConfig(check_finite=True), QuantConfig(weight="sawb", granularity="tensor")])
+def test_resized_weights_that_are_read_before_they_are_quantised(config):
+    layer = qnn.QuantizedSparseLinear.from_dense(pruned(nn.Linear(8, 5)), qconfig=config)
+    layer.weight = nn.Parameter(freed(layer.weight))
+    with pytest.raises(ValueError, match=f"the weight {NO_MEMORY}"):
+        layer(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.double, torch.Tensor.half, torch.Tensor.t])
+def test_resized_inputs_that_are_converted_first(convert):
+    layer = qnn.SparseLinear.from_dense(pruned(nn.Linear(8, 8)))
+    x = convert(torch.randn(8, 8))
+    inputs = x, x[None]
+    x.untyped_storage().resize_(0)
+    for given in inputs:
+        with pytest.raises(ValueError, match=f"the input {NO_MEMORY}"):
+            layer(given)
+
+
+def _freeing_what_is_saved(module, x, which):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = module(x.requires_grad_())
+    tensors = [t for t in saved if t.numel()]
+    for tensor in tensors if which == "all" else [tensors[which]]:
+        tensor.untyped_storage().resize_(0)
+    return y
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", ["all", 0, 1, -1])
+def test_saved_tensors_that_were_freed_before_the_backward_pass(kind, which):
+    layer, _, x = example(kind)
+    y = _freeing_what_is_saved(layer, x, which)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("which", ["all", 0, 1, -1])
+def test_tensors_that_blocks_saved_and_somebody_freed(name, which):
+    module, x = block(name)
+    y = _freeing_what_is_saved(module, x, which)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_refuse_inputs_and_gradients_without_memory(name):
+    module, x = block(name)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        module(freed(x))
+    y = module(x.requires_grad_())
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        y.backward(freed(torch.ones_like(y)))
+
+
+@pytest.mark.parametrize("place", ["weight", "crow_indices", "col_indices", "bias"])
+def test_modules_whose_own_memory_is_gone(place):
+    layer = qnn.SparseLinear.from_dense(pruned(nn.Linear(8, 5)))
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    tensor = getattr(layer, place)
+    size = tensor.untyped_storage().nbytes()
+    tensor.untyped_storage().resize_(0)
+    if place != "bias":
+        with pytest.raises(ValueError, match=f"{place} {NO_MEMORY}"):
+            layer.dense_weight()
+        with pytest.raises(ValueError, match=f"{place} {NO_MEMORY}"):
+            layer.apply_further_mask(torch.zeros(5, 8))
+    with pytest.raises(RuntimeError, match=f"{place} of the module {NO_MEMORY}"):
+        layer.load_state_dict(state)
+    tensor.untyped_storage().resize_(size)
+    with torch.no_grad():
+        tensor.zero_()
+    layer.load_state_dict(state)
+    assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["weight_orig", "weight_mask", "bias"])
+def test_dense_layers_whose_memory_is_gone(place):
+    """As of a model whose parameters FSDP has spread over processes."""
+    dense = prune.l1_unstructured(nn.Linear(8, 5), "weight", 0.5)
+    getattr(dense, place).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{place} of the dense layer {NO_MEMORY}"):
+        qnn.SparseLinear.from_dense(dense)
+
+
+def test_masks_without_memory():
+    layer = qnn.SparseLinear.from_dense(pruned(nn.Linear(8, 5)))
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=f"mask {NO_MEMORY}"):
+        layer.apply_further_mask(freed(torch.ones(5, 8)))
+    with pytest.raises(ValueError, match=f"values {NO_MEMORY}"):
+        layer.regrow(torch.ones(5, 8), freed(torch.ones(5, 8)))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_normalisations_of_blocks_whose_memory_is_gone(place, training):
+    if training and place.startswith("running"):
+        pytest.skip("not read in training")
+    module, x = block("conv, norm, relu")
+    module.norm.train(training)
+    getattr(module.norm, place).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        module(x)
+
+
+def operator_calls():
+    x, matrix = torch.randn(2, 3, 4, 5), torch.randn(6, 20)
+    one = torch.ones(20)
+    _, bits = mask_ops.relu_mask(x)
+    codes, scale, zero = quantize_ops.quantize(x, "absmax", 8, None, None, True, None, [])
+    _, rows, mask = norm_ops.norm_act(matrix, None, one, one, 0.0, 6.0, one, one)
+    _, slope = activation_ops.act(matrix, "gelu", True)
+    return {
+        "relu_mask": [x], "relu_mask_": [x], "keep_masked": [x, bits],
+        "quantize": [x, "absmax", 8, None, None, True, None, []], "dequantize": [codes, scale, zero, None, None],
+        "channel_moments": [matrix], "norm_act": [matrix, matrix, one, one, 0.0, 6.0, one, one],
+        "norm_act_sums": [matrix, rows, mask], "norm_act_grad": [matrix, rows, mask, torch.ones(3, 20), True],
+        "act": [matrix, "gelu", True], "act_grad": [matrix, slope, "gelu"],
+        "quantize_weight": [one, torch.zeros(4, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_operators_refuse_every_tensor_without_memory(name):
+    arguments = operator_calls()[name]
+    op = getattr(torch.ops.qsparseprop, name)
+    op(*arguments)
+    parameters = [a.name for a in op.default._schema.arguments]
+    for place, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            for size in (0, 1):
+                given = [freed(argument, size) if i == place else a for i, a in enumerate(arguments)]
+                with pytest.raises(ValueError, match=f"^{parameters[place]} {NO_MEMORY}"):
+                    op(*given)
+
+
+# ---- patterns ----
+
+
+class Wrapper(torch.Tensor):
+    """Holds another tensor, as DTensor does, and has no memory."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        inner = [a.inner if isinstance(a, Wrapper) else a for a in args]
+        result = func(*inner, **(kwargs or {}))
+        return Wrapper(result) if isinstance(result, torch.Tensor) else result
+
+
+def test_patterns_in_tensors_that_have_no_memory():
+    """The kernels read the tables that torch had made of one at address 0."""
+    layer = qnn.SparseLinear.from_dense(pruned(nn.Linear(8, 5)))
+    for name in ("crow_indices", "col_indices"):
+        kept = getattr(layer, name)
+        setattr(layer, name, Wrapper(kept))
+        with pytest.raises(TypeError, match=f"{name} must be a tensor in memory, got Wrapper"):
+            layer(torch.randn(3, 8))
+        setattr(layer, name, kept)
+
+
+def test_sizes_of_a_pattern_come_before_its_contents():
+    crow, col = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    for bad, message in (
+        (col[:1].expand(10**12), r"col_indices: the 1000000000000 elements of .* share 8 bytes of memory"),
+        (torch.zeros(7, dtype=torch.int32), r"at most 2 \* 3 elements, got 7"),
+        (col.to_sparse(), "expected a dense .* got torch.sparse_coo"), (col.to("meta"), "has no contents"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check_pattern(crow, bad, (2, 3))
+    with pytest.raises(ValueError, match=r"crow_indices: the 3 elements of .* share 4 bytes of memory"):
+        check_pattern(torch.zeros(1, dtype=torch.int32).expand(3), col, (2, 3))
+
+
+# ---- at random ----
+
+
+@pytest.mark.parametrize("number", range(2))
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by calls of Linux")
+def test_random_hostile_tensors(number):
+    script = Path(__file__).with_name("_fuzz_tensors.py").read_text()
+    process = run_python(script, str(number), "250")
+    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-3000:]}"
+    assert "done" in process.stdout
