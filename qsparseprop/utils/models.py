@@ -9,15 +9,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._errors import ConfigurationError
+from ._errors import ConfigurationError, refuse_more_than_memory
+from .weights import load_checkpoint, read_state_dict, strip_prefix
 
 __all__ = [
     "MODELS",
@@ -345,9 +344,14 @@ def build_model(name: str, **kwargs: int) -> nn.Module:
     else:
         raise ConfigurationError(f"unknown model {name!r}, choose from {', '.join(MODELS)}, or give "
                                  "package.module:function")  # fmt: skip
-    parameters = inspect.signature(builder).parameters
+    try:
+        parameters = inspect.signature(builder).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{name} does not say which parameters it has") from error
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     accepted = {key: value for key, value in kwargs.items() if takes_all or key in parameters}
+    if name in MODELS:
+        _check_size(name, builder, accepted)
     try:
         model = builder(**accepted)
     except TypeError as error:
@@ -355,6 +359,15 @@ def build_model(name: str, **kwargs: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _check_size(name: str, builder: Callable[..., nn.Module], arguments: Mapping[str, int]) -> None:
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            weights = sum(parameter.numel() for parameter in builder(**arguments).parameters())
+    except (OverflowError, RuntimeError, TypeError) as error:  # more than 2**63 bytes, or units
+        raise ConfigurationError(f"{name} cannot be as large as {dict(arguments)}") from error
+    refuse_more_than_memory(16 * weights, f"training {name} with {weights:.2g} weights, their gradients and moments,")
 
 
 def _import_function(name: str) -> Callable[..., nn.Module]:
@@ -366,68 +379,3 @@ def _import_function(name: str) -> Callable[..., nn.Module]:
     if not callable(function):
         raise ConfigurationError(f"{name} is not a function")
     return function
-
-
-def strip_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str = "module.") -> dict[str, torch.Tensor]:
-    """Return `state_dict` with `prefix` removed from the keys that start with it (``DataParallel`` leaves one)."""
-    return {key.removeprefix(prefix): value for key, value in state_dict.items()}
-
-
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Read the tensors of a model from a file.
-
-    Parameters
-    ----------
-    path : path-like
-        Written by ``torch.save`` - a state dict, one under ``"state_dict"``, or a checkpoint of a ``Finetuner`` - or a
-        ``.safetensors`` file. Keys may start with ``module.``. Only tensors and plain containers are unpickled.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is no such file.
-    OSError
-        If it cannot be read.
-    """
-    if os.fspath(path).endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ConfigurationError("a .safetensors file needs safetensors: pip install safetensors") from error
-        return strip_prefix(load_file(path))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.PickleError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        raise ConfigurationError(f"{os.fspath(path)} holds no weights: {str(error).splitlines()[0]}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not any(isinstance(v, torch.Tensor) for v in content.values()):
-        raise ConfigurationError(f"{os.fspath(path)} holds no weights: it is not a state dict")
-    return strip_prefix({key: value for key, value in content.items() if isinstance(value, torch.Tensor)})
-
-
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint file into `model`, in place.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Network of the matching architecture.
-    path : path-like
-        See `read_state_dict`.
-
-    Returns
-    -------
-    nn.Module
-        The same `model`.
-
-    Raises
-    ------
-    ConfigurationError
-        If the file holds no weights.
-    RuntimeError
-        If keys or shapes do not match.
-    """
-    model.load_state_dict(read_state_dict(path))
-    return model
