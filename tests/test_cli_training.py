@@ -119,6 +119,7 @@ def test_what_does_not_go_together_is_explained(npz, tmp_path, capsys):
         (command(npz, "--scheme", "int4"), "a scheme is int8, float32, or settings"),
         (command(npz, "--scheme", "input=best"), "no such scheme"),
         (command(npz, "--prune", "none"), "zeros already"),
+        (command(npz, "--new-head"), "goes with weights (--weights) only"),
         (command(npz, "--prune", "gradual", "--scheme", "dense"), "sparse layers only"),
         (command(npz, "--prune", "gradual", "--compare"), "does not go with --compare"),
         (command(npz, "--model", "torch:zeros"), "does not say which parameters"),

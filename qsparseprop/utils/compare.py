@@ -147,6 +147,8 @@ class CompareConfig:
             raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join(PRUNERS)}")
         if self.prune == "none" and self.weights is None:
             raise ConfigurationError("without pruning there must be weights that have zeros already")
+        if self.new_head and self.weights is None:
+            raise ConfigurationError("new_head (--new-head) goes with weights (--weights) only")
         if self.blocks not in ("all", "apart", "none"):
             raise ConfigurationError(f"blocks must be all, apart or none, got {self.blocks!r}")
         parse_scheme(self.scheme)

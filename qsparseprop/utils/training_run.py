@@ -115,6 +115,8 @@ class RunConfig:
             raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join((*PRUNERS, GRADUAL))}")
         if self.prune == "none" and self.weights is None:
             raise ConfigurationError("without pruning there must be weights that have zeros already")
+        if self.new_head and self.weights is None:
+            raise ConfigurationError("new_head (--new-head) goes with weights (--weights) only")
         if self.prune == GRADUAL and self.scheme == "dense":
             raise ConfigurationError("gradual pruning goes with sparse layers only, not with the scheme dense")
         if not 0 < self.sparsity < 1:
