@@ -195,7 +195,7 @@ class Estimate:
             torch.set_num_threads(config.threads)
         data = load_data(config.data, config.image_size, config.seed, max_images=2 * config.batch_size)
         loader, _ = make_loaders(data, config.batch_size, 0)
-        trainer = make_finetuner(make_network(config.model, config.width, data), DENSE_MODES[0], 1e-4, 5)
+        trainer = make_finetuner(make_network(config.model, config.width, data.kind), DENSE_MODES[0], 1e-4, 5)
         batch = next(iter(loader))
         trainer.train_step(*batch)
         start = time.perf_counter()

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,14 @@ def test_finetune_succeeds_and_prints_the_table(finished):
     ]
     assert {len(line) for line in lines[header : header + 5]} == {len(lines[header])}
     assert str(out / "result.json") in process.stdout
+
+
+def test_progress_is_printed_where_there_is_no_terminal(finished):
+    process, _ = finished
+    assert re.search(r"epoch 1/1: loss \d\.\d+, accuracy \d+\.\d %, \d+\.\d s\n", process.stdout)
+    told = r"step 5/5: top-1 dense fp32 \d+\.\d %, dense best \d.*qsparseprop \d+\.\d %, \d+ s\n"
+    assert re.search(told, process.stdout)
+    assert "\r" not in process.stdout + process.stderr
 
 
 def test_finetune_writes_the_result(finished):
@@ -110,12 +119,21 @@ def _error_of(arguments, capsys):
         (["finetune", "--batch-size", "-3"], "--batch-size: must be at least 1"),
         (["finetune", "--threads", "0"], "--threads: must be at least 1"),
         (["finetune", "--seed", "-1"], "--seed: must be at least 0"),
+        (["finetune", "--threads", "100000"], "--threads: must be at most 1024"),
+        (["finetune", "--seed", "99999999999"], "--seed: must be at most"),
+        (["finetune", "--nonsense"], "--nonsense"),
+        (["info", "--nonsense"], "--nonsense"),
+        (["bench", "--by-layer"], "needs --model"),
         (["finetune", "--model", "vgg"], "--model: invalid choice"),
         (["finetune", "--scope", "row"], "--scope: invalid choice"),
     ],
 )
-def test_wrong_arguments_are_explained(arguments, complaint, capsys):
-    assert complaint in _error_of(arguments, capsys)
+def test_wrong_arguments_are_explained_in_one_line(arguments, complaint, capsys):
+    error = _error_of(arguments, capsys)
+    assert complaint in error
+    assert error.startswith("python -m qsparseprop")
+    assert error.count("\n") == 1
+    assert "usage" not in error
 
 
 def test_a_batch_larger_than_the_data_is_explained(capsys):
@@ -140,6 +158,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(module, pa
     error = _error_of(["finetune", "--out", str(tmp_path)], capsys)
     assert f"needs {package}," in error
     assert 'pip install "qsparseprop[finetune]"' in error
+    assert error.count("\n") == 1
 
 
 def test_help_names_every_option(capsys):

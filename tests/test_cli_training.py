@@ -1,7 +1,10 @@
 """Single trainings, bench and info of the command line."""
 
+import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +16,11 @@ import torch
 from torch import nn
 
 from qsparseprop.cli import main
+from qsparseprop.utils import _files
 from qsparseprop.utils.bench import parse_layer
 from qsparseprop.utils.compare import ConfigurationError
 from qsparseprop.utils.data import load_data
+from qsparseprop.utils.finetuner import read_checkpoint
 from qsparseprop.utils.models import build_model, load_checkpoint, resnet20
 from qsparseprop.utils.network_utils import sparsity
 from qsparseprop.utils.training_run import RunConfig, run_training
@@ -114,8 +119,14 @@ def test_what_does_not_go_together_is_explained(npz, tmp_path, capsys):
         (command(npz, "--scheme", "int4"), "a scheme is int8, float32, or settings"),
         (command(npz, "--scheme", "input=best"), "no such scheme"),
         (command(npz, "--prune", "none"), "zeros already"),
+        (command(npz, "--new-head"), "goes with weights (--weights) only"),
         (command(npz, "--prune", "gradual", "--scheme", "dense"), "sparse layers only"),
         (command(npz, "--prune", "gradual", "--compare"), "does not go with --compare"),
+        (command(npz, "--model", "torch:zeros"), "does not say which parameters"),
+        (command(npz, "--model", "vgg11"), "cannot take images of 1 x 8 x 8"),
+        (command(npz, "--model", "resnet18", "--width", "1000000"), "this machine has"),
+        (command(npz, "--image-size", "100000"), "this machine has"),
+        (command(npz, "--resume", "--out", npz), "holds no run to resume"),
         (command(npz, "--model", "no_such_module:function"), "cannot import the model"),
         (command(npz, "--model", "json:dumps"), "cannot be called"),
         (command(npz, "--normalize", "imagenet"), "3 channels"),
@@ -138,7 +149,151 @@ def test_what_does_not_go_together_is_explained(npz, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2, arguments
-        assert complaint in capsys.readouterr().err, arguments
+        error = capsys.readouterr().err
+        assert complaint in error, arguments
+        assert error.count("\n") == 1, error
+
+
+def test_weights_are_checked_before_the_images_are_read(npz, tmp_path, monkeypatch, capsys):
+    def read(*_):
+        raise AssertionError("images were read")
+
+    monkeypatch.setattr("qsparseprop.utils._npz.NpzFile.images", read)
+    torch.save(resnet20(num_classes=7, width=8, in_channels=1).state_dict(), tmp_path / "weights.pt")
+    for arguments in (command(npz), command(npz)[:-1]):  # a single training, and the comparison
+        with pytest.raises(SystemExit):
+            main([*arguments, "--weights", str(tmp_path / "weights.pt")])
+        error = capsys.readouterr().err
+        assert "linear.weight is (7, 32) there and (4, 32) here" in error
+        assert "--new-head" in error
+
+
+def test_weights_for_other_classes_with_a_new_classifier(npz, tmp_path, capsys):
+    weights, out = tmp_path / "weights.pt", tmp_path / "run"
+    torch.save(resnet20(num_classes=7, width=8, in_channels=1).state_dict(), weights)
+    assert main(command(npz, "--weights", weights, "--new-head", "--epochs", "1", "--out", out)) == 0
+    assert json.loads((out / "run.json").read_text())["new_head"] is True
+    state = read_checkpoint(out / "last.pt")["model"]
+    assert state["linear.weight"].shape == (4, 32)
+
+
+def test_each_epoch_is_told_of(npz, tmp_path, capsys):
+    assert main([*(a for a in command(npz, "--epochs", "2") if a != "--quiet")]) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("  epoch ")]
+    assert [line.split(":")[0].strip() for line in lines] == ["epoch 1/1", "epoch 1/2", "epoch 2/2"]
+    for line in lines[1:]:
+        assert re.fullmatch(r"  epoch \d/2: loss \d\.\d+, accuracy \d+\.\d %, \d+\.\d s; then top-1 \d+\.\d %, "
+                            r"loss \d+\.\d+ on the test data", line)  # fmt: skip
+    assert printed.err == ""
+    assert main(command(npz, "--epochs", "1")) == 0
+    assert "epoch" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def finished(npz, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert main(command(npz, "--epochs", "1", "--out", out)) == 0
+    return out
+
+
+@pytest.mark.parametrize(("name", "value", "complaint"), [
+    ("scheme", "float32", "was made with scheme int8, but its run.json says float32"),
+    ("epochs", 2, "was made with epochs 1"), ("prune", "gradual", "prune global"), ("seed", 1, "seed 0"),
+    ("width", 16, "width 8"), ("model", "mlp", "model resnet20"), ("sparsity", "much", "sparsity cannot be 'much'"),
+    ("batch_size", 0, "batch_size must be at least 1"), ("compress_saved", 1, "compress_saved cannot be 1"),
+    ("model", 3, "model cannot be 3"), ("colour", "red", "is not the settings of a run"),
+])  # fmt: skip
+def test_settings_that_were_edited_are_noticed(name, value, complaint, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    settings = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**settings, name: value}))
+    before = (out / "last.pt").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["finetune", "--resume", "--quiet", "--out", str(out)])
+    assert complaint in capsys.readouterr().err
+    assert (out / "last.pt").read_bytes() == before
+    assert not (out / ".lock").exists()
+
+
+def test_checkpoints_of_other_runs_are_refused(finished, npz, tmp_path, capsys):
+    good = (finished / "last.pt").read_bytes()
+    other = tmp_path / "other"
+    assert main(command(npz, "--epochs", "1", "--out", other, "--width", "4")) == 0
+    contents = {
+        "cut off": good[: len(good) // 2], "empty": b"", "no checkpoint": b"hello" * 100,
+        "of another width": (other / "last.pt").read_bytes(), "the best model": (finished / "best.pt").read_bytes(),
+        "of the dense training": (finished / "dense" / "last.pt").read_bytes(),
+    }  # fmt: skip
+    capsys.readouterr()
+    for name, content in contents.items():
+        out = tmp_path / name
+        shutil.copytree(finished, out)
+        (out / "last.pt").write_bytes(content)
+        try:
+            code = main(["finetune", "--resume", "--quiet", "--out", str(out)])
+        except SystemExit as stop:
+            code = stop.code
+        error = capsys.readouterr().err
+        assert code in (1, 2), name
+        assert error.count("\n") == 1, error
+        assert "last.pt" in error or "was made with width 4" in error
+        assert (out / "last.pt").read_bytes() == content
+
+
+def test_results_are_not_overwritten(finished, npz, tmp_path, capsys):
+    single = command(npz, "--out", finished)
+    for arguments in (single, [argument for argument in single if argument != "--no-compare"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "holds a" in capsys.readouterr().err
+    (tmp_path / "result.json").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(command(npz, "--out", tmp_path))
+    assert "would be overwritten" in capsys.readouterr().err
+    assert (tmp_path / "result.json").read_text() == "mine"
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(npz, tmp_path, capsys):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "qsparseprop", *command(npz, "--epochs", "999", "--out", out)],
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / "last.pt").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    for arguments in (command(npz, "--out", out), ["finetune", "--resume", "--quiet", "--out", str(out)]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert f"in use by another training (process {process.pid})" in capsys.readouterr().err
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, process.stderr.read()
+    process.stderr.close()
+    assert not (out / ".lock").exists()
+
+
+def test_a_full_disk_is_named_and_loses_nothing(npz, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    save = _files.torch.save
+    writes = []
+
+    def full(content, output):
+        writes.append(len(writes))
+        if len(writes) > 4:  # the dense training's checkpoint, and two of each epoch
+            output.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(content, output)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_files.torch, "save", lambda content, target, *a, **k: full(content, target)
+                      if isinstance(target, _files._Output) else save(content, target, *a, **k))  # fmt: skip
+        assert main(command(npz, "--epochs", "3", "--out", out)) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"python -m qsparseprop finetune: failed: .*\.pt: No space left on device\n", error)
+    assert len(read_checkpoint(out / "last.pt")["history"]["losses"]) in (8, 16)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert main(["finetune", "--resume", "--quiet", "--out", str(out)]) == 0
+    assert json.loads((out / "result.json").read_text())["steps"] == 24
 
 
 def test_weights_and_models_of_ones_own(npz, tmp_path, monkeypatch):

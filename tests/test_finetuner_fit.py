@@ -428,32 +428,32 @@ torch.save(tuner.model.state_dict(), sys.argv[1] + ".result")
 #: Sparse layers in 8 bits with stochastic rounding, batch normalisation, dropout, AdamW and a schedule; the process
 #: kills itself at a point inside the writing of its n-th checkpoint.
 SPARSE_SCRIPT = """
-import io, os, pathlib, random, signal, sys
+import io, os, random, signal, sys
 import numpy, torch
 from torch import nn
 from qsparseprop.utils.data import evaluation_loader, training_loader
-from qsparseprop.utils.finetuner import Finetuner
+from qsparseprop.utils.finetuner import Finetuner, checkpoint
 from qsparseprop.utils.models import resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 
 folder, epochs, point, wanted = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-save, replace, writes = torch.save, os.replace, 0
+save, replace, writes = checkpoint.save_tensors, os.replace, 0
 
 def die():
     print(len(tuner.history.losses), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
-def saving(content, target, *args, **kwargs):
+def saving(content, target):
     global writes
-    if isinstance(target, pathlib.Path) and ".last.pt." in target.name:
+    if ".last.pt." in target.name:
         writes += 1
         if writes == wanted and point == "half":
             buffer = io.BytesIO()
-            save(content, buffer)
+            torch.save(content, buffer)
             target.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
             die()
-    return save(content, target, *args, **kwargs)
+    return save(content, target)
 
 def replacing(source, target):
     ours = str(target).endswith("last.pt") and writes == wanted
@@ -463,7 +463,7 @@ def replacing(source, target):
     if ours and point == "after":
         die()
 
-torch.save, os.replace = saving, replacing
+checkpoint.save_tensors, os.replace = saving, replacing
 torch.set_num_threads(1)
 random.seed(0)
 numpy.random.seed(0)

@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from qsparseprop.utils._errors import ConfigurationError
 from qsparseprop.utils.models import (
     CifarResNet,
     SubsampleAndPad,
     build_model,
     load_checkpoint,
+    read_state_dict,
     resnet18,
     resnet20,
     strip_prefix,
 )
+from qsparseprop.utils.setup_run import load_weights
 
 
 def _parameter_count(model):
@@ -82,8 +85,84 @@ def test_load_checkpoint_takes_plain_and_wrapped_state_dicts(tmp_path, wrap):
 def test_load_checkpoint_of_another_network_fails(tmp_path):
     path = tmp_path / "checkpoint.pt"
     torch.save(resnet20(width=4).state_dict(), path)
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        load_checkpoint(resnet20(width=8), path)
+    model = resnet20(width=8)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"conv1\.weight is \(4, 3, 3, 3\) there and \(8, 3, 3, 3\) here"):
+        load_checkpoint(model, path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_old_files_lack_the_count_of_batches(tmp_path):
+    """Those of torch before 0.4.1, among them the widespread ones for CIFAR."""
+    source, target = resnet20(width=4), resnet20(width=4)
+    state = {key: value for key, value in source.state_dict().items() if "num_batches" not in key}
+    torch.save(state, tmp_path / "old.th")
+    load_weights(target, tmp_path / "old.th")
+    assert all(torch.equal(target.state_dict()[key], value) for key, value in state.items())
+
+
+def _headless(state):
+    return {key: value for key, value in state.items() if not key.startswith("linear.")}
+
+
+@pytest.mark.parametrize("change", [lambda state: state, _headless], ids=["other classes", "no head"])
+def test_a_classifier_for_other_classes_is_made_anew_where_that_is_wanted(change, tmp_path):
+    source, target = resnet20(num_classes=7, width=4), resnet20(num_classes=5, width=4)
+    path = tmp_path / "weights.pt"
+    torch.save(change(source.state_dict()), path)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    complaint = r"linear\.weight is (\(7, 16\) there and \(5, 16\) here|missing there).*--new-head"
+    with pytest.raises(ConfigurationError, match=complaint):
+        load_weights(target, path)
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+    load_weights(target, path, new_head=True)
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, before[key] if key.startswith("linear.") else source.state_dict()[key]), key
+
+
+def test_a_new_head_excuses_nothing_else(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(resnet20(num_classes=7, width=4).state_dict(), path)
+    for model in (resnet20(num_classes=5, width=8), resnet20(num_classes=5, width=4, in_channels=1)):
+        with pytest.raises(ConfigurationError, match=r"conv1\.weight is") as refused:
+            load_weights(model, path, new_head=True)
+        assert "--new-head" not in str(refused.value)
+    state = resnet20(num_classes=7, width=4).state_dict()
+    target = resnet20(num_classes=7, width=4)
+    load_weights(target, path, new_head=True)  # of the same size: taken as it is
+    torch.save({f"net.{key}": value for key, value in state.items()}, path)
+    with pytest.raises(ConfigurationError, match=r"conv1\.weight is missing there"):
+        load_weights(target, path, new_head=True)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_any_file_is_read_or_refused(name, tmp_path):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    path = tmp_path / name
+    torch.save(resnet20(width=4).state_dict(), tmp_path / "good.pt")
+    good = (tmp_path / "good.pt").read_bytes()
+    parts = (b"", b"x", b"PK\x03\x04", good[:1000], good[:-100], b"\x80\x02.", b"\x08" * 64, bytes(range(256)) * 9)
+    for content in parts:
+        path.write_bytes(content)
+        with pytest.raises(ConfigurationError, match="holds no weights") as refused:
+            read_state_dict(path)
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 300
+
+
+def test_the_published_weights_are_taken_by_the_command(shared_dir):
+    path = shared_dir / "weights" / "resnet20-12fca82f.th"
+    model = resnet20()
+    load_weights(model, path)
+    assert torch.equal(model.state_dict()["linear.weight"], read_state_dict(path)["linear.weight"])
+
+
+@pytest.mark.parametrize("width", [10**6, 10**12, 10**25])
+def test_networks_that_no_memory_holds_are_refused(width):
+    for name in ("resnet18", "resnet20", "vgg11", "mlp", "vit-tiny"):
+        with pytest.raises(ConfigurationError, match=r"GB|cannot be as large"):
+            build_model(name, num_classes=2, in_channels=1, image_size=32, width=width)
 
 
 def test_resnet20_reaches_the_published_accuracy(shared_dir):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from . import bench, finetune, info
+from ._arguments import Parser
 
 __all__ = ["main"]
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser() -> Parser:
     from qsparseprop._version import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m qsparseprop", description="Training of unstructured-sparse, int8-quantised networks on CPUs."
     )
     parser.add_argument("--version", action="version", version=f"qsparseprop {__version__}")
@@ -47,17 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _build_parser().parse_args(argv)
     from qsparseprop.utils._errors import ConfigurationError
 
-    prog = arguments.parser.prog
+    parser: Parser = arguments.parser
     try:
         return arguments.run(arguments)
-    except ConfigurationError as error:
-        arguments.parser.error(str(error))
-    except ImportError as error:
-        # of something optional: what is always needed was imported with the package
-        arguments.parser.exit(2, f"{prog}: error: {error}\n")
+    # ImportError: of something optional; what is always needed was imported with the package.
+    except (ConfigurationError, ImportError) as error:
+        parser.refuse(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (FloatingPointError, OSError, RuntimeError) as error:
-        print(f"{prog}: failed: {error}", file=sys.stderr)
-        return 1
+    except MemoryError as error:
+        reason = f"not enough memory: {error}" if str(error) else "not enough memory"
+    except OSError as error:
+        named = error.filename is not None and error.strerror
+        reason = f"{os.fsdecode(error.filename)}: {error.strerror}" if named else str(error)
+    except (FloatingPointError, RuntimeError) as error:
+        reason = str(error)
+    print(f"{parser.prog}: failed: {reason}", file=sys.stderr)
+    return 1

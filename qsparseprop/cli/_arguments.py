@@ -7,12 +7,25 @@ import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-__all__ = ["missing_package", "model_name", "number_between", "prepare_directory", "shape", "whole_number"]
+__all__ = ["Parser", "missing_package", "model_name", "number_between", "prepare_directory", "shape", "whole_number"]
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """Whole numbers from a minimum on."""
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line; argparse would put all options of the command before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help shows the options)\n")
+
+    def refuse(self, message: str) -> NoReturn:
+        """End the process with code 2 for something that the list of options would not help with."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Whole numbers from a minimum on, and up to a maximum."""
 
     def parse(text: str) -> int:
         try:
@@ -21,6 +34,8 @@ def whole_number(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        if maximum is not None and value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {value}")
         return value
 
     return parse
@@ -70,7 +85,7 @@ def missing_package(command: str, *modules: tuple[str, str]) -> str | None:
             importlib.import_module(module)
         except ImportError as error:
             return (
-                f"the {command} command needs {package}, which cannot be imported ({error})\n"
+                f"the {command} command needs {package}, which cannot be imported ({error}); "
                 'install it with:  pip install "qsparseprop[finetune]"'
             )
     return None
@@ -81,7 +96,7 @@ def prepare_directory(path: Path) -> str | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return f"argument --out: cannot make the directory {path}: {error.strerror}"
+        return f"argument --out: cannot make the directory {path}: {error.strerror or error}"
     if not os.access(path, os.W_OK | os.X_OK):
         return f"argument --out: cannot write to {path}"
     return None

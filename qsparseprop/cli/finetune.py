@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ._arguments import missing_package, model_name, number_between, prepare_directory, whole_number
+from ._arguments import Parser, missing_package, model_name, number_between, prepare_directory, whole_number
 
 __all__ = ["add_parser"]
 
@@ -59,6 +60,8 @@ def add_parser(commands: Any) -> None:
     add("--weights", metavar="FILE",
         help="trained weights to start from: a state dict (.pt, .pth, .th) or .safetensors; otherwise the network is "
         "trained first")
+    add("--new-head", action="store_true",
+        help="with --weights of a network for other classes: keep the new classifier where shapes differ")
     add("--data", default="digits", metavar="SOURCE",
         help="digits; FILE.npz with x_train, y_train, x_test, y_test; a folder with one of images for each class; or, "
         "where torchvision is installed, the name of one of its data sets (default: %(default)s)")
@@ -89,8 +92,9 @@ def add_parser(commands: Any) -> None:
         help="peak of AdamW's one-cycle schedule (default: %(default)s)")
     add("--precision", choices=("bf16", "fp32"),
         help="* of everything but the 8-bit layers: bfloat16 autocast or float32 (default: bf16)")
-    add("--threads", type=whole_number(1), metavar="N", help="threads to compute with (default: PyTorch's choice)")
-    add("--seed", type=whole_number(0), default=0, metavar="N",
+    add("--threads", type=whole_number(1, 1024), metavar="N",
+        help="threads to compute with (default: PyTorch's choice)")
+    add("--seed", type=whole_number(0, 2**32 - 2), default=0, metavar="N",
         help="seed of initial weights, test split, order of the batches and stochastic rounding (default: %(default)s)")
     add("--compare", action=argparse.BooleanOptionalAction, default=None,
         help="fine-tune dense as well and compare (default: unless an option marked with * is given)")
@@ -110,7 +114,12 @@ class _Terminal:
         self._bars: list[Any] = []
 
     def message(self, text: str) -> None:
-        print(text, flush=True)
+        if self._bars:
+            # above the bars, where there are any to be seen
+            self._bars[0].write(text)
+            sys.stdout.flush()
+        else:
+            print(text, flush=True)
 
     def progress(self, name: str, total: int) -> Callable[[float], None]:
         from tqdm import tqdm
@@ -140,7 +149,7 @@ class _Terminal:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments, do the work, print the table and write the files; return the exit code."""
-    parser: argparse.ArgumentParser = arguments.parser
+    parser: Parser = arguments.parser
     if arguments.scope is not None:
         arguments.prune = {"global": "global", "layer": "uniform"}[arguments.scope]
     single = [name for name, default in _SINGLE.items() if getattr(arguments, name) != default]
@@ -159,10 +168,10 @@ def run(arguments: argparse.Namespace) -> int:
             needed.append(("matplotlib", "matplotlib"))
         problem = None if arguments.resume else prepare_directory(arguments.out)
         if problem:
-            parser.error(problem)
+            parser.refuse(problem)
     problem = missing_package("finetune", *needed)
     if problem:
-        parser.exit(2, f"{parser.prog}: error: {problem}\n")
+        parser.refuse(problem)
     terminal = None if arguments.quiet else _Terminal()
     try:
         return (_compare if compare else _train)(arguments, terminal)
@@ -175,21 +184,28 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What both kinds of work are configured with."""
     names = ("model", "width", "weights", "data", "normalize", "image_size", "sparsity", "prune", "scheme",
              "compress_saved", "epochs", "pretrain_epochs", "batch_size", "learning_rate", "threads",
-             "seed")  # fmt: skip
+             "seed", "new_head")  # fmt: skip
     return {name: getattr(arguments, name) for name in names}
 
 
 def _compare(arguments: argparse.Namespace, terminal: _Terminal | None) -> int:
-    from qsparseprop.utils.compare import CompareConfig, compare
+    from qsparseprop.utils._locks import locked
+    from qsparseprop.utils.compare import CompareConfig, ConfigurationError, compare
     from qsparseprop.utils.compare_report import format_table, write_json, write_plot
+    from qsparseprop.utils.training_run import SETTINGS
 
-    result = compare(CompareConfig(**_settings(arguments)), terminal)
-    print(format_table(result))
-    if arguments.out is not None:
-        write_json(result, arguments.out / "result.json")
-        write_plot(result, arguments.out / "result.png")
-        if not arguments.quiet:
-            print(f"Written: {arguments.out / 'result.json'} and {arguments.out / 'result.png'}")
+    config, out = CompareConfig(**_settings(arguments)), arguments.out
+    with contextlib.nullcontext() if out is None else locked(out):
+        if out is not None and (out / SETTINGS).exists():
+            raise ConfigurationError(f"{out} holds a single training: go on with it (--resume), or choose another "
+                                     "directory for the comparison")  # fmt: skip
+        result = compare(config, terminal)
+        print(format_table(result))
+        if out is not None:
+            write_json(result, out / "result.json")
+            write_plot(result, out / "result.png")
+            if not arguments.quiet:
+                print(f"Written: {out / 'result.json'} and {out / 'result.png'}")
     return 0
 
 

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigurationError"]
+import pickle
+
+__all__ = ["ConfigurationError", "reason_of", "refuse_more_than_memory"]
 
 
 class ConfigurationError(ValueError):
     """What was asked for makes no sense; the message says why."""
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of torch's says, in a sentence: without the advice and the stack that may follow."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is not what torch.save has made of tensors and plain containers"
+    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+
+
+def refuse_more_than_memory(needed: int, what: str) -> None:
+    """Raise a `ConfigurationError` if so many bytes are more than the machine has: the system would end the process."""
+    from .measurement_utils import machine_memory_bytes  # which itself has errors to raise
+
+    memory = machine_memory_bytes()
+    if memory is not None and needed > memory:
+        raise ConfigurationError(f"{what} would take {needed / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB")

@@ -1,13 +1,28 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, with errors that name them."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["remove_leftovers", "replacing"]
+import torch
+
+__all__ = ["errors_name", "remove_leftovers", "replacing", "save_tensors"]
+
+
+@contextlib.contextmanager
+def errors_name(path: str | os.PathLike[str], instead_of: Path | None = None) -> Iterator[None]:
+    """Let an OSError that names no file (a disk is full) or `instead_of` (a temporary one) name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(instead_of)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 @contextlib.contextmanager
@@ -24,19 +39,22 @@ def replacing(path: str | os.PathLike[str], durable: bool = False) -> Iterator[P
     Raises
     ------
     OSError
-        If it cannot be written.
+        If it cannot be written; it names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        if durable:
-            _sync(temporary)
-        os.replace(temporary, path)
-        if durable and os.name == "posix":
-            _sync(path.parent)
+        with errors_name(path, instead_of=temporary):
+            yield temporary
+            if durable:
+                _sync(temporary)
+            os.replace(temporary, path)
+            if durable and os.name == "posix":
+                _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        # An error here would hide the one that matters.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
@@ -44,6 +62,48 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+class _Output(io.RawIOBase):
+    """A file that remembers why it could not be written: torch's writer does not say."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        # After the first error nothing more: torch's writer goes on to its end whatever happens.
+        written = 0
+        while written < len(view) and self.error is None:
+            try:
+                written += os.write(self._descriptor, view[written:])
+            except OSError as error:
+                self.error = error
+        return len(view)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+
+def save_tensors(content: Any, path: str | os.PathLike[str]) -> None:
+    """``torch.save`` whose error says what is wrong with the file: a full disk is an OSError with its reason.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; it names `path`.
+    """
+    with errors_name(path), _Output(path) as output:
+        torch.save(content, output)
+        if output.error is not None:
+            raise output.error
 
 
 def _sync(path: Path) -> None:

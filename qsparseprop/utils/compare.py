@@ -21,18 +21,17 @@ import torch
 from torch import nn
 
 from ._errors import ConfigurationError
+from ._files import save_tensors
 from .compare_worker import RunHandle, RunSpec
-from .data import load_data
 from .finetuner import Finetuner
 from .measurement_utils import environment, interleaved_medians
 from .setup_run import (
     PRUNERS,
     TrainingMode,
-    load_weights,
     make_finetuner,
     make_loaders,
-    make_network,
     parse_scheme,
+    prepare_network,
     prune_model,
 )
 
@@ -78,6 +77,8 @@ class CompareConfig:
         Channels of its first stage; ``None`` for the network's own.
     weights : str or None
         File of trained weights to start from; they replace the dense training.
+    new_head : bool
+        Keep the network's own classifier where that of `weights` has another shape.
     data : str
         Images, see `qsparseprop.utils.data.load_data`.
     normalize : {"data", "imagenet"}
@@ -137,6 +138,7 @@ class CompareConfig:
     threads: int | None = None
     seed: int = 0
     image_size: int | None = None
+    new_head: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
@@ -145,6 +147,8 @@ class CompareConfig:
             raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join(PRUNERS)}")
         if self.prune == "none" and self.weights is None:
             raise ConfigurationError("without pruning there must be weights that have zeros already")
+        if self.new_head and self.weights is None:
+            raise ConfigurationError("new_head (--new-head) goes with weights (--weights) only")
         if self.blocks not in ("all", "apart", "none"):
             raise ConfigurationError(f"blocks must be all, apart or none, got {self.blocks!r}")
         parse_scheme(self.scheme)
@@ -249,20 +253,11 @@ def compare(
     config = config or CompareConfig()
     reporter = reporter or _Silent()
     began = time.perf_counter()
-    data = load_data(config.data, config.image_size, config.seed, config.normalize, config.max_images)
-    if config.batch_size > len(data.train_labels):
-        raise ConfigurationError(
-            f"the batch size must be at most the number of training images, {len(data.train_labels)}, "
-            f"got {config.batch_size}"
-        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     config = replace(config, threads=torch.get_num_threads())
-    torch.manual_seed(config.seed)
+    model, data = prepare_network(config, max_images=config.max_images)
     train_loader, test_loader = make_loaders(data, config.batch_size, config.seed)
-    model = make_network(config.model, config.width, data)
-    if config.weights is not None:
-        load_weights(model, config.weights)
 
     shared = shared or Shared()
     if not shared.mode_seconds:
@@ -283,8 +278,10 @@ def compare(
         if config.weights is None:
             reporter.message(f"Training dense for {steps} steps ...")
             on_step = reporter.progress("dense", steps)
-            for _ in range(config.pretrain_epochs):
+            for epoch in range(1, config.pretrain_epochs + 1):
                 trainer.train(train_loader, on_step=on_step)
+                summary = trainer.history.summary(len(train_loader))
+                reporter.message(f"  epoch {epoch}/{config.pretrain_epochs}: {summary}")
             reporter.close()
         dense_top1 = trainer.evaluate(test_loader)
         shared.dense[key] = copy.deepcopy(model.state_dict()), dense_top1
@@ -377,7 +374,7 @@ def _finetune_all(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qsparseprop-"))
         path = os.path.join(folder, "start.pt")
-        torch.save(start, path)
+        save_tensors(start, path)
         handles = {name: stack.enter_context(RunHandle(name, spec, path)) for name, spec in specs.items()}
         reporter.message(f"Starting {len(handles)} runs, each in a process of its own ...")
         prepared = {name: handle.call("prepare") for name, handle in handles.items()}
@@ -386,7 +383,7 @@ def _finetune_all(
         steps = prepared["qsparseprop"]["steps"]
         reporter.message(f"Fine-tuning for {steps} steps each, in turns of {_STEPS_PER_TURN} ...")
         bars = {name: reporter.progress(RUN_LABELS[name], steps) for name in handles}
-        done = 0
+        done, top1, began = 0, {}, time.perf_counter()
         ends = _turn_ends(steps)
         every = max(2, -(-len(ends) // evaluations))
         evaluate_at = {steps, *ends[every - 1 :: every]}
@@ -394,7 +391,10 @@ def _finetune_all(
             for name, handle in handles.items():
                 handle.call("train", end - done, on_step=bars[name])
                 if end in evaluate_at:
-                    handle.call("evaluate")
+                    top1[name] = handle.call("evaluate")
+            if end in evaluate_at:
+                figures = ", ".join(f"{RUN_LABELS[name]} {value:.1f} %" for name, value in top1.items())
+                reporter.message(f"  step {end}/{steps}: top-1 {figures}, {time.perf_counter() - began:.0f} s")
             done = end
         reporter.close()
         runs = {name: handle.call("summary") for name, handle in handles.items()}

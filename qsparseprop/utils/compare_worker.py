@@ -68,7 +68,7 @@ class _Run:
         data = ImageData(**start["data"])
         self.masks = start["masks"]
         self.config = start["config"]
-        self.model = make_network(self.config["model"], self.config["width"], data)
+        self.model = make_network(self.config["model"], self.config["width"], data.kind)
         self.model.load_state_dict(start["model"])
         torch.set_num_threads(self.config["threads"])
         torch.manual_seed(self.config["seed"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from ._errors import ConfigurationError
+from ._errors import ConfigurationError, refuse_more_than_memory
+from ._npz import PARTS, NpzFile, count_classes
 
 __all__ = [
     "ImageData",
+    "ImageKind",
     "evaluation_loader",
+    "image_kind",
     "load_data",
     "load_digits_data",
     "load_folder",
@@ -29,6 +31,19 @@ __all__ = [
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+#: Interpolation may leave the range of pixels by that much.
+_TOLERANCE = 0.01
+
+@dataclass(frozen=True)
+class ImageKind:
+    """What a network has to know of images: number of channels, height and width in pixels, and number of classes."""
+
+    channels: int
+    height: int
+    width: int
+    num_classes: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,31 @@ class ImageData:
     test_labels: torch.Tensor
     num_classes: int
     name: str
+
+    @property
+    def kind(self) -> ImageKind:
+        """What a network has to know of the images."""
+        return ImageKind(*self.train_images.shape[1:], self.num_classes)
+
+
+def image_kind(source: str, image_size: int | None = None, max_images: int | None = None) -> ImageKind | None:
+    """What `load_data` is going to return, found without reading images; None where that cannot be known.
+
+    Parameters and errors are those of `load_data`.
+    """
+    if source == "digits":
+        _check_size(1797, 3, image_size or 32, image_size or 32)
+        return ImageKind(3, image_size or 32, image_size or 32, 10)
+    if source.endswith(".npz"):
+        archive = NpzFile(source)
+        height, width = archive.sizes if image_size is None else (image_size, image_size)
+        _check_size(sum(len(part[:max_images]) for part in archive.labels), archive.channels, height, width)
+        return ImageKind(archive.channels, height, width, count_classes(archive.labels))
+    if os.path.isdir(source):
+        parts = _class_folders(Path(source))
+        _check_size(sum(len(files) for part in parts for files in part.values()), 3, image_size or 32, image_size or 32)
+        return ImageKind(3, image_size or 32, image_size or 32, len(parts[0]))
+    return None
 
 
 def load_digits_data(size: int = 32, channels: int = 3, test_fraction: float = 0.2, seed: int = 0) -> ImageData:
@@ -87,6 +127,7 @@ def load_digits_data(size: int = 32, channels: int = 3, test_fraction: float = 0
     train_pixels, test_pixels, train_labels, test_labels = (torch.from_numpy(part) for part in split)
     # Only the training images may shape the normalisation: the test set must stay unseen.
     mean, std = train_pixels.mean(), train_pixels.std()
+    _check_size(len(pixels), channels, size, size)
 
     def to_images(flat: torch.Tensor) -> torch.Tensor:
         grey = ((flat - mean) / std).float().reshape(-1, 1, 8, 8)
@@ -143,18 +184,37 @@ def load_data(
                    test_images=data.test_images[first], test_labels=data.test_labels[first])  # fmt: skip
 
 
+def _check_size(images: int, channels: int, height: int, width: int) -> None:
+    # twice: while they are scaled and normalised
+    refuse_more_than_memory(2 * 4 * images * channels * height * width,
+                            f"{images} images of {height} x {width} pixels")  # fmt: skip
+
+
 def _images(arrays: Sequence[np.ndarray], image_size: int | None, normalize: str) -> list[torch.Tensor]:
-    """Turn ``[images, height, width(, channels)]``, uint8 or float, into float32 NCHW, normalised like the first."""
+    """Turn ``[images, height, width(, channels)]``, bytes or floats, into float32 NCHW, normalised like the first."""
     tensors = []
     for array in arrays:
+        height, width = array.shape[1:3] if image_size is None else (image_size, image_size)
+        _check_size(len(array), array.shape[3] if array.ndim == 4 else 1, height, width)
         x = torch.from_numpy(np.ascontiguousarray(array))
         x = x[..., None] if x.ndim == 3 else x
-        x = x.permute(0, 3, 1, 2).float() / (255 if array.dtype == np.uint8 else 1)
+        x = x.permute(0, 3, 1, 2).float() / (255 if array.dtype.kind in "iu" else 1)
+        if array.dtype.kind == "f" and not (finite := torch.isfinite(x).flatten(1).all(1)).all():
+            raise ConfigurationError(f"{int((~finite).sum())} of {len(x)} images have NaN or Inf, the first one is "
+                                     f"number {int((~finite).nonzero()[0])}")  # fmt: skip
         if image_size is not None and tuple(x.shape[2:]) != (image_size, image_size):
             x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
         tensors.append(x.contiguous())
+    if any(x.shape[1:] != tensors[0].shape[1:] for x in tensors):
+        sizes = " and ".join(" x ".join(map(str, x.shape[1:])) for x in tensors)
+        raise ConfigurationError(f"images for training and for the test have the sizes {sizes}: scale them to one "
+                                 "(--image-size)")  # fmt: skip
     channels = tensors[0].shape[1]
     if normalize == "imagenet":
+        low, high = min(float(x.min()) for x in tensors), max(float(x.max()) for x in tensors)
+        if low < -_TOLERANCE or high > 1 + _TOLERANCE:
+            raise ConfigurationError("ImageNet's normalisation is for bytes, or numbers from 0 to 1; pixels go from "
+                                     f"{low:g} to {high:g}")  # fmt: skip
         if channels != 3:
             raise ConfigurationError(f"ImageNet's normalisation is for 3 channels, the images have {channels}")
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -174,37 +234,24 @@ def load_npz(
     ----------
     path : path-like
         With the arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``: images ``[images, height, width]`` or
-        ``[images, height, width, channels]``, uint8 or float; labels integers from 0. Nothing is unpickled.
+        ``[images, height, width, channels]``, integers from 0 to 255 or floats; labels integers from 0. Images of 1,
+        3 or 4 channels may be ``[images, channels, height, width]``, too. Nothing is unpickled.
     image_size, normalize, max_images
         See `load_data`. Images that are not used are not scaled either, which would take gigabytes.
 
     Raises
     ------
     ConfigurationError
-        If it is no such file.
+        If it is no such file, or the order of its dimensions cannot be told.
     """
+    archive = NpzFile(path)
+    classes = count_classes(archive.labels)
+    arrays = [archive.images(part)[:max_images] for part in PARTS]
     try:
-        with np.load(path, allow_pickle=False) as content:
-            arrays = {key: content[key] for key in ("x_train", "y_train", "x_test", "y_test")}
-    except FileNotFoundError as error:
-        raise ConfigurationError(f"there is no file {os.fspath(path)!r}") from error
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ConfigurationError(f"{os.fspath(path)} is not an npz file with x_train, y_train, x_test and y_test: "
-                                 f"{error}") from error  # fmt: skip
-    for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.ndim not in (3, 4) or y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu" or not len(y):
-            raise ConfigurationError(f"{os.fspath(path)}: x_{part} must be images and y_{part} whole numbers, got "
-                                     f"shapes {x.shape} and {y.shape} of {y.dtype}")  # fmt: skip
-    train, test = _images([arrays[key][:max_images] for key in ("x_train", "x_test")], image_size, normalize)
-    labels = [torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")]
-    return ImageData(train, labels[0], test, labels[1], _count_classes(labels), Path(path).stem)
-
-
-def _count_classes(labels: Sequence[torch.Tensor]) -> int:
-    if min(int(part.min()) for part in labels) < 0:
-        raise ConfigurationError("labels must not be negative")
-    return max(int(part.max()) for part in labels) + 1
+        train, test = _images(arrays, image_size, normalize)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{os.fspath(path)}: {error}") from error
+    return ImageData(train, archive.labels[0], test, archive.labels[1], classes, Path(path).stem)
 
 
 def load_folder(
@@ -228,13 +275,8 @@ def load_folder(
         If Pillow is missing.
     """
     path = Path(path)
-    train = path / "train"
-    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-    split = train.is_dir() and test is not None
-    parts = [_image_files(train), _image_files(test)] if split else [_image_files(path)]
-    if not parts[0] or any(part.keys() != parts[0].keys() for part in parts):
-        raise ConfigurationError(f"{path} must have one folder of images a class, or train/ and test/ with the same "
-                                 "classes")  # fmt: skip
+    parts = _class_folders(path)
+    split = len(parts) == 2
     if not split:
         order = np.random.default_rng(seed)
         whole = {name: [files[i] for i in order.permutation(len(files))] for name, files in parts[0].items()}
@@ -246,6 +288,17 @@ def load_folder(
     labels = [torch.tensor([i for i, files in enumerate(part.values()) for _ in files]) for part in parts]
     images = _images(arrays, None, normalize)
     return ImageData(images[0], labels[0], images[1], labels[1], len(parts[0]), path.name)
+
+
+def _class_folders(path: Path) -> list[dict[str, list[Path]]]:
+    """Images by class: of the whole folder, or those for training and those for the test."""
+    train = path / "train"
+    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    parts = [_image_files(train), _image_files(test)] if train.is_dir() and test is not None else [_image_files(path)]
+    if not parts[0] or any(part.keys() != parts[0].keys() for part in parts):
+        raise ConfigurationError(f"{path} must have one folder of images a class, or train/ and test/ with the same "
+                                 "classes")  # fmt: skip
+    return parts
 
 
 def _image_files(folder: Path) -> dict[str, list[Path]]:
@@ -263,6 +316,7 @@ def _read_images(files: Sequence[Path], size: int) -> np.ndarray:
         from PIL import Image
     except ImportError as error:
         raise ImportError("reading images needs Pillow: pip install pillow") from error
+    _check_size(len(files), 3, size, size)
     images = np.empty((len(files), size, size, 3), np.uint8)
     for index, file in enumerate(files):
         try:
@@ -285,7 +339,7 @@ def _load_torchvision(name: str, image_size: int | None, normalize: str) -> Imag
     parts = [kind("data", train=train, download=True) for train in (True, False)]
     images = _images([np.asarray(part.data) for part in parts], image_size, normalize)
     labels = [torch.as_tensor(part.targets).long() for part in parts]
-    return ImageData(images[0], labels[0], images[1], labels[1], _count_classes(labels), name)
+    return ImageData(images[0], labels[0], images[1], labels[1], count_classes(labels), name)
 
 
 def training_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int) -> DataLoader:

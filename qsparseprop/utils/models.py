@@ -9,15 +9,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._errors import ConfigurationError
+from ._errors import ConfigurationError, refuse_more_than_memory
 from .state_files import read_state_dict, strip_prefix
+from .weights import load_checkpoint
 
 __all__ = [
     "MODELS",
@@ -345,9 +345,14 @@ def build_model(name: str, **kwargs: int) -> nn.Module:
     else:
         raise ConfigurationError(f"unknown model {name!r}, choose from {', '.join(MODELS)}, or give "
                                  "package.module:function")  # fmt: skip
-    parameters = inspect.signature(builder).parameters
+    try:
+        parameters = inspect.signature(builder).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{name} does not say which parameters it has") from error
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     accepted = {key: value for key, value in kwargs.items() if takes_all or key in parameters}
+    if name in MODELS:
+        _check_size(name, builder, accepted)
     try:
         model = builder(**accepted)
     except TypeError as error:
@@ -355,6 +360,15 @@ def build_model(name: str, **kwargs: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _check_size(name: str, builder: Callable[..., nn.Module], arguments: Mapping[str, int]) -> None:
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            weights = sum(parameter.numel() for parameter in builder(**arguments).parameters())
+    except (OverflowError, RuntimeError, TypeError) as error:  # more than 2**63 bytes, or units
+        raise ConfigurationError(f"{name} cannot be as large as {dict(arguments)}") from error
+    refuse_more_than_memory(16 * weights, f"training {name} with {weights:.2g} weights, their gradients and moments,")
 
 
 def _import_function(name: str) -> Callable[..., nn.Module]:
@@ -366,29 +380,3 @@ def _import_function(name: str) -> Callable[..., nn.Module]:
     if not callable(function):
         raise ConfigurationError(f"{name} is not a function")
     return function
-
-
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint file into `model`, in place.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Network of the matching architecture.
-    path : path-like
-        See `read_state_dict`.
-
-    Returns
-    -------
-    nn.Module
-        The same `model`.
-
-    Raises
-    ------
-    ConfigurationError
-        If the file holds no weights.
-    RuntimeError
-        If keys or shapes do not match.
-    """
-    model.load_state_dict(read_state_dict(path))
-    return model

@@ -18,6 +18,9 @@ from torch.nn.utils import prune
 from qsparseprop.nn._interop import check_owners, check_unsplit, element_state, inner_optimizer
 from qsparseprop.nn._weight import SparseWeight
 
+#: torch's layers that register their weight before everything else.
+_WEIGHT_FIRST = (nn.Linear, nn.modules.conv._ConvNd)
+
 __all__ = [
     "GradualPruner",
     "collect_masks",
@@ -123,7 +126,11 @@ def _prune(
     permuted = [module for module in modules.values() if not module.weight.is_contiguous()]
     for module in permuted:
         module.to(memory_format=torch.contiguous_format)
+    places = {module: list(module._parameters).index("weight") for module in modules.values()
+              if "weight" in module._parameters}  # fmt: skip
     apply(modules)
+    for module, place in places.items():
+        _move_parameter(module, "weight_orig", place)
     for module in permuted:
         module.to(memory_format=torch.channels_last)
         module.weight = module.weight_orig.detach() * module.weight_mask
@@ -131,10 +138,24 @@ def _prune(
 
 
 def make_pruning_permanent(model: nn.Module) -> None:
-    """Replace ``weight_orig`` and ``weight_mask`` by a plain ``weight`` with zeros, in place, where there are any."""
+    """Replace ``weight_orig`` and ``weight_mask`` by a plain ``weight`` with zeros, in place, where there are any.
+
+    Parameters keep the order that they had before the pruning: optimizers know them by their position.
+    """
     for module in model.modules():
         if hasattr(module, "weight_mask"):
+            place = list(module._parameters).index("weight_orig")
+            # torch's pruning has put it behind the others, in front of which torch's layers have it.
+            place = 0 if place == len(module._parameters) - 1 and isinstance(module, _WEIGHT_FIRST) else place
             prune.remove(module, "weight")
+            _move_parameter(module, "weight", place)
+
+
+def _move_parameter(module: nn.Module, name: str, place: int) -> None:
+    """Give a parameter a place among those of its module."""
+    others = [key for key in module._parameters if key != name]
+    for key in (name, *others[place:]):
+        module._parameters[key] = module._parameters.pop(key)
 
 
 def collect_masks(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 from qsparseprop.quantization import QuantConfig
 
-from ._errors import ConfigurationError
-from .data import ImageData, evaluation_loader, training_loader
+from ._errors import ConfigurationError, reason_of
+from .data import ImageData, ImageKind, evaluation_loader, image_kind, load_data, training_loader
 from .finetuner import Finetuner
-from .models import build_model, read_state_dict
+from .models import build_model
 from .network_utils import swap_modules_with_sparse
 from .pruning_utils import (
     collect_masks,
@@ -30,6 +30,8 @@ from .pruning_utils import (
     prunable_modules,
 )
 from .saved_tensors import compress_saved_tensors
+from .state_files import read_state_dict
+from .weights import load_state
 
 __all__ = [
     "PRUNERS",
@@ -39,6 +41,7 @@ __all__ = [
     "make_loaders",
     "make_network",
     "parse_scheme",
+    "prepare_network",
     "prune_model",
     "swap_model",
 ]
@@ -103,16 +106,44 @@ def make_finetuner(
     )
 
 
-def make_network(name: str, width: int | None, data: ImageData) -> nn.Module:
-    """Return the randomly initialised network for some data; `width` as in `CompareConfig`."""
-    _, channels, size, _ = data.train_images.shape
-    model = build_model(name, num_classes=data.num_classes, in_channels=channels, image_size=size,
+def make_network(name: str, width: int | None, images: ImageKind) -> nn.Module:
+    """Return the randomly initialised network for some images; `width` as in `CompareConfig`.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such network, or it cannot take such images.
+    """
+    model = build_model(name, num_classes=images.num_classes, in_channels=images.channels, image_size=images.height,
                         **({} if width is None else {"width": width}))  # fmt: skip
+    _try_out(model, name, images)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             # In so few steps torch's 0.1 would leave the running statistics far behind the weights.
             module.momentum = 0.3
     return model
+
+
+def _try_out(model: nn.Module, name: str, images: ImageKind) -> None:
+    """Run a network once, before anybody waits for the images to be read."""
+    sizes = f"{images.channels} x {images.height} x {images.width}"
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            output = model(torch.zeros(2, images.channels, images.height, images.width))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ConfigurationError(f"{name} cannot take images of {sizes}, try another image size (--image-size): "
+                                 f"{reason_of(error)}") from error  # fmt: skip
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    output = getattr(output, "logits", output)
+    expected = (2, images.num_classes)
+    if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
+        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ConfigurationError(f"{name} must return [images, classes], {expected} for two images of {sizes}, "
+                                 f"got {got}")  # fmt: skip
 
 
 def make_loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
@@ -158,8 +189,8 @@ def parse_scheme(text: str) -> tuple[bool, QuantConfig | None]:
         raise ConfigurationError(f"no such scheme: {error}") from error
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load trained weights of a dense model, in place.
+def load_weights(model: nn.Module, path: str | os.PathLike[str], new_head: bool = False) -> None:
+    """Load trained weights of a dense model, in place; `new_head` as in `load_state`.
 
     Raises
     ------
@@ -170,13 +201,35 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         state = read_state_dict(path)
     except OSError as error:
         raise ConfigurationError(f"cannot read the weights {os.fspath(path)}: {error.strerror or error}") from error
-    wanted = model.state_dict()
-    wrong = sorted(wanted.keys() ^ state.keys())
-    wrong = wrong or [key for key, value in wanted.items() if value.shape != state[key].shape]
-    if wrong:
-        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise ConfigurationError(f"the weights in {os.fspath(path)} do not go with this model and data: {listed}")
-    model.load_state_dict(state)
+    load_state(model, state, new_head, f"the weights in {os.fspath(path)}")
+
+
+def prepare_network(
+    config: Any, load_weights_too: bool = True, max_images: int | None = None
+) -> tuple[nn.Module, ImageData]:
+    """Return the network of a `RunConfig` or `CompareConfig`, and the images.
+
+    What can be wrong with model and weights is told before the images are read, which may take minutes.
+
+    Raises
+    ------
+    ConfigurationError, ImportError
+        As from `load_data`, `make_network` and `load_weights`.
+    """
+    def load() -> ImageData:
+        return load_data(config.data, config.image_size, config.seed, config.normalize, max_images)
+
+    kind = image_kind(config.data, config.image_size, max_images)
+    data = load() if kind is None else None
+    torch.manual_seed(config.seed)
+    model = make_network(config.model, config.width, data.kind if kind is None else kind)
+    if config.weights is not None and load_weights_too:
+        load_weights(model, config.weights, config.new_head)
+    data = data or load()
+    if config.batch_size > len(data.train_labels):
+        raise ConfigurationError(f"the batch size must be at most the number of training images, "
+                                 f"{len(data.train_labels)}, got {config.batch_size}")  # fmt: skip
+    return model, data
 
 
 def prune_model(model: nn.Module, kind: str, sparsity: float) -> dict[str, Any]:

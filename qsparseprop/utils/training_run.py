@@ -12,18 +12,20 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
 
+from qsparseprop.nn._base import SparseModule
+
 from ._errors import ConfigurationError
 from ._files import replacing
+from ._locks import locked
 from .compare import Reporter
-from .data import load_data
 from .finetuner import CheckpointError, Finetuner, FitResult, LayerTime, layer_table, read_checkpoint
 from .finetuner.fit import LAST
 from .measurement_utils import (
@@ -39,11 +41,10 @@ from .pruning_utils import GradualPruner
 from .setup_run import (
     PRUNERS,
     TrainingMode,
-    load_weights,
     make_finetuner,
     make_loaders,
-    make_network,
     parse_scheme,
+    prepare_network,
     prune_model,
     swap_model,
 )
@@ -99,12 +100,23 @@ class RunConfig:
     learning_rate: float = 2e-3
     threads: int | None = None
     seed: int = 0
+    new_head: bool = False
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(RunConfig).items():
+            value = getattr(self, name)
+            allowed = (hint, int) if hint is float else hint
+            if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
+                raise ConfigurationError(f"{name} cannot be {value!r}")
+        for name in ("epochs", "pretrain_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.prune not in (*PRUNERS, GRADUAL):
             raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join((*PRUNERS, GRADUAL))}")
         if self.prune == "none" and self.weights is None:
             raise ConfigurationError("without pruning there must be weights that have zeros already")
+        if self.new_head and self.weights is None:
+            raise ConfigurationError("new_head (--new-head) goes with weights (--weights) only")
         if self.prune == GRADUAL and self.scheme == "dense":
             raise ConfigurationError("gradual pruning goes with sparse layers only, not with the scheme dense")
         if not 0 < self.sparsity < 1:
@@ -126,6 +138,8 @@ def _stored_settings(folder: Path, config: RunConfig, chosen: Mapping[str, Any])
         stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigurationError(f"{folder} holds no run to resume: there is no {SETTINGS}") from None
+    except OSError as error:
+        raise ConfigurationError(f"{folder} holds no run to resume: {SETTINGS}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigurationError(f"{folder / SETTINGS} cannot be read: {error}") from error
     known = {field.name for field in fields(RunConfig)}
@@ -180,7 +194,7 @@ def run_training(
     NonFiniteLossError, OSError, ImportError
         As from `Finetuner.fit` and `load_data`.
     """
-    say = (lambda text: None) if reporter is None else reporter.message
+    say = None if reporter is None else reporter.message
     if folder is None:
         if resume:
             raise ConfigurationError("to resume a run its folder must be given")
@@ -188,60 +202,84 @@ def run_training(
             return run_training(config, temporary, reporter=reporter, progress=progress, time_layers=time_layers)
     folder = Path(folder)
     if resume:
-        config = _stored_settings(folder, config, chosen or {})
-    elif (folder / SETTINGS).exists():
-        raise ConfigurationError(f"{folder} holds a run already: resume it, or choose another folder")
+        # before anything is made there
+        _stored_settings(folder, config, chosen or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if resume:
+            config = _stored_settings(folder, config, chosen or {})
+        else:
+            _refuse_results(folder)
+        return _train_in(folder, config, resume, say, progress, time_layers)
+
+
+def _refuse_results(folder: Path) -> None:
+    for name in (SETTINGS, LAST):
+        if (folder / name).exists():
+            raise ConfigurationError(f"{folder} holds a run already: resume it, or choose another folder")
+    if (folder / RESULT).exists():
+        raise ConfigurationError(f"{folder / RESULT} would be overwritten: choose another folder")
+
+
+def _train_in(
+    folder: Path, config: RunConfig, resume: bool, say: Callable[[str], None] | None, progress: bool | None,
+    time_layers: int,
+) -> dict[str, Any]:  # fmt: skip
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    data = load_data(config.data, config.image_size, config.seed, config.normalize)
-    if config.batch_size > len(data.train_labels):
-        raise ConfigurationError(f"the batch size must be at most the number of training images, "
-                                 f"{len(data.train_labels)}, got {config.batch_size}")  # fmt: skip
-    torch.manual_seed(config.seed)
-    model = make_network(config.model, config.width, data)
-    if config.weights is not None and not (folder / LAST).exists():
-        load_weights(model, config.weights)
-    folder.mkdir(parents=True, exist_ok=True)
+    begun = (folder / LAST).exists()
+    model, data = prepare_network(config, load_weights_too=not begun)
     if not resume:
         with replacing(folder / SETTINGS) as temporary:
             temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
 
-    setup = _State(config, folder, resume)
+    setup = _State(config, folder, resume, progress, say)
     loaders = make_loaders(data, config.batch_size, config.seed)
-    if not (folder / LAST).exists():
+    if not begun:
         if config.weights is None:
-            setup.train_dense(model, loaders, progress, say)
-        setup.prune(model, loaders[1], say)
+            setup.train_dense(model, loaders)
+        setup.prune(model, loaders[1])
     # the same order of batches in every fine-tuning, but not that of the dense training again
     loaders = make_loaders(data, config.batch_size, config.seed + 1)
-    tuner = setup.finetuner(model, loaders[0], say)
-    return setup.finetune(tuner, loaders, progress, time_layers, say)
+    return setup.finetune(setup.finetuner(model, loaders[0]), loaders, time_layers)
 
 
 class _State:
     """A run while it goes on, and what of it is needed to resume it: kept in the checkpoints as a tuner's state."""
 
-    def __init__(self, config: RunConfig, folder: Path, resume: bool) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, resume: bool, progress: bool | None, report: Callable[[str], None] | None
+    ) -> None:
         self.config, self.folder, self.resume = config, folder, resume
+        self.progress, self.report = progress, report
         self.facts: dict[str, Any] = {}
         self.masks: dict[str, torch.Tensor] = {}
 
+    def say(self, text: str) -> None:
+        if self.report is not None:
+            self.report(text)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"facts": self.facts, "masks": self.masks}
+        return {"facts": self.facts, "masks": self.masks, "config": asdict(self.config)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        settings = asdict(self.config)
+        for name, value in state.get("config", {}).items():  # older runs have none
+            if settings.get(name) != value:
+                raise ConfigurationError(f"the run in {self.folder} was made with {name} {value}, but its {SETTINGS} "
+                                         f"says {settings.get(name)}: put it back, or start another run")  # fmt: skip
         self.facts, self.masks = dict(state["facts"]), dict(state["masks"])
 
-    def train_dense(self, model: nn.Module, loaders: Any, progress: bool | None, say: Any) -> None:
+    def train_dense(self, model: nn.Module, loaders: Any) -> None:
         config = self.config
-        say(f"Training {config.model} dense for {config.pretrain_epochs} epoch(s) of {len(loaders[0])} steps ...")
+        self.say(f"Training {config.model} dense for {config.pretrain_epochs} epoch(s) of {len(loaders[0])} steps ...")
         tuner = make_finetuner(model, config.mode, config.learning_rate, config.pretrain_epochs * len(loaders[0]))
         result = tuner.fit(loaders[0], config.pretrain_epochs, folder=self.folder / "dense", resume=self.resume,
-                           progress=progress)  # fmt: skip
+                           progress=self.progress, report=self.report)  # fmt: skip
         if result.stopped_by is not None:
             raise Stopped(result)
 
-    def prune(self, model: nn.Module, test_loader: Any, say: Any) -> None:
+    def prune(self, model: nn.Module, test_loader: Any) -> None:
         config = self.config
         trainer = make_finetuner(model, config.mode, config.learning_rate, 1)
         dense_top1 = trainer.evaluate(test_loader)
@@ -252,20 +290,25 @@ class _State:
         self.masks = pruned["masks"]
         self.facts = {"dense_top1": dense_top1, "pruned_top1": trainer.evaluate(test_loader),
                       "layer_sparsity": pruned["layers"], "sparsity": pruned["sparsity"]}  # fmt: skip
-        say(f"  top-1 {dense_top1:.1f} %. {len(self.masks)} layers with {100 * pruned['sparsity']:.1f} % zeros: "
+        self.say(f"  top-1 {dense_top1:.1f} %. {len(self.masks)} layers with {100 * pruned['sparsity']:.1f} % zeros: "
             f"top-1 {self.facts['pruned_top1']:.1f} %.")  # fmt: skip
 
-    def finetuner(self, model: nn.Module, loader: Any, say: Any) -> Finetuner:
+    def finetuner(self, model: nn.Module, loader: Any) -> Finetuner:
         config = self.config
         shape = (config.batch_size, *loader.dataset.tensors[0].shape[1:])
         if (self.folder / LAST).exists():
             state = read_checkpoint(self.folder / LAST)
             try:
                 self.load_state_dict(state["stateful"]["run"])
+                _check_masks(model, self.masks)
+                _swap_like(model, state["model"], config)
+            except ConfigurationError:
+                raise
             except KeyError as error:
                 raise CheckpointError(f"{self.folder / LAST} is not that of such a run: it lacks {error}") from error
-            _swap_like(model, state["model"], config)
-            say(f"Resuming at step {len(state['history']['losses'])}.")
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{self.folder / LAST} is not that of such a run: {error}") from error
+            self.say(f"Resuming at step {len(state['history']['losses'])}.")
         elif config.scheme != "dense":
             began = time.perf_counter()
             # global pruning leaves some layers much denser than others; which are worth it is for the stopwatch to say
@@ -273,13 +316,16 @@ class _State:
             replaced, table = swap_model(model, shape, config.mode, config.scheme, min(0.5, config.sparsity),
                                          include_dense=config.prune != GRADUAL)  # fmt: skip
             self.facts |= {"replaced_layers": replaced, "setup_s": time.perf_counter() - began}
-            say(table)
+            self.say(table)
         tuner = make_finetuner(model, config.mode, config.learning_rate, config.epochs * len(loader), self.masks,
                                config.compress_saved)  # fmt: skip
         tuner.stateful["run"] = self
         if config.prune == GRADUAL:
             steps = config.epochs * len(loader)
             end = max(1, int(_GRADUAL_END * steps))
+            if not any(isinstance(module, SparseModule) for module in model.modules()):
+                raise ConfigurationError("gradual pruning needs sparse layers, and no layer of the network has become "
+                                         "one: choose a wider network, or another way to prune")  # fmt: skip
             pruner = GradualPruner(model, tuner.optimizer, config.sparsity, end_step=end,
                                    interval=max(1, end // _GRADUAL_TURNS))  # fmt: skip
             hold, prune = tuner.after_step, pruner.step
@@ -287,15 +333,15 @@ class _State:
             tuner.stateful["pruner"] = pruner
         return tuner
 
-    def finetune(self, tuner: Finetuner, loaders: Any, progress: bool | None, time_layers: int,
-                 say: Any) -> dict[str, Any]:  # fmt: skip
+    def finetune(self, tuner: Finetuner, loaders: Any, time_layers: int) -> dict[str, Any]:
         config = self.config
-        say(f"Fine-tuning for {config.epochs} epoch(s) of {len(loaders[0])} steps ...")
+        self.say(f"Fine-tuning for {config.epochs} epoch(s) of {len(loaders[0])} steps ...")
         release_free_memory()
         before = current_rss_mb()
         of_training = reset_peak_rss()
         fitted = tuner.fit(loaders[0], config.epochs, evaluation_batches=loaders[1], folder=self.folder,
-                           resume=self.resume, progress=progress, time_layers=time_layers)  # fmt: skip
+                           resume=self.resume, progress=self.progress, time_layers=time_layers,
+                           report=self.report)  # fmt: skip
         if fitted.stopped_by is not None:
             raise Stopped(fitted)
         peak = peak_rss_mb()
@@ -346,6 +392,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and value != value else value
+
+
+def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        if mask.shape != weight.shape:
+            raise ValueError(f"the mask of {name} is {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
 
 
 def _swap_like(model: nn.Module, state: Mapping[str, torch.Tensor], config: RunConfig) -> None:

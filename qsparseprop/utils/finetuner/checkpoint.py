@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qsparseprop.utils._files import replacing
+from qsparseprop.utils._errors import reason_of
+from qsparseprop.utils._files import replacing, save_tensors
 
 __all__ = ["CheckpointError", "read_checkpoint", "write_checkpoint"]
 
@@ -40,11 +41,11 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
     CheckpointError
         If something in it could be written, but not read again.
     OSError
-        If it cannot be written.
+        If it cannot be written; it names `path`, and what was there before stays.
     """
     _check_readable(content)
     with replacing(path, durable=True) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
+        save_tensors({"format": FORMAT, "version": VERSION, **content}, temporary)
 
 
 def _check_readable(content: Mapping[str, Any]) -> None:
@@ -84,11 +85,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.PickleError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{os.fspath(path)} cannot be read as a checkpoint: {error}") from error
+    except OSError:
+        raise
+    # What a damaged file leads to inside of torch is not of one kind.
+    except Exception as error:
+        raise CheckpointError(f"{os.fspath(path)} cannot be read as a checkpoint: {reason_of(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{os.fspath(path)} is not a checkpoint of a Finetuner")
-    if content["version"] > VERSION:
+    if not isinstance(content.get("version"), int) or content["version"] > VERSION:
         raise CheckpointError(f"{os.fspath(path)} was written by a newer version of qsparseprop")
     return content
 
@@ -108,8 +112,12 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """Set what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
+    if keys.numel() != np.random.get_state()[1].size:  # noqa: NPY002
+        raise ValueError("the state of numpy's random numbers has another size")
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, numbers, gauss = state["python"]
+    if not isinstance(numbers, (list, tuple)):
+        raise TypeError("the state of Python's random numbers is no list")
     random.setstate((version, tuple(numbers), gauss))
 
 

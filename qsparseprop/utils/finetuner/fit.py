@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qsparseprop.utils._files import remove_leftovers
+from qsparseprop.utils._locks import locked
 
 from .batches import are_classes, split_batch
 from .checkpoint import (
@@ -73,12 +74,14 @@ class FitLoop:
         folder: str | os.PathLike[str] | None,
         checkpoint_every: int | None,
         time_layers: int,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         self.tuner, self.batches, self.epochs = tuner, batches, epochs
         self.evaluation_batches = evaluation_batches
         self.folder = None if folder is None else Path(folder)
         self.checkpoint_every = checkpoint_every
         self.time_layers = time_layers
+        self.report = report
         self.layer_times: list[LayerTime] = []
         self.request = StopRequest()
         self.log = JsonLines(None)
@@ -95,24 +98,22 @@ class FitLoop:
         if self.folder is None:
             if resume or self.checkpoint_every is not None:
                 raise ValueError("resume and checkpoint_every need a folder")
-        elif not resume and (self.folder / LAST).exists():
+        else:
+            self._check_folder(resume)
+
+    def _check_folder(self, resume: bool) -> None:
+        if not resume and (self.folder / LAST).exists():
             raise FileExistsError(f"{self.folder / LAST} exists: resume it, or choose another folder")
 
     def run(self, resume: bool, progress: bool | None) -> FitResult:
         """Train until all epochs are done or a signal asks to stop."""
         tuner = self.tuner
         self.bar = ProgressBar(progress)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (LAST, BEST):
-                remove_leftovers(self.folder / name)
-            if resume and (self.folder / LAST).exists():
-                content = read_checkpoint(self.folder / LAST)
-                # First of all, so that a loader that does not go with it leaves everything unchanged.
-                check_loader_state(self.batches, (content["epoch_start"] or {}).get("loader"))
-                tuner.load_state_dict(content)
-            self.log = JsonLines(self.folder / LOG)
         with contextlib.ExitStack() as stack:
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder))
+                self._open_folder(resume)
             stack.callback(self.log.close)
             self.request = stack.enter_context(stop_on_signals())
             stack.callback(self.bar.close)
@@ -130,6 +131,18 @@ class FitLoop:
             stopped_by = self.request.signal
             self._write("end", stopped_by=None if stopped_by is None else stopped_by.name)
         return FitResult(stopped_by, tuner.history.best, self.layer_times)
+
+    def _open_folder(self, resume: bool) -> None:
+        # Once more, now that nobody else can write to it.
+        self._check_folder(resume)
+        for name in (LAST, BEST):
+            remove_leftovers(self.folder / name)
+        if resume and (self.folder / LAST).exists():
+            content = read_checkpoint(self.folder / LAST)
+            # First of all, so that a loader that does not go with it leaves everything unchanged.
+            check_loader_state(self.batches, (content.get("epoch_start") or {}).get("loader"))
+            self.tuner.load_state_dict(content)
+        self.log = JsonLines(self.folder / LOG)
 
     def _write(self, event: str, **values: Any) -> None:
         """Log something with the position."""
@@ -219,6 +232,7 @@ class FitLoop:
 
     def _end_epoch(self) -> None:
         tuner = self.tuner
+        evaluation = None
         if self.evaluation_batches is not None:
             evaluation = tuner.measure(self._until_stopped(self.evaluation_batches))
             better = evaluation.better_than(tuner.history.best)
@@ -231,5 +245,10 @@ class FitLoop:
                 write_checkpoint(content, self.folder / BEST)
         if tuner.scheduler is not None and tuner.scheduler_per_epoch and not tuner.on_plateau:
             tuner.scheduler.step()
+        if self.report is not None:
+            figures = tuner.history.summary(tuner.batch)
+            if evaluation is not None:
+                figures += f"; then {evaluation}"
+            self.report(f"  epoch {tuner.epoch + 1}/{self.epochs}: {figures}")
         tuner.epoch, tuner.batch = tuner.epoch + 1, 0
         self._mark_epoch_start()

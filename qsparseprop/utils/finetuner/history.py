@@ -31,6 +31,10 @@ class Evaluation:
     top1: float | None
     loss: float = float("nan")
 
+    def __str__(self) -> str:
+        accuracy = "" if self.top1 is None else f"top-1 {self.top1:.1f} %, "
+        return f"{accuracy}loss {self.loss:.4f} on the test data"
+
     def better_than(self, other: Evaluation | None) -> bool:
         """Whether this is the better one: by accuracy, else (and among equal ones) by loss."""
         if other is None:
@@ -94,6 +98,26 @@ class History:
             If no step was made.
         """
         return statistics.median(self.timed_seconds())
+
+    def summary(self, steps: int) -> str:
+        """Mean loss, accuracy and time of so many of the last steps, for people."""
+        if not steps:
+            return "no steps"
+        first = max(len(self.losses) - steps, 0)
+        samples, correct = sum(self.samples[first:]), sum(self.correct[first:])
+        accuracy = f", accuracy {100 * correct / samples:.1f} %" if correct else ""
+        return f"loss {statistics.fmean(self.losses[first:]):.4f}{accuracy}, {sum(self.step_seconds[first:]):.1f} s"
+
+    def check(self, epoch: int, batch: int) -> None:
+        """Raise a ValueError if this cannot be what a training at a position has recorded."""
+        lists = (self.losses, self.step_seconds, self.samples, self.correct)
+        numbers = all(isinstance(values, list) for values in lists) and all(
+            isinstance(value, (int, float)) for values in lists for value in values
+        )
+        if not numbers or len({len(values) for values in lists if values}) > 1:
+            raise ValueError("its history is not one number of each kind a step")
+        if not all(isinstance(value, int) and value >= 0 for value in (epoch, batch)) or batch > len(self.losses):
+            raise ValueError(f"there is no epoch {epoch!r} and batch {batch!r} after {len(self.losses)} steps")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, in plain containers."""

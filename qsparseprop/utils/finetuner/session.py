@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -11,13 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
+
+from qsparseprop.utils._files import errors_name
 
 __all__ = ["JsonLines", "ProgressBar", "StopRequest", "stop_on_signals"]
 
 
 class JsonLines:
-    """A log of one JSON object a line, which survives a crash: whole lines are appended and flushed at once.
+    """A log of one JSON object a line, which survives a crash: a line is written whole, at once, or not at all.
 
     Parameters
     ----------
@@ -27,22 +30,31 @@ class JsonLines:
     Raises
     ------
     OSError
-        If it cannot be written.
+        If it cannot be written; it names the file.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
         if path is not None:
+            self._path = path
             _cut_unfinished_line(path)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def write(self, event: str, **values: Any) -> None:
         """Append ``{"event": event, ...}``; numbers that are not finite become null, as JSON has none."""
         if self._file is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"event": event, **clean}) + "\n")
-        self._file.flush()
+        line = memoryview((json.dumps({"event": event, **clean}) + "\n").encode())
+        end = self._file.seek(0, os.SEEK_END)
+        with errors_name(self._path):
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(end)
+                raise
 
     def close(self) -> None:
         """Close the file."""

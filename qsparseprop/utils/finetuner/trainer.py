@@ -23,6 +23,7 @@ from .checkpoint import CheckpointError, random_state, read_checkpoint, set_rand
 from .diagnosis import first_bad_layer
 from .fit import FitLoop, FitResult
 from .history import Evaluation, History
+from .optimizer_state import describe_parameters, laid_out, match_optimizer_state
 
 __all__ = ["Finetuner", "NonFiniteLossError"]
 
@@ -41,6 +42,13 @@ class NonFiniteLossError(FloatingPointError):
     def __init__(self, loss: float, step: int, layer: str | None, sentence: str) -> None:
         super().__init__(f"the loss is {loss} in training step {step}: {sentence}")
         self.step, self.layer = step, layer
+
+
+def _does_not_go_with_it(error: Exception) -> CheckpointError:
+    # torch lists every key in a line of its own
+    sentence = " ".join(str(error).split())
+    reason = f"it lacks {sentence}" if isinstance(error, KeyError) else sentence
+    return CheckpointError(f"the checkpoint does not go with this training: {reason}")
 
 
 class Finetuner:
@@ -297,6 +305,7 @@ class Finetuner:
         checkpoint_every: int | None = None,
         progress: bool | None = None,
         time_layers: int = 0,
+        report: Callable[[str], None] | None = None,
     ) -> FitResult:
         """Train until `epochs` epochs are done, those before a `load` or `resume` included.
 
@@ -325,6 +334,8 @@ class Finetuner:
             Show tqdm's progress bar; None shows it in a terminal, where tqdm is installed.
         time_layers : int
             Time every module in so many of the first steps of this call, which are marked as warm-up.
+        report : callable, optional
+            Called with a line for people - loss, accuracy, seconds - at the end of every epoch.
 
         Returns
         -------
@@ -339,11 +350,15 @@ class Finetuner:
         CheckpointError
             If the checkpoint does not go with this training; nothing has changed then.
         TypeError, ValueError
-            For batches that can be iterated over only once, or numbers that make no sense.
+            For batches that can be iterated over only once, numbers that make no sense, or a folder that another
+            training is writing to.
+        OSError
+            If a file cannot be written, naming it; the last checkpoint stays.
         ImportError
             If tqdm is asked for and missing.
         """
-        loop = FitLoop(self, train_batches, epochs, evaluation_batches, folder, checkpoint_every, time_layers)
+        loop = FitLoop(self, train_batches, epochs, evaluation_batches, folder, checkpoint_every, time_layers,
+                       report)  # fmt: skip
         loop.check(resume)
         return loop.run(resume, progress)
 
@@ -354,6 +369,7 @@ class Finetuner:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "parameters": describe_parameters(self.model, self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "stateful": {name: item.state_dict() for name, item in self.stateful.items()},
             "random": random_state(),
@@ -371,29 +387,48 @@ class Finetuner:
         CheckpointError
             If it belongs to another model, optimizer or schedule; nothing has changed then.
         """
-        if (state.get("scheduler") is None) != (self.scheduler is None):
-            raise CheckpointError("only one of the checkpoint and this training has a learning rate schedule")
-        if set(state.get("stateful", {})) != set(self.stateful):
-            raise CheckpointError(f"the checkpoint has the further states {sorted(state.get('stateful', {}))}, this "
-                                  f"training {sorted(self.stateful)}")  # fmt: skip
+        try:
+            optimizer = self._check_state(state)
+        except Exception as error:
+            raise _does_not_go_with_it(error) from error
         before = copy.deepcopy(self.state_dict())
         try:
-            self._apply(state)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            self._apply({**state, "optimizer": optimizer})
+        # Whatever a damaged file or a foreign state_dict leads to: nothing of it may stay.
+        except Exception as error:
             self._apply(before)
-            raise CheckpointError(f"the checkpoint does not go with this training: {error}") from error
+            raise _does_not_go_with_it(error) from error
+
+    def _check_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the state's optimizer for this one; raises whatever it is that does not fit."""
+        schedule = state["scheduler"]
+        if (schedule is None) != (self.scheduler is None):
+            raise CheckpointError("only one of both has a learning rate schedule")
+        theirs, ours = (schedule or {}).get("total_steps"), getattr(self.scheduler, "total_steps", None)
+        if theirs != ours:
+            # torch takes the checkpoint's, and refuses to go on when they are over
+            raise CheckpointError(f"its learning rate schedule is one of {theirs} steps, this training's of {ours}")
+        if set(state["stateful"]) != set(self.stateful):
+            raise CheckpointError(f"it has the further states {sorted(state['stateful'])}, this training "
+                                  f"{sorted(self.stateful)}")  # fmt: skip
+        History.from_state_dict(state["history"]).check(state["epoch"], state["batch"])
+        if state["epoch_start"] is not None and state["epoch_start"].keys() != {"random", "loader"}:
+            raise CheckpointError("it does not say how its epoch began")
+        return match_optimizer_state(self.model, self.optimizer, state)
 
     def _apply(self, state: Mapping[str, Any]) -> None:
         for name, item in self.stateful.items():
             item.load_state_dict(state["stateful"][name])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(laid_out(self.optimizer, state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.history = History.from_state_dict(state["history"])
         self.epoch_start = state["epoch_start"]
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.resume_random = state["random"]
+        if self.epoch_start is not None:
+            set_random_state(self.epoch_start["random"])  # to be sure that it can be set
         set_random_state(state["random"])
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,101 @@
+"""How trained weights get into a model: all of them or none."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from qsparseprop.nn._weight import SparseWeight
+
+from ._errors import ConfigurationError
+from .state_files import read_state_dict
+
+__all__ = ["load_checkpoint", "load_state"]
+
+
+def load_state(
+    model: nn.Module, state: Mapping[str, torch.Tensor], new_head: bool = False, source: str = "the weights"
+) -> None:
+    """Load what ``model.load_state_dict`` would accept, or nothing.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Dense; changed in place.
+    state : mapping of str to Tensor
+        As in old files, ``num_batches_tracked`` may be missing.
+    new_head : bool
+        Leave the last layer (Linear or convolution) of the model as it is where its shapes differ from those in the
+        state, or where the state has none: a classifier for other classes.
+    source : str
+        What they are called in messages.
+
+    Raises
+    ------
+    ConfigurationError
+        (a ValueError) If keys or shapes do not match, naming them; the model is unchanged then.
+    """
+    wanted = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    # The values of a sparse layer may be as many as they like; it checks them itself.
+    free = tuple(f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, SparseWeight))
+    wrong = [key for key, value in wanted.items()
+             if key in state and value.shape != state[key].shape and not key.startswith(free)]  # fmt: skip
+    head = _head_keys(model)
+    taken = {key: value for key, value in state.items() if key not in wrong}
+    try:
+        # a trial on a copy: torch itself knows best what it takes, but loads the half of what it does not
+        missing, unexpected = copy.deepcopy(model).load_state_dict(taken, strict=False)
+        problems = []
+    except RuntimeError as error:
+        missing, unexpected, problems = [], [], [" ".join(str(error).split())]
+    missing = [key for key in missing if key not in wrong]
+    only_head = {*wrong, *missing} <= head and not unexpected and not problems
+    if only_head and new_head:
+        # all of it or nothing of it
+        taken = {key: value for key, value in taken.items() if not (wrong or missing) or key not in head}
+    else:
+        problems += [f"{key} is {tuple(state[key].shape)} there and {tuple(wanted[key].shape)} here" for key in wrong]
+        problems += [f"{key} is missing there" for key in missing]
+        problems += [f"{key} is unknown here" for key in unexpected]
+    if any(key.endswith(".crow_indices") for key in unexpected):
+        problems.insert(0, "they are those of a model with sparse layers")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        way_out = "; with new_head (--new-head) the model keeps its own, new classifier" if only_head else ""
+        raise ConfigurationError(f"{source} do not go with this model and data: {'; '.join(problems[:3])}{more}"
+                                 f"{way_out}")  # fmt: skip
+    model.load_state_dict(taken, strict=False)
+
+
+def _head_keys(model: nn.Module) -> set[str]:
+    """Keys of the last layer with a weight."""
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    return {f"{names[-1]}.{key}" for key in model.get_submodule(names[-1]).state_dict()} if names else set()
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a checkpoint file into `model`, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network of the matching architecture.
+    path : path-like
+        See `read_state_dict`.
+
+    Returns
+    -------
+    nn.Module
+        The same `model`.
+
+    Raises
+    ------
+    ConfigurationError
+        (a ValueError) If the file holds no weights, or keys or shapes do not match; the model is unchanged then.
+    """
+    load_state(model, read_state_dict(path), source=f"the weights in {os.fspath(path)}")
+    return model
