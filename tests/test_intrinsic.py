@@ -24,6 +24,8 @@ from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.models import resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_dense, swap_modules_with_sparse
 
+from ._helpers import set_weight
+
 SHAPES = st.tuples(st.integers(1, 70), st.sampled_from([1, 3, 15, 16, 17, 33, 64, 70, 128]))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
@@ -682,3 +684,25 @@ def test_saved_tensors_are_two_bytes_an_activation():
         y = block(torch.randn(64, 32, 16, 16, requires_grad=True))
     activations = sum(t.nbytes for t in saved if t.dtype in (torch.uint8, torch.int16))
     assert activations < 2.6 * y.numel()  # input with its padding, output, mask
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Hardsigmoid, nn.Mish])
+def test_what_follows_a_block_may_work_in_place(kind, handed_over):
+    """As behind the parts of the block, with the gradients that it has out of place."""
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), kind(inplace=inplace), nn.Conv2d(32, 8, 3))
+        net = net if handed_over else net[:3]
+        for layer in net:
+            if isinstance(layer, nn.Conv2d):
+                set_weight(layer, 0.1, 0)
+        x = torch.randn(2, 3, 9, 9)
+        swap_modules_with_sparse(net, x, include_dense=False, verbose=False, fuse=True)
+        torch.manual_seed(1)
+        y = net(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

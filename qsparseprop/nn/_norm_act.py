@@ -43,7 +43,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _images(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return rows.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+    # detached: torch lets nobody change a view in place that a function has made, as what follows a block may want to
+    return rows.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2).detach()
 
 
 @dataclass
