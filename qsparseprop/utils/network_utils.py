@@ -20,6 +20,7 @@ from qsparseprop.nn._weight import check_before_loading
 from qsparseprop.nn.intrinsic import QuantizedBNReLU2d
 from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils._carry import carry_attributes, carry_hooks, gradient_hooks, own_hooks
 from qsparseprop.utils._example import LayerInput, Runner, copy_model, make_runner, not_called, record
 from qsparseprop.utils._weights import Weights, weights_of
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
@@ -142,12 +143,6 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
     return None
 
 
-def _own_hooks(module: nn.Module) -> bool:
-    """Whether a layer has hooks other than prune's."""
-    pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, prune.BasePruningMethod)]
-    return bool(pre or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
     """Keep torch's encoders from computing, in evaluation, with weights instead of modules that are not dense."""
     replaced = any(isinstance(m, (SparseModule, sparse_nn.MultiheadAttention)) for m in encoder.modules())
@@ -157,6 +152,14 @@ def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder)
     kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))  # 1 and 2 let it take the fast path
     encoder.activation_relu_or_gelu = 0 if replaced else next(
         (i for i, (f, m) in enumerate(kinds, 1) if encoder.activation is f or isinstance(encoder.activation, m)), 0)
+
+
+def _untouched(module: nn.Module) -> nn.Module:
+    """A dense layer of the same kind that nobody has set anything on, small and without memory."""
+    kind = dense_type(module)
+    sizes = (2, 2) if kind in (nn.Linear, dense_conv1d()) else (2, 2, 1)
+    with torch.device("meta"):
+        return kind(*sizes)
 
 
 def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -330,8 +333,10 @@ def swap_modules_with_sparse(
             decision.reason = f"below min_sparsity={min_sparsity:g}"
         elif found.name == "":
             decision.reason = "it is the model itself: use from_dense"
-        elif _own_hooks(found.module):
+        elif own_hooks(found.module):
             decision.reason = "has hooks"
+        elif gradient_hooks(found.module):
+            decision.reason = "its parameters have gradient hooks: remove them first (handle.remove())"
         elif found.zeros == found.total and not found.masked:
             # a new head, LoRA's B, a residual branch or a ControlNet that starts at zero: it is there to learn
             decision.reason = "has no nonzero and no mask: it was initialised to zero, not pruned"
@@ -357,6 +362,7 @@ def swap_modules_with_sparse(
         layer = kind.from_dense(dense[name], qconfig=qconfig)
         if name in recorded and not prototype and not _pays(dense[name], layer, recorded[name], decision):
             continue
+        carry_attributes(dense[name], layer, _untouched(dense[name]))
         decision.swapped = True
         sparse[name] = layer
 
@@ -441,8 +447,9 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
     -------
     torch.nn.Module
         The model (or its copy); where it is a sparse layer itself, the dense one. A module that appears in several
-        places is replaced by one in all of them; parameters of replaced layers are new ones. Hooks on sparse layers
-        are not taken over.
+        places is replaced by one in all of them; parameters of replaced layers are new ones. Hooks of modules, and
+        attributes that somebody has set on layers or their parameters, are taken over; gradient hooks of parameters
+        are not.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -451,7 +458,13 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
     if not inplace:
         model = copy_model(model)
     unfuse_modules(model)
-    _replace_children(model, {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseModule)})
+    replacements = {}
+    for module in model.modules():
+        if isinstance(module, SparseModule):
+            dense = replacements[id(module)] = module.to_dense()
+            carry_hooks(module, dense)
+            carry_attributes(module, dense, type(module).like(dense, module.qconfig))
+    _replace_children(model, replacements)
     return model
 
 
