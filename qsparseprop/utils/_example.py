@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import random
+import types
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qsparseprop.nn._dense import dense_type, dense_weight, trains_weight
 
@@ -37,18 +43,18 @@ def make_runner(model: nn.Module, example: Any) -> Runner:
     if isinstance(example, Mapping):
         return _arguments((), {key: _filled(model, value) for key, value in example.items()})
     if callable(example):
-        return _callable(example)
+        return _callable(model, example)
     if not isinstance(example, (tuple, list)):
         raise TypeError("input_shape must be a shape, a tensor, a tuple or dict of these, or a callable that runs the "
                         f"model, got {type(example).__name__}")  # fmt: skip
-    if all(isinstance(item, (int, float)) for item in example):
+    if all(isinstance(item, Real) for item in example):  # numpy's numbers are some
         return _arguments((_tensor_of_shape(model, example),), {})
     return _arguments(tuple(_filled(model, item) for item in example), {})
 
 
 def _tensor_of_shape(model: nn.Module, shape: Sequence[Any]) -> Tensor:
-    shape = tuple(shape)
-    if not shape or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+    shape = tuple(int(n) if _is_size(n) else n for n in shape)
+    if not shape or not all(_is_size(n) and n > 0 for n in shape):
         raise ValueError(f"input_shape must be positive integers, batch included, got {shape!r}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     # neither values nor the state of torch's generator should depend on a conversion
@@ -57,8 +63,12 @@ def _tensor_of_shape(model: nn.Module, shape: Sequence[Any]) -> Tensor:
 
 def _filled(model: nn.Module, item: Any) -> Any:
     """An argument: a shape becomes a tensor, anything else is what it is."""
-    is_shape = isinstance(item, (tuple, list)) and item and all(type(n) is int for n in item)
+    is_shape = isinstance(item, (tuple, list)) and item and all(map(_is_size, item))
     return _tensor_of_shape(model, item) if is_shape else item
+
+
+def _is_size(n: Any) -> bool:
+    return isinstance(n, Integral) and not isinstance(n, bool)
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Runner:
@@ -74,15 +84,37 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Runner:
     return run
 
 
-def _callable(function: Callable[..., Any]) -> Runner:
-    """A function of the model, or one without parameters that runs a model of its own."""
+def _callable(original: nn.Module, function: Callable[..., Any]) -> Runner:
+    """A function of the model, or one without parameters, which runs the one that it knows."""
     try:
         inspect.signature(function).bind(None)
+        takes_model = True
     except TypeError:
-        return lambda model: function()
+        takes_model = False
     except ValueError:  # has no signature
-        pass
-    return function
+        takes_model = True
+
+    def run(model: nn.Module) -> Any:
+        with _in_the_place_of(original, model):
+            return function(model) if takes_model else function()
+
+    return run
+
+
+@contextlib.contextmanager
+def _in_the_place_of(original: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Let who holds a model, as a function may, find the parts of a copy in it."""
+    if model is original:
+        yield
+        return
+    own = dict(vars(original))
+    vars(original).clear()
+    vars(original).update(vars(model))
+    try:
+        yield
+    finally:
+        vars(original).clear()
+        vars(original).update(own)
 
 
 # ---- a model as it was ----
@@ -123,30 +155,81 @@ def random_state_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Leave attributes, buffers and gradients of a model as they were, whatever a forward pass does to them."""
-    attributes = [(m, dict(vars(m))) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    holders = [value for _, values in attributes for value in values.values() if isinstance(value, (dict, list, set))]
+    """Leave attributes, parameters, buffers and gradients of a model as they were, whatever a forward pass does to it.
+
+    Included are the contents of lists, dicts and the like, and modules that are only there.
+    """
+    attributes, holders, tensors = _reachable(model)
     contents = [(holder, copy.copy(holder)) for holder in holders]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    grads = [(p, p.grad) for p in model.parameters()]
+    grads = [(t, t.grad) for t in tensors if t.is_leaf and t.grad is not None]
+    leaves = [t for t in tensors if t.is_leaf and t.grad is None]
+    values = [(t, t.detach().clone()) for t in [*tensors, *(grad for _, grad in grads)] if _can_be_kept(t)]
     try:
         yield
     finally:
-        for module, values in attributes:
+        for module, own in attributes:
             vars(module).clear()
-            vars(module).update(values)
+            vars(module).update(own)
         for holder, content in contents:
-            if isinstance(holder, list):
-                holder[:] = content
-            else:
-                holder.clear()
-                holder.update(content)
+            holder.clear()
+            (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value) and not buffer.is_inference():
-                    buffer.copy_(value)
-        for parameter, grad in grads:
+            for tensor, value in values:
+                data = tensor.detach()
+                if data.shape != value.shape or data.dtype != value.dtype:
+                    tensor.data = value
+                elif not torch.equal(data, value):
+                    data.copy_(value)
+        for parameter, grad in [*grads, *((leaf, None) for leaf in leaves)]:
             parameter.grad = grad
+
+
+def _can_be_kept(tensor: Tensor) -> bool:
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or is_traceable_wrapper_subclass(tensor):
+        return False
+    if tensor.is_inference() or tensor.is_meta:
+        return False
+    return tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def _reachable(model: nn.Module) -> tuple[list[tuple[nn.Module, dict[str, Any]]], list[Any], list[Tensor]]:
+    """Modules with their attributes, containers that may change, and tensors, each once: all that a model holds.
+
+    Also by methods, partial functions, closures and weak references.
+    """
+    attributes, holders, tensors = [], [], []
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [model]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value  # a temporary one must not give its id to another
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
+            attributes.append((value, dict(vars(value))))
+            waiting.extend(vars(value).values())
+        elif isinstance(value, torch.jit.ScriptModule):
+            tensors.extend(value.buffers())
+            tensors.extend(value.parameters())
+        elif isinstance(value, (dict, list, set, deque)):
+            holders.append(value)
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, (tuple, frozenset)):
+            waiting.extend(value)
+        elif isinstance(value, functools.partial):
+            waiting.extend((value.func, value.args, value.keywords))
+        elif isinstance(value, types.MethodType):
+            waiting.extend((value.__self__, value.__func__))
+        elif isinstance(value, types.FunctionType):
+            waiting.extend((value.__closure__ or (), value.__defaults__, value.__kwdefaults__))
+        elif isinstance(value, types.CellType):
+            with contextlib.suppress(ValueError):  # not filled yet
+                waiting.append(value.cell_contents)
+        elif isinstance(value, weakref.ref):
+            waiting.append(value())
+    return attributes, holders, tensors
 
 
 # ---- what a run shows ----
@@ -178,6 +261,19 @@ class _WatchedParameter(nn.Parameter):
 #: What is the same of the values of a sparse weight.
 _HARMLESS = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "requires_grad", "is_cuda", "is_cpu",
              "is_meta", "layout", "is_leaf", "grad", "grad_fn")} | {Tensor.is_floating_point, torch.is_floating_point}
+
+
+def _watch(parameter: nn.Parameter, tell: Callable[[], None]) -> None:
+    """Have a parameter tell, as the object that it is, since others may hold it."""
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = _WatchedParameter
+        parameter.tell = tell
+
+
+def _watch_no_more(parameter: nn.Parameter) -> None:
+    if type(parameter) is _WatchedParameter:
+        parameter.__class__ = nn.Parameter
+        del parameter.tell
 
 
 def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[str, LayerInput], set[str]]:
@@ -221,15 +317,14 @@ def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[st
                 inside -= 1
 
         layer.forward = watched
-        weight = _WatchedParameter(layer.weight.detach(), layer.weight.requires_grad)
-        layer.register_parameter("weight", weight)  # which looks at it
-        weight.tell = lambda: None if inside else read.add(name)
+        _watch(layer.weight, lambda: None if inside else read.add(name))
 
     for name in names:
         layer = probe.get_submodule(name)
         _bake_mask(layer)
         watch(name, layer)
-    with random_state_kept(), torch.enable_grad():
+    # what a function keeps is no part of the copy, but of the model
+    with state_kept(model), random_state_kept(), torch.enable_grad():
         run(probe)
     return inputs, read
 
@@ -247,9 +342,23 @@ def _bake_mask(layer: nn.Module) -> None:
         prune.remove(layer, "weight")
 
 
-def not_called(model: nn.Module, layers: Mapping[str, nn.Module], run: Runner) -> list[str]:
-    """Which of some layers a model does not call when it is run; it is left as it was."""
+def not_called(
+    model: nn.Module, layers: Mapping[str, nn.Module], replaced: Mapping[str, nn.Module], run: Runner
+) -> list[str]:
+    """Which of some layers a model does not call when it is run, or computes with what they have replaced.
+
+    The model is left as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers, replaced : mapping of str to nn.Module
+        What is in the model now, and what was there before.
+    run : callable
+        See `make_runner`.
+    """
     called: set[str] = set()
+    outdated: set[str] = set()
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         # the first run of lazy modules cannot be taken back
         model = copy_model(model)
@@ -263,10 +372,29 @@ def not_called(model: nn.Module, layers: Mapping[str, nn.Module], run: Runner) -
             return forward(*args, **kwargs)
 
         layer.forward = heard
+        for parameter in replaced[name].parameters():
+            _watch(parameter, lambda: outdated.add(name))
 
     with state_kept(model), random_state_kept():
         for name, layer in layers.items():
             listen(name, layer)
-        with torch.enable_grad():
-            run(model)
-    return [name for name in layers if name not in called]
+        try:
+            with torch.enable_grad():
+                run(model)
+        finally:
+            for layer in replaced.values():
+                for parameter in layer.parameters():
+                    _watch_no_more(parameter)
+    return [name for name in layers if name not in called or name in outdated]
+
+
+def still_held(model: nn.Module, replaced: Mapping[str, nn.Module]) -> list[str]:
+    """Which of some layers that were replaced a model still holds, or their parameters, beside its modules.
+
+    In lists, dicts, kept methods and the like: for what other branches of its forward pass call, or for somebody who
+    collects parameters there.
+    """
+    attributes, _, tensors = _reachable(model)
+    held = {id(module) for module, _ in attributes} | {id(tensor) for tensor in tensors}
+    return [name for name, layer in replaced.items()
+            if id(layer) in held or any(id(p) in held for p in layer.parameters())]  # fmt: skip
