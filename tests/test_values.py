@@ -51,6 +51,18 @@ MISUSES = {
     "singular values": lambda w: torch.linalg.svdvals(w),
     "outer": lambda w: torch.outer(w, w),
     "broadcast": lambda w: w + torch.randn(30, 20),
+    # of shapes that fit by chance, or always
+    "beside as many columns": lambda w: w - torch.randn(30, w.numel()),
+    "scaled rows": lambda w: w * torch.ones(30, 1),
+    "scaled rows from the left": lambda w: torch.ones(30, 1) / w,
+    "copied into a matrix": lambda w: torch.zeros(30, w.numel()).copy_(w),
+    "interpolated": lambda w: torch.lerp(torch.zeros(30, w.numel()), w, 0.5),
+    "compared": lambda w: w > torch.ones(30, 1),
+    "distance": lambda w: F.mse_loss(w, torch.zeros(1, w.numel())),
+    "repeated": lambda w: w.repeat(2, 1),
+    "strided": lambda w: w.as_strided((2, 2), (2, 1)),
+    "quantile": lambda w: w.quantile(0.5, 0),
+    "covariance": lambda w: torch.cov(w),
 }
 
 
@@ -178,3 +190,10 @@ def test_names_may_be_spared():
         parameter_groups(model, 0.1, ["3"])
     with pytest.raises(ValueError, match="-1"):
         parameter_groups(model, -1)
+
+
+def test_files_of_parameters_are_read_with_weights_only(layer, tmp_path):
+    torch.save(layer.state_dict(keep_vars=True), tmp_path / "parameters.pt")
+    weight = torch.load(tmp_path / "parameters.pt", weights_only=True)["weight"]
+    assert type(weight) is SparseValues
+    assert torch.equal(weight.detach(), layer.weight.detach())
