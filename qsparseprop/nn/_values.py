@@ -26,8 +26,8 @@ _MATRIX = _named(
     "matmul __matmul__ __rmatmul__ mm mv bmm addmm addmv addbmm baddbmm einsum tensordot inner outer ger kron "
     "chain_matmul t adjoint transpose swapaxes swapdims movedim moveaxis permute cdist pdist cosine_similarity "
     "linear bilinear embedding normalize conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
-    "pinverse svd qr cov corrcoef vander kthvalue unbind __iter__ matrix_norm cond det slogdet eigh eig svdvals multi_dot "
-    "vecdot",
+    "pinverse svd qr cov corrcoef vander kthvalue unbind __iter__ matrix_norm cond det slogdet eigh eig svdvals "
+    "multi_dot vecdot",
     torch, Tensor, F, torch.linalg,
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}  # fmt: skip
 
