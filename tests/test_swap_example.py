@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import threading
 import weakref
 from collections import deque
 
@@ -310,9 +311,33 @@ class WeakReferences(InAList):
         return self.c(self.stages[0]()(self.a(self.b(x))))
 
 
+class ViewsOfWeights(InAList):
+    """Kept from the beginning, as some layers keep a transposed weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.transposed = [self.b.weight.t(), self.a.weight.detach().t()]
+
+    def forward(self, x):
+        return self.c(self.b(x @ self.transposed[1]) + self.a(x @ self.transposed[0]))
+
+
+class PartsOfOneTensor(InAList):
+    def __init__(self):
+        super().__init__()
+        both = nn.Parameter(torch.stack([self.b.weight, self.a.weight]).detach())
+        self.b.weight.data, self.a.weight.data = both.data[0], both.data[1]
+        self.both = both
+
+    def forward(self, x):
+        return self.c(self.a(self.b(x)) + x @ self.both[0])
+
+
 @pytest.mark.parametrize(
-    "kind", [AtItsPlaceToo, AtItsPlaceInEvaluation, WeightsInAList, WeightsInAFunction, WeakReferences]
-)
+    "kind",
+    [AtItsPlaceToo, AtItsPlaceInEvaluation, WeightsInAList, WeightsInAFunction, WeakReferences, ViewsOfWeights,
+     PartsOfOneTensor],
+)  # fmt: skip
 @pytest.mark.parametrize("example", [torch.ones(4, 64), None])
 def test_layers_that_are_called_at_their_place_and_elsewhere_stay_dense(kind, example):
     model = kind().eval()
@@ -324,9 +349,70 @@ def test_layers_that_are_called_at_their_place_and_elsewhere_stay_dense(kind, ex
     assert type(model.c) is SparseLinear
     assert all(decisions(model)[name].reason for name in "ab")
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
-    model.train()(x).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    if kind is not ViewsOfWeights:  # whose graph ends where it was made
+        model.train()(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
     assert all(type(p) is nn.Parameter and not vars(p) for layer in before for p in layer.parameters())
+
+
+def test_weights_that_were_read_from_one_file_are_no_parts_of_one_tensor():
+    model = nn.Sequential(sparse_linear(), sparse_linear(seed=1))
+    memory = torch.cat([p.detach().reshape(-1) for p in model.parameters()])  # as safetensors reads files
+    for p, part in zip(model.parameters(), memory.split([p.numel() for p in model.parameters()]), strict=True):
+        p.data = part.view_as(p)
+    swap(model, (4, 64))
+    assert type(model[0]) is type(model[1]) is SparseLinear
+
+
+def test_compiled_models():
+    compiled = torch.compile(nn.Sequential(sparse_linear(), nn.Sequential(sparse_linear(seed=1))), backend="eager")
+    x = torch.randn(4, 64)
+    wanted = compiled(x)
+    swap(compiled, x)
+    assert [d.swapped for d in compiled.swap_report] == [True, True]
+    torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_layer_stays_dense():  # what was compiled is the layer as it was
+    model = nn.Sequential(torch.compile(sparse_linear(), backend="eager"), sparse_linear(seed=1))
+    swap(model, None, include_dense=False)
+    assert [d.swapped for d in model.swap_report] == [False, True]
+
+
+def test_inference_mode_ends_where_layers_are_made():
+    with torch.inference_mode():
+        model = swap(nn.Sequential(sparse_linear()), (4, 64))
+    assert not model[0].weight.is_inference()
+    model[0].weight.requires_grad_().sum().backward()
+
+
+def test_models_may_keep_outputs():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.features, self.last = sparse_linear(), [], {}
+
+        def forward(self, x):
+            self.features.append(self.a(x))
+            self.last["output"] = self.features[-1]
+            return self.features[-1]
+
+    model = Keeps()
+    output = model(torch.randn(4, 64))
+    copied = swap(model, (4, 64), inplace=False)
+    swap(model, (4, 64))
+    assert type(model.a) is type(copied.a) is SparseLinear
+    assert model.last["output"] is model.features[0] is output
+    assert copied.last["output"] is copied.features[0]
+    assert torch.equal(copied.features[0], output.detach())
+
+
+def test_a_model_that_cannot_be_copied():
+    model = nn.Sequential(sparse_linear())
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match="include_dense=False"):
+        swap(model, (4, 64))
+    assert type(swap(model, None, include_dense=False)[0]) is SparseLinear
 
 
 def test_a_module_list_is_no_such_list():
@@ -381,7 +467,7 @@ def test_neither_run_changes_what_a_model_holds():
             self.norms = [nn.BatchNorm1d(64)]
             norm = nn.BatchNorm1d(64)
             self.kept = lambda x: norm(x)
-            self.norm_of_kept = [norm]
+            self.norm_of_kept, self.generator = [norm], torch.Generator().manual_seed(1)
 
         def forward(self, x):
             with torch.no_grad():
@@ -389,7 +475,7 @@ def test_neither_run_changes_what_a_model_holds():
                 self.seen.add_(1)
             self.nested["calls"]["n"] += 1
             self.nested["log"][0].append(x.shape)
-            self.queue.append(2)
+            self.queue.append(torch.rand(1, generator=self.generator))
             return self.kept(self.norms[0](self.a(x)))
 
     model = Momentum()
@@ -404,6 +490,7 @@ def test_neither_run_changes_what_a_model_holds():
     assert not model.seen.any()
     assert model.nested == {"calls": {"n": 0}, "log": [[]]}
     assert model.queue == deque([1])
+    assert torch.equal(model.generator.get_state(), torch.Generator().manual_seed(1).get_state())
     assert not model.norms[0].running_mean.any()
     assert not model.norm_of_kept[0].num_batches_tracked
 

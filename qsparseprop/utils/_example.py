@@ -7,13 +7,14 @@ import copy
 import functools
 import inspect
 import random
+import sys
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,24 +122,15 @@ def _in_the_place_of(original: nn.Module, model: nn.Module) -> Iterator[None]:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Deep copy that also takes models with prune's masks attached.
+    """Deep copy that also takes models which hold tensors that are part of a graph: the copy's are not.
 
-    Prune keeps the masked weight as a plain attribute, which after a forward pass is part of a graph and as such
-    refused by deepcopy; for the time of the copy a detached view stands in.
+    deepcopy refuses these. Prune's masked weights are such after a forward pass, and so are outputs that models keep.
     """
-    attributes = [
-        (module, key, value)
-        for module in model.modules()
-        for key, value in vars(module).items()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    try:
-        for module, key, value in attributes:
-            vars(module)[key] = value.detach()
-        return copy.deepcopy(model)
-    finally:
-        for module, key, value in attributes:
-            vars(module)[key] = value
+    memo: dict[int, Any] = {}
+    for tensor in _reachable(model).tensors:
+        if not tensor.is_leaf:
+            memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo)
+    return copy.deepcopy(model, memo)
 
 
 @contextlib.contextmanager
@@ -154,12 +146,23 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _watchable() -> Iterator[None]:
+    """With gradients, as in training, and by the interpreter: compiled code does not call what watches layers."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # which takes seconds to import; where nobody has, nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Leave attributes, parameters, buffers and gradients of a model as they were, whatever a forward pass does to it.
 
     Included are the contents of lists, dicts and the like, and modules that are only there.
     """
-    attributes, holders, tensors = _reachable(model)
+    attributes, holders, tensors, generators = _reachable(model)
+    random_states = [generator.get_state() for generator in generators]
     contents = [(holder, copy.copy(holder)) for holder in holders]
     grads = [(t, t.grad) for t in tensors if t.is_leaf and t.grad is not None]
     leaves = [t for t in tensors if t.is_leaf and t.grad is None]
@@ -180,6 +183,8 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                     tensor.data = value
                 elif not torch.equal(data, value):
                     data.copy_(value)
+        for generator, random_state in zip(generators, random_states, strict=True):
+            generator.set_state(random_state)
         for parameter, grad in [*grads, *((leaf, None) for leaf in leaves)]:
             parameter.grad = grad
 
@@ -192,12 +197,21 @@ def _can_be_kept(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_quantized
 
 
-def _reachable(model: nn.Module) -> tuple[list[tuple[nn.Module, dict[str, Any]]], list[Any], list[Tensor]]:
-    """Modules with their attributes, containers that may change, and tensors, each once: all that a model holds.
+class _Held(NamedTuple):
+    """What a model holds: modules with their attributes, containers that may change, and more, each once."""
+
+    attributes: list[tuple[nn.Module, dict[str, Any]]]
+    holders: list[Any]
+    tensors: list[Tensor]
+    generators: list[torch.Generator]
+
+
+def _reachable(model: nn.Module) -> _Held:
+    """All that a model holds by its attributes, and these by theirs.
 
     Also by methods, partial functions, closures and weak references.
     """
-    attributes, holders, tensors = [], [], []
+    attributes, holders, tensors, generators = found = _Held([], [], [], [])
     seen: dict[int, Any] = {}
     waiting: list[Any] = [model]
     while waiting:
@@ -229,7 +243,9 @@ def _reachable(model: nn.Module) -> tuple[list[tuple[nn.Module, dict[str, Any]]]
                 waiting.append(value.cell_contents)
         elif isinstance(value, weakref.ref):
             waiting.append(value())
-    return attributes, holders, tensors
+        elif isinstance(value, torch.Generator):
+            generators.append(value)
+    return found
 
 
 # ---- what a run shows ----
@@ -296,7 +312,11 @@ def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[st
     read : set of str
         Layers whose weight was computed with outside of their own forward pass.
     """
-    probe = copy_model(model)
+    try:
+        probe = copy_model(model)
+    except Exception as error:
+        raise TypeError(f"the model cannot be copied to be run on the example: {error}. include_dense=False replaces "
+                        "layers without running it") from error  # fmt: skip
     probe.train(model.training)
     inputs: dict[str, LayerInput] = {}
     read: set[str] = set()
@@ -324,7 +344,7 @@ def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[st
         _bake_mask(layer)
         watch(name, layer)
     # what a function keeps is no part of the copy, but of the model
-    with state_kept(model), random_state_kept(), torch.enable_grad():
+    with state_kept(model), random_state_kept(), _watchable():
         run(probe)
     return inputs, read
 
@@ -379,7 +399,7 @@ def not_called(
         for name, layer in layers.items():
             listen(name, layer)
         try:
-            with torch.enable_grad():
+            with _watchable():
                 run(model)
         finally:
             for layer in replaced.values():
@@ -394,7 +414,21 @@ def still_held(model: nn.Module, replaced: Mapping[str, nn.Module]) -> list[str]
     In lists, dicts, kept methods and the like: for what other branches of its forward pass call, or for somebody who
     collects parameters there.
     """
-    attributes, _, tensors = _reachable(model)
-    held = {id(module) for module, _ in attributes} | {id(tensor) for tensor in tensors}
-    return [name for name, layer in replaced.items()
-            if id(layer) in held or any(id(p) in held for p in layer.parameters())]  # fmt: skip
+    found = _reachable(model)
+    modules = {id(module) for module, _ in found.attributes}
+    taken = [place for tensor in found.tensors if (place := _memory(tensor)) is not None]
+
+    def holds(layer: nn.Module) -> bool:
+        places = [place for p in layer.parameters() if (place := _memory(p)) is not None]
+        return id(layer) in modules or any(a < end and start < b for a, b in places for start, end in taken)
+
+    return [name for name, layer in replaced.items() if holds(layer)]
+
+
+def _memory(tensor: Tensor) -> tuple[int, int] | None:
+    """Where a tensor begins and ends; files are read into one storage, so that this tells more than the storage."""
+    if not _can_be_kept(tensor) or not tensor.numel():
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

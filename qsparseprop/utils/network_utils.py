@@ -216,9 +216,10 @@ def _put_back_what_is_not_called(
     _replace_children(model, {id(sparse[name]): dense[name] for name in names})
     for name in names:
         decisions[name].swapped = False
-        decisions[name].reason = "is also in a list, a function or a kept method, where it cannot be replaced"
+        decisions[name].reason = "is also in a list, function, kept method or other tensor, where it cannot be replaced"
 
 
+@torch.inference_mode(False)  # what is made in it could not be trained
 def swap_modules_with_sparse(
     model: nn.Module,
     input_shape: Sequence[Any] | Tensor | Mapping[str, Any] | Callable[..., Any] | None,
