@@ -197,3 +197,43 @@ def test_files_of_parameters_are_read_with_weights_only(layer, tmp_path):
     weight = torch.load(tmp_path / "parameters.pt", weights_only=True)["weight"]
     assert type(weight) is SparseValues
     assert torch.equal(weight.detach(), layer.weight.detach())
+
+
+def converted(layer, function):
+    """By each of the ways that torch has to convert parameters."""
+    function(torch.__future__, True)
+    try:
+        return layer.double()
+    finally:
+        function(torch.__future__, False)
+
+
+BECOMES = {
+    "set": lambda m: setattr(m, "weight", nn.Parameter(torch.ones(m.nonzeros))),
+    "registered": lambda m: m.register_parameter("weight", nn.Parameter(torch.ones(m.nonzeros))),
+    "meta": lambda m: m.to("meta"),
+    "to_empty": lambda m: m.to("meta").to_empty(device="cpu"),
+    "overwritten": lambda m: converted(m, lambda f, on: f.set_overwrite_module_params_on_conversion(on)),
+    "swapped": lambda m: converted(m, lambda f, on: f.set_swap_module_params_on_conversion(on)),
+}
+
+
+@pytest.mark.parametrize("become", BECOMES.values(), ids=BECOMES)
+def test_whatever_becomes_the_weight_is_such_values(layer, become):
+    layer.weight.requires_grad_(False)
+    with torch.no_grad():
+        become(layer)
+    assert type(layer.weight) is SparseValues
+    with pytest.raises(NotImplementedError, match=r"dense_weight\(\)"):
+        layer.weight.t()
+
+
+def test_weights_of_whole_modules_of_earlier_versions(layer):
+    layer.weight.__class__ = nn.Parameter  # as they were pickled then
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    file = pickle.dumps((layer, optimizer))
+    assert b"SparseValues" not in file
+    loaded, optimizer = pickle.loads(file)
+    assert type(loaded.weight) is SparseValues
+    assert [len(group["params"]) for group in parameter_groups(loaded, 0.1)] == [1, 1]
+    assert optimizer.param_groups[0]["params"][0] is loaded.weight

@@ -124,6 +124,16 @@ class SparseValues(nn.Parameter):
 treat_as_tensor(SparseValues)
 
 
+def as_values(parameter: Tensor | None) -> None:
+    """Make a vector that became the weight of a sparse layer refuse what values refuse.
+
+    In place, since optimizers know the object: parameters of earlier versions' files, of ``to("meta")`` and the like,
+    and those that somebody has set, are plain.
+    """
+    if type(parameter) is nn.Parameter and parameter.ndim == 1:
+        parameter.__class__ = SparseValues
+
+
 def _rebuild(data: Tensor, requires_grad: bool) -> SparseValues:
     return SparseValues(data, requires_grad)
 
