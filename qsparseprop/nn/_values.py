@@ -60,6 +60,23 @@ _SECOND = _named("norm vector_norm quantile nanquantile", torch, Tensor, torch.l
 _SELECTS = _named("topk renorm flip roll", torch, Tensor)
 
 
+#: Steps of torch's optimizers that read and write the state of a parameter by its size, and look at no other.
+_FUSED = _named("_fused_adam_ _fused_adamw_ _fused_sgd_ _fused_adagrad_", torch)
+
+
+def _check_fused(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse to step a parameter by a state or gradient of another size, which would write beside it in memory."""
+    parameters, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, (tuple, list)))
+    for values in others:
+        for parameter, value in zip(parameters, values, strict=False):
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise RuntimeError(
+                    f"the optimizer keeps a state of shape {tuple(value.shape)} for a parameter of shape "
+                    f"{tuple(parameter.shape)}: a pattern has changed without it. Make a new one after loading a state "
+                    "of another pattern, and give it to apply_further_mask, regrow and GradualPruner"
+                )
+
+
 def _wants_dimension(function: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a function was told a dimension."""
     if any(kwargs.get(name) is not None for name in ("dim", "axis", "dims")):
@@ -97,6 +114,9 @@ class SparseValues(nn.Parameter):
                 or (func in _BROADCASTING and _beside_a_matrix(args, kwargs))):  # fmt: skip
             # no TypeError, which Python's operators would replace by one of their own
             raise NotImplementedError(f"{getattr(func, '__name__', func)}: {_WAY_OUT}")
+        if func in _FUSED:
+            with torch._C.DisableTorchFunctionSubclass():
+                _check_fused(args, kwargs)
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
