@@ -4,6 +4,7 @@ import copy
 import functools
 import random
 import threading
+import types
 import weakref
 from collections import deque
 
@@ -612,3 +613,60 @@ def test_a_copy_of_the_model_is_recorded_with_its_masks():
     swap(model, (4, 64), skip_modules=["0"])
     assert prune.is_pruned(model[0])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+# ---- what a layer has beside its weight ----
+
+
+def calls_another(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+BESIDE = {
+    "forward": (calls_another, "forward was replaced"),
+    "bound forward": (
+        lambda m: setattr(m, "forward", types.MethodType(lambda self, x: 2 * nn.Linear.forward(self, x), m)),
+        "forward was replaced",
+    ),
+    "parameter": (lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(64))), "holds scale"),
+    "module": (lambda m: m.add_module("adapter", nn.Linear(64, 64)), "holds adapter"),
+    "hook of its state": (lambda m: m.register_state_dict_pre_hook(lambda *_: None), "has hooks"),
+    "hook of loading": (lambda m: m.register_load_state_dict_post_hook(lambda *_: None), "has hooks"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize("example", [torch.ones(4, 64), None])
+def test_layers_that_are_more_than_their_type_stay_dense(change, words, example):
+    model = nn.Sequential(sparse_linear(), sparse_linear(seed=1))
+    change(model[0])
+    x = torch.randn(4, 64)
+    wanted = model(x)
+    swap(model, example, include_dense=example is not None)
+    assert type(model[0]) is nn.Linear
+    assert type(model[1]) is SparseLinear
+    assert words in decisions(model)["0"].reason
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_what_is_noted_at_parameters_is_taken_over(pruned):
+    model = nn.Sequential(sparse_linear())
+    if pruned:
+        prune.l1_unstructured(model[0], "weight", 0.9)
+    weight = model[0].weight_orig if pruned else model[0].weight
+    weight._no_weight_decay = model[0].bias.lr_scale = 0.5
+    hook = weight.register_hook(lambda grad: grad)
+    swap(model, (4, 64))
+    assert model[0].weight._no_weight_decay == model[0].bias.lr_scale == 0.5
+    assert "hooks of its parameters" in decisions(model)["0"].reason
+    hook.remove()
+
+
+def test_weights_of_single_bytes_stay_dense():
+    layer = sparse_linear().to(torch.float8_e4m3fn)
+    model = swap(nn.Sequential(layer), None, include_dense=False, min_sparsity=0.0)
+    assert "float8" in decisions(model)["0"].reason
+    with pytest.raises(TypeError, match="float8"):
+        SparseLinear.from_dense(layer)

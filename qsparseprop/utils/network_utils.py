@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qsparseprop import nn as sparse_nn
+from qsparseprop.contents import is_convertible
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
@@ -45,6 +46,10 @@ _PROTOTYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: sparse_nn.FakeQuantLinear,
     nn.Conv2d: sparse_nn.FakeQuantConv2d,
 }
+
+
+_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
+          "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
 
 
 def _replacements() -> dict[type[nn.Module], tuple[type[SparseModule], type[SparseModule]]]:
@@ -130,22 +135,44 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
         return found.foreign.reason
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "shares a parameter with another module"
+    if "forward" in vars(module):
+        return "its forward was replaced by another one"
+    if (own := _own_parts(module)):
+        return f"holds {own} beside its weight"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     weight, _ = dense_weight(module)
     if weight.device.type != "cpu":
         return f"on device {weight.device}"
-    if not weight.is_floating_point():
+    if not is_convertible(weight.dtype) or weight.element_size() < 2:
         return f"weight of dtype {weight.dtype}"
     if not torch.isfinite(weight).all():
         return "weight has NaN or Inf"
     return None
 
 
+def _own_parts(module: nn.Module) -> str:
+    """Parameters and modules that a layer holds, which its type and prune know nothing of."""
+    known = {"weight", "bias", "weight_orig", "bias_orig", "parametrizations"}
+    return ", ".join(name for name in (*module._parameters, *module._modules) if name not in known)
+
+
 def _own_hooks(module: nn.Module) -> bool:
     """Whether a layer has hooks other than prune's."""
     pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, prune.BasePruningMethod)]
-    return bool(pre or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(pre or any(getattr(module, hooks) for hooks in _HOOKS))
+
+
+def _take_over_attributes(dense: nn.Module, sparse: nn.Module) -> bool:
+    """Give new parameters what others have noted at the old ones; whether these had hooks, which stay behind."""
+    hooks = False
+    for name in ("weight", "bias"):
+        old, new = (m._parameters.get(name) for m in (dense, sparse))
+        old = dense._parameters.get(f"{name}_orig") if old is None else old
+        if old is not None and new is not None:
+            vars(new).update(vars(old))
+            hooks = hooks or bool(old._backward_hooks or old._post_accumulate_grad_hooks)
+    return hooks
 
 
 def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
@@ -363,6 +390,9 @@ def swap_modules_with_sparse(
         layer = kind.from_dense(dense[name], qconfig=qconfig)
         if name in recorded and not prototype and not _pays(dense[name], layer, recorded[name], decision):
             continue
+        if _take_over_attributes(dense[name], layer):
+            why = "hooks of its parameters were left behind"
+            decision.reason = f"{decision.reason}, {why}" if decision.reason else why
         decision.swapped = True
         sparse[name] = layer
 
