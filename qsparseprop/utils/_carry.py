@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-#: Of nn.Module: what it calls by itself.
+#: Of nn.Module: what it calls by itself, and flags of these.
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
+_OTHER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
+          "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
 
 
 def own_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks other than those of torch.nn.utils.prune, which belong to its weight."""
     pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, nn.utils.prune.BasePruningMethod)]
-    return bool(pre or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(pre or any(getattr(module, hooks) for hooks in _OTHER))
 
 
 def gradient_hooks(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qsparseprop import nn as sparse_nn
+from qsparseprop.contents import is_convertible
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
@@ -21,7 +22,7 @@ from qsparseprop.nn.intrinsic import QuantizedBNReLU2d
 from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._carry import carry_attributes, carry_hooks, gradient_hooks, own_hooks
-from qsparseprop.utils._example import LayerInput, Runner, copy_model, make_runner, not_called, record
+from qsparseprop.utils._example import LayerInput, Runner, copy_model, make_runner, not_called, record, still_held
 from qsparseprop.utils._weights import Weights, weights_of
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
 from qsparseprop.utils.measurement_utils import compare_interleaved
@@ -131,16 +132,26 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
         return found.foreign.reason
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "shares a parameter with another module"
+    if "forward" in vars(module):
+        return "its forward was replaced by another one"
+    if (own := _own_parts(module)):
+        return f"holds {own} beside its weight"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     weight, _ = dense_weight(module)
     if weight.device.type != "cpu":
         return f"on device {weight.device}"
-    if not weight.is_floating_point():
+    if not is_convertible(weight.dtype) or weight.element_size() < 2:
         return f"weight of dtype {weight.dtype}"
     if not torch.isfinite(weight).all():
         return "weight has NaN or Inf"
     return None
+
+
+def _own_parts(module: nn.Module) -> str:
+    """Parameters and modules that a layer holds, which its type and prune know nothing of."""
+    known = {"weight", "bias", "weight_orig", "bias_orig", "parametrizations"}
+    return ", ".join(name for name in (*module._parameters, *module._modules) if name not in known)
 
 
 def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
@@ -198,26 +209,31 @@ def _put_back_what_is_not_called(
     model: nn.Module,
     dense: Mapping[str, nn.Module],
     sparse: Mapping[str, nn.Module],
-    run: Runner,
+    run: Runner | None,
     decisions: Mapping[str, SwapDecision],
 ) -> None:
-    """Run the swapped model itself, and undo the replacement of layers that it still calls in their dense form.
+    """Undo the replacement of layers that a model holds, or calls, in their dense form as well.
 
-    Modules that a model has in a Python list or in a function besides their place in it cannot be replaced there.
+    Modules that a model has in a Python list or in a function besides their place in it cannot be replaced there. Where
+    there is a `run`, the swapped model itself is run once more, to see what no look at its attributes shows.
     """
+    replaced = {name: dense[name] for name in sparse}
+    held = still_held(model, replaced)
     try:
-        unused = not_called(model, sparse, run)
+        unused = [] if run is None else not_called(model, sparse, replaced, run)
     except Exception as error:
         _replace_children(model, {id(layer): dense[name] for name, layer in sparse.items()})
         raise RuntimeError("the model runs on the example as it is, but not with sparse layers, so nothing was "
                            f"replaced: {error}. If it computes with the weight of a layer, name that layer in "
                            "skip_modules.") from error  # fmt: skip
-    _replace_children(model, {id(sparse[name]): dense[name] for name in unused})
-    for name in unused:
+    names = [name for name in sparse if name in held or name in unused]
+    _replace_children(model, {id(sparse[name]): dense[name] for name in names})
+    for name in names:
         decisions[name].swapped = False
-        decisions[name].reason = "is called from a list or a kept method, where it cannot be replaced"
+        decisions[name].reason = "is also in a list, function, kept method or other tensor, where it cannot be replaced"
 
 
+@torch.inference_mode(False)  # what is made in it could not be trained
 def swap_modules_with_sparse(
     model: nn.Module,
     input_shape: Sequence[Any] | Tensor | Mapping[str, Any] | Callable[..., Any] | None,
@@ -265,7 +281,7 @@ def swap_modules_with_sparse(
         Time each layer, dense and sparse, forward and backward, at its real input, and leave it dense where that is
         faster, where the model computes with its weight directly, or where the model, which is run once more after the
         swap, does not call the layer that has replaced it. Otherwise the model is not run at all, and every layer that
-        is sparse enough is replaced.
+        is sparse enough is replaced, except for those that the model also holds in a list, a dict or a kept method.
     qconfig : QuantConfig, optional
         For the quantised modules.
     fuse : bool
@@ -306,9 +322,10 @@ def swap_modules_with_sparse(
         run = None
     named = dict(model.named_modules())
     skipped: set[int] = set()
+    every_name = dict(model.named_modules(remove_duplicate=False))
     for item in skip_modules or ():
-        module = item if isinstance(item, nn.Module) else named.get(item)
-        if module is None:
+        module = item if isinstance(item, nn.Module) else every_name.get(item)
+        if module is None or not any(module is m for m in named.values()):
             raise ValueError(f"skip_modules names {item!r}, which the model does not have")
         skipped.update(id(m) for m in module.modules())
     if not inplace:
@@ -367,7 +384,7 @@ def swap_modules_with_sparse(
         sparse[name] = layer
 
     _replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
-    if run is not None and sparse:
+    if sparse:
         _put_back_what_is_not_called(model, dense, sparse, run, candidates)
     if fuse:
         fused = fuse_modules(model)
