@@ -73,13 +73,14 @@ def image(t: Tensor) -> Tensor:
 
 
 def run(layer: nn.Module, x: Tensor, dy: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Output and all gradients: of the input, of the weight, and of the bias."""
+    """Output and all gradients: of the input, of the weight (a layer without weights gets none), and of the bias."""
     x = x.detach().requires_grad_()
     layer.zero_grad()
     y = layer(x)
     torch.manual_seed(seed)
     y.backward(dy)
-    return y.detach(), x.grad, layer.weight.grad.clone(), None if layer.bias is None else layer.bias.grad.clone()
+    grad = layer.weight.new_zeros(0) if layer.weight.numel() == 0 else layer.weight.grad.clone()
+    return y.detach(), x.grad, grad, None if layer.bias is None else layer.bias.grad.clone()
 
 
 def output_like(dense: nn.Module, x: Tensor, seed: int) -> Tensor:
