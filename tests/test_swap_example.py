@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 from qsparseprop.nn import QuantizedSparseLinear, SparseConv1d, SparseLinear
 from qsparseprop.utils import network_utils
-from qsparseprop.utils.network_utils import swap_modules_with_sparse
+from qsparseprop.utils.network_utils import swap_modules_for_state, swap_modules_with_sparse, unfold_attention
 
 from ._helpers import set_weight
 
@@ -356,6 +356,37 @@ def test_layers_that_are_called_at_their_place_and_elsewhere_stay_dense(kind, ex
     assert all(type(p) is nn.Parameter and not vars(p) for layer in before for p in layer.parameters())
 
 
+def test_other_replacements_mind_them_as_well():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.MultiheadAttention(16, 2), nn.MultiheadAttention(16, 2)
+            self.kept = [self.a]
+
+        def forward(self, x):
+            return self.kept[0](x, x, x)[0] + self.b(x, x, x)[0]
+
+    model = Attends()
+    a, x = model.a, torch.randn(3, 2, 16)
+    wanted = model(x)
+    unfold_attention(model)
+    assert model.a is a
+    assert type(model.b) is not nn.MultiheadAttention
+    torch.testing.assert_close(model(x), wanted)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (sparse_linear(seed=seed) for seed in range(3))
+
+    state = swap(Plain(), None, include_dense=False).state_dict()
+    model = InAList()
+    before = model.a, model.b, model.c
+    with pytest.raises(ValueError, match=r"^a, b: "):
+        swap_modules_for_state(model, state)
+    assert (model.a, model.b, model.c) == before
+
+
 def test_weights_that_were_read_from_one_file_are_no_parts_of_one_tensor():
     model = nn.Sequential(sparse_linear(), sparse_linear(seed=1))
     memory = torch.cat([p.detach().reshape(-1) for p in model.parameters()])  # as safetensors reads files
@@ -667,3 +698,11 @@ def test_weights_of_single_bytes_stay_dense():
     assert "float8" in decisions(model)["0"].reason
     with pytest.raises(TypeError, match="float8"):
         SparseLinear.from_dense(layer)
+
+
+def test_a_layer_of_the_same_name_is_told_apart():
+    kind = type("Linear", (nn.Module,), {"__module__": "elsewhere"})
+    layer = kind()
+    layer.weight = nn.Parameter(torch.zeros(64, 64))
+    model = swap(nn.Sequential(layer), None, include_dense=False)
+    assert decisions(model)["0"].reason == "nothing sparse replaces elsewhere.Linear"

@@ -408,7 +408,7 @@ def not_called(
     return [name for name in layers if name not in called or name in outdated]
 
 
-def still_held(model: nn.Module, replaced: Mapping[str, nn.Module]) -> list[str]:
+def still_held(model: nn.Module, replaced: Mapping[Any, nn.Module]) -> list[Any]:
     """Which of some layers that were replaced a model still holds, or their parameters, beside its modules.
 
     In lists, dicts, kept methods and the like: for what other branches of its forward pass call, or for somebody who

@@ -122,10 +122,10 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
         return f"{kind} is a subclass whose weight does not exist yet"
     dense_types = tuple(_replacements())
     if dense_type(module) not in dense_types:
+        own = f"{type(module).__module__}.{kind}" if kind in {t.__name__ for t in dense_types} else kind
         if isinstance(module, dense_types):
-            own = f"{type(module).__module__}.{kind}" if kind in {t.__name__ for t in dense_types} else kind
             return f"{own} is a subclass with a behaviour of its own"
-        return f"nothing sparse replaces {kind}"
+        return f"nothing sparse replaces {own}"
     if foreign_parametrization(module):
         return "has a parametrization"
     if found.foreign is not None:
@@ -427,7 +427,8 @@ def swap_modules_for_state(
     Raises
     ------
     ValueError
-        If a layer that is sparse in the state is none in the model, naming it; nothing has changed then.
+        If a layer that is sparse in the state is none in the model, or one that cannot be replaced wherever the model
+        holds it, naming it; nothing has changed then.
     """
     if qconfig is not None and not quantize:
         raise ValueError("qconfig only goes with quantize=True")
@@ -436,7 +437,7 @@ def swap_modules_for_state(
     suffix = ".crow_indices"
     names = [key.removesuffix(suffix) for key in state_dict if key.endswith(suffix)]
     named = dict(model.named_modules(remove_duplicate=False))
-    replacements = {}
+    replacements, replaced = {}, {}
     for name in names:
         dense = named.get(name)
         if isinstance(dense, SparseModule):
@@ -444,8 +445,14 @@ def swap_modules_for_state(
         if dense is None or dense_type(dense) not in _replacements():
             kind = "does not have it" if dense is None else f"has a {type(dense).__name__} there"
             raise ValueError(f"{name} is a sparse layer in the state, the model {kind}")
-        replacements[id(dense)] = _replacements()[dense_type(dense)][quantize].like(dense, qconfig)
+        if id(dense) not in replacements:
+            replacements[id(dense)] = _replacements()[dense_type(dense)][quantize].like(dense, qconfig)
+            replaced[name] = dense
     _replace_children(model, replacements)
+    if held := still_held(model, replaced):
+        _replace_children(model, {id(replacements[id(dense)]): dense for dense in replaced.values()})
+        raise ValueError(f"{', '.join(held)}: sparse in the state, but the model also holds the layer in a list, "
+                         "function or kept method, where it cannot be replaced")  # fmt: skip
     if fuse:
         fuse_modules(model)
     return model
@@ -500,10 +507,13 @@ def unfold_attention(model: nn.Module) -> nn.Module:
     torch.nn.Module
         The same `model`; parameters of the projections are new ones.
     """
-    replacements = {}
+    replacements, replaced = {}, {}
     for module in model.modules():
         plain = type(module) is nn.MultiheadAttention and not prune.is_pruned(module)
         if plain and module.bias_k is None and not module.add_zero_attn:
             replacements[id(module)] = sparse_nn.MultiheadAttention.from_dense(module)
+            replaced[id(module)] = module
     _replace_children(model, replacements)
+    held = still_held(model, replaced)
+    _replace_children(model, {id(replacements[key]): replaced[key] for key in held})
     return model
