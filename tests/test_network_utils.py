@@ -749,3 +749,15 @@ def test_layers_whose_parameters_have_gradient_hooks_stay_dense(net, kind):
     handle.remove()
     swap(net)
     assert type(net.last) is QuantizedSparseConv2d
+
+
+def test_the_way_back_replaces_every_place_or_none(net):
+    model = swap(net)
+    model.tail = [model.last]
+    before = model.last
+    with pytest.raises(ValueError, match="also holds last in a list"):
+        swap_modules_with_dense(model)
+    assert model.last is before
+    assert type(model.head) is QuantizedSparseLinear
+    del model.tail
+    assert type(swap_modules_with_dense(model).last) is nn.Conv2d

@@ -448,14 +448,21 @@ def swap_modules_for_state(
         if id(dense) not in replacements:
             replacements[id(dense)] = _replacements()[dense_type(dense)][quantize].like(dense, qconfig)
             replaced[name] = dense
-    _replace_children(model, replacements)
-    if held := still_held(model, replaced):
-        _replace_children(model, {id(replacements[id(dense)]): dense for dense in replaced.values()})
-        raise ValueError(f"{', '.join(held)}: sparse in the state, but the model also holds the layer in a list, "
-                         "function or kept method, where it cannot be replaced")  # fmt: skip
+    _replace_or_refuse(model, replaced, replacements)
     if fuse:
         fuse_modules(model)
     return model
+
+
+def _replace_or_refuse(
+    model: nn.Module, replaced: Mapping[str, nn.Module], replacements: Mapping[int, nn.Module]
+) -> None:
+    """Replace layers, given by their names, by what `replacements` has for their ids, or change nothing."""
+    _replace_children(model, dict(replacements))
+    if held := still_held(model, replaced):
+        _replace_children(model, {id(replacements[id(layer)]): layer for layer in replaced.values()})
+        raise ValueError(f"the model also holds {', '.join(held)} in a list, function or kept method, where layers "
+                         "cannot be replaced")  # fmt: skip
 
 
 def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module:
@@ -474,6 +481,12 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
         places is replaced by one in all of them; parameters of replaced layers are new ones. Hooks of modules, and
         attributes that somebody has set on layers or their parameters, are taken over; gradient hooks of parameters
         are not.
+
+    Raises
+    ------
+    ValueError
+        If the model also holds a sparse layer where it cannot be replaced (a list, a kept method), naming it; no layer
+        was replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -482,13 +495,13 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
     if not inplace:
         model = copy_model(model)
     unfuse_modules(model)
+    replaced = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
     replacements = {}
-    for module in model.modules():
-        if isinstance(module, SparseModule):
-            dense = replacements[id(module)] = module.to_dense()
-            carry_hooks(module, dense)
-            carry_attributes(module, dense, type(module).like(dense, module.qconfig))
-    _replace_children(model, replacements)
+    for module in replaced.values():
+        dense = replacements[id(module)] = module.to_dense()
+        carry_hooks(module, dense)
+        carry_attributes(module, dense, type(module).like(dense, module.qconfig))
+    _replace_or_refuse(model, replaced, replacements)
     return model
 
 
