@@ -227,6 +227,7 @@ def swap_modules_with_sparse(
     include_dense: bool = True,
     qconfig: QuantConfig | None = None,
     fuse: bool = False,
+    on_layer: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Replace the layers of a model that are sparse enough, and faster so.
 
@@ -270,6 +271,8 @@ def swap_modules_with_sparse(
         BatchNorm2d with the ReLU behind them, and of a sparse linear layer and its ReLU or GELU, see
         `qsparseprop.utils.fusion.fuse_modules`. What was fused, or why not, is in the report. Blocks of images return
         channels_last tensors.
+    on_layer : callable, optional
+        Called with the name of each layer before it is timed, which takes seconds where layers are large.
 
     Returns
     -------
@@ -354,6 +357,8 @@ def swap_modules_with_sparse(
         if name not in recorded and run is not None and not prototype:
             decision.reason = "not reached by the example input, so not timed"
             continue
+        if on_layer is not None:
+            on_layer(name)
         layer = kind.from_dense(dense[name], qconfig=qconfig)
         if name in recorded and not prototype and not _pays(dense[name], layer, recorded[name], decision):
             continue
