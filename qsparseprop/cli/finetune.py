@@ -147,7 +147,7 @@ def _told_on(quiet: bool) -> Iterator[Progress | None]:
         return
     _refuse_missing(("tqdm", "tqdm"))
     with contextlib.closing(Progress("finetune")) as progress:
-        progress.stage("importing torch", 0.02)
+        progress.stage("importing packages", 0.02)
         yield progress
 
 

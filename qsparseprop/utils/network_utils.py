@@ -6,6 +6,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils import prune
 from qsparseprop import nn as sparse_nn
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
+from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization, trains_weight
 from qsparseprop.nn._weight import check_before_loading
 from qsparseprop.nn.intrinsic import QuantizedBNReLU2d
 from qsparseprop.nn.transposed_linear import dense_conv1d
@@ -172,6 +173,33 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
         guard_merging(model)
 
 
+#: Layers of the same kind and sizes whose sparsities differ by no more are timed once: less than a stopwatch can tell.
+_SAME_SPARSITY = 0.01
+
+
+class _Stopwatch:
+    """Times layers, those that are alike once."""
+
+    def __init__(self) -> None:
+        self._timed: dict[tuple[Any, ...], list[tuple[SwapDecision, bool]]] = {}
+
+    def pays(self, dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
+        """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
+        weight, bias, x = dense_weight(dense)[0], dense_bias(dense), seen.x
+        # what decides how long it takes, except for the zeros
+        key = (dense_type(dense), dense.extra_repr(), weight.shape, weight.stride(), weight.dtype, trains_weight(dense),
+               None if bias is None else bias[1], x.shape, x.stride(), x.dtype, seen.requires_grad)  # fmt: skip
+        timed = self._timed.setdefault(key, [])
+        for other, pays in timed:
+            if abs(other.sparsity - decision.sparsity) <= _SAME_SPARSITY:
+                decision.dense_ms, decision.sparse_ms = other.dense_ms, other.sparse_ms
+                decision.reason = ", ".join(part for part in (other.reason, f"timed as {other.name}") if part)
+                return pays
+        pays = _pays(dense, sparse, seen, decision)
+        timed.append((replace(decision), pays))
+        return pays
+
+
 def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
     """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
     steps = {
@@ -260,10 +288,10 @@ def swap_modules_with_sparse(
     min_sparsity : float
         Layers with a smaller fraction of zeros stay dense.
     include_dense : bool
-        Time each layer, dense and sparse, forward and backward, at its real input, and leave it dense where that is
-        faster, where the model computes with its weight directly, or where the model, which is run once more after the
-        swap, does not call the layer that has replaced it. Otherwise the model is not run at all, and every layer that
-        is sparse enough is replaced.
+        Time each layer, dense and sparse, forward and backward, at its real input (one of those that differ in nothing
+        but at most 1 % of zeros), and leave it dense where that is faster, where the model computes with its weight
+        directly, or where the model, which is run once more after the swap, does not call the layer that has replaced
+        it. Otherwise the model is not run at all, and every layer that is sparse enough is replaced.
     qconfig : QuantConfig, optional
         For the quantised modules.
     fuse : bool
@@ -346,6 +374,7 @@ def swap_modules_with_sparse(
     recorded, read = record(model, candidates, run) if run is not None and candidates else ({}, set())
     dense = {name: named[name] for name in candidates}
     sparse: dict[str, nn.Module] = {}
+    stopwatch = _Stopwatch()
     for name, decision in candidates.items():
         of = dense_type(dense[name])
         kind = _PROTOTYPES[of] if prototype else _replacements()[of][quantize]
@@ -360,7 +389,7 @@ def swap_modules_with_sparse(
         if on_layer is not None:
             on_layer(name)
         layer = kind.from_dense(dense[name], qconfig=qconfig)
-        if name in recorded and not prototype and not _pays(dense[name], layer, recorded[name], decision):
+        if name in recorded and not prototype and not stopwatch.pays(dense[name], layer, recorded[name], decision):
             continue
         decision.swapped = True
         sparse[name] = layer
