@@ -165,7 +165,7 @@ def section(document: dict[str, Any]) -> str:
                 f"{fp32['step_ms'] / run['step_ms']:.2f}x | {best['step_ms'] / run['step_ms']:.2f}x |"
             )
         stem = f"{document['name']}-{100 * float(sparsity):g}"
-        lines += ["", f"![Loss and accuracy against time]({stem}.png)", ""]
+        lines += ["", f"![Accuracy against time]({stem}.png)", ""]
         if document.get("bars"):
             lines += [f"![Time of a step and memory]({stem}-bars.png)", ""]
     return "\n".join(lines)

@@ -46,6 +46,7 @@ def wait_for(pattern, text):
 def test_a_terminal_has_a_bar_at_once_and_one_for_what_is_counted(progress, capsys):
     shown, screen = progress(terminal=True)
     assert "job:   0%" in screen.getvalue()
+    assert min(shown._bar.ncols, shown._bar.nrows) > 0  # with less tqdm shows nothing
     shown.stage("reading", 0.2)
     wait_for(r"job:   0%.*reading", screen.getvalue)
     shown.stage("training", 0.6)

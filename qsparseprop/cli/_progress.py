@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -47,8 +48,10 @@ class Progress:
     def _add_bar(self, name: str, total: int, bar_format: str, **options: Any) -> Any:
         if not self._terminal:
             return None
+        # Some terminals do not tell their size; tqdm would show nothing then.
+        columns, rows = shutil.get_terminal_size()
         return self._tqdm(total=total, desc=name, bar_format=bar_format, leave=False, position=len(self._counters),
-                          dynamic_ncols=True, **options)  # fmt: skip
+                          ncols=columns, nrows=rows, **options)  # fmt: skip
 
     # ---- what the work calls ----
 

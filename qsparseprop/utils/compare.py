@@ -119,7 +119,7 @@ class CompareConfig:
     compress_saved: bool = False
     sparse_fp32: bool = False
     blocks: str = "all"
-    evaluations: int = 3
+    evaluations: int = 2
     max_images: int | None = None
     epochs: int = 1
     pretrain_epochs: int = 1

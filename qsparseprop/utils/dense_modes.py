@@ -27,7 +27,7 @@ DENSE_MODES = (
 #: second one.
 _FAR_BEHIND = (4.0, 1.5)
 #: What no cold start explains: the first pass rules nothing out that takes less.
-_COLD_STEP_SECONDS = 3.0
+_COLD_STEP_SECONDS = 1.5
 #: The part of a batch that is tried first, and the seconds that it may take in any case.
 _PART, _COLD_SECONDS = 16, 1.0
 
