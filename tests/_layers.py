@@ -17,7 +17,16 @@ from qsparseprop.geometry import all_lanes
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.quantization import QuantConfig
 
-from ._helpers import FLOAT_SUM, ROUNDING, dequantized, dequantized_weight, generator, relative_error, set_weight
+from ._helpers import (
+    FLOAT_SUM,
+    ROUNDING,
+    dequantized,
+    dequantized_weight,
+    generator,
+    relative_error,
+    set_weight,
+    value_gradient,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ def run(layer: nn.Module, x: Tensor, dy: Tensor, seed: int = 0) -> tuple[Tensor,
     y = layer(x)
     torch.manual_seed(seed)
     y.backward(dy)
-    return y.detach(), x.grad, layer.weight.grad.clone(), None if layer.bias is None else layer.bias.grad.clone()
+    bias = None if layer.bias is None else layer.bias.grad.clone()
+    return y.detach(), x.grad, value_gradient(layer).clone(), bias
 
 
 def output_like(dense: nn.Module, x: Tensor, seed: int) -> Tensor:

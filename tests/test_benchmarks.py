@@ -203,6 +203,7 @@ def results(tmp_path, *arguments):
     return document, page
 
 
+@pytest.mark.nightly
 def test_results_of_whole_runs_become_a_page(tmp_path):
     document, page = results(tmp_path, "digits", "--sparsity", "0.9", "--minutes", "1")
     runs = ["dense_fp32", "dense_best", "sparse_fp32", "qsparseprop", "compressed", "blocks"]
@@ -213,6 +214,7 @@ def test_results_of_whole_runs_become_a_page(tmp_path):
     assert f"--images {document['config']['max_images']} " in page
 
 
+@pytest.mark.nightly
 def test_results_of_a_transformer_and_of_a_production_network(tmp_path, shared_dir):
     data = ("--data", str(shared_dir / "data"))
     _, page = results(tmp_path, "vit", *data, "--sparsity", "0.95")

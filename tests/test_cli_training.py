@@ -72,8 +72,8 @@ def test_a_single_training_learns_and_its_checkpoint_can_be_shown(npz, tmp_path,
 
 @pytest.mark.parametrize("options", [
     ("--prune", "gradual", "--sparsity", "0.96"),
-    ("--scheme", "dense", "--precision", "fp32"),
-    ("--prune", "uniform", "--scheme", "input=standard,grad=absmax"),
+    pytest.param(("--scheme", "dense", "--precision", "fp32"), marks=pytest.mark.nightly),
+    pytest.param(("--prune", "uniform", "--scheme", "input=standard,grad=absmax"), marks=pytest.mark.nightly),
 ], ids=str)  # fmt: skip
 def test_a_terminated_training_is_resumed(options, npz, tmp_path, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -512,6 +512,7 @@ def assert_same_content(ours, theirs, where=""):
         assert ours == theirs, where
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_kill_at_any_point_of_writing_a_checkpoint_changes_nothing_but_the_time(start, tmp_path):
     """A resumed training ends with the uninterrupted one's last checkpoint, bit for bit and as a whole."""
@@ -545,6 +546,7 @@ def finish(process):
     return out.split()
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing_but_the_last_step(start, tmp_path):
     folder = tmp_path / "killed"

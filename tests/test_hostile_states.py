@@ -291,7 +291,7 @@ def test_expanded_tensors_survive_a_file():
 # ---- at random ----
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by calls of Linux")
 def test_random_corrupted_checkpoints(number):
     script = Path(__file__).with_name("_fuzz_states.py").read_text()

@@ -429,7 +429,7 @@ def test_sizes_of_a_pattern_come_before_its_contents():
 # ---- at random ----
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by calls of Linux")
 def test_random_hostile_tensors(number):
     script = Path(__file__).with_name("_fuzz_tensors.py").read_text()

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
 from qsparseprop.quantization import QuantConfig
-from qsparseprop.utils import network_utils
+from qsparseprop.utils import _layer_timing
 from qsparseprop.utils.measurement_utils import Comparison, Spread
 from qsparseprop.utils.network_utils import (
     SwapDecision,
@@ -478,7 +478,7 @@ def test_what_is_within_the_noise_is_said(net, monkeypatch, sparse_ms):
     def timed(steps):
         return Comparison({"dense": 1e-3, "sparse": 1e-3 * sparse_ms}, Spread(1 / sparse_ms, 0.8, 1.3), 25)
 
-    monkeypatch.setattr(network_utils, "compare_interleaved", timed)
+    monkeypatch.setattr(_layer_timing, "compare_interleaved", timed)
     swap_modules_with_sparse(net, SHAPE, verbose=False)
     d = decisions(net)["head"]
     assert d.swapped == (sparse_ms < 1)
@@ -498,7 +498,7 @@ def test_layers_that_differ_in_hardly_any_zeros_are_timed_once(monkeypatch):
         dense, sparse = next(times)
         return Comparison({"dense": dense, "sparse": sparse}, Spread(dense / sparse, 0.4, 2.5), 9)
 
-    monkeypatch.setattr(network_utils, "compare_interleaved", timed)
+    monkeypatch.setattr(_layer_timing, "compare_interleaved", timed)
     model = nn.Sequential(
         # the first one gets an input that wants no gradient
         layer(), layer(), layer(density=0.104), layer(density=0.15), layer(bias=False), layer(frozen=True),
@@ -729,3 +729,59 @@ def test_patch_embeddings(patch, timed):
     swap_modules_with_sparse(model, x, include_dense=timed, quantize=False, verbose=False)
     assert timed or type(model[0]) is SparseConv2d
     assert relative_error(model(x), wanted) < 1e-5
+
+
+# ---- what users have set ----
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_attributes_of_layers_and_parameters_go_along(net, inplace):
+    net.last.learning_rate_scale, net.last.group_name = 0.5, "tail"
+    net.last.weight._no_weight_decay = True
+    net.last.bias.tag = "bias"
+    net.train()
+    net.last.eval()
+    model = swap(net, inplace=inplace)
+    assert type(model.last) is QuantizedSparseConv2d
+    assert (model.last.learning_rate_scale, model.last.group_name) == (0.5, "tail")
+    if inplace:  # torch's copies of parameters are without their attributes
+        assert model.last.weight._no_weight_decay
+        assert model.last.bias.tag == "bias"
+    assert not model.last.training
+    back = swap_modules_with_dense(model)
+    assert (back.last.learning_rate_scale, back.last.group_name) == (0.5, "tail")
+    assert hasattr(back.last.weight, "_no_weight_decay") == inplace
+    assert set(vars(back.last)) - set(vars(net.stem)) == {"learning_rate_scale", "group_name"}
+
+
+def test_attributes_of_pruned_layers_go_along(net):
+    prune.l1_unstructured(net.last, "weight", 0.9)
+    net.last.weight_orig.tag = "weight"
+    net.last.name = "last"
+    swap(net)
+    assert (net.last.name, net.last.weight.tag) == ("last", "weight")
+    assert not {"weight_orig", "weight_mask"} & set(vars(net.last))
+
+
+def test_hooks_of_sparse_layers_go_along_on_the_way_back(net, images):
+    model, seen = swap(net), []
+    handles = [model.last.register_forward_hook(lambda *_: seen.append("forward")),
+               model.last.register_forward_pre_hook(lambda *_: seen.append("pre")),
+               model.last.register_full_backward_hook(lambda *_: seen.append("backward"))]  # fmt: skip
+    model = swap_modules_with_dense(model)
+    model(images).sum().backward()
+    assert seen == ["pre", "forward", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(images)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_layers_whose_parameters_have_gradient_hooks_stay_dense(net, kind):
+    handle = getattr(net.last.weight, kind)(lambda *_: None)
+    assert "gradient hooks" in decisions(swap(net))["last"].reason
+    assert type(net.last) is nn.Conv2d
+    handle.remove()
+    swap(net)
+    assert type(net.last) is QuantizedSparseConv2d

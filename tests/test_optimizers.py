@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
+from qsparseprop.nn import SparseLinear
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
-from ._helpers import generator, relative_error
+from ._helpers import generator, relative_error, set_weight
 
 STEPS = 12
 
@@ -110,3 +111,34 @@ def test_parameter_groups_and_the_optimizers_state():
         second.load_state_dict(copy.deepcopy(first.state_dict()))
         train(model, second)
     assert_same_weights(*models, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("change", ["state", "regrow", "optimizer's state"])
+@pytest.mark.parametrize("name", ["SGD momentum", "Adam", "AdamW", "Adagrad"])
+def test_fused_steps_by_a_state_of_another_size_are_refused(name, change):
+    """They would write beside the state in memory, of which torch checks nothing."""
+    kind, options = OPTIMIZERS[name]
+
+    def make(density):
+        torch.manual_seed(0)
+        layer = SparseLinear.from_dense(set_weight(nn.Linear(64, 64), density, 0))
+        return layer, kind(layer.parameters(), **options, fused=True)
+
+    layer, optimizer = make(0.1)
+    other, fresh = make(0.2)
+    x = torch.randn(4, 64)
+    layer(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if change == "state":
+        layer.load_state_dict(other.state_dict())
+    elif change == "regrow":
+        layer.regrow(other.mask())
+    else:
+        fresh.load_state_dict(optimizer.state_dict())
+        layer, optimizer = other, fresh
+    layer(x).sum().backward()
+    weight = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="Make a new one"):
+        optimizer.step()
+    assert torch.equal(layer.weight.detach(), weight)

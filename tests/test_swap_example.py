@@ -1,7 +1,12 @@
 """What a model is run on when it is swapped, and what that shows: inputs, weights that are read, layers not called."""
 
 import copy
+import functools
 import random
+import threading
+import types
+import weakref
+from collections import deque
 
 import numpy as np
 import pytest
@@ -9,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from qsparseprop.nn import QuantizedSparseLinear, SparseLinear
-from qsparseprop.utils import network_utils
+from qsparseprop.nn import QuantizedSparseLinear, SparseConv1d, SparseLinear
+from qsparseprop.utils import _layer_timing
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 from ._helpers import set_weight
@@ -25,7 +30,7 @@ def _sparse_is_faster(_seeded, monkeypatch):
         decision.dense_ms, decision.sparse_ms = 2.0, 1.0
         return True
 
-    monkeypatch.setattr(network_utils, "_pays", pays)
+    monkeypatch.setattr(_layer_timing, "_pays", pays)
 
 
 def sparse_linear(inputs=64, outputs=64, seed=0):
@@ -71,9 +76,54 @@ def test_forms_of_input(example):
     assert decisions(model)["a"].input_shape == (4, 64)
 
 
-def test_a_function_without_parameters_runs_the_model_itself():
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: lambda: model(X, X), lambda model: functools.partial(lambda m: m(X, X), model),
+        lambda model: lambda other: model(X, X), lambda model: lambda n=3: model(X, X),
+    ],
+)  # fmt: skip
+def test_a_function_may_know_the_model(make, inplace):
     model = Two()
-    assert "not reached" in decisions(swap(model, lambda: model(X, X)))["a"].reason  # a copy is watched
+    swapped = swap(model, make(model), inplace=inplace)
+    assert decisions(swapped)["a"].input_shape == (4, 64)
+    assert type(swapped.a) is SparseLinear
+    assert (type(model.a) is SparseLinear) == inplace
+
+
+def test_sizes_may_be_numpys():
+    assert type(swap(nn.Sequential(sparse_linear()), tuple(np.array([4, 64])))[0]) is SparseLinear
+    assert type(swap(Two(), ((np.int64(4), 64), (4, np.int32(64)))).a) is SparseLinear
+
+
+def test_layers_are_called_by_the_names_of_their_arguments():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = sparse_linear(), set_weight(nn.Conv1d(4, 4, 3, padding=1), 0.1, 0)
+
+        def forward(self, x):
+            return self.b(input=self.a(input=x))
+
+    model = ByName()
+    x = torch.randn(2, 4, 64)
+    wanted = model(x)
+    swap(model, x)
+    assert type(model.a) is SparseLinear
+    assert type(model.b) is SparseConv1d
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_layers_to_skip_may_be_given_by_any_of_their_names():
+    def shared():
+        model = nn.Sequential(sparse_linear())
+        model.alias = model[0]
+        return model
+
+    assert type(swap(shared(), (4, 64), skip_modules=["alias"])[0]) is nn.Linear
+    with pytest.raises(ValueError, match="does not have"):
+        swap(shared(), (4, 64), skip_modules=[nn.Linear(64, 64)])
 
 
 @pytest.mark.parametrize(
@@ -222,6 +272,150 @@ def test_layers_called_from_elsewhere_stay_dense(kind, inplace):
         assert all(p.grad is not None for p in swapped.parameters())
 
 
+class AtItsPlaceToo(InAList):
+    def forward(self, x):
+        return self.c(self.a(self.b(super().forward(x))))
+
+
+class AtItsPlaceInEvaluation(InAList):
+    def forward(self, x):
+        return super().forward(x) if self.training else self.c(self.a(self.b(x)))
+
+
+class WeightsInAList(InAList):
+    def __init__(self):
+        super().__init__()
+        self.weights = [self.b.weight, self.a.weight]
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = nn.functional.linear(x, weight)
+        return self.c(self.b(self.a(x)))
+
+
+class WeightsInAFunction(InAList):
+    def __init__(self):
+        super().__init__()
+        b, a = self.b.weight, self.a.weight
+        self.stages = lambda x: x @ b @ a
+
+    def forward(self, x):
+        return self.c(self.b(self.a(self.stages(x))))
+
+
+class WeakReferences(InAList):
+    def __init__(self):
+        super().__init__()
+        self.stages = [weakref.ref(self.b), weakref.ref(self.a)]
+
+    def forward(self, x):
+        return self.c(self.stages[0]()(self.a(self.b(x))))
+
+
+class ViewsOfWeights(InAList):
+    """Kept from the beginning, as some layers keep a transposed weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.transposed = [self.b.weight.t(), self.a.weight.detach().t()]
+
+    def forward(self, x):
+        return self.c(self.b(x @ self.transposed[1]) + self.a(x @ self.transposed[0]))
+
+
+class PartsOfOneTensor(InAList):
+    def __init__(self):
+        super().__init__()
+        both = nn.Parameter(torch.stack([self.b.weight, self.a.weight]).detach())
+        self.b.weight.data, self.a.weight.data = both.data[0], both.data[1]
+        self.both = both
+
+    def forward(self, x):
+        return self.c(self.a(self.b(x)) + x @ self.both[0])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [AtItsPlaceToo, AtItsPlaceInEvaluation, WeightsInAList, WeightsInAFunction, WeakReferences, ViewsOfWeights,
+     PartsOfOneTensor],
+)  # fmt: skip
+@pytest.mark.parametrize("example", [torch.ones(4, 64), None])
+def test_layers_that_are_called_at_their_place_and_elsewhere_stay_dense(kind, example):
+    model = kind().eval()
+    x = torch.randn(4, 64)
+    wanted = model(x)
+    before = model.a, model.b
+    swap(model, example, include_dense=example is not None)
+    assert (model.a, model.b) == before
+    assert type(model.c) is SparseLinear
+    assert all(decisions(model)[name].reason for name in "ab")
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+    if kind is not ViewsOfWeights:  # whose graph ends where it was made
+        model.train()(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+    assert all(type(p) is nn.Parameter and not vars(p) for layer in before for p in layer.parameters())
+
+
+def test_weights_that_were_read_from_one_file_are_no_parts_of_one_tensor():
+    model = nn.Sequential(sparse_linear(), sparse_linear(seed=1))
+    memory = torch.cat([p.detach().reshape(-1) for p in model.parameters()])  # as safetensors reads files
+    for p, part in zip(model.parameters(), memory.split([p.numel() for p in model.parameters()]), strict=True):
+        p.data = part.view_as(p)
+    swap(model, (4, 64))
+    assert type(model[0]) is type(model[1]) is SparseLinear
+
+
+def test_compiled_models():
+    compiled = torch.compile(nn.Sequential(sparse_linear(), nn.Sequential(sparse_linear(seed=1))), backend="eager")
+    x = torch.randn(4, 64)
+    wanted = compiled(x)
+    swap(compiled, x)
+    assert [d.swapped for d in compiled.swap_report] == [True, True]
+    torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_layer_stays_dense():  # what was compiled is the layer as it was
+    model = nn.Sequential(torch.compile(sparse_linear(), backend="eager"), sparse_linear(seed=1))
+    swap(model, None, include_dense=False)
+    assert [d.swapped for d in model.swap_report] == [False, True]
+
+
+def test_inference_mode_ends_where_layers_are_made():
+    with torch.inference_mode():
+        model = swap(nn.Sequential(sparse_linear()), (4, 64))
+    assert not model[0].weight.is_inference()
+    model[0].weight.requires_grad_().sum().backward()
+
+
+def test_models_may_keep_outputs():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.features, self.last = sparse_linear(), [], {}
+
+        def forward(self, x):
+            self.features.append(self.a(x))
+            self.last["output"] = self.features[-1]
+            return self.features[-1]
+
+    model = Keeps()
+    output = model(torch.randn(4, 64))
+    copied = swap(model, (4, 64), inplace=False)
+    swap(model, (4, 64))
+    assert type(model.a) is type(copied.a) is SparseLinear
+    assert model.last["output"] is model.features[0] is output
+    assert copied.last["output"] is copied.features[0]
+    assert torch.equal(copied.features[0], output.detach())
+
+
+def test_a_model_that_cannot_be_copied():
+    model = nn.Sequential(sparse_linear())
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match="include_dense=False"):
+        swap(model, (4, 64))
+    assert type(swap(model, None, include_dense=False)[0]) is SparseLinear
+
+
 def test_a_module_list_is_no_such_list():
     model = InAList()
     model.stages = nn.ModuleList(model.stages)
@@ -261,6 +455,45 @@ def test_the_second_run_leaves_no_trace():
     assert (np.random.get_state()[1] == random_states[1]).all()  # noqa: NPY002
     assert random.getstate() == random_states[2]
     assert "forward" not in vars(model.a)
+
+
+def test_neither_run_changes_what_a_model_holds():
+    class Momentum(nn.Module):
+        """As contrastive learning has it: parameters that a forward pass writes to, and more that is no buffer."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.key = sparse_linear(), nn.Parameter(torch.ones(3))
+            self.seen, self.nested, self.queue = torch.zeros(2), {"calls": {"n": 0}, "log": [[]]}, deque([1])
+            self.norms = [nn.BatchNorm1d(64)]
+            norm = nn.BatchNorm1d(64)
+            self.kept = lambda x: norm(x)
+            self.norm_of_kept, self.generator = [norm], torch.Generator().manual_seed(1)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.key.data.mul_(0.5)
+                self.seen.add_(1)
+            self.nested["calls"]["n"] += 1
+            self.nested["log"][0].append(x.shape)
+            self.queue.append(torch.rand(1, generator=self.generator))
+            return self.kept(self.norms[0](self.a(x)))
+
+    model = Momentum()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    grad = model.key.grad
+    swap(model, lambda m: (m(torch.randn(4, 64)).sum() + m.key.sum()).backward())
+    assert type(model.a) is SparseLinear
+    assert torch.equal(model.key.detach(), torch.ones(3))
+    assert model.key.grad is grad
+    assert torch.equal(grad, torch.ones(3))
+    assert not model.seen.any()
+    assert model.nested == {"calls": {"n": 0}, "log": [[]]}
+    assert model.queue == deque([1])
+    assert torch.equal(model.generator.get_state(), torch.Generator().manual_seed(1).get_state())
+    assert not model.norms[0].running_mean.any()
+    assert not model.norm_of_kept[0].num_batches_tracked
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -380,3 +613,57 @@ def test_a_copy_of_the_model_is_recorded_with_its_masks():
     swap(model, (4, 64), skip_modules=["0"])
     assert prune.is_pruned(model[0])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+# ---- what a layer has beside its weight ----
+
+
+def calls_another(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+BESIDE = {
+    "forward": (calls_another, "forward was replaced"),
+    "bound forward": (
+        lambda m: setattr(m, "forward", types.MethodType(lambda self, x: 2 * nn.Linear.forward(self, x), m)),
+        "forward was replaced",
+    ),
+    "parameter": (lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(64))), "holds scale"),
+    "module": (lambda m: m.add_module("adapter", nn.Linear(64, 64)), "holds adapter"),
+    "hook of its state": (lambda m: m.register_state_dict_pre_hook(lambda *_: None), "has hooks"),
+    "hook of loading": (lambda m: m.register_load_state_dict_post_hook(lambda *_: None), "has hooks"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize("example", [torch.ones(4, 64), None])
+def test_layers_that_are_more_than_their_type_stay_dense(change, words, example):
+    model = nn.Sequential(sparse_linear(), sparse_linear(seed=1))
+    change(model[0])
+    x = torch.randn(4, 64)
+    wanted = model(x)
+    swap(model, example, include_dense=example is not None)
+    assert type(model[0]) is nn.Linear
+    assert type(model[1]) is SparseLinear
+    assert words in decisions(model)["0"].reason
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_what_is_noted_at_parameters_is_taken_over(pruned):
+    model = nn.Sequential(sparse_linear())
+    if pruned:
+        prune.l1_unstructured(model[0], "weight", 0.9)
+    weight = model[0].weight_orig if pruned else model[0].weight
+    weight._no_weight_decay = model[0].bias.lr_scale = 0.5
+    swap(model, (4, 64))
+    assert model[0].weight._no_weight_decay == model[0].bias.lr_scale == 0.5
+
+
+def test_weights_of_single_bytes_stay_dense():
+    layer = sparse_linear().to(torch.float8_e4m3fn)
+    model = swap(nn.Sequential(layer), None, include_dense=False, min_sparsity=0.0)
+    assert "float8" in decisions(model)["0"].reason
+    with pytest.raises(TypeError, match="float8"):
+        SparseLinear.from_dense(layer)

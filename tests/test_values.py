@@ -51,6 +51,18 @@ MISUSES = {
     "singular values": lambda w: torch.linalg.svdvals(w),
     "outer": lambda w: torch.outer(w, w),
     "broadcast": lambda w: w + torch.randn(30, 20),
+    # of shapes that fit by chance, or always
+    "beside as many columns": lambda w: w - torch.randn(30, w.numel()),
+    "scaled rows": lambda w: w * torch.ones(30, 1),
+    "scaled rows from the left": lambda w: torch.ones(30, 1) / w,
+    "copied into a matrix": lambda w: torch.zeros(30, w.numel()).copy_(w),
+    "interpolated": lambda w: torch.lerp(torch.zeros(30, w.numel()), w, 0.5),
+    "compared": lambda w: w > torch.ones(30, 1),
+    "distance": lambda w: F.mse_loss(w, torch.zeros(1, w.numel())),
+    "repeated": lambda w: w.repeat(2, 1),
+    "strided": lambda w: w.as_strided((2, 2), (2, 1)),
+    "quantile": lambda w: w.quantile(0.5, 0),
+    "covariance": lambda w: torch.cov(w),
 }
 
 
@@ -178,3 +190,50 @@ def test_names_may_be_spared():
         parameter_groups(model, 0.1, ["3"])
     with pytest.raises(ValueError, match="-1"):
         parameter_groups(model, -1)
+
+
+def test_files_of_parameters_are_read_with_weights_only(layer, tmp_path):
+    torch.save(layer.state_dict(keep_vars=True), tmp_path / "parameters.pt")
+    weight = torch.load(tmp_path / "parameters.pt", weights_only=True)["weight"]
+    assert type(weight) is SparseValues
+    assert torch.equal(weight.detach(), layer.weight.detach())
+
+
+def converted(layer, function):
+    """By each of the ways that torch has to convert parameters."""
+    function(torch.__future__, True)
+    try:
+        return layer.double()
+    finally:
+        function(torch.__future__, False)
+
+
+BECOMES = {
+    "set": lambda m: setattr(m, "weight", nn.Parameter(torch.ones(m.nonzeros))),
+    "registered": lambda m: m.register_parameter("weight", nn.Parameter(torch.ones(m.nonzeros))),
+    "meta": lambda m: m.to("meta"),
+    "to_empty": lambda m: m.to("meta").to_empty(device="cpu"),
+    "overwritten": lambda m: converted(m, lambda f, on: f.set_overwrite_module_params_on_conversion(on)),
+    "swapped": lambda m: converted(m, lambda f, on: f.set_swap_module_params_on_conversion(on)),
+}
+
+
+@pytest.mark.parametrize("become", BECOMES.values(), ids=BECOMES)
+def test_whatever_becomes_the_weight_is_such_values(layer, become):
+    layer.weight.requires_grad_(False)
+    with torch.no_grad():
+        become(layer)
+    assert type(layer.weight) is SparseValues
+    with pytest.raises(NotImplementedError, match=r"dense_weight\(\)"):
+        layer.weight.t()
+
+
+def test_weights_of_whole_modules_of_earlier_versions(layer):
+    layer.weight.__class__ = nn.Parameter  # as they were pickled then
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    file = pickle.dumps((layer, optimizer))
+    assert b"SparseValues" not in file
+    loaded, optimizer = pickle.loads(file)
+    assert type(loaded.weight) is SparseValues
+    assert [len(group["params"]) for group in parameter_groups(loaded, 0.1)] == [1, 1]
+    assert optimizer.param_groups[0]["params"][0] is loaded.weight

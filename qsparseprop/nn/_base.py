@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop import ops
+from qsparseprop.contents import is_convertible
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
@@ -104,8 +105,8 @@ class SparseModule(SparseWeight):
         weight, mask = dense_weight(module)
         if weight.device.type != "cpu":
             raise ValueError(f"the weight must be on the CPU, got device {weight.device}")
-        if not weight.is_floating_point():
-            raise TypeError(f"the weight must be floating point, got {weight.dtype}")
+        if not is_convertible(weight.dtype) or weight.element_size() < 2:  # of single bytes torch computes nothing
+            raise TypeError(f"the weight must be floating point, of 16 bits or more, got {weight.dtype}")
         if not torch.isfinite(weight).all():
             raise ValueError(f"the weight has {int((~torch.isfinite(weight)).sum())} NaN or Inf of "
                              f"{weight.numel()} values; all must be finite")

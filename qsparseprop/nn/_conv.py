@@ -127,20 +127,20 @@ class SparseConvNd(SparseModule):
         """Shape of the dense weight."""
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer.
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             (images, in_channels, height, width), in one dimension (images, in_channels, length), in three (images,
             in_channels, depth, height, width), or without images; floating point, any strides.
 
         Returns
         -------
         Tensor
-            The same with out_channels and the output's size, of x's dtype, or autocast's where it is on (and x not
-            float64, as in torch); channels_last where x is.
+            The same with out_channels and the output's size, of input's dtype, or autocast's where it is on (and input
+            not float64, as in torch); channels_last where input is.
 
         Raises
         ------
@@ -148,9 +148,9 @@ class SparseConvNd(SparseModule):
             For another number of dimensions or channels, an integer or complex dtype, another device, or an image
             smaller than the kernel.
         """
-        images = self._images(x)
+        images = self._images(input)
         size = tuple(images.shape[2:])
-        return self._convolve(x, images, self._layout(size, self._pads), self._output_size(size))
+        return self._convolve(input, images, self._layout(size, self._pads), self._output_size(size))
 
     def _images(self, x: Tensor) -> Tensor:
         """The input, checked, with a dimension of images."""

@@ -69,12 +69,12 @@ class SparseConvTransposeNd(SparseConvNd):
     def _outputs(self) -> int:
         return self.out_channels
 
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Apply the layer.
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             (images, in_channels, height, width), in one dimension (images, in_channels, length), in three (images,
             in_channels, depth, height, width), or without images; floating point, any strides.
         output_size : sequence of int, optional
@@ -83,8 +83,8 @@ class SparseConvTransposeNd(SparseConvNd):
         Returns
         -------
         Tensor
-            The same with out_channels and the output's size, of x's dtype, or autocast's where it is on (and x not
-            float64, as in torch); channels_last where x is.
+            The same with out_channels and the output's size, of input's dtype, or autocast's where it is on (and input
+            not float64, as in torch); channels_last where input is.
 
         Raises
         ------
@@ -93,11 +93,11 @@ class SparseConvTransposeNd(SparseConvNd):
             no size, one that `output_size` cannot be, or an `output_padding` that is not smaller than stride or
             dilation.
         """
-        images = self._images(x)
+        images = self._images(input)
         size = tuple(images.shape[2:])
         least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in
                  zip(size, self.stride, self.padding, self.dilation, self.kernel_size, strict=True)]  # fmt: skip
-        extra = self.output_padding if output_size is None else self._extra(x, list(output_size), least)
+        extra = self.output_padding if output_size is None else self._extra(input, list(output_size), least)
         for e, s, d in zip(extra, self.stride, self.dilation, strict=True):
             if not 0 <= e < max(s, d):
                 raise ValueError(f"output_padding must be smaller than stride or dilation, got {tuple(extra)} with "
@@ -108,7 +108,7 @@ class SparseConvTransposeNd(SparseConvNd):
         # as the convolution that is transposed, what the output has more lies beyond its padding
         pads = tuple(n for p, e in zip(self.padding, extra, strict=True) for n in (p, p - e))
         _, _, *layout = self._layout(out_size, pads)
-        return self._convolve(x, images, (self.out_channels, self.in_channels, *layout), out_size)
+        return self._convolve(input, images, (self.out_channels, self.in_channels, *layout), out_size)
 
     def _extra(self, x: Tensor, wanted: list[int], least: list[int]) -> tuple[int, ...]:
         """What an output of the wanted size has more than the smallest one."""

@@ -26,7 +26,8 @@ _MATRIX = _named(
     "matmul __matmul__ __rmatmul__ mm mv bmm addmm addmv addbmm baddbmm einsum tensordot inner outer ger kron "
     "chain_matmul t adjoint transpose swapaxes swapdims movedim moveaxis permute cdist pdist cosine_similarity "
     "linear bilinear embedding normalize conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
-    "pinverse svd qr unbind __iter__ matrix_norm cond det slogdet eigh eig svdvals multi_dot vecdot",
+    "pinverse svd qr cov corrcoef vander kthvalue unbind __iter__ matrix_norm cond det slogdet eigh eig svdvals "
+    "multi_dot vecdot",
     torch, Tensor, F, torch.linalg,
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}  # fmt: skip
 
@@ -34,15 +35,46 @@ _MATRIX = _named(
 _ALONG = _named(
     "sum mean amax amin max min std var prod norm argmax argmin any all cumsum cumprod softmax log_softmax logsumexp "
     "nansum nanmean median sort argsort topk unflatten renorm flip roll select index_select narrow count_nonzero "
-    "vector_norm",
+    "vector_norm std_mean var_mean quantile nanquantile",
     torch, Tensor, F, torch.linalg,
 )  # fmt: skip
 
 #: What gives another shape, which must be one-dimensional: an element is not a row of the dense weight.
-_SHAPE = _named("view reshape unsqueeze expand flatten expand_as view_as reshape_as __getitem__", torch, Tensor)
+_SHAPE = _named("view reshape unsqueeze expand flatten expand_as view_as reshape_as broadcast_to repeat tile "
+                "atleast_2d atleast_3d diag unfold as_strided __getitem__", torch, Tensor)  # fmt: skip
 
-_NORM = _named("norm vector_norm", torch, Tensor, torch.linalg)
+#: What broadcasts its operands: beside a matrix or a column of scales, each nonzero would be taken for a column.
+_BROADCASTING = _named(
+    "add add_ sub sub_ subtract subtract_ rsub mul mul_ multiply multiply_ div div_ divide divide_ true_divide "
+    "true_divide_ floor_divide floor_divide_ remainder remainder_ fmod fmod_ pow pow_ float_power atan2 hypot lerp "
+    "lerp_ where maximum minimum fmax fmin clamp clamp_ clip clip_ addcmul addcmul_ addcdiv addcdiv_ copy_ copysign "
+    "copysign_ eq ne lt le gt ge isclose allclose masked_fill masked_fill_ dist logaddexp xlogy broadcast_tensors "
+    "mse_loss l1_loss smooth_l1_loss huber_loss kl_div __add__ __radd__ __iadd__ __sub__ "
+    "__rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ "
+    "__floordiv__ __rfloordiv__ __pow__ __rpow__ __mod__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__",
+    torch, Tensor, F,
+)  # fmt: skip
+
+#: What has another argument before the dimension.
+_SECOND = _named("norm vector_norm quantile nanquantile", torch, Tensor, torch.linalg)
 _SELECTS = _named("topk renorm flip roll", torch, Tensor)
+
+
+#: Steps of torch's optimizers that read and write the state of a parameter by its size, and look at no other.
+_FUSED = _named("_fused_adam_ _fused_adamw_ _fused_sgd_ _fused_adagrad_", torch)
+
+
+def _check_fused(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse to step a parameter by a state or gradient of another size, which would write beside it in memory."""
+    parameters, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, (tuple, list)))
+    for values in others:
+        for parameter, value in zip(parameters, values, strict=False):
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise RuntimeError(
+                    f"the optimizer keeps a state of shape {tuple(value.shape)} for a parameter of shape "
+                    f"{tuple(parameter.shape)}: a pattern has changed without it. Make a new one after loading a state "
+                    "of another pattern, and give it to apply_further_mask, regrow and GradualPruner"
+                )
 
 
 def _wants_dimension(function: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -53,8 +85,14 @@ def _wants_dimension(function: Callable, args: Sequence[Any], kwargs: Mapping[st
         return len(args) > 1 or kwargs.get("ord") is not None
     if function in _SELECTS:
         return False
-    place = 2 if function in _NORM else 1  # behind the order of a norm
+    place = 2 if function in _SECOND else 1  # behind the order of a norm and the like
     return len(args) > place and isinstance(args[place], (int, tuple, list)) and not isinstance(args[place], bool)
+
+
+def _beside_a_matrix(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operand has more than one dimension."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return any(isinstance(value, Tensor) and value.ndim > 1 for value in (*args, *kwargs.values()))
 
 
 class SparseValues(nn.Parameter):
@@ -72,9 +110,13 @@ class SparseValues(nn.Parameter):
     ) -> Any:
         """Refuse what is meant for the dense weight; results are plain tensors."""
         kwargs = kwargs or {}
-        if func in _MATRIX or (func in _ALONG and _wants_dimension(func, args, kwargs)):
+        if (func in _MATRIX or (func in _ALONG and _wants_dimension(func, args, kwargs))
+                or (func in _BROADCASTING and _beside_a_matrix(args, kwargs))):  # fmt: skip
             # no TypeError, which Python's operators would replace by one of their own
             raise NotImplementedError(f"{getattr(func, '__name__', func)}: {_WAY_OUT}")
+        if func in _FUSED:
+            with torch._C.DisableTorchFunctionSubclass():
+                _check_fused(args, kwargs)
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
@@ -102,8 +144,22 @@ class SparseValues(nn.Parameter):
 treat_as_tensor(SparseValues)
 
 
+def as_values(parameter: Tensor | None) -> None:
+    """Make a vector that became the weight of a sparse layer refuse what values refuse.
+
+    In place, since optimizers know the object: parameters of earlier versions' files, of ``to("meta")`` and the like,
+    and those that somebody has set, are plain.
+    """
+    if type(parameter) is nn.Parameter and parameter.ndim == 1:
+        parameter.__class__ = SparseValues
+
+
 def _rebuild(data: Tensor, requires_grad: bool) -> SparseValues:
     return SparseValues(data, requires_grad)
+
+
+# files that hold parameters themselves are read by torch.load(weights_only=True), as those of dense ones are
+torch.serialization.add_safe_globals([_rebuild])
 
 
 def plain(values: Tensor) -> Tensor:

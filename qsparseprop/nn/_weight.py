@@ -20,7 +20,7 @@ from qsparseprop.nn._interop import (
     outdate_graphs,
 )
 from qsparseprop.nn._state import FORMAT, check_format, read_state
-from qsparseprop.nn._values import SparseValues
+from qsparseprop.nn._values import SparseValues, as_values
 from qsparseprop.nn.functional import NoGradient
 from qsparseprop.ops import are_plain, check_storage
 from qsparseprop.pattern import pattern_stamp, row_indices, tensor_version
@@ -109,6 +109,8 @@ class SparseWeight(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """See torch.nn.Module; parameters of dense layers are refused."""
         check_parameter(self, name, param)
+        if name == "weight":
+            as_values(param)
         super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
@@ -145,6 +147,7 @@ class SparseWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseWeight:
         super()._apply(fn, recurse)
+        as_values(self._parameters.get("weight"))
 
         def move(indices: Tensor) -> Tensor:
             moved = fn(indices)  # to another device, into shared memory; but never to another dtype
@@ -155,6 +158,7 @@ class SparseWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        as_values(self._parameters.get("weight"))
         found = [self._buffers.pop(name, None) for name in _PATTERN]  # whole modules in files of earlier versions
         if found[0] is not None:
             self._set_pattern(*found)

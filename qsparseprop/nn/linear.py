@@ -89,37 +89,37 @@ class SparseLinear(SparseModule):
         """Shape of the dense weight."""
         return self.out_features, self.in_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer.
 
         Parameters
         ----------
-        x : Tensor
+        input : Tensor
             (..., in_features), floating point, any strides.
 
         Returns
         -------
         Tensor
-            (..., out_features), of x's dtype, or autocast's where it is on (and x not float64, as in torch).
+            (..., out_features), of input's dtype, or autocast's where it is on (and input not float64, as in torch).
 
         Raises
         ------
         TypeError, ValueError
             For another last dimension, an integer or complex dtype, or another device.
         """
-        self._check_input(x)
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
+        self._check_input(input)
+        if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"{type(self).__name__} expects the last dimension to be in_features={self.in_features}, "
-                             f"got shape {tuple(x.shape)}")
+                             f"got shape {tuple(input.shape)}")
         if not (self.in_features and self.out_features):  # nothing to multiply
-            return self._dense_product(x)
-        leading = x.shape[:-1]
-        rows = x if x.ndim == 2 else x.reshape(math.prod(leading), self.in_features)
+            return self._dense_product(input)
+        leading = input.shape[:-1]
+        rows = input if input.ndim == 2 else input.reshape(math.prod(leading), self.in_features)
         if torch.compiler.is_compiling():
             y = self._trace(rows[..., None, None], self._layout_numbers(), 1)
         else:
             y = self._multiply(rows, self._plan(self._layout(), 1))
-            if rows is x:
+            if rows is input:
                 return y
         return y.view(*leading, self.out_features)
 

@@ -113,6 +113,10 @@ class SparseTransposedLinear(SparseLinear):
 
         return self._fill_dense(make)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """See `SparseLinear.forward`; transformers calls the input x."""
+        return super().forward(x)
+
     @property
     def weight_shape(self) -> tuple[int, int]:
         """Shape of the dense weight."""

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import random
+import sys
+import types
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qsparseprop.nn._dense import dense_type, dense_weight, trains_weight
 
@@ -37,18 +44,18 @@ def make_runner(model: nn.Module, example: Any) -> Runner:
     if isinstance(example, Mapping):
         return _arguments((), {key: _filled(model, value) for key, value in example.items()})
     if callable(example):
-        return _callable(example)
+        return _callable(model, example)
     if not isinstance(example, (tuple, list)):
         raise TypeError("input_shape must be a shape, a tensor, a tuple or dict of these, or a callable that runs the "
                         f"model, got {type(example).__name__}")  # fmt: skip
-    if all(isinstance(item, (int, float)) for item in example):
+    if all(isinstance(item, Real) for item in example):  # numpy's numbers are some
         return _arguments((_tensor_of_shape(model, example),), {})
     return _arguments(tuple(_filled(model, item) for item in example), {})
 
 
 def _tensor_of_shape(model: nn.Module, shape: Sequence[Any]) -> Tensor:
-    shape = tuple(shape)
-    if not shape or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+    shape = tuple(int(n) if _is_size(n) else n for n in shape)
+    if not shape or not all(_is_size(n) and n > 0 for n in shape):
         raise ValueError(f"input_shape must be positive integers, batch included, got {shape!r}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     # neither values nor the state of torch's generator should depend on a conversion
@@ -57,8 +64,12 @@ def _tensor_of_shape(model: nn.Module, shape: Sequence[Any]) -> Tensor:
 
 def _filled(model: nn.Module, item: Any) -> Any:
     """An argument: a shape becomes a tensor, anything else is what it is."""
-    is_shape = isinstance(item, (tuple, list)) and item and all(type(n) is int for n in item)
+    is_shape = isinstance(item, (tuple, list)) and item and all(map(_is_size, item))
     return _tensor_of_shape(model, item) if is_shape else item
+
+
+def _is_size(n: Any) -> bool:
+    return isinstance(n, Integral) and not isinstance(n, bool)
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Runner:
@@ -74,39 +85,52 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Runner:
     return run
 
 
-def _callable(function: Callable[..., Any]) -> Runner:
-    """A function of the model, or one without parameters that runs a model of its own."""
+def _callable(original: nn.Module, function: Callable[..., Any]) -> Runner:
+    """A function of the model, or one without parameters, which runs the one that it knows."""
     try:
         inspect.signature(function).bind(None)
+        takes_model = True
     except TypeError:
-        return lambda model: function()
+        takes_model = False
     except ValueError:  # has no signature
-        pass
-    return function
+        takes_model = True
+
+    def run(model: nn.Module) -> Any:
+        with _in_the_place_of(original, model):
+            return function(model) if takes_model else function()
+
+    return run
+
+
+@contextlib.contextmanager
+def _in_the_place_of(original: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Let who holds a model, as a function may, find the parts of a copy in it."""
+    if model is original:
+        yield
+        return
+    own = dict(vars(original))
+    vars(original).clear()
+    vars(original).update(vars(model))
+    try:
+        yield
+    finally:
+        vars(original).clear()
+        vars(original).update(own)
 
 
 # ---- a model as it was ----
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Deep copy that also takes models with prune's masks attached.
+    """Deep copy that also takes models which hold tensors that are part of a graph: the copy's are not.
 
-    Prune keeps the masked weight as a plain attribute, which after a forward pass is part of a graph and as such
-    refused by deepcopy; for the time of the copy a detached view stands in.
+    deepcopy refuses these. Prune's masked weights are such after a forward pass, and so are outputs that models keep.
     """
-    attributes = [
-        (module, key, value)
-        for module in model.modules()
-        for key, value in vars(module).items()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    try:
-        for module, key, value in attributes:
-            vars(module)[key] = value.detach()
-        return copy.deepcopy(model)
-    finally:
-        for module, key, value in attributes:
-            vars(module)[key] = value
+    memo: dict[int, Any] = {}
+    for tensor in _reachable(model).tensors:
+        if not tensor.is_leaf:
+            memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo)
+    return copy.deepcopy(model, memo)
 
 
 @contextlib.contextmanager
@@ -122,31 +146,106 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _watchable() -> Iterator[None]:
+    """With gradients, as in training, and by the interpreter: compiled code does not call what watches layers."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # which takes seconds to import; where nobody has, nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Leave attributes, buffers and gradients of a model as they were, whatever a forward pass does to them."""
-    attributes = [(m, dict(vars(m))) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    holders = [value for _, values in attributes for value in values.values() if isinstance(value, (dict, list, set))]
+    """Leave attributes, parameters, buffers and gradients of a model as they were, whatever a forward pass does to it.
+
+    Included are the contents of lists, dicts and the like, and modules that are only there.
+    """
+    attributes, holders, tensors, generators = _reachable(model)
+    random_states = [generator.get_state() for generator in generators]
     contents = [(holder, copy.copy(holder)) for holder in holders]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    grads = [(p, p.grad) for p in model.parameters()]
+    grads = [(t, t.grad) for t in tensors if t.is_leaf and t.grad is not None]
+    leaves = [t for t in tensors if t.is_leaf and t.grad is None]
+    values = [(t, t.detach().clone()) for t in [*tensors, *(grad for _, grad in grads)] if _can_be_kept(t)]
     try:
         yield
     finally:
-        for module, values in attributes:
+        for module, own in attributes:
             vars(module).clear()
-            vars(module).update(values)
+            vars(module).update(own)
         for holder, content in contents:
-            if isinstance(holder, list):
-                holder[:] = content
-            else:
-                holder.clear()
-                holder.update(content)
+            holder.clear()
+            (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value) and not buffer.is_inference():
-                    buffer.copy_(value)
-        for parameter, grad in grads:
+            for tensor, value in values:
+                data = tensor.detach()
+                if data.shape != value.shape or data.dtype != value.dtype:
+                    tensor.data = value
+                elif not torch.equal(data, value):
+                    data.copy_(value)
+        for generator, random_state in zip(generators, random_states, strict=True):
+            generator.set_state(random_state)
+        for parameter, grad in [*grads, *((leaf, None) for leaf in leaves)]:
             parameter.grad = grad
+
+
+def _can_be_kept(tensor: Tensor) -> bool:
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or is_traceable_wrapper_subclass(tensor):
+        return False
+    if tensor.is_inference() or tensor.is_meta:
+        return False
+    return tensor.layout is torch.strided and not tensor.is_quantized
+
+
+class _Held(NamedTuple):
+    """What a model holds: modules with their attributes, containers that may change, and more, each once."""
+
+    attributes: list[tuple[nn.Module, dict[str, Any]]]
+    holders: list[Any]
+    tensors: list[Tensor]
+    generators: list[torch.Generator]
+
+
+def _reachable(model: nn.Module) -> _Held:
+    """All that a model holds by its attributes, and these by theirs.
+
+    Also by methods, partial functions, closures and weak references.
+    """
+    attributes, holders, tensors, generators = found = _Held([], [], [], [])
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [model]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value  # a temporary one must not give its id to another
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
+            attributes.append((value, dict(vars(value))))
+            waiting.extend(vars(value).values())
+        elif isinstance(value, torch.jit.ScriptModule):
+            tensors.extend(value.buffers())
+            tensors.extend(value.parameters())
+        elif isinstance(value, (dict, list, set, deque)):
+            holders.append(value)
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, (tuple, frozenset)):
+            waiting.extend(value)
+        elif isinstance(value, functools.partial):
+            waiting.extend((value.func, value.args, value.keywords))
+        elif isinstance(value, types.MethodType):
+            waiting.extend((value.__self__, value.__func__))
+        elif isinstance(value, types.FunctionType):
+            waiting.extend((value.__closure__ or (), value.__defaults__, value.__kwdefaults__))
+        elif isinstance(value, types.CellType):
+            with contextlib.suppress(ValueError):  # not filled yet
+                waiting.append(value.cell_contents)
+        elif isinstance(value, weakref.ref):
+            waiting.append(value())
+        elif isinstance(value, torch.Generator):
+            generators.append(value)
+    return found
 
 
 # ---- what a run shows ----
@@ -180,6 +279,19 @@ _HARMLESS = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "requ
              "is_meta", "layout", "is_leaf", "grad", "grad_fn")} | {Tensor.is_floating_point, torch.is_floating_point}
 
 
+def _watch(parameter: nn.Parameter, tell: Callable[[], None]) -> None:
+    """Have a parameter tell, as the object that it is, since others may hold it."""
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = _WatchedParameter
+        parameter.tell = tell
+
+
+def _watch_no_more(parameter: nn.Parameter) -> None:
+    if type(parameter) is _WatchedParameter:
+        parameter.__class__ = nn.Parameter
+        del parameter.tell
+
+
 def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[str, LayerInput], set[str]]:
     """Run a copy of a model once.
 
@@ -200,7 +312,11 @@ def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[st
     read : set of str
         Layers whose weight was computed with outside of their own forward pass.
     """
-    probe = copy_model(model)
+    try:
+        probe = copy_model(model)
+    except Exception as error:
+        raise TypeError(f"the model cannot be copied to be run on the example: {error}. include_dense=False replaces "
+                        "layers without running it") from error  # fmt: skip
     probe.train(model.training)
     inputs: dict[str, LayerInput] = {}
     read: set[str] = set()
@@ -221,15 +337,14 @@ def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[st
                 inside -= 1
 
         layer.forward = watched
-        weight = _WatchedParameter(layer.weight.detach(), layer.weight.requires_grad)
-        layer.register_parameter("weight", weight)  # which looks at it
-        weight.tell = lambda: None if inside else read.add(name)
+        _watch(layer.weight, lambda: None if inside else read.add(name))
 
     for name in names:
         layer = probe.get_submodule(name)
         _bake_mask(layer)
         watch(name, layer)
-    with random_state_kept(), torch.enable_grad():
+    # what a function keeps is no part of the copy, but of the model
+    with state_kept(model), random_state_kept(), _watchable():
         run(probe)
     return inputs, read
 
@@ -247,9 +362,23 @@ def _bake_mask(layer: nn.Module) -> None:
         prune.remove(layer, "weight")
 
 
-def not_called(model: nn.Module, layers: Mapping[str, nn.Module], run: Runner) -> list[str]:
-    """Which of some layers a model does not call when it is run; it is left as it was."""
+def not_called(
+    model: nn.Module, layers: Mapping[str, nn.Module], replaced: Mapping[str, nn.Module], run: Runner
+) -> list[str]:
+    """Which of some layers a model does not call when it is run, or computes with what they have replaced.
+
+    The model is left as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers, replaced : mapping of str to nn.Module
+        What is in the model now, and what was there before.
+    run : callable
+        See `make_runner`.
+    """
     called: set[str] = set()
+    outdated: set[str] = set()
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         # the first run of lazy modules cannot be taken back
         model = copy_model(model)
@@ -263,10 +392,43 @@ def not_called(model: nn.Module, layers: Mapping[str, nn.Module], run: Runner) -
             return forward(*args, **kwargs)
 
         layer.forward = heard
+        for parameter in replaced[name].parameters():
+            _watch(parameter, lambda: outdated.add(name))
 
     with state_kept(model), random_state_kept():
         for name, layer in layers.items():
             listen(name, layer)
-        with torch.enable_grad():
-            run(model)
-    return [name for name in layers if name not in called]
+        try:
+            with _watchable():
+                run(model)
+        finally:
+            for layer in replaced.values():
+                for parameter in layer.parameters():
+                    _watch_no_more(parameter)
+    return [name for name in layers if name not in called or name in outdated]
+
+
+def still_held(model: nn.Module, replaced: Mapping[str, nn.Module]) -> list[str]:
+    """Which of some layers that were replaced a model still holds, or their parameters, beside its modules.
+
+    In lists, dicts, kept methods and the like: for what other branches of its forward pass call, or for somebody who
+    collects parameters there.
+    """
+    found = _reachable(model)
+    modules = {id(module) for module, _ in found.attributes}
+    taken = [place for tensor in found.tensors if (place := _memory(tensor)) is not None]
+
+    def holds(layer: nn.Module) -> bool:
+        places = [place for p in layer.parameters() if (place := _memory(p)) is not None]
+        return id(layer) in modules or any(a < end and start < b for a, b in places for start, end in taken)
+
+    return [name for name, layer in replaced.items() if holds(layer)]
+
+
+def _memory(tensor: Tensor) -> tuple[int, int] | None:
+    """Where a tensor begins and ends; files are read into one storage, so that this tells more than the storage."""
+    if not _can_be_kept(tensor) or not tensor.numel():
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

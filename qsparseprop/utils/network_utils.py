@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +12,19 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qsparseprop import nn as sparse_nn
+from qsparseprop.contents import is_convertible
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization, trains_weight
+from qsparseprop.nn._dense import dense_type, dense_weight, foreign_parametrization
 from qsparseprop.nn._weight import check_before_loading
 from qsparseprop.nn.intrinsic import QuantizedBNReLU2d
 from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
-from qsparseprop.utils._example import LayerInput, Runner, copy_model, make_runner, not_called, record
+from qsparseprop.utils._carry import carry_attributes, carry_hooks, gradient_hooks, own_hooks
+from qsparseprop.utils._example import Runner, copy_model, make_runner, not_called, record, still_held
+from qsparseprop.utils._layer_timing import Stopwatch
 from qsparseprop.utils._weights import Weights, weights_of
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
-from qsparseprop.utils.measurement_utils import compare_interleaved
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
 __all__ = [
@@ -68,46 +68,6 @@ def sparsity(model: nn.Module) -> float:
     return sum(w.zeros for w in found) / total if total else 0.0
 
 
-def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
-    x = x.detach().requires_grad_(x_grad)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    grad: Tensor | None = None
-
-    def step() -> None:
-        nonlocal grad
-        x.grad = None
-        for p in parameters:
-            p.grad = None
-        with torch.enable_grad():
-            y = module(x)
-            if grad is None:
-                grad = torch.ones_like(y)
-            if y.requires_grad:
-                y.backward(grad)
-
-    return step
-
-
-def _plain_dense(module: nn.Module) -> nn.Module:
-    """A copy of a dense layer without prune's bookkeeping and without hooks, for timing."""
-    weight, _ = dense_weight(module)
-    kind = dense_type(module)
-    plain = kind.__new__(kind)
-    plain.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        plain.__dict__[hooks] = type(plain.__dict__[hooks])()
-    bias = dense_bias(module)
-    for held in (plain._parameters, plain._buffers, plain._modules):
-        held.clear()
-    for name in ("weight", "bias"):
-        plain.__dict__.pop(name, None)
-    # its own, too: a step of it must not touch the gradient of the model's
-    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias[0].clone(), bias[1]))
-    # a clone may lose the memory format that makes the dense layer fast
-    plain.register_parameter("weight", nn.Parameter(weight.clone(memory_format=torch.preserve_format)))
-    return plain
-
-
 def _owners(model: nn.Module) -> Counter[int]:
     """How many modules hold each Parameter."""
     return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
@@ -131,22 +91,26 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
         return found.foreign.reason
     if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
         return "shares a parameter with another module"
+    if "forward" in vars(module):
+        return "its forward was replaced by another one"
+    if (own := _own_parts(module)):
+        return f"holds {own} beside its weight"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     weight, _ = dense_weight(module)
     if weight.device.type != "cpu":
         return f"on device {weight.device}"
-    if not weight.is_floating_point():
+    if not is_convertible(weight.dtype) or weight.element_size() < 2:
         return f"weight of dtype {weight.dtype}"
     if not torch.isfinite(weight).all():
         return "weight has NaN or Inf"
     return None
 
 
-def _own_hooks(module: nn.Module) -> bool:
-    """Whether a layer has hooks other than prune's."""
-    pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, prune.BasePruningMethod)]
-    return bool(pre or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+def _own_parts(module: nn.Module) -> str:
+    """Parameters and modules that a layer holds, which its type and prune know nothing of."""
+    known = {"weight", "bias", "weight_orig", "bias_orig", "parametrizations"}
+    return ", ".join(name for name in (*module._parameters, *module._modules) if name not in known)
 
 
 def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
@@ -158,6 +122,14 @@ def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder)
     kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))  # 1 and 2 let it take the fast path
     encoder.activation_relu_or_gelu = 0 if replaced else next(
         (i for i, (f, m) in enumerate(kinds, 1) if encoder.activation is f or isinstance(encoder.activation, m)), 0)
+
+
+def _untouched(module: nn.Module) -> nn.Module:
+    """A dense layer of the same kind that nobody has set anything on, small and without memory."""
+    kind = dense_type(module)
+    sizes = (2, 2) if kind in (nn.Linear, dense_conv1d()) else (2, 2, 1)
+    with torch.device("meta"):
+        return kind(*sizes)
 
 
 def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -173,76 +145,35 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
         guard_merging(model)
 
 
-#: Layers of the same kind and sizes whose sparsities differ by no more are timed once: less than a stopwatch can tell.
-_SAME_SPARSITY = 0.01
-
-
-class _Stopwatch:
-    """Times layers, those that are alike once."""
-
-    def __init__(self) -> None:
-        self._timed: dict[tuple[Any, ...], list[tuple[SwapDecision, bool]]] = {}
-
-    def pays(self, dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
-        """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
-        weight, bias, x = dense_weight(dense)[0], dense_bias(dense), seen.x
-        # what decides how long it takes, except for the zeros
-        key = (dense_type(dense), dense.extra_repr(), weight.shape, weight.stride(), weight.dtype, trains_weight(dense),
-               None if bias is None else bias[1], x.shape, x.stride(), x.dtype, seen.requires_grad)  # fmt: skip
-        timed = self._timed.setdefault(key, [])
-        for other, pays in timed:
-            if abs(other.sparsity - decision.sparsity) <= _SAME_SPARSITY:
-                decision.dense_ms, decision.sparse_ms = other.dense_ms, other.sparse_ms
-                decision.reason = ", ".join(part for part in (other.reason, f"timed as {other.name}") if part)
-                return pays
-        pays = _pays(dense, sparse, seen, decision)
-        timed.append((replace(decision), pays))
-        return pays
-
-
-def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
-    """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
-    steps = {
-        "dense": _training_step(_plain_dense(dense), seen.x, seen.requires_grad),
-        "sparse": _training_step(copy.deepcopy(sparse), seen.x, seen.requires_grad),
-    }
-    with torch.random.fork_rng(devices=[]):
-        try:
-            steps["sparse"]()
-        except (NotImplementedError, TypeError, ValueError) as error:
-            decision.reason = f"cannot take its input: {error}"
-            return False
-        timed = compare_interleaved(steps)
-    decision.dense_ms, decision.sparse_ms = 1e3 * timed.medians["dense"], 1e3 * timed.medians["sparse"]
-    faster = decision.dense_ms > decision.sparse_ms
-    decision.reason = ", ".join(part for part in ("" if faster else "faster dense", timed.note) if part)
-    return faster
-
-
 def _put_back_what_is_not_called(
     model: nn.Module,
     dense: Mapping[str, nn.Module],
     sparse: Mapping[str, nn.Module],
-    run: Runner,
+    run: Runner | None,
     decisions: Mapping[str, SwapDecision],
 ) -> None:
-    """Run the swapped model itself, and undo the replacement of layers that it still calls in their dense form.
+    """Undo the replacement of layers that a model holds, or calls, in their dense form as well.
 
-    Modules that a model has in a Python list or in a function besides their place in it cannot be replaced there.
+    Modules that a model has in a Python list or in a function besides their place in it cannot be replaced there. Where
+    there is a `run`, the swapped model itself is run once more, to see what no look at its attributes shows.
     """
+    replaced = {name: dense[name] for name in sparse}
+    held = still_held(model, replaced)
     try:
-        unused = not_called(model, sparse, run)
+        unused = [] if run is None else not_called(model, sparse, replaced, run)
     except Exception as error:
         _replace_children(model, {id(layer): dense[name] for name, layer in sparse.items()})
         raise RuntimeError("the model runs on the example as it is, but not with sparse layers, so nothing was "
                            f"replaced: {error}. If it computes with the weight of a layer, name that layer in "
                            "skip_modules.") from error  # fmt: skip
-    _replace_children(model, {id(sparse[name]): dense[name] for name in unused})
-    for name in unused:
+    names = [name for name in sparse if name in held or name in unused]
+    _replace_children(model, {id(sparse[name]): dense[name] for name in names})
+    for name in names:
         decisions[name].swapped = False
-        decisions[name].reason = "is called from a list or a kept method, where it cannot be replaced"
+        decisions[name].reason = "is also in a list, function, kept method or other tensor, where it cannot be replaced"
 
 
+@torch.inference_mode(False)  # what is made in it could not be trained
 def swap_modules_with_sparse(
     model: nn.Module,
     input_shape: Sequence[Any] | Tensor | Mapping[str, Any] | Callable[..., Any] | None,
@@ -291,7 +222,8 @@ def swap_modules_with_sparse(
         Time each layer, dense and sparse, forward and backward, at its real input (one of those that differ in nothing
         but at most 1 % of zeros), and leave it dense where that is faster, where the model computes with its weight
         directly, or where the model, which is run once more after the swap, does not call the layer that has replaced
-        it. Otherwise the model is not run at all, and every layer that is sparse enough is replaced.
+        it. Otherwise the model is not run at all, and every layer that is sparse enough is replaced, except for those
+        that the model also holds in a list, a dict or a kept method.
     qconfig : QuantConfig, optional
         For the quantised modules.
     fuse : bool
@@ -334,9 +266,10 @@ def swap_modules_with_sparse(
         run = None
     named = dict(model.named_modules())
     skipped: set[int] = set()
+    every_name = dict(model.named_modules(remove_duplicate=False))
     for item in skip_modules or ():
-        module = item if isinstance(item, nn.Module) else named.get(item)
-        if module is None:
+        module = item if isinstance(item, nn.Module) else every_name.get(item)
+        if module is None or not any(module is m for m in named.values()):
             raise ValueError(f"skip_modules names {item!r}, which the model does not have")
         skipped.update(id(m) for m in module.modules())
     if not inplace:
@@ -361,8 +294,10 @@ def swap_modules_with_sparse(
             decision.reason = f"below min_sparsity={min_sparsity:g}"
         elif found.name == "":
             decision.reason = "it is the model itself: use from_dense"
-        elif _own_hooks(found.module):
+        elif own_hooks(found.module):
             decision.reason = "has hooks"
+        elif gradient_hooks(found.module):
+            decision.reason = "its parameters have gradient hooks: remove them first (handle.remove())"
         elif found.zeros == found.total and not found.masked:
             # a new head, LoRA's B, a residual branch or a ControlNet that starts at zero: it is there to learn
             decision.reason = "has no nonzero and no mask: it was initialised to zero, not pruned"
@@ -374,7 +309,7 @@ def swap_modules_with_sparse(
     recorded, read = record(model, candidates, run) if run is not None and candidates else ({}, set())
     dense = {name: named[name] for name in candidates}
     sparse: dict[str, nn.Module] = {}
-    stopwatch = _Stopwatch()
+    stopwatch = Stopwatch()
     for name, decision in candidates.items():
         of = dense_type(dense[name])
         kind = _PROTOTYPES[of] if prototype else _replacements()[of][quantize]
@@ -391,11 +326,12 @@ def swap_modules_with_sparse(
         layer = kind.from_dense(dense[name], qconfig=qconfig)
         if name in recorded and not prototype and not stopwatch.pays(dense[name], layer, recorded[name], decision):
             continue
+        carry_attributes(dense[name], layer, _untouched(dense[name]))
         decision.swapped = True
         sparse[name] = layer
 
     _replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
-    if run is not None and sparse:
+    if sparse:
         _put_back_what_is_not_called(model, dense, sparse, run, candidates)
     if fuse:
         fused = fuse_modules(model)
@@ -475,8 +411,9 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
     -------
     torch.nn.Module
         The model (or its copy); where it is a sparse layer itself, the dense one. A module that appears in several
-        places is replaced by one in all of them; parameters of replaced layers are new ones. Hooks on sparse layers
-        are not taken over.
+        places is replaced by one in all of them; parameters of replaced layers are new ones. Hooks of modules, and
+        attributes that somebody has set on layers or their parameters, are taken over; gradient hooks of parameters
+        are not.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -485,7 +422,13 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
     if not inplace:
         model = copy_model(model)
     unfuse_modules(model)
-    _replace_children(model, {id(m): m.to_dense() for m in model.modules() if isinstance(m, SparseModule)})
+    replacements = {}
+    for module in model.modules():
+        if isinstance(module, SparseModule):
+            dense = replacements[id(module)] = module.to_dense()
+            carry_hooks(module, dense)
+            carry_attributes(module, dense, type(module).like(dense, module.qconfig))
+    _replace_children(model, replacements)
     return model
 
 

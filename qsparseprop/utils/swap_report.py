@@ -8,8 +8,8 @@ from typing import Any
 __all__ = ["SwapDecision", "SwapReport"]
 
 #: What changes for code around a swapped model, told once below the table.
-_WEIGHT_DECAY = ("Weights of sparse layers are 1-D: code that gives weight decay to p.ndim > 1 only leaves them out; "
-                 "see qsparseprop.utils.optimizer_utils.parameter_groups.")  # fmt: skip
+_WEIGHT_DECAY = ("Weights of sparse layers are 1-D: weight decay for p.ndim > 1 leaves them out, "
+                 "qsparseprop.utils.optimizer_utils.parameter_groups does not.")  # fmt: skip
 
 
 @dataclass
