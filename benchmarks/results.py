@@ -27,7 +27,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ from typing import Any
 import torch
 from _networks import POSE_FILE
 
-from qsparseprop.utils.compare import DENSE_MODES, RUN_LABELS, CompareConfig, Shared, compare
+from qsparseprop.utils.compare import RUN_LABELS, CompareConfig, Shared, compare
 from qsparseprop.utils.compare_report import write_bars, write_json, write_plot
 from qsparseprop.utils.data import load_data
+from qsparseprop.utils.dense_modes import DENSE_MODES
 from qsparseprop.utils.setup_run import make_finetuner, make_loaders, make_network
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -106,11 +107,11 @@ class Messages:
     def message(self, text: str) -> None:
         print(text, flush=True)
 
-    def progress(self, name: str, total: int) -> Any:
-        return lambda loss: None
-
-    def close(self) -> None:
+    def stage(self, text: str, until: float) -> None:
         pass
+
+    def progress(self, name: str, total: int) -> Callable[[str], None]:
+        return lambda note: None
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -164,7 +165,7 @@ def section(document: dict[str, Any]) -> str:
                 f"{fp32['step_ms'] / run['step_ms']:.2f}x | {best['step_ms'] / run['step_ms']:.2f}x |"
             )
         stem = f"{document['name']}-{100 * float(sparsity):g}"
-        lines += ["", f"![Loss and accuracy against time]({stem}.png)", ""]
+        lines += ["", f"![Accuracy against time]({stem}.png)", ""]
         if document.get("bars"):
             lines += [f"![Time of a step and memory]({stem}-bars.png)", ""]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ def test_finetune_succeeds_and_prints_the_table(finished):
         "qsparseprop",
     ]
     assert {len(line) for line in lines[header : header + 5]} == {len(lines[header])}
-    assert str(out / "result.json") in process.stdout
+    assert f"Written to {out}: result.json, result.png, training.png\n" in process.stdout
 
 
 def test_progress_is_printed_where_there_is_no_terminal(finished):
@@ -53,7 +53,7 @@ def test_progress_is_printed_where_there_is_no_terminal(finished):
 def test_finetune_writes_the_result(finished):
     process, out = finished
     assert process.returncode == 0, process.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["result.json", "result.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["result.json", "result.png", "training.png"]
     result = json.loads((out / "result.json").read_text())
     assert result["sparsity"] == 0.8
     assert list(result["runs"]) == ["dense_fp32", "dense_best", "qsparseprop"]
@@ -73,7 +73,8 @@ def test_finetune_writes_the_result(finished):
     assert len(result["layer_sparsity"]) == 18
     assert result["environment"]["threads"] == 1
     assert result["config"]["seed"] == 0
-    assert (out / "result.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("result.png", "training.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_ctrl_c_prints_one_line_and_leaves_nothing(tmp_path):
@@ -85,12 +86,12 @@ def test_ctrl_c_prints_one_line_and_leaves_nothing(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         for line in process.stdout:
-            if line.startswith("Starting 3 runs"):
+            if line.startswith("Fine-tuning for "):
                 os.killpg(process.pid, signal.SIGINT)
         errors = process.stderr.read()
         assert process.wait(timeout=60) == 130
     assert errors.split() == ["interrupted"]
-    assert list(out.iterdir()) == []
+    assert not out.exists()
 
 
 def test_info_shows_the_configuration(capsys):
@@ -136,9 +137,11 @@ def test_wrong_arguments_are_explained_in_one_line(arguments, complaint, capsys)
     assert "usage" not in error
 
 
-def test_a_batch_larger_than_the_data_is_explained(capsys):
+def test_a_batch_larger_than_the_data_is_explained(tmp_path, monkeypatch, capsys):
     _needs_the_extra()
+    monkeypatch.chdir(tmp_path)
     assert "at most the number of training images, 1437" in _error_of(["finetune", "--batch-size", "1438"], capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_is_no_directory_is_explained(tmp_path, capsys):
@@ -182,16 +185,29 @@ def test_importing_the_package_loads_no_optional_dependency():
     assert process.stdout.strip() == "[]"
 
 
+def test_the_program_shows_something_before_it_imports_torch():
+    code = "import sys; sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'qsparseprop']; import qsparseprop.cli\n"
+    code += "before = 'torch' in sys.modules; print(before, qsparseprop.QuantConfig.__name__, 'torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert process.stdout.split() == ["False", "QuantConfig", "True"]
+    code = "import qsparseprop, torch; print(hasattr(torch.ops.qsparseprop, 'spmm') or dir(torch.ops.qsparseprop))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert process.stdout.split() != ["[]"]
+
+
 def _made_up_result(mean_to_median_step):
     run = {"top1": 95.0, "saved_mb": 12.3, "peak_rss_mb": 400.0, "config": "fp32 contiguous", "peak_rss_of": "training"}
     run |= {"losses": [2.0, 1.0], "step_s": [0.2, 0.1], "timed_steps": 1, "mean_to_median_step": mean_to_median_step}
-    run |= {"replaced_layers": ["conv"], "setup_s": 1.0, "evaluations": [{"train_s": 0.3, "top1": 95.0}]}
+    run |= {"replaced_layers": ["conv"], "setup_s": 1.0, "rss_before_training_mb": 300.0}
+    run |= {"evaluations": [{"train_s": 0.0, "top1": 9.0}, {"train_s": 0.3, "top1": 95.0}]}
     times = {"dense_fp32": 400.0, "dense_best": 200.0, "qsparseprop": 100.0}
     return {
         "sparsity": 0.9,
         "config": {"model": "resnet18", "batch_size": 64, "threads": 1},
+        "environment": {"cpu": "Some Processor with a Name of Usual Length @ 2.40GHz", "threads": 2, "torch": "2.13.0",
+                        "qsparseprop": "0.1.0", "date": "2026-11-29T00:00:00+00:00"},
         "runs": {name: run | {"step_ms": step_ms} for name, step_ms in times.items()},
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("ratio", "warned"), [(1.05, False), (2.0, True)])
@@ -207,35 +223,106 @@ def test_a_busy_machine_is_told_of(ratio, warned, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pictures_keep_their_captions_inside(tmp_path, monkeypatch):
+def test_pictures_keep_their_captions_inside_and_apart(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
     from qsparseprop.utils.compare import RUN_LABELS
-    from qsparseprop.utils.compare_report import write_bars, write_plot
+    from qsparseprop.utils.compare_report import write_plot, write_results
 
     def check(figure, *args, **kwargs):
         figure.draw_without_rendering()
         width, height = figure.bbox.size
-        texts = [text for legend in figure.legends for text in legend.get_texts()]
+        assert width <= 800
+        texts = [figure._suptitle, figure._supxlabel]
         for axes in figure.axes:
-            names = [tick for tick in axes.get_yticklabels() if tick.get_text() in RUN_LABELS.values()]
-            texts += [axes.xaxis.label, axes.yaxis.label, *names, *axes.texts]
+            names = [tick for tick in axes.get_yticklabels() if tick.get_text().split("\n")[0] in RUN_LABELS.values()]
+            axis = [axes.xaxis.label] if axes.xaxis.get_visible() else []
+            texts += [*axis, axes.yaxis.label, axes.title, axes._left_title, *names, *axes.texts]
+        texts = [text for text in texts if text is not None and text.get_text() and text.get_visible()]
         assert len(texts) > 4
-        for box in (text.get_window_extent() for text in texts if text.get_text()):
+        boxes = [text.get_window_extent() for text in texts]
+        for box in boxes:
             assert 0 <= box.x0 < box.x1 <= width
             assert 0 <= box.y0 < box.y1 <= height
+        for index, box in enumerate(boxes):
+            for other, text in zip(boxes[index + 1 :], texts[index + 1 :], strict=True):
+                assert not box.overlaps(other), (texts[index].get_text(), text.get_text())
         saved(figure, *args, **kwargs)
 
     saved = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", check)
-    result = _made_up_result(1.0)
-    run = next(iter(result["runs"].values())) | {"step_ms": 54_321.0}
-    result["runs"] = {name: run | {"config": "bf16 channels_last"} for name in RUN_LABELS}
-    write_plot(result, tmp_path / "plot.png")
-    bars = {name: {"step_ms": 12_345.6, "saved_mb": 300.9, "added_mb": 679.0} for name in RUN_LABELS}
-    write_bars(bars, "title", tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    for names in (list(RUN_LABELS), ["dense_fp32", "dense_best", "qsparseprop"]):
+        result = _made_up_result(2.0)
+        run = next(iter(result["runs"].values())) | {"step_ms": 54_321.0, "saved_mb": 3000.9}
+        result["runs"] = {name: run | {"config": "bf16 channels_last"} for name in names}
+        write_results(result, tmp_path)
+        for place, of_run in enumerate(result["runs"].values()):  # they may as well take different times
+            of_run["evaluations"] = [{"train_s": 0.0, "top1": 9.0}, {"train_s": 100.0 / 1.5**place, "top1": 95.0}]
+        write_plot(result, tmp_path / "plot.png")
+
+
+@pytest.fixture
+def without_work(tmp_path, monkeypatch):
+    """The command in a folder of its own, with a result that took no work."""
+    _needs_the_extra()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qsparseprop.utils.compare.compare", lambda config, reporter: _made_up_result(1.0))
+    return tmp_path / "qsparseprop-finetune"
+
+
+def test_results_go_to_a_folder_that_is_named_and_replace_those_of_another_comparison_only(without_work, capsys):
+    assert main(["finetune"]) == 0
+    printed = capsys.readouterr().out
+    assert "Written to qsparseprop-finetune: result.json, result.png, training.png\n" in printed
+    (without_work / "notes.txt").write_text("mine")
+    (without_work / "result.png").write_text("older")
+    assert main(["finetune"]) == 0
+    assert "in place of an older comparison" in capsys.readouterr().out
+    assert (without_work / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert (without_work / "notes.txt").read_text() == "mine"
+    assert main(["finetune", "--quiet", "--out", "other"]) == 0
+    assert capsys.readouterr().out.startswith("run ")
+    assert (without_work.parent / "other" / "training.png").exists()
+
+
+@pytest.mark.parametrize(("name", "content", "complaint"), [
+    ("result.json", "{}", "result.json is not the result of a comparison"),
+    ("result.json", "no json", "result.json is not the result of a comparison"),
+    ("result.json", '{"runs": [], "environment": {}}', "result.json is not the result of a comparison"),
+    ("training.png", "a picture", "training.png is not the result of a comparison"),
+    ("run.json", "{}", "holds a single training"),
+])  # fmt: skip
+def test_what_is_no_comparison_is_not_overwritten(name, content, complaint, without_work, capsys):
+    without_work.mkdir()
+    (without_work / name).write_text(content)
+    error = _error_of(["finetune", "--quiet"], capsys)
+    assert complaint in error
+    assert "(--out)" in error
+    assert error.count("\n") == 1
+    assert {path.name: path.read_text() for path in without_work.iterdir()} == {name: content}
+
+
+def test_one_run_where_plain_fp32_is_the_best_dense_one(monkeypatch):
+    from qsparseprop.utils import compare as module
+    from qsparseprop.utils.dense_modes import DENSE_MODES
+
+    pytest.importorskip("sklearn")
+    seconds = {mode.name: float(place + 1) for place, mode in enumerate(DENSE_MODES)}
+    monkeypatch.setattr(module, "time_dense_modes", lambda *args: seconds)
+    started = []
+
+    def finetune_all(specs, *args):
+        started.extend(specs)
+        return {name: {"step_ms": 2.0, "evaluations": [{"step": 1}]} for name in specs}
+
+    monkeypatch.setattr(module, "_finetune_all", finetune_all)
+    config = module.CompareConfig(model="resnet20", width=4, batch_size=64, max_images=64, threads=1)
+    result = module.compare(config)
+    assert started == ["dense_fp32", "qsparseprop"]
+    assert list(result["runs"]) == ["dense_fp32", "dense_best", "qsparseprop"]
+    assert [len(run["evaluations"]) for run in result["runs"].values()] == [2, 2, 2]
+    assert result["runs"]["dense_best"]["config"] == "fp32 contiguous"
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):

@@ -159,6 +159,7 @@ def test_weights_are_checked_before_the_images_are_read(npz, tmp_path, monkeypat
         raise AssertionError("images were read")
 
     monkeypatch.setattr("qsparseprop.utils._npz.NpzFile.images", read)
+    monkeypatch.chdir(tmp_path)
     torch.save(resnet20(num_classes=7, width=8, in_channels=1).state_dict(), tmp_path / "weights.pt")
     for arguments in (command(npz), command(npz)[:-1]):  # a single training, and the comparison
         with pytest.raises(SystemExit):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
 from qsparseprop.quantization import QuantConfig
-from qsparseprop.utils import network_utils
+from qsparseprop.utils import _layer_timing
 from qsparseprop.utils.measurement_utils import Comparison, Spread
 from qsparseprop.utils.network_utils import (
     SwapDecision,
@@ -478,12 +478,48 @@ def test_what_is_within_the_noise_is_said(net, monkeypatch, sparse_ms):
     def timed(steps):
         return Comparison({"dense": 1e-3, "sparse": 1e-3 * sparse_ms}, Spread(1 / sparse_ms, 0.8, 1.3), 25)
 
-    monkeypatch.setattr(network_utils, "compare_interleaved", timed)
+    monkeypatch.setattr(_layer_timing, "compare_interleaved", timed)
     swap_modules_with_sparse(net, SHAPE, verbose=False)
     d = decisions(net)["head"]
     assert d.swapped == (sparse_ms < 1)
     note = "within the noise: 0.80x to 1.30x in 25 passes"
     assert d.reason == (note if d.swapped else f"faster dense, {note}")
+
+
+def test_layers_that_differ_in_hardly_any_zeros_are_timed_once(monkeypatch):
+    def layer(features=40, density=0.1, bias=True, frozen=False, kind=nn.Linear):
+        made = set_weight(kind(features, features, bias=bias), density, 0)
+        made.weight.requires_grad_(not frozen)
+        return made
+
+    times = iter([(2e-3, 1e-3), (1e-3, 2e-3)] * 5)
+
+    def timed(steps):
+        dense, sparse = next(times)
+        return Comparison({"dense": dense, "sparse": sparse}, Spread(dense / sparse, 0.4, 2.5), 9)
+
+    monkeypatch.setattr(_layer_timing, "compare_interleaved", timed)
+    model = nn.Sequential(
+        # the first one gets an input that wants no gradient
+        layer(), layer(), layer(density=0.104), layer(density=0.15), layer(bias=False), layer(frozen=True),
+        layer(density=0.104), nn.Linear(40, 48), layer(48),
+    )  # fmt: skip
+    names = []
+    swap_modules_with_sparse(model, (3, 40), verbose=False, on_layer=names.append)
+    made = decisions(model)
+    assert names == [name for name in made if name != "7"]
+    note = "within the noise: 0.40x to 2.50x in 9 passes"
+    like = {"2": "1", "6": "1"}
+    slower = iter([False, True] * 5)
+    for name in names:
+        twin = made[like.get(name, name)]
+        if name == twin.name:
+            expected = ("faster dense, " if next(slower) else "") + note
+            assert made[name].reason == expected
+        else:
+            assert made[name].reason == f"{twin.reason}, timed as {twin.name}"
+        assert made[name].swapped == twin.swapped == (made[name].reason.startswith("within"))
+        assert (made[name].dense_ms, made[name].sparse_ms) == (twin.dense_ms, twin.sparse_ms)
 
 
 def test_a_layer_whose_sparse_form_cannot_take_its_input_stays_dense(monkeypatch):

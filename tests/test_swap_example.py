@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from qsparseprop.nn import QuantizedSparseLinear, SparseConv1d, SparseLinear
-from qsparseprop.utils import network_utils
+from qsparseprop.utils import _layer_timing
 from qsparseprop.utils.network_utils import swap_modules_for_state, swap_modules_with_sparse, unfold_attention
 
 from ._helpers import set_weight
@@ -30,7 +30,7 @@ def _sparse_is_faster(_seeded, monkeypatch):
         decision.dense_ms, decision.sparse_ms = 2.0, 1.0
         return True
 
-    monkeypatch.setattr(network_utils, "_pays", pays)
+    monkeypatch.setattr(_layer_timing, "_pays", pays)
 
 
 def sparse_linear(inputs=64, outputs=64, seed=0):

@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qsparseprop.utils._errors import ConfigurationError
+
 from ._arguments import Parser, missing_package, model_name, number_between, prepare_directory, whole_number
+from ._progress import Progress
 
 __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
 Train, prune and fine-tune a network with sparse int8 layers, or compare that with dense training.
 
-Without arguments: show what sparse int8 training brings on this machine. Needs no download and takes about two minutes
+Without arguments: show what sparse int8 training brings on this machine. Needs no download and takes one to two minutes
 on two cores. A ResNet-18 learns the handwritten digits that scikit-learn ships (1,797 images, scaled up to 32x32), is
 pruned, and is then fine-tuned three times from the same point on the same batches:
   dense fp32    plain PyTorch, pruned weights held at zero by masks
   dense best    the same in the fastest of {fp32, bf16} x {contiguous, channels_last}, which is measured first
   qsparseprop   after swap_modules_with_sparse(model, input_shape, fuse=True)
-At the end a table compares accuracy, time and memory. The same for other networks and data: --compare.
+At the end a table compares accuracy, time and memory; the table's figures and two pictures of them are in the folder
+qsparseprop-finetune then, or in that of --out. The same for other networks and data: --compare.
 
 With --no-compare, or an option that only a single training has (they are marked with *): one training with sparse
 layers, which can be stopped with Ctrl-C and resumed."""
@@ -38,6 +42,9 @@ examples:
 exit codes: 0 done, 1 failed, 2 wrong arguments or a missing package, 130 interrupted (Ctrl-C), 143 terminated; a
 single training with --out has left a checkpoint then"""
 
+#: Where a comparison puts its results unless told otherwise.
+_OUT = Path("qsparseprop-finetune")
+
 #: Options of a single training, with the values that ask for none.
 _SINGLE = {"resume": False, "layer_times": False, "precision": None}
 
@@ -52,7 +59,8 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", type=model_name, default="resnet18", metavar="NAME",
+    # Checked in run(): argparse would check the default value too, and import torch for it before anything is shown.
+    add("--model", default="resnet18", metavar="NAME",
         help="resnet18, resnet20, vgg11, mlp, vit-tiny, or package.module:function for one of your own; the function "
         "gets num_classes, in_channels, image_size and width where it has such parameters (default: %(default)s)")
     add("--width", type=whole_number(4), metavar="N",
@@ -82,7 +90,7 @@ def add_parser(commands: Any) -> None:
         "dense*: no sparse layers, zeros are held by masks (default: %(default)s)")
     add("--compress-saved", action="store_true",
         help="keep what other layers save for the backward pass in 8 bits or less (with --compare: a fourth run)")
-    add("--epochs", type=whole_number(1), default=2, metavar="N",
+    add("--epochs", type=whole_number(1), default=1, metavar="N",
         help="passes over the training images in each fine-tuning (default: %(default)s)")
     add("--pretrain-epochs", type=whole_number(1), default=1, metavar="N",
         help="passes over the training images before pruning, without --weights (default: %(default)s)")
@@ -101,50 +109,11 @@ def add_parser(commands: Any) -> None:
     add("--resume", action="store_true", help="* go on with the run in --out; its settings count")
     add("--layer-times", action="store_true", help="* show how long each layer takes, forward and backward")
     add("--out", type=Path, metavar="DIR",
-        help="directory for results, made if need be: result.json and result.png (loss and accuracy against time) of a "
-        "comparison; result.json, log.jsonl and checkpoints of a single training")
+        help="directory for results, made if need be: result.json, result.png (time and memory) and training.png "
+        "(accuracy against time) of a comparison, which replaces the result of another one and nothing else (default: "
+        f"{_OUT}); result.json, log.jsonl and checkpoints of a single training (default: none are kept)")
     add("--quiet", action="store_true", help="print nothing but the table")
     parser.set_defaults(run=run, parser=parser, defaults={a.dest: a.default for a in parser._actions})
-
-
-class _Terminal:
-    """Prints messages and shows tqdm's bars, which appear only where the output is a terminal."""
-
-    def __init__(self) -> None:
-        self._bars: list[Any] = []
-
-    def message(self, text: str) -> None:
-        if self._bars:
-            # above the bars, where there are any to be seen
-            self._bars[0].write(text)
-            sys.stdout.flush()
-        else:
-            print(text, flush=True)
-
-    def progress(self, name: str, total: int) -> Callable[[float], None]:
-        from tqdm import tqdm
-
-        bar = tqdm(
-            total=total,
-            desc=name.ljust(11),
-            position=len(self._bars),
-            # No bars in a log file.
-            disable=None,
-            # Without tqdm's rate: that would count the time in which the other runs have their turn.
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-        )
-        self._bars.append(bar)
-
-        def advance(loss: float) -> None:
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update()
-
-        return advance
-
-    def close(self) -> None:
-        for bar in self._bars:
-            bar.close()
-        self._bars.clear()
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -159,25 +128,60 @@ def run(arguments: argparse.Namespace) -> int:
         parser.error(f"--{single[0].replace('_', '-')} is for a single training and does not go with --compare")
     if arguments.resume and arguments.out is None:
         parser.error("--resume needs --out, the directory of the run")
-    needed = [("sklearn", "scikit-learn")] if arguments.data == "digits" else []
-    if not arguments.quiet:
-        needed.append(("tqdm", "tqdm"))
-    if arguments.out is not None:
+    with _told_on(arguments.quiet) as progress:
+        _check_model(arguments.model)
+        needed = [("sklearn", "scikit-learn")] if arguments.data == "digits" else []
         if compare:
             # Before minutes of work, not after.
             needed.append(("matplotlib", "matplotlib"))
-        problem = None if arguments.resume else prepare_directory(arguments.out)
-        if problem:
-            parser.refuse(problem)
+        _refuse_missing(*needed)
+        with contextlib.nullcontext() if arguments.resume else _folder(arguments, compare):
+            return (_compare if compare else _train)(arguments, progress)
+
+
+@contextlib.contextmanager
+def _told_on(quiet: bool) -> Iterator[Progress | None]:
+    """Show what goes on, unless nobody wants to know."""
+    if quiet:
+        yield None
+        return
+    _refuse_missing(("tqdm", "tqdm"))
+    with contextlib.closing(Progress("finetune")) as progress:
+        progress.stage("importing packages", 0.02)
+        yield progress
+
+
+def _refuse_missing(*needed: tuple[str, str]) -> None:
     problem = missing_package("finetune", *needed)
     if problem:
-        parser.refuse(problem)
-    terminal = None if arguments.quiet else _Terminal()
+        raise ConfigurationError(problem)
+
+
+def _check_model(name: str) -> None:
     try:
-        return (_compare if compare else _train)(arguments, terminal)
+        model_name(name)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigurationError(f"argument --model: {error}") from None
+
+
+@contextlib.contextmanager
+def _folder(arguments: argparse.Namespace, compare: bool) -> Iterator[None]:
+    """Make the folder for results; one of our making that nothing has come into does not stay."""
+    if compare and arguments.out is None:
+        arguments.out = _OUT
+    if arguments.out is None:
+        yield
+        return
+    made = not arguments.out.exists()
+    problem = prepare_directory(arguments.out)
+    if problem:
+        raise ConfigurationError(problem)
+    try:
+        yield
     finally:
-        if terminal is not None:
-            terminal.close()
+        if made:
+            with contextlib.suppress(OSError):  # it has contents
+                arguments.out.rmdir()
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -188,37 +192,42 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _compare(arguments: argparse.Namespace, terminal: _Terminal | None) -> int:
+def _compare(arguments: argparse.Namespace, progress: Progress | None) -> int:
+    import torch  # noqa: F401 - takes the longest of what follows
+
     from qsparseprop.utils._locks import locked
-    from qsparseprop.utils.compare import CompareConfig, ConfigurationError, compare
-    from qsparseprop.utils.compare_report import format_table, write_json, write_plot
-    from qsparseprop.utils.training_run import SETTINGS
+    from qsparseprop.utils.compare import CompareConfig, compare
+    from qsparseprop.utils.compare_report import check_folder, format_table, write_results
 
     config, out = CompareConfig(**_settings(arguments)), arguments.out
-    with contextlib.nullcontext() if out is None else locked(out):
-        if out is not None and (out / SETTINGS).exists():
-            raise ConfigurationError(f"{out} holds a single training: go on with it (--resume), or choose another "
-                                     "directory for the comparison")  # fmt: skip
-        result = compare(config, terminal)
-        print(format_table(result))
-        if out is not None:
-            write_json(result, out / "result.json")
-            write_plot(result, out / "result.png")
-            if not arguments.quiet:
-                print(f"Written: {out / 'result.json'} and {out / 'result.png'}")
+    with locked(out):
+        former = check_folder(out)
+        result = compare(config, progress)
+        if progress is not None:
+            progress.stage("drawing the pictures", 1.0)
+        written = write_results(result, out)
+    if progress is not None:
+        progress.close()
+    print(format_table(result))
+    if not arguments.quiet:
+        replaced = ", in place of an older comparison" if former else ""
+        print(f"Written to {out}: {', '.join(written)}{replaced}")
     return 0
 
 
-def _train(arguments: argparse.Namespace, terminal: _Terminal | None) -> int:
+def _train(arguments: argparse.Namespace, progress: Progress | None) -> int:
     from qsparseprop.utils.training_run import RunConfig, Stopped, format_result, run_training
 
+    if progress is not None:
+        # the training has bars of its own
+        progress.close()
     settings = _settings(arguments)
     if arguments.precision is not None:
         settings["precision"] = arguments.precision
     chosen = {name: value for name, value in settings.items() if value != arguments.defaults.get(name)}
     try:
         result = run_training(
-            RunConfig(**settings), arguments.out, resume=arguments.resume, chosen=chosen, reporter=terminal,
+            RunConfig(**settings), arguments.out, resume=arguments.resume, chosen=chosen, reporter=progress,
             progress=False if arguments.quiet else None, time_layers=5 if arguments.layer_times else 0,
         )  # fmt: skip
     except Stopped as stop:

@@ -34,10 +34,10 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what was asked for; return the exit code."""
-    import qsparseprop
+    from qsparseprop.config import show_config
 
     if arguments.file is None:
-        qsparseprop.show_config()
+        show_config()
         return 0
     from qsparseprop.utils._errors import ConfigurationError
     from qsparseprop.utils.state_files import read_state_dict

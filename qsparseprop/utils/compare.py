@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from ._errors import ConfigurationError
 from ._files import save_tensors
-from .compare_worker import RunHandle, RunSpec
-from .finetuner import Finetuner
-from .measurement_utils import environment, interleaved_medians
+from .compare_worker import RunHandle, RunSpec, loss_note
+from .dense_modes import DENSE_MODES, MODE_STEPS, time_dense_modes
+from .measurement_utils import environment
 from .setup_run import (
     PRUNERS,
     TrainingMode,
@@ -47,22 +46,13 @@ RUN_LABELS = {
     "blocks": "+ packed blocks",
 }
 
-DENSE_MODES = (
-    TrainingMode(bf16=False, channels_last=False),
-    TrainingMode(bf16=False, channels_last=True),
-    TrainingMode(bf16=True, channels_last=False),
-    TrainingMode(bf16=True, channels_last=True),
-)
-
 # A turn is long enough that its first step, which finds cold caches and sleeping threads and is not timed, is a small
 # part of it, and short enough that the runs see the same state of the machine.
 _STEPS_PER_TURN = 4
 
-#: A way to train whose first step takes so many times as long as the fastest one's, and so many seconds, which no cold
-#: start explains, is not timed again.
-_HOPELESS, _HOPELESS_SECONDS = 2.0, 3.0
-#: The part of a batch that is tried first, and the seconds that it may take in any case.
-_PART, _COLD_SECONDS = 16, 1.0
+#: Shares of the whole work that are done at the end of its parts, roughly: for the progress bar.
+_LOADED, _MODES_TRIED, _TRAINED, _PRUNED, _STARTED = 0.04, 0.13, 0.27, 0.3, 0.34
+_SWAPPED, _FINETUNED, _MEASURED = 0.45, 0.96, 0.98
 
 
 @dataclass(frozen=True)
@@ -129,9 +119,9 @@ class CompareConfig:
     compress_saved: bool = False
     sparse_fp32: bool = False
     blocks: str = "all"
-    evaluations: int = 6
+    evaluations: int = 2
     max_images: int | None = None
-    epochs: int = 2
+    epochs: int = 1
     pretrain_epochs: int = 1
     batch_size: int = 64
     learning_rate: float = 2e-3
@@ -163,11 +153,11 @@ class Reporter(Protocol):
     def message(self, text: str) -> None:
         """Show one or more lines."""
 
-    def progress(self, name: str, total: int) -> Callable[[float], None]:
-        """Start a progress bar of `total` steps; the returned function is called with the loss after each."""
+    def stage(self, text: str, until: float) -> None:
+        """Begin a part of the work, at whose end the share `until` of all work is done; the one before has ended."""
 
-    def close(self) -> None:
-        """Finish all progress bars."""
+    def progress(self, name: str, total: int) -> Callable[[str], None]:
+        """Count `total` steps of the present part; the returned function is called at each, with a note on it."""
 
 
 @dataclass
@@ -190,11 +180,11 @@ class _Silent:
     def message(self, text: str) -> None:
         pass
 
-    def progress(self, name: str, total: int) -> Callable[[float], None]:
-        return lambda loss: None
-
-    def close(self) -> None:
+    def stage(self, text: str, until: float) -> None:
         pass
+
+    def progress(self, name: str, total: int) -> Callable[[str], None]:
+        return lambda note: None
 
 
 def compare(
@@ -256,17 +246,19 @@ def compare(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     config = replace(config, threads=torch.get_num_threads())
+    reporter.stage("reading the images, making the network", _LOADED)
     model, data = prepare_network(config, max_images=config.max_images)
     train_loader, test_loader = make_loaders(data, config.batch_size, config.seed)
 
     shared = shared or Shared()
     if not shared.mode_seconds:
-        reporter.message(f"Timing {len(DENSE_MODES)} ways to train the dense network ...")
-        shared.mode_seconds = _time_dense_modes(model, *next(iter(train_loader)))
+        reporter.stage(f"trying {len(DENSE_MODES)} ways to train the dense network", _MODES_TRIED)
+        on_step = reporter.progress("dense", MODE_STEPS)
+        shared.mode_seconds = time_dense_modes(model, *next(iter(train_loader)), on_step)
     mode_seconds = shared.mode_seconds
     best = min(DENSE_MODES, key=lambda mode: mode_seconds[mode.name])
     listed = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in mode_seconds.items())
-    reporter.message(f"  ms a step: {listed}. Best: {best.name}.")
+    reporter.message(f"Dense training, ms a step: {listed}. Best: {best.name}.")
 
     steps = config.pretrain_epochs * len(train_loader)
     trainer = make_finetuner(model, best, config.learning_rate, steps)
@@ -276,15 +268,16 @@ def compare(
         model.load_state_dict(state)
     else:
         if config.weights is None:
-            reporter.message(f"Training dense for {steps} steps ...")
-            on_step = reporter.progress("dense", steps)
+            reporter.stage("training dense", _TRAINED)
+            advance = reporter.progress("dense", steps)
             for epoch in range(1, config.pretrain_epochs + 1):
-                trainer.train(train_loader, on_step=on_step)
+                trainer.train(train_loader, on_step=lambda loss: advance(loss_note(loss)))
                 summary = trainer.history.summary(len(train_loader))
                 reporter.message(f"  epoch {epoch}/{config.pretrain_epochs}: {summary}")
-            reporter.close()
+        reporter.stage("measuring the accuracy of the dense network", _TRAINED)
         dense_top1 = trainer.evaluate(test_loader)
         shared.dense[key] = copy.deepcopy(model.state_dict()), dense_top1
+    reporter.stage("pruning", _PRUNED)
     pruned = prune_model(model, config.prune, config.sparsity)
     pruned_top1 = trainer.evaluate(test_loader)
     reporter.message(
@@ -311,7 +304,10 @@ def compare(
     if config.blocks == "apart":
         specs["blocks"] = replace(swapped, fuse=True)
     start = {"model": model.state_dict(), "masks": pruned["masks"], "data": vars(data), "config": asdict(config)}
-    runs = _finetune_all(specs, start, reporter, config.evaluations)
+    # Where plain fp32 is the best of the dense ones already, a second run of the same would only take longer.
+    different = {name: spec for name, spec in specs.items() if name == "dense_fp32" or spec != specs["dense_fp32"]}
+    measured = _finetune_all(different, start, reporter, config.evaluations)
+    runs = {name: copy.deepcopy(measured[name if name in measured else "dense_fp32"]) for name in specs}
 
     for name, run in runs.items():
         run["evaluations"].insert(0, {"step": 0, "train_s": 0.0, "top1": pruned_top1})
@@ -333,70 +329,42 @@ def compare(
     }
 
 
-def _time_dense_modes(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-    """Seconds of a training step of a copy of the model in each mode, by the mode's name.
-
-    A mode in which a sixteenth of the batch takes longer than another one's whole step, and a second, twice is not run
-    any further (bfloat16 on a processor without instructions for it takes minutes); its time is that of the part,
-    sixteen times.
-    """
-    # Copies, because each step changes weights and statistics; one a layout, because converting is not to be timed.
-    copies = {channels_last: copy.deepcopy(model) for channels_last in (False, True)}
-    trainers = {mode.name: make_finetuner(copies[mode.channels_last], mode, 1e-4, 100) for mode in DENSE_MODES}
-
-    def step(trainer: Finetuner) -> Callable[[], float]:
-        return lambda: trainer.train_step(inputs, targets)
-
-    steps = {name: step(trainer) for name, trainer in trainers.items()}
-    seconds: dict[str, float] = {}
-    part = len(inputs) // _PART
-    for name, trainer in trainers.items():
-        if seconds and part > 1:
-            for _ in range(2):  # the first one may be slow for its cold start
-                start = time.perf_counter()
-                trainer.train_step(inputs[:part], targets[:part])
-                spent = time.perf_counter() - start
-                if spent <= max(min(seconds.values()), _COLD_SECONDS):
-                    break
-            else:
-                seconds[name] = _PART * spent
-                continue
-        seconds |= interleaved_medians({name: steps[name]}, repeats=1, warmup=0)
-    limit = max(_HOPELESS * min(seconds.values()), _HOPELESS_SECONDS)
-    seconds.update(interleaved_medians({n: s for n, s in steps.items() if seconds[n] <= limit}, repeats=2, warmup=0))
-    return seconds
-
-
 def _finetune_all(
     specs: dict[str, RunSpec], start: dict[str, Any], reporter: Reporter, evaluations: int
 ) -> dict[str, dict[str, Any]]:
     """Fine-tune in one process a run, taking turns, and return what each measured."""
     with ExitStack() as stack:
+        reporter.stage(f"starting {len(specs)} runs, each in a process of its own", _STARTED)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qsparseprop-"))
         path = os.path.join(folder, "start.pt")
         save_tensors(start, path)
         handles = {name: stack.enter_context(RunHandle(name, spec, path)) for name, spec in specs.items()}
-        reporter.message(f"Starting {len(handles)} runs, each in a process of its own ...")
-        prepared = {name: handle.call("prepare") for name, handle in handles.items()}
+        prepared = {}
+        for name, handle in handles.items():
+            if specs[name].swap:
+                reporter.stage(f"{RUN_LABELS[name]}: timing each layer, dense and sparse", _SWAPPED)
+            advance = reporter.progress(RUN_LABELS[name], len(start["masks"])) if specs[name].swap else None
+            prepared[name] = handle.call("prepare", advance=advance)
         if prepared["qsparseprop"]["swap_table"]:
             reporter.message(prepared["qsparseprop"]["swap_table"])
         steps = prepared["qsparseprop"]["steps"]
         reporter.message(f"Fine-tuning for {steps} steps each, in turns of {_STEPS_PER_TURN} ...")
+        reporter.stage("fine-tuning", _FINETUNED)
         bars = {name: reporter.progress(RUN_LABELS[name], steps) for name in handles}
         done, top1, began = 0, {}, time.perf_counter()
         ends = _turn_ends(steps)
         every = max(2, -(-len(ends) // evaluations))
         evaluate_at = {steps, *ends[every - 1 :: every]}
-        for end in _turn_ends(steps):
+        for end in ends:
             for name, handle in handles.items():
-                handle.call("train", end - done, on_step=bars[name])
+                handle.call("train", end - done, advance=bars[name])
                 if end in evaluate_at:
                     top1[name] = handle.call("evaluate")
             if end in evaluate_at:
                 figures = ", ".join(f"{RUN_LABELS[name]} {value:.1f} %" for name, value in top1.items())
                 reporter.message(f"  step {end}/{steps}: top-1 {figures}, {time.perf_counter() - began:.0f} s")
             done = end
-        reporter.close()
+        reporter.stage("counting what each run keeps for the backward pass", _MEASURED)
         runs = {name: handle.call("summary") for name, handle in handles.items()}
     for name, run in runs.items():
         run.update(prepared[name])

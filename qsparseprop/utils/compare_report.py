@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ._errors import ConfigurationError
 from ._files import replacing
 from .compare import RUN_LABELS
 
-__all__ = ["format_table", "write_bars", "write_json", "write_plot"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["check_folder", "format_table", "write_bars", "write_json", "write_plot", "write_results"]
+
+#: Files of a comparison: everything in figures, time and memory, accuracy against time.
+_JSON, _BARS, _CURVES = "result.json", "result.png", "training.png"
 
 # Okabe and Ito's colours stay apart for all kinds of colour blindness, and the line styles on a black and white print.
 _STYLES = {
@@ -22,6 +29,9 @@ _STYLES = {
     "sparse_fp32": {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
     "blocks": {"color": "#E69F00", "linestyle": (0, (3, 1, 1, 1)), "marker": "P"},
 }
+
+#: Height of a caption in the picture of accuracies, in percent.
+_CAPTION_HEIGHT = 9
 
 # Steps do equal work, so that on a quiet machine mean and median differ by a few percent.
 _BUSY = 1.25
@@ -104,8 +114,52 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
+def write_results(result: dict[str, Any], folder: Path) -> list[str]:
+    """Write ``result.json`` and its pictures into a folder; returns the names.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    OSError
+        If one cannot be written.
+    """
+    write_json(result, folder / _JSON)
+    runs = {name: {**run, "added_mb": run["peak_rss_mb"] - run["rss_before_training_mb"]}
+            for name, run in result["runs"].items()}  # fmt: skip
+    write_bars(runs, _title(result), folder / _BARS, _footer(result))
+    write_plot(result, folder / _CURVES)
+    return [_JSON, _BARS, _CURVES]
+
+
+def check_folder(folder: Path) -> bool:
+    """Whether a folder has the result of an older comparison, which a new one may replace.
+
+    Raises
+    ------
+    ConfigurationError
+        If something else would be overwritten, or the folder is that of a single training.
+    """
+    if (folder / "run.json").exists():
+        raise ConfigurationError(f"{folder} holds a single training: go on with it (--resume), or choose another "
+                                 "directory for the comparison (--out)")  # fmt: skip
+    there = [name for name in (_JSON, _BARS, _CURVES) if (folder / name).exists()]
+    if there and not _is_comparison(folder / _JSON):
+        raise ConfigurationError(f"{folder / there[0]} is not the result of a comparison and would be overwritten: "
+                                 "choose another directory (--out)")  # fmt: skip
+    return bool(there)
+
+
+def _is_comparison(path: Path) -> bool:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return {"dense_fp32", "qsparseprop"} <= result["runs"].keys() and "qsparseprop" in result["environment"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw loss and accuracy against training time as a PNG; the file appears complete or not at all.
+    """Draw accuracy against training time as a PNG; the file appears complete or not at all.
 
     Raises
     ------
@@ -117,35 +171,37 @@ def write_plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     # Not pyplot, which would look for a display and keep the figure.
     from matplotlib.figure import Figure
 
-    # Two captions are as much as a line holds: longer ones would be cut off at the edges.
-    lines = math.ceil(len(result["runs"]) / 2)
-    figure = Figure(figsize=(9, 3.4 + 0.22 * lines), dpi=120, layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for name, run in result["runs"].items():
-        label, style = RUN_LABELS[name], _STYLES[name]
-        ends = _running_sum(run["step_s"])
-        plain = {key: value for key, value in style.items() if key != "marker"}
-        loss_axes.plot(ends, _smooth(run["losses"]), linewidth=2, **plain)
-        seconds = [evaluation["train_s"] for evaluation in run["evaluations"]]
-        top1 = [evaluation["top1"] for evaluation in run["evaluations"]]
-        caption = f"{label}: {run['step_ms']:.0f} ms/step"
-        if name == "dense_best":
-            caption = f"{label} ({run['config']}): {run['step_ms']:.0f} ms/step"
-        accuracy_axes.plot(seconds, top1, linewidth=2, markersize=6, label=caption, **style)
-    loss_axes.set(ylabel="training loss (mean of 3 steps)")
-    loss_axes.set_ylim(0, 1.05 * max(loss_axes.get_ylim()[1], 1e-9))
-    accuracy_axes.set(ylabel="test accuracy, top-1 (%)", ylim=(0, 103))
-    for axes in (loss_axes, accuracy_axes):
-        axes.set_xlabel("training time (s)")
-        axes.set_xlim(left=0)
-        axes.grid(True, alpha=0.3)
-    figure.suptitle("\n".join(filter(None, (_title(result), _busy(result)))), fontsize=11)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
+    figure = Figure(figsize=(8, 4.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    longest = max(run["evaluations"][-1]["train_s"] for run in result["runs"].values())
+    # Under all curves, of which the slowest run's is the lowest, there is room: the farther to the right the more.
+    order = sorted(result["runs"], key=lambda name: result["runs"][name]["evaluations"][-1]["train_s"])
+    for place, name in enumerate(order):
+        evaluations = result["runs"][name]["evaluations"]
+        seconds = [evaluation["train_s"] for evaluation in evaluations]
+        top1 = [evaluation["top1"] for evaluation in evaluations]
+        style = _STYLES[name]
+        axes.plot(seconds, top1, linewidth=2, markersize=6, **style)
+        end, height = seconds[-1], 7 + _CAPTION_HEIGHT * place
+        axes.plot([end, end], [0, top1[-1]], linewidth=1, alpha=0.6, color=style["color"])
+        left = end > longest / 2
+        axes.annotate(f"{RUN_LABELS[name]}: {top1[-1]:.1f} % after {end:.1f} s", (end, height),
+                      (-6 if left else 6, 0), textcoords="offset points", ha="right" if left else "left", va="center",
+                      color=style["color"], fontsize=11, fontweight="bold",
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
+    axes.set(xlabel="time spent in training steps (s)", ylabel="test accuracy, top-1 (%)", ylim=(0, 103))
+    axes.set_xlim(0, 1.04 * longest)
+    axes.grid(True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{_title(result)}: accuracy against time", fontsize=12)
+    _write_footer(figure, _footer(result))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def write_bars(summary: Mapping[str, Mapping[str, Any]], title: str, path: str | os.PathLike[str]) -> None:
+def write_bars(
+    summary: Mapping[str, Mapping[str, Any]], title: str, path: str | os.PathLike[str], footer: str = ""
+) -> None:
     """Draw time of a step, saved memory and added memory of runs as bars, as a PNG.
 
     Parameters
@@ -155,6 +211,8 @@ def write_bars(summary: Mapping[str, Mapping[str, Any]], title: str, path: str |
     title : str
     path : path-like
         Appears complete or not at all.
+    footer : str
+        In small print below.
 
     Raises
     ------
@@ -165,43 +223,44 @@ def write_bars(summary: Mapping[str, Mapping[str, Any]], title: str, path: str |
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.4 + 0.32 * len(summary)), dpi=120, layout="constrained")
-    panels = (("step_ms", "time of a step (ms)"), ("saved_mb", "saved for backward (MB)"),
-              ("added_mb", "peak RSS added by training (MB)"))  # fmt: skip
-    names = [RUN_LABELS[name] for name in summary]
-    for axes, (key, label) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+    figure = Figure(figsize=(8, 1.7 + 0.45 * len(summary)), dpi=100, layout="constrained")
+    panels = (("step_ms", "time of a training step", "ms"), ("saved_mb", "kept for backward pass", "MB"),
+              ("added_mb", "peak memory of training", "MB"))  # fmt: skip
+    labels = [f"{RUN_LABELS[name]}\n({run['config']})" for name, run in summary.items()]
+    for axes, (key, label, unit) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         values = [run[key] if run[key] == run[key] else 0.0 for run in summary.values()]
         whole = summary["dense_fp32"][key]
-        bars = axes.barh(names, values, color=[_STYLES[name]["color"] for name in summary], height=0.7)
-        shares = [f"{100 * value / whole:.0f} %" if whole else "" for value in values]
-        axes.bar_label(bars, shares, padding=3, fontsize=9)
-        axes.set_xlim(0, 1.25 * max(*values, 1e-9))
-        axes.set_xlabel(label)
-        axes.grid(True, axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
+        bars = axes.barh(labels, values, color=[_STYLES[name]["color"] for name in summary], height=0.7)
+        shares = [f"\n{100 * value / whole:.0f} %" if whole and value else "" for value in values]
+        texts = [f"{value:.0f} {unit}{share}" for value, share in zip(values, shares, strict=True)]
+        axes.bar_label(bars, texts, padding=3, fontsize=9)
+        # room for the longest label beside the longest bar
+        axes.set_xlim(0, 1.6 * max(*values, 1e-9))
+        axes.set_title(label, fontsize=10, loc="left", pad=8)
+        axes.xaxis.set_visible(False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.invert_yaxis()
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=12)
+    _write_footer(figure, footer)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _write_footer(figure: Figure, text: str) -> None:
+    if text:
+        figure.supxlabel(text, fontsize=8, color="#555555")
 
 
 def _title(result: dict[str, Any]) -> str:
     config = result["config"]
     model = config["model"].rpartition(":")[2]
-    return (
-        f"Fine-tuning {model} at {100 * result['sparsity']:g} % sparsity, batch {config['batch_size']}, "
-        f"{config['threads']} thread{'s' if config['threads'] > 1 else ''}: same start, same batches, same steps"
-    )
+    return f"Fine-tuning {model} with {100 * result['sparsity']:g} % zeros, batch {config['batch_size']}"
 
 
-def _running_sum(values: list[float]) -> list[float]:
-    total, sums = 0.0, []
-    for value in values:
-        total += value
-        sums.append(total)
-    return sums
-
-
-def _smooth(values: list[float], window: int = 3) -> list[float]:
-    """Mean of each value and the ones before it, `window` at most."""
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+def _footer(result: dict[str, Any]) -> str:
+    """What the figures hold for."""
+    environment = result["environment"]
+    threads = f"{environment['threads']} thread{'s' if environment['threads'] > 1 else ''}"
+    machine = (f"{environment['cpu']}, {threads}; PyTorch {environment['torch']}, qsparseprop "
+               f"{environment['qsparseprop']}; {environment['date'][:10]}")  # fmt: skip
+    return "\n".join(filter(None, (machine, _busy(result))))

@@ -27,7 +27,12 @@ from .measurement_utils import (
 )
 from .setup_run import TrainingMode, make_finetuner, make_loaders, make_network, swap_model
 
-__all__ = ["RunHandle", "RunSpec"]
+__all__ = ["RunHandle", "RunSpec", "loss_note"]
+
+
+def loss_note(loss: float) -> str:
+    """What a progress bar says after a training step."""
+    return f"loss {loss:.3f}"
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,9 @@ class RunSpec:
 class _Run:
     """The work of the child process; every public method answers one command of the parent."""
 
-    def __init__(self, spec: RunSpec, start_path: str, send_loss: Callable[[float], None]) -> None:
+    def __init__(self, spec: RunSpec, start_path: str, tell: Callable[[str], None]) -> None:
         self.spec = spec
-        self.send_loss = send_loss
+        self.tell = tell
         start = torch.load(start_path, weights_only=True)
         data = ImageData(**start["data"])
         self.masks = start["masks"]
@@ -104,10 +109,11 @@ class _Run:
     def _swap(self) -> tuple[list[str], str]:
         shape = (self.config["batch_size"], *self.train_loader.dataset.tensors[0].shape[1:])
         return swap_model(self.model, shape, self.spec.mode, self.spec.scheme or self.config["scheme"],
-                          self.spec.min_sparsity, fuse=self.spec.fuse)  # fmt: skip
+                          self.spec.min_sparsity, fuse=self.spec.fuse, on_layer=self.tell)  # fmt: skip
 
     def train(self, steps: int) -> None:
-        self.trainer.train(itertools.islice(self.batches, steps), warmup=1, on_step=self.send_loss)
+        batches = itertools.islice(self.batches, steps)
+        self.trainer.train(batches, warmup=1, on_step=lambda loss: self.tell(loss_note(loss)))
 
     def evaluate(self) -> float:
         return self.trainer.evaluate(self.test_loader)
@@ -142,7 +148,7 @@ def _serve(connection: Connection, spec: RunSpec, start_path: str) -> None:
     # The parent is gone, or has closed its end: nobody is left to tell.
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
-            run = _Run(spec, start_path, lambda loss: connection.send(("loss", loss)))
+            run = _Run(spec, start_path, lambda note: connection.send(("progress", note)))
             while True:
                 command, arguments = connection.recv()
                 connection.send(("result", getattr(run, command)(*arguments)))
@@ -187,8 +193,8 @@ class RunHandle:
         self._process.terminate()
         self._process.join()
 
-    def call(self, command: str, *arguments: Any, on_step: Callable[[float], None] | None = None) -> Any:
-        """Run a command in the child and return its result.
+    def call(self, command: str, *arguments: Any, advance: Callable[[str], None] | None = None) -> Any:
+        """Run a command in the child and return its result; `advance` is called with what it is at meanwhile.
 
         Raises
         ------
@@ -203,8 +209,8 @@ class RunHandle:
                     return value
                 if kind == "error":
                     raise RuntimeError(f"the run {self.name} failed: {value}")
-                if on_step is not None:
-                    on_step(value)
+                if advance is not None:
+                    advance(value)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join(timeout=5)
             code = self._process.exitcode

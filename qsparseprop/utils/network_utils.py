@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,16 +15,16 @@ from qsparseprop import nn as sparse_nn
 from qsparseprop.contents import is_convertible
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, foreign_parametrization
+from qsparseprop.nn._dense import dense_type, dense_weight, foreign_parametrization
 from qsparseprop.nn._weight import check_before_loading
 from qsparseprop.nn.intrinsic import QuantizedBNReLU2d
 from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._carry import carry_attributes, carry_hooks, gradient_hooks, own_hooks
-from qsparseprop.utils._example import LayerInput, Runner, copy_model, make_runner, not_called, record, still_held
+from qsparseprop.utils._example import Runner, copy_model, make_runner, not_called, record, still_held
+from qsparseprop.utils._layer_timing import Stopwatch
 from qsparseprop.utils._weights import Weights, weights_of
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
-from qsparseprop.utils.measurement_utils import compare_interleaved
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
 __all__ = [
@@ -67,46 +66,6 @@ def sparsity(model: nn.Module) -> float:
     found = {w.identity: w for w in weights_of(model)}.values()
     total = sum(w.total for w in found)
     return sum(w.zeros for w in found) / total if total else 0.0
-
-
-def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
-    x = x.detach().requires_grad_(x_grad)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    grad: Tensor | None = None
-
-    def step() -> None:
-        nonlocal grad
-        x.grad = None
-        for p in parameters:
-            p.grad = None
-        with torch.enable_grad():
-            y = module(x)
-            if grad is None:
-                grad = torch.ones_like(y)
-            if y.requires_grad:
-                y.backward(grad)
-
-    return step
-
-
-def _plain_dense(module: nn.Module) -> nn.Module:
-    """A copy of a dense layer without prune's bookkeeping and without hooks, for timing."""
-    weight, _ = dense_weight(module)
-    kind = dense_type(module)
-    plain = kind.__new__(kind)
-    plain.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        plain.__dict__[hooks] = type(plain.__dict__[hooks])()
-    bias = dense_bias(module)
-    for held in (plain._parameters, plain._buffers, plain._modules):
-        held.clear()
-    for name in ("weight", "bias"):
-        plain.__dict__.pop(name, None)
-    # its own, too: a step of it must not touch the gradient of the model's
-    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias[0].clone(), bias[1]))
-    # a clone may lose the memory format that makes the dense layer fast
-    plain.register_parameter("weight", nn.Parameter(weight.clone(memory_format=torch.preserve_format)))
-    return plain
 
 
 def _owners(model: nn.Module) -> Counter[int]:
@@ -186,25 +145,6 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
         guard_merging(model)
 
 
-def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
-    """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
-    steps = {
-        "dense": _training_step(_plain_dense(dense), seen.x, seen.requires_grad),
-        "sparse": _training_step(copy.deepcopy(sparse), seen.x, seen.requires_grad),
-    }
-    with torch.random.fork_rng(devices=[]):
-        try:
-            steps["sparse"]()
-        except (NotImplementedError, TypeError, ValueError) as error:
-            decision.reason = f"cannot take its input: {error}"
-            return False
-        timed = compare_interleaved(steps)
-    decision.dense_ms, decision.sparse_ms = 1e3 * timed.medians["dense"], 1e3 * timed.medians["sparse"]
-    faster = decision.dense_ms > decision.sparse_ms
-    decision.reason = ", ".join(part for part in ("" if faster else "faster dense", timed.note) if part)
-    return faster
-
-
 def _put_back_what_is_not_called(
     model: nn.Module,
     dense: Mapping[str, nn.Module],
@@ -246,6 +186,7 @@ def swap_modules_with_sparse(
     include_dense: bool = True,
     qconfig: QuantConfig | None = None,
     fuse: bool = False,
+    on_layer: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Replace the layers of a model that are sparse enough, and faster so.
 
@@ -278,10 +219,11 @@ def swap_modules_with_sparse(
     min_sparsity : float
         Layers with a smaller fraction of zeros stay dense.
     include_dense : bool
-        Time each layer, dense and sparse, forward and backward, at its real input, and leave it dense where that is
-        faster, where the model computes with its weight directly, or where the model, which is run once more after the
-        swap, does not call the layer that has replaced it. Otherwise the model is not run at all, and every layer that
-        is sparse enough is replaced, except for those that the model also holds in a list, a dict or a kept method.
+        Time each layer, dense and sparse, forward and backward, at its real input (one of those that differ in nothing
+        but at most 1 % of zeros), and leave it dense where that is faster, where the model computes with its weight
+        directly, or where the model, which is run once more after the swap, does not call the layer that has replaced
+        it. Otherwise the model is not run at all, and every layer that is sparse enough is replaced, except for those
+        that the model also holds in a list, a dict or a kept method.
     qconfig : QuantConfig, optional
         For the quantised modules.
     fuse : bool
@@ -289,6 +231,8 @@ def swap_modules_with_sparse(
         BatchNorm2d with the ReLU behind them, and of a sparse linear layer and its ReLU or GELU, see
         `qsparseprop.utils.fusion.fuse_modules`. What was fused, or why not, is in the report. Blocks of images return
         channels_last tensors.
+    on_layer : callable, optional
+        Called with the name of each layer before it is timed, which takes seconds where layers are large.
 
     Returns
     -------
@@ -365,6 +309,7 @@ def swap_modules_with_sparse(
     recorded, read = record(model, candidates, run) if run is not None and candidates else ({}, set())
     dense = {name: named[name] for name in candidates}
     sparse: dict[str, nn.Module] = {}
+    stopwatch = Stopwatch()
     for name, decision in candidates.items():
         of = dense_type(dense[name])
         kind = _PROTOTYPES[of] if prototype else _replacements()[of][quantize]
@@ -376,8 +321,10 @@ def swap_modules_with_sparse(
         if name not in recorded and run is not None and not prototype:
             decision.reason = "not reached by the example input, so not timed"
             continue
+        if on_layer is not None:
+            on_layer(name)
         layer = kind.from_dense(dense[name], qconfig=qconfig)
-        if name in recorded and not prototype and not _pays(dense[name], layer, recorded[name], decision):
+        if name in recorded and not prototype and not stopwatch.pays(dense[name], layer, recorded[name], decision):
             continue
         carry_attributes(dense[name], layer, _untouched(dense[name]))
         decision.swapped = True

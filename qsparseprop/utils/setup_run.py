@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,11 +263,12 @@ def prune_model(model: nn.Module, kind: str, sparsity: float) -> dict[str, Any]:
 
 def swap_model(
     model: nn.Module, input_shape: tuple[int, ...], mode: TrainingMode, scheme: str, min_sparsity: float,
-    include_dense: bool = True, fuse: bool = True,
+    include_dense: bool = True, fuse: bool = True, on_layer: Callable[[str], None] | None = None,
 ) -> tuple[list[str], str]:
     """Swap a model in place, in the memory format that it is going to be trained in; see `swap_modules_with_sparse`.
 
-    With `fuse`, quantised layers become blocks with their BatchNorm and activation where the model can be traced.
+    With `fuse`, quantised layers become blocks with their BatchNorm and activation where the model can be traced;
+    `on_layer` is called with the name of each layer before it is timed.
 
     Returns
     -------
@@ -283,6 +284,7 @@ def swap_model(
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
         swap_modules_with_sparse(model, input_shape, min_sparsity=min_sparsity, quantize=quantize, qconfig=qconfig,
-                                 include_dense=include_dense, fuse=quantize and fuse, verbose=True)  # fmt: skip
+                                 include_dense=include_dense, fuse=quantize and fuse, verbose=True,
+                                 on_layer=on_layer)  # fmt: skip
     after = {name: type(module) for name, module in model.named_modules()}
     return [name for name, kind in before.items() if after.get(name) is not kind], table.getvalue().rstrip()

@@ -1,0 +1,103 @@
+"""Timing layers, dense and sparse, to find out which are worth replacing."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, trains_weight
+from qsparseprop.utils._example import LayerInput
+from qsparseprop.utils.measurement_utils import compare_interleaved
+from qsparseprop.utils.swap_report import SwapDecision
+
+__all__ = ["Stopwatch"]
+
+
+#: Layers of the same kind and sizes whose sparsities differ by no more are timed once: less than a stopwatch can tell.
+_SAME_SPARSITY = 0.01
+
+
+class Stopwatch:
+    """Times layers, those that are alike once."""
+
+    def __init__(self) -> None:
+        self._timed: dict[tuple[Any, ...], list[tuple[SwapDecision, bool]]] = {}
+
+    def pays(self, dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
+        """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
+        weight, bias, x = dense_weight(dense)[0], dense_bias(dense), seen.x
+        # what decides how long it takes, except for the zeros
+        key = (dense_type(dense), dense.extra_repr(), weight.shape, weight.stride(), weight.dtype, trains_weight(dense),
+               None if bias is None else bias[1], x.shape, x.stride(), x.dtype, seen.requires_grad)  # fmt: skip
+        timed = self._timed.setdefault(key, [])
+        for other, pays in timed:
+            if abs(other.sparsity - decision.sparsity) <= _SAME_SPARSITY:
+                decision.dense_ms, decision.sparse_ms = other.dense_ms, other.sparse_ms
+                decision.reason = ", ".join(part for part in (other.reason, f"timed as {other.name}") if part)
+                return pays
+        pays = _pays(dense, sparse, seen, decision)
+        timed.append((replace(decision), pays))
+        return pays
+
+
+def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
+    """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
+    steps = {
+        "dense": _training_step(_plain_dense(dense), seen.x, seen.requires_grad),
+        "sparse": _training_step(copy.deepcopy(sparse), seen.x, seen.requires_grad),
+    }
+    with torch.random.fork_rng(devices=[]):
+        try:
+            steps["sparse"]()
+        except (NotImplementedError, TypeError, ValueError) as error:
+            decision.reason = f"cannot take its input: {error}"
+            return False
+        timed = compare_interleaved(steps)
+    decision.dense_ms, decision.sparse_ms = 1e3 * timed.medians["dense"], 1e3 * timed.medians["sparse"]
+    faster = decision.dense_ms > decision.sparse_ms
+    decision.reason = ", ".join(part for part in ("" if faster else "faster dense", timed.note) if part)
+    return faster
+
+
+def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
+    x = x.detach().requires_grad_(x_grad)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    grad: Tensor | None = None
+
+    def step() -> None:
+        nonlocal grad
+        x.grad = None
+        for p in parameters:
+            p.grad = None
+        with torch.enable_grad():
+            y = module(x)
+            if grad is None:
+                grad = torch.ones_like(y)
+            if y.requires_grad:
+                y.backward(grad)
+
+    return step
+
+
+def _plain_dense(module: nn.Module) -> nn.Module:
+    """A copy of a dense layer without prune's bookkeeping and without hooks, for timing."""
+    weight, _ = dense_weight(module)
+    kind = dense_type(module)
+    plain = kind.__new__(kind)
+    plain.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        plain.__dict__[hooks] = type(plain.__dict__[hooks])()
+    bias = dense_bias(module)
+    for held in (plain._parameters, plain._buffers, plain._modules):
+        held.clear()
+    for name in ("weight", "bias"):
+        plain.__dict__.pop(name, None)
+    # its own, too: a step of it must not touch the gradient of the model's
+    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias[0].clone(), bias[1]))
+    # a clone may lose the memory format that makes the dense layer fast
+    plain.register_parameter("weight", nn.Parameter(weight.clone(memory_format=torch.preserve_format)))
+    return plain
