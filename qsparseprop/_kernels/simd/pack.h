@@ -326,7 +326,7 @@ QSP_INLINE void pack_lines(const qsp_pack *a, const lane_run *r, int64_t first, 
 typedef void run_packer(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last);
 
 /* The same for all channels of a run; `fours` as in pack_part, here of channels that are not neighbours. */
-QSP_INLINE void run_of_lines(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+QSP_COPIED void run_of_lines(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
                              const int rounding, const int fours)
 {
     int64_t c = first;
@@ -336,7 +336,7 @@ QSP_INLINE void run_of_lines(const qsp_pack *a, const lane_run *r, int64_t first
         pack_lines(a, r, c, 1, 1, dtype, rounding);
 }
 
-QSP_INLINE void run_of_tiles(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+QSP_COPIED void run_of_tiles(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
                              const int rounding)
 {
     for (int64_t k = 0; k < r->lanes; k += 16) {
@@ -359,21 +359,30 @@ QSP_APART void lines_any(const qsp_pack *a, const lane_run *r, int64_t first, in
         run_of_lines(a, r, first, last, a->dtype, rounding, 0);
 }
 
-QSP_APART void tiles_any(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)
+QSP_COPIED void run_of_any_tiles(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+                                 const int rounding, const int fours)
 {
-    const int rounding = rounding_of(&a->scheme), fours = has_fours(r, first);
     for (int64_t k = 0; k < r->lanes; k += 16) {
         const int lanes = (int)qsp_min(16, r->lanes - k);
         int64_t c = first;
         for (; lanes == 16 && c + 16 <= last; c += 16)
-            pack_part(a, r, k, c, 16, 16, a->dtype, rounding, fours, 1);
+            pack_part(a, r, k, c, 16, 16, dtype, rounding, fours, 1);
         for (; c < last; c += 16)
-            pack_part(a, r, k, c, (int)qsp_min(16, last - c), lanes, a->dtype, rounding, fours, 0);
+            pack_part(a, r, k, c, (int)qsp_min(16, last - c), lanes, dtype, rounding, fours, 0);
     }
 }
 
+QSP_APART void tiles_any(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)
+{
+    const int rounding = rounding_of(&a->scheme);
+    if (rounding == RANDOM)
+        run_of_any_tiles(a, r, first, last, a->dtype, RANDOM, 0);
+    else
+        run_of_any_tiles(a, r, first, last, a->dtype, rounding, has_fours(r, first));
+}
+
 /* All channels of a run as floats. */
-QSP_INLINE void run_of_floats(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+QSP_COPIED void run_of_floats(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
                               const int transposed)
 {
     for (int64_t c = first; !transposed && c < last; c++)
@@ -394,7 +403,7 @@ QSP_APART void band_any(const qsp_pack *a, const lane_run *r, int64_t k, int64_t
     pack_band(a, r, k, c, n, a->dtype, rounding_of(&a->scheme), source_of(a), has_fours(r, c), 0);
 }
 
-QSP_INLINE void run_of_bands(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+QSP_COPIED void run_of_bands(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
                              const int rounding, const int source, const int fours)
 {
     for (int64_t k = 0; k < r->lanes; k += 16)
@@ -451,6 +460,7 @@ RUN_PACKER(norm_grad_bf16, run_of_bands, QSP_BF16, RANDOM, NORM_GRAD, 1)
 RUN_PACKER(acted_f32, run_of_bands, QSP_F32, NEAREST, ACTED, 1)
 RUN_PACKER(acted_bf16, run_of_bands, QSP_BF16, NEAREST, ACTED, 1)
 RUN_PACKER(act_grad_f32, run_of_bands, QSP_F32, RANDOM, ACT_GRAD, 1)
+RUN_PACKER(act_grad_bf16, run_of_bands, QSP_BF16, RANDOM, ACT_GRAD, 1)
 #undef RUN_PACKER
 
 /* Which of them packs floats, or codes of a source: lines or tiles of PLAIN, bands of the others, where activations are rounded to
@@ -466,7 +476,7 @@ static run_packer *packer_of(const qsp_pack *a, const int codes, const int sourc
     case NORMED: return a->dtype == QSP_U8 ? normed_u8 : wide ? normed_f32 : normed_bf16;
     case NORM_GRAD: return !random ? norm_grad_any : wide ? norm_grad_f32 : norm_grad_bf16;
     case ACTED: return wide ? acted_f32 : acted_bf16;
-    case ACT_GRAD: return random && wide ? act_grad_f32 : act_grad_any;
+    case ACT_GRAD: return !random ? act_grad_any : wide ? act_grad_f32 : act_grad_bf16;
     default: break;
     }
     if (rounding != NEAREST && !random)
