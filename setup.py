@@ -37,9 +37,12 @@ CYTHON_DIRECTIVES = {
 # -ffp-contract=off: otherwise gcc fuses a*b+c (intrinsics too) where the instruction set has FMA and nowhere else, and
 # the instruction sets round, and so quantise, differently. Where a fused multiply-add is wanted the source says so.
 FLAGS = {
-    "unix": ["-O3", "-g0", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"],
+    "unix": ["-O2", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"],
     "msvc": ["/O2", "/std:c11"],
 }
+# The instruction sets' loops: with -O2 some kernels take up to twice the time, the portable ones three times. What
+# Cython makes only deals out their tasks.
+KERNEL_FLAGS = {"unix": ["-O3"], "msvc": []}
 # Cython's output is clean under these too (gcc 12, clang 14), so there are no exceptions for it.
 STRICT = ["-Wall", "-Wextra", "-Werror"]
 
@@ -71,6 +74,11 @@ class Flags(NamedTuple):
 NO_FLAGS = Flags([], [])
 
 
+def processors():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def openmp_candidates(compiler_type):
     """The ways to try, in this order."""
     if compiler_type == "msvc":
@@ -93,49 +101,81 @@ class BuildKernels(build_ext):
     """
 
     def build_extensions(self):
-        """Probe, translate the .pyx files, then build as usual."""
-        unix = self.compiler.compiler_type != "msvc"
-        self.strict = unix and enabled("QSPARSEPROP_WERROR")
+        """Probe, then translate the .pyx files and build the modules, as many compilers at a time as there are CPUs.
+
+        ``build_ext --parallel N`` says how many instead.
+        """
+        kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
+        self.strict = kind == "unix" and enabled("QSPARSEPROP_WERROR")
         openmp = self.openmp_flags()
-        compile_flags = [*FLAGS["unix" if unix else "msvc"], *(STRICT if self.strict else []), *openmp.compile]
+        compile_flags = [*FLAGS[kind], *(STRICT if self.strict else []), *openmp.compile]
 
         # Timestamps alone would keep a module that was built with other flags.
-        settings = repr([CYTHON_DIRECTIVES, compile_flags, openmp])
+        settings = repr([CYTHON_DIRECTIVES, compile_flags, KERNEL_FLAGS[kind], openmp])
         stamp = Path(self.build_temp, "settings.txt")
         self.force = self.force or not stamp.is_file() or stamp.read_text() != settings
         stamp.unlink(missing_ok=True)
 
+        self.check_extensions_list(self.extensions)
+        self.forget_the_interpreters_own_flags()
         for ext in self.extensions:
             ext.extra_compile_args = compile_flags
             ext.extra_link_args = openmp.link
             ext.define_macros = [("QSPARSEPROP_OPENMP", "1" if openmp.compile else "0")]
-            ext.sources = [self.translated(ext, source) for source in ext.sources]
-        self.forget_the_interpreters_library_path()
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(processors) as pool:
-            compile_one = self.compiler.compile
-
-            def compile_all(sources, *args, **kwargs):
-                # one object each: the instruction sets take longest, and belong to one module
-                jobs = [pool.submit(compile_one, [source], *args, **kwargs) for source in sources]
-                return [path for job in jobs for path in job.result()]
-
-            self.compiler.compile = compile_all
-            self.parallel = len(self.extensions)  # modules wait for the pool, which has a thread a processor
-            # the module that takes longest first
-            self.extensions.sort(key=lambda ext: -len(ext.sources))
-            super().build_extensions()
+        self.compile_in_parallel(KERNEL_FLAGS[kind])
         stamp.write_text(settings)
 
-    def forget_the_interpreters_library_path(self):
-        """Take the run path out of the link command that Python itself was built with: it names this machine's folders.
+    def compile_in_parallel(self, kernel_flags):
+        """Build the modules, one object a job; after the first failure, or Ctrl-C, nothing new is started."""
+        compile_one, failures = self.compiler.compile, []
 
-        The modules need no library from there: what they use of Python the interpreter has loaded, whatever its place.
+        def compile_source(source, *args, extra_postargs=(), **kwargs):
+            if failures:
+                raise failures[0]
+            if Path(source).name.startswith("isa_"):
+                extra_postargs = [*extra_postargs, *kernel_flags]
+            try:
+                return compile_one([source], *args, extra_postargs=extra_postargs, **kwargs)
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        def compile_all(sources, *args, **kwargs):
+            jobs = [compilers.submit(compile_source, source, *args, **kwargs) for source in sources]
+            return [path for job in jobs for path in job.result()]
+
+        # the instruction sets first, which take longest
+        extensions = sorted(self.extensions, key=lambda ext: -len(ext.sources))
+        with ThreadPoolExecutor(self.parallel or processors()) as compilers:
+            self.compiler.compile = compile_all
+            with ThreadPoolExecutor(len(extensions)) as modules:  # these only wait for the compilers
+                try:
+                    building = []
+                    for ext in extensions:
+                        ext.sources = [self.translated(ext, source) for source in ext.sources]
+                        building.append(modules.submit(self.build_extension, ext))
+                    for module in building:
+                        module.result()
+                except BaseException as error:
+                    failures.append(error)
+                    raise
+
+    def forget_the_interpreters_own_flags(self):
+        """Take out of the commands that Python itself was built with what is wrong for modules that others get.
+
+        Debug data would be eight tenths of them (a ``-g`` in CC or CFLAGS still asks for it). The run path names this
+        machine's folders; what the modules use of Python the interpreter has loaded, whatever its place.
         """
-        own = (sysconfig.get_config_var("LDSHARED") or "").split()
-        paths = {flag for flag in own if flag.startswith(("-Wl,-rpath", "-Wl,-R"))}
-        if paths and hasattr(self.compiler, "linker_so"):
-            self.compiler.set_executable("linker_so", [f for f in self.compiler.linker_so if f not in paths])
+        for command, variable, prefixes in (
+            ("compiler_so", "CFLAGS", ("-g",)),
+            ("linker_so", "LDSHARED", ("-Wl,-rpath", "-Wl,-R")),
+        ):
+            flags = list(getattr(self.compiler, command, ()))
+            for flag in (sysconfig.get_config_var(variable) or "").split():
+                if flag.startswith(prefixes) and flag in flags:
+                    flags.remove(flag)
+            if flags:
+                self.compiler.set_executable(command, flags)
 
     def openmp_flags(self):
         """Flags with which the compiler builds a working OpenMP program; exits with one sentence where none does."""

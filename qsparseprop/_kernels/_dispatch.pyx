@@ -7,6 +7,7 @@ cdef extern from "cpu.h" nogil:
     enum:
         QSP_BUILT
     int qsp_supported(int)
+    const qsp_kernels *qsp_table(int)
 
 cdef extern from *:
     """
@@ -69,7 +70,7 @@ def set_isa(str name):
                 raise ValueError(
                     f"this processor cannot run the {name!r} kernels; it supports {', '.join(supported_isas())}"
                 )
-            _active = qsp_built[i]
+            _active = qsp_table(i)
             return previous
     raise ValueError(f"no kernels named {name!r} in this build; there are {', '.join(built_isas())}")
 

@@ -18,6 +18,28 @@ static const qsp_kernels *const qsp_built[] = {
 };
 enum { QSP_BUILT = sizeof qsp_built / sizeof qsp_built[0] };
 
+/* The functions of the i-th. AVX-VNNI has but an instruction for products that AVX2 has not: the others are shared. */
+static const qsp_kernels *qsp_table(int i)
+{
+#ifdef QSP_AVXVNNI
+    static qsp_kernels shared;
+    if (qsp_built[i] == &qsp_kernels_avxvnni) {
+        if (!shared.name) { /* once: it may be in use already */
+            const qsp_kernels *const own = qsp_built[i];
+            shared = qsp_kernels_avx2;
+            shared.spmm_u8 = own->spmm_u8;
+            shared.spmm_f32 = own->spmm_f32;
+            shared.sddmm_u8 = own->sddmm_u8;
+            shared.sddmm_f32 = own->sddmm_f32;
+            shared.pair = own->pair;
+            shared.name = own->name;
+        }
+        return &shared;
+    }
+#endif
+    return qsp_built[i];
+}
+
 /* AVX-VNNI is the one that __builtin_cpu_supports of older compilers does not know: leaf 7.1, EAX, bit 4. */
 #if defined(QSP_X86) && defined(__GNUC__)
 #include <cpuid.h>

@@ -11,6 +11,7 @@
 
 #define ISA_NAME avxvnni
 #define ISA_DOT DOT_VEX
+#define ISA_PRODUCTS_ONLY /* the rest would be the code of avx2 once more */
 #include "simd/avx2.h"
 
 #include "simd/isa.h"

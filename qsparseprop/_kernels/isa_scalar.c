@@ -7,6 +7,8 @@
 #if defined(__GNUC__)
 #undef QSP_INLINE
 #define QSP_INLINE static inline __attribute__((unused))
+#undef QSP_COPIED
+#define QSP_COPIED QSP_APART
 #endif
 
 #define ISA_NAME scalar

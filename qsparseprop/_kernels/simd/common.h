@@ -10,12 +10,16 @@
 
 #if defined(_MSC_VER)
 #define QSP_INLINE static __forceinline
+#define QSP_APART static __declspec(noinline)
+#define QSP_COPIED QSP_INLINE
 #define QSP_ALIGNED(n) __declspec(align(n))
 #define QSP_UNROLL
 #define QSP_PREFETCH_WRITE(p) ((void)0)
 #define QSP_PREFETCH_READ(p) ((void)0)
 #else
 #define QSP_INLINE static inline __attribute__((always_inline, unused))
+#define QSP_APART static __attribute__((noinline, unused)) /* would make their callers huge */
+#define QSP_COPIED QSP_INLINE /* into functions that are apart, with constants in place of arguments */
 #define QSP_ALIGNED(n) __attribute__((aligned(n)))
 #define QSP_UNROLL _Pragma("GCC unroll 16")
 #define QSP_PREFETCH_WRITE(p) __builtin_prefetch((p), 1, 3)

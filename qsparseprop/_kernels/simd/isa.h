@@ -1,17 +1,19 @@
-/* The loops of every path, written once over the primitives of the ISA header that was included before. */
+/* The loops of every path, written once over the primitives of the ISA header that was included before; with
+ * ISA_PRODUCTS_ONLY those of spmm and sddmm, see qsp_table. */
 #include "scale.h"
 
 #include "element.h"
-
-#include "norm.h"
-
-#include "activation.h"
 
 #include "unpack.h"
 
 #include "spmm.h"
 
 #include "sddmm.h"
+
+#ifndef ISA_PRODUCTS_ONLY
+#include "norm.h"
+
+#include "activation.h"
 
 #include "pack.h"
 
@@ -22,6 +24,7 @@
 #include "rows.h"
 
 #include "mask.h"
+#endif
 
 #ifndef ISA_PAIR
 #define ISA_PAIR NULL
@@ -33,7 +36,32 @@
 #define QSP_TEXT(a) QSP_TEXT_(a)
 
 const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
-    QSP_TEXT(ISA_NAME), spmm_u8, spmm_f32, sddmm_u8, sddmm_f32, ISA_PAIR, pack_u8, pack_f32, range,
-    range_channels, moments, quantize_rows, norm_moments, norm, norm_range, norm_sums, norm_grad, act,
-    act_range, act_grad, act_sums, extent, quantize, dequantize, relu, keep,
+    .name = QSP_TEXT(ISA_NAME),
+    .spmm_u8 = spmm_u8,
+    .spmm_f32 = spmm_f32,
+    .sddmm_u8 = sddmm_u8,
+    .sddmm_f32 = sddmm_f32,
+    .pair = ISA_PAIR,
+#ifndef ISA_PRODUCTS_ONLY
+    .pack_u8 = pack_u8,
+    .pack_f32 = pack_f32,
+    .range = range,
+    .range_channels = range_channels,
+    .moments = moments,
+    .quantize_rows = quantize_rows,
+    .norm_moments = norm_moments,
+    .norm = norm,
+    .norm_range = norm_range,
+    .norm_sums = norm_sums,
+    .norm_grad = norm_grad,
+    .act = act,
+    .act_range = act_range,
+    .act_grad = act_grad,
+    .act_sums = act_sums,
+    .extent = extent,
+    .quantize = quantize,
+    .dequantize = dequantize,
+    .relu = relu,
+    .keep = keep,
+#endif
 };

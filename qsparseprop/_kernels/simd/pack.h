@@ -96,22 +96,25 @@ typedef struct {
     int64_t lane, lanes;
 } lane_run;
 
-/* n channels from `c` on of lane `lane` of a run. */
-QSP_INLINE f16x source_at(const qsp_pack *a, const lane_run *r, int64_t lane, int64_t c, int n, const int dtype,
-                          const int source, const int whole)
+QSP_INLINE int source_of(const qsp_pack *a)
 {
-    if (source == NORMED)
-        return norm_at(a->norm, r->row + lane * r->row_step, c, n, dtype, a->norm->residual != NULL,
-                       a->norm->codes != NULL);
-    if (source == NORM_GRAD)
-        return norm_grad_at(a->norm_grad, r->row + lane * r->row_step, c, n, dtype);
-    if (source == ACTED)
-        return act_at(a->act, r->row + lane * r->row_step, c, n, dtype);
-    if (source == ACT_GRAD)
-        return act_grad_at(a->act_grad, r->row + lane * r->row_step, c, n, dtype);
-    const int64_t at = r->element + lane * r->element_step + c;
-    return whole ? load16(a->tensor, dtype, at) : load_n(a->tensor, dtype, at, 1, n);
+    return a->norm ? NORMED : a->norm_grad ? NORM_GRAD : a->act ? ACTED : a->act_grad ? ACT_GRAD : PLAIN;
 }
+
+/* n channels from `c` on of lane `lane` of a run, computed on the way. */
+QSP_INLINE f16x source_at(const qsp_pack *a, const lane_run *r, int64_t lane, int64_t c, int n, const int dtype,
+                          const int source)
+{
+    const int64_t row = r->row + lane * r->row_step;
+    if (source == NORMED)
+        return norm_at(a->norm, row, c, n, dtype, a->norm->residual != NULL, a->norm->codes != NULL);
+    if (source == NORM_GRAD)
+        return norm_grad_at(a->norm_grad, row, c, n, dtype);
+    return source == ACTED ? act_at(a->act, row, c, n, dtype) : act_grad_at(a->act_grad, row, c, n, dtype);
+}
+
+/* Whether the elements of every lane, from channel `first` on, start with the first of four that share a random number. */
+QSP_INLINE int has_fours(const lane_run *r, int64_t first) { return ((r->number | r->number_step | first) & 3) == 0; }
 
 /* Random numbers of row j of a tile into dither[j % 2]. */
 QSP_INLINE void next_dither(const qsp_pack *a, random_rows *random, i32x16 *dither, int64_t number, const int j,
@@ -123,48 +126,72 @@ QSP_INLINE void next_dither(const qsp_pack *a, random_rows *random, i32x16 *dith
         dither[j % 2] = random_any(a->seed, (uint64_t)number, 1);
 }
 
-/* n channels of up to 16 lanes, transposed: channels are neighbours in memory. `whole`: sixteen of both. `fours`: every
- * lane's numbers start with the first of four that share a random number. */
-QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int codes,
-                          const int dtype, const int rounding, const int fours, const int whole)
+/* 16 channels of 16 lanes, transposed: channels are neighbours in memory. */
+QSP_INLINE void pack_tile(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, const int dtype, const int rounding)
 {
-    const int lanes = whole ? 16 : (int)qsp_min(16, r->lanes - k);
-    const int64_t pitch = a->grid.pitch, to = r->lane + (a->view.plane + c) * pitch + k;
+    const quantizer q = quantizer_of(a, c, 16, rounding);
     const int64_t number = r->number + k * r->number_step + c;
-    const quantizer q = codes ? quantizer_of(a, c, n, rounding) : (quantizer){0};
     random_rows random = random_rows_from(a->seed, (uint64_t)number, r->number_step);
-    i32x16 dither[2] = {i32_set1(0), i32_set1(0)};
-    f16x floats[16];
-    i32x16 tile[16];
+    i32x16 dither[2] = {i32_set1(0), i32_set1(0)}, tile[16];
     QSP_UNROLL
     for (int j = 0; j < 16; j++) {
-        const int64_t lane = whole || j < lanes ? j : lanes - 1; /* lanes that do not exist repeat the last one */
-        floats[j] = source_at(a, r, k + lane, c, n, dtype, PLAIN, whole);
-        if (!codes)
-            continue;
-        next_dither(a, &random, dither, number + lane * r->number_step, j, rounding, fours);
-        tile[j] = quantize16(floats[j], &q, rounding, dither[j % 2]);
+        const f16x x = load16(a->tensor, dtype, r->element + (k + j) * r->element_step + c);
+        next_dither(a, &random, dither, number + j * r->number_step, j, rounding, 1);
+        tile[j] = quantize16(x, &q, rounding, dither[j % 2]);
     }
-    if (!codes) {
-        f16_transpose(floats);
-        float *p = (float *)a->planes + to;
+    codes_tile_store((uint8_t *)a->planes + r->lane + (a->view.plane + c) * a->grid.pitch + k, a->grid.pitch, tile);
+}
+
+/* n channels of `lanes` lanes, sixteen of both if `whole`, otherwise at most: in a loop, since that is as fast as long as
+ * not all of them stay in registers. `fours`: every lane's numbers start with the first of four that share a random
+ * number. */
+QSP_INLINE void pack_part(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, int lanes, const int dtype,
+                          const int rounding, const int fours, const int whole)
+{
+    const quantizer q = quantizer_of(a, c, n, rounding);
+    const int64_t pitch = a->grid.pitch, number = r->number + k * r->number_step + c;
+    uint8_t *p = (uint8_t *)a->planes + r->lane + (a->view.plane + c) * pitch + k;
+    random_rows random = random_rows_from(a->seed, (uint64_t)number, r->number_step);
+    i32x16 dither[2] = {i32_set1(0), i32_set1(0)}, tile[16];
+    for (int i = 0; i < 16; i += 2) {
         QSP_UNROLL
-        for (int j = 0; j < 16; j++)
-            if (whole)
-                f16_store(p + j * pitch, floats[j]);
-            else if (j < n)
-                f16_store_n(p + j * pitch, floats[j], lanes);
-        return;
+        for (int j = 0; j < 2; j++) {
+            const int64_t lane = whole || i + j < lanes ? i + j : lanes - 1; /* those that do not exist repeat the last */
+            const int64_t at = r->element + (k + lane) * r->element_step + c;
+            const f16x x = whole ? load16(a->tensor, dtype, at) : load_n(a->tensor, dtype, at, 1, n);
+            next_dither(a, &random, dither, number + lane * r->number_step, j, rounding, fours);
+            tile[i + j] = quantize16(x, &q, rounding, dither[j]);
+        }
     }
-    uint8_t *p = (uint8_t *)a->planes + to;
     if (whole) {
         codes_tile_store(p, pitch, tile);
         return;
     }
     QSP_ALIGNED(64) uint8_t bytes[16 * 16];
     codes_tile_store(bytes, 16, tile);
-    for (int j = 0; j < n; j++)
-        codes_copy_n(p + j * pitch, bytes + 16 * j, lanes);
+    for (int i = 0; i < n; i++)
+        codes_copy_n(p + i * pitch, bytes + 16 * i, lanes);
+}
+
+/* The same as floats; `whole`: sixteen of both. */
+QSP_INLINE void pack_floats(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, int lanes,
+                            const int dtype, const int whole)
+{
+    f16x tile[16];
+    QSP_UNROLL
+    for (int j = 0; j < 16; j++) {
+        const int64_t lane = whole || j < lanes ? j : lanes - 1;
+        const int64_t at = r->element + (k + lane) * r->element_step + c;
+        tile[j] = whole ? load16(a->tensor, dtype, at) : load_n(a->tensor, dtype, at, 1, n);
+    }
+    f16_transpose(tile);
+    float *p = (float *)a->planes + r->lane + (a->view.plane + c) * a->grid.pitch + k;
+    QSP_UNROLL
+    for (int i = 0; i < 16; i++)
+        if (whole)
+            f16_store(p + i * a->grid.pitch, tile[i]);
+        else if (i < n)
+            f16_store_n(p + i * a->grid.pitch, tile[i], lanes);
 }
 
 enum { BAND = 64, BAND_AHEAD = 4 };
@@ -219,8 +246,7 @@ QSP_INLINE void source_prefetch(const qsp_pack *a, const lane_run *r, int64_t la
         QSP_PREFETCH_WRITE(write[1] + at);
 }
 
-/* The same of n channels, at most BAND, of what is computed on the way; `sixteens`: a multiple of
- * sixteen. A lane's channels come one after the other, since codes, masks and results in floating point are read and
+/* n channels, at most BAND, of up to 16 lanes of what is computed on the way; `sixteens`: a multiple of sixteen. A lane's channels come one after the other, since codes, masks and results in floating point are read and
  * written beside: in whole cache lines, which would otherwise be gone from the first cache before their next sixteen
  * channels come, where lanes are images. */
 QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int dtype,
@@ -246,7 +272,7 @@ QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64
             source_prefetch(a, r, k + j + BAND_AHEAD, c, n, dtype, source);
         for (int v = 0; v < vectors; v++) {
             const int width = sixteens ? 16 : (int)qsp_min(16, n - 16 * v);
-            const f16x x = source_at(a, r, k + j, c + 16 * v, width, dtype, source, sixteens);
+            const f16x x = source_at(a, r, k + j, c + 16 * v, width, dtype, source);
             next_dither(a, &random[v], dither[v], number + 16 * v + j * r->number_step, j, rounding, fours);
             codes_store(rows[j] + 16 * v, codes_from(quantize16(x, &q[v], rounding, dither[v][j % 2])));
         }
@@ -264,7 +290,7 @@ QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64
     }
 }
 
-/* All lanes of a run for n channels: one, or the four that share random numbers. */
+/* All lanes of a run for n channels, not neighbours in memory: one, or the four that share random numbers. */
 QSP_INLINE void pack_lines(const qsp_pack *a, const lane_run *r, int64_t first, const int n, const int codes,
                            const int dtype, const int rounding)
 {
@@ -296,30 +322,171 @@ QSP_INLINE void pack_lines(const qsp_pack *a, const lane_run *r, int64_t first, 
     }
 }
 
-QSP_INLINE void pack_run(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int codes,
-                         const int dtype, const int rounding, const int source, const int fours)
+/* Channels [first, last) of a run of lanes. */
+typedef void run_packer(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last);
+
+/* The same for all channels of a run; `fours` as in pack_part, here of channels that are not neighbours. */
+QSP_COPIED void run_of_lines(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+                             const int rounding, const int fours)
+{
+    int64_t c = first;
+    for (; rounding >= RANDOM && fours && c + 4 <= last; c += 4)
+        pack_lines(a, r, c, 4, 1, dtype, rounding);
+    for (; c < last; c++)
+        pack_lines(a, r, c, 1, 1, dtype, rounding);
+}
+
+QSP_COPIED void run_of_tiles(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+                             const int rounding)
 {
     for (int64_t k = 0; k < r->lanes; k += 16) {
+        const int lanes = (int)qsp_min(16, r->lanes - k);
         int64_t c = first;
-        if (source != PLAIN) {
-            for (; c < last; c += BAND) {
-                const int n = (int)qsp_min(BAND, last - c);
-                if (n % 16 == 0)
-                    pack_band(a, r, k, c, n, dtype, rounding, source, fours, 1);
-                else
-                    pack_band(a, r, k, c, n, dtype, rounding, source, fours, 0);
-            }
-            continue;
-        }
-        for (; r->lanes - k >= 16 && c + 16 <= last; c += 16)
-            pack_tile(a, r, k, c, 16, codes, dtype, rounding, fours, 1);
+        for (; lanes == 16 && c + 16 <= last; c += 16)
+            pack_tile(a, r, k, c, dtype, rounding);
         for (; c < last; c += 16)
-            pack_tile(a, r, k, c, (int)qsp_min(16, last - c), codes, dtype, rounding, fours, 0);
+            pack_part(a, r, k, c, (int)qsp_min(16, last - c), lanes, dtype, rounding, 1, 0);
     }
 }
 
-QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64_t last, const int codes,
-                          const int dtype, const int rounding, const int source)
+/* What has no copy of its own below: other roundings, and runs without `fours`. */
+QSP_APART void lines_any(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)
+{
+    const int rounding = rounding_of(&a->scheme);
+    if (rounding == LOGARITHMIC && has_fours(r, first))
+        run_of_lines(a, r, first, last, a->dtype, LOGARITHMIC, 1);
+    else
+        run_of_lines(a, r, first, last, a->dtype, rounding, 0);
+}
+
+QSP_COPIED void run_of_any_tiles(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+                                 const int rounding, const int fours)
+{
+    for (int64_t k = 0; k < r->lanes; k += 16) {
+        const int lanes = (int)qsp_min(16, r->lanes - k);
+        int64_t c = first;
+        for (; lanes == 16 && c + 16 <= last; c += 16)
+            pack_part(a, r, k, c, 16, 16, dtype, rounding, fours, 1);
+        for (; c < last; c += 16)
+            pack_part(a, r, k, c, (int)qsp_min(16, last - c), lanes, dtype, rounding, fours, 0);
+    }
+}
+
+QSP_APART void tiles_any(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)
+{
+    const int rounding = rounding_of(&a->scheme);
+    if (rounding == RANDOM)
+        run_of_any_tiles(a, r, first, last, a->dtype, RANDOM, 0);
+    else
+        run_of_any_tiles(a, r, first, last, a->dtype, rounding, has_fours(r, first));
+}
+
+/* All channels of a run as floats. */
+QSP_COPIED void run_of_floats(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+                              const int transposed)
+{
+    for (int64_t c = first; !transposed && c < last; c++)
+        pack_lines(a, r, c, 1, 0, dtype, NEAREST);
+    for (int64_t k = 0; transposed && k < r->lanes; k += 16) {
+        const int lanes = (int)qsp_min(16, r->lanes - k);
+        int64_t c = first;
+        for (; lanes == 16 && c + 16 <= last; c += 16)
+            pack_floats(a, r, k, c, 16, 16, dtype, 1);
+        for (; c < last; c += 16)
+            pack_floats(a, r, k, c, (int)qsp_min(16, last - c), lanes, dtype, 0);
+    }
+}
+
+/* A band of any kind, for those that are not a multiple of sixteen channels. */
+QSP_APART void band_any(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n)
+{
+    pack_band(a, r, k, c, n, a->dtype, rounding_of(&a->scheme), source_of(a), has_fours(r, c), 0);
+}
+
+QSP_COPIED void run_of_bands(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
+                             const int rounding, const int source, const int fours)
+{
+    for (int64_t k = 0; k < r->lanes; k += 16)
+        for (int64_t c = first; c < last; c += BAND) {
+            const int n = (int)qsp_min(BAND, last - c);
+            if (n % 16 == 0)
+                pack_band(a, r, k, c, n, dtype, rounding, source, fours, 1);
+            else
+                band_any(a, r, k, c, n);
+        }
+}
+
+QSP_APART void norm_grad_any(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)
+{
+    const int rounding = rounding_of(&a->scheme);
+    if (rounding == NEAREST)
+        run_of_bands(a, r, first, last, a->dtype, NEAREST, NORM_GRAD, 1);
+    else
+        run_of_bands(a, r, first, last, a->dtype, rounding, NORM_GRAD, has_fours(r, first));
+}
+
+QSP_APART void act_grad_any(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)
+{
+    const int rounding = rounding_of(&a->scheme);
+    if (rounding == NEAREST)
+        run_of_bands(a, r, first, last, a->dtype, NEAREST, ACT_GRAD, 1);
+    else
+        run_of_bands(a, r, first, last, a->dtype, rounding, ACT_GRAD, has_fours(r, first));
+}
+
+/* Of what layers use by default, the compiler makes copies of the loops: these arguments are constants. */
+#define RUN_PACKER(name, run, ...)                                                                 \
+    QSP_APART void name(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)         \
+    {                                                                                              \
+        run(a, r, first, last, __VA_ARGS__);                                                       \
+    }
+RUN_PACKER(lines_f32_nearest, run_of_lines, QSP_F32, NEAREST, 1)
+RUN_PACKER(lines_f32_random, run_of_lines, QSP_F32, RANDOM, 1)
+RUN_PACKER(lines_bf16_nearest, run_of_lines, QSP_BF16, NEAREST, 1)
+RUN_PACKER(lines_bf16_random, run_of_lines, QSP_BF16, RANDOM, 1)
+RUN_PACKER(tiles_f32_nearest, run_of_tiles, QSP_F32, NEAREST)
+RUN_PACKER(tiles_f32_random, run_of_tiles, QSP_F32, RANDOM)
+RUN_PACKER(tiles_bf16_nearest, run_of_tiles, QSP_BF16, NEAREST)
+RUN_PACKER(tiles_bf16_random, run_of_tiles, QSP_BF16, RANDOM)
+RUN_PACKER(lines_f32_floats, run_of_floats, QSP_F32, 0)
+RUN_PACKER(lines_bf16_floats, run_of_floats, QSP_BF16, 0)
+RUN_PACKER(tiles_f32_floats, run_of_floats, QSP_F32, 1)
+RUN_PACKER(tiles_bf16_floats, run_of_floats, QSP_BF16, 1)
+RUN_PACKER(normed_u8, run_of_bands, QSP_U8, NEAREST, NORMED, 1)
+RUN_PACKER(normed_f32, run_of_bands, QSP_F32, NEAREST, NORMED, 1)
+RUN_PACKER(normed_bf16, run_of_bands, QSP_BF16, NEAREST, NORMED, 1)
+RUN_PACKER(norm_grad_f32, run_of_bands, QSP_F32, RANDOM, NORM_GRAD, 1)
+RUN_PACKER(norm_grad_bf16, run_of_bands, QSP_BF16, RANDOM, NORM_GRAD, 1)
+RUN_PACKER(acted_f32, run_of_bands, QSP_F32, NEAREST, ACTED, 1)
+RUN_PACKER(acted_bf16, run_of_bands, QSP_BF16, NEAREST, ACTED, 1)
+RUN_PACKER(act_grad_f32, run_of_bands, QSP_F32, RANDOM, ACT_GRAD, 1)
+RUN_PACKER(act_grad_bf16, run_of_bands, QSP_BF16, RANDOM, ACT_GRAD, 1)
+#undef RUN_PACKER
+
+/* Which of them packs floats, or codes of a source: lines or tiles of PLAIN, bands of the others, where activations are rounded to
+ * nearest. `fours`: the random numbers of a run are not odd ones. */
+static run_packer *packer_of(const qsp_pack *a, const int codes, const int source, const int transposed, const int fours)
+{
+    const int wide = a->dtype == QSP_F32;
+    if (!codes)
+        return transposed ? (wide ? tiles_f32_floats : tiles_bf16_floats) : wide ? lines_f32_floats : lines_bf16_floats;
+    const int rounding = rounding_of(&a->scheme);
+    const int random = rounding == RANDOM && fours;
+    switch (source) {
+    case NORMED: return a->dtype == QSP_U8 ? normed_u8 : wide ? normed_f32 : normed_bf16;
+    case NORM_GRAD: return !random ? norm_grad_any : wide ? norm_grad_f32 : norm_grad_bf16;
+    case ACTED: return wide ? acted_f32 : acted_bf16;
+    case ACT_GRAD: return !random ? act_grad_any : wide ? act_grad_f32 : act_grad_bf16;
+    default: break;
+    }
+    if (rounding != NEAREST && !random)
+        return transposed ? tiles_any : lines_any;
+    if (transposed)
+        return random ? (wide ? tiles_f32_random : tiles_bf16_random) : wide ? tiles_f32_nearest : tiles_bf16_nearest;
+    return random ? (wide ? lines_f32_random : lines_bf16_random) : wide ? lines_f32_nearest : lines_bf16_nearest;
+}
+
+static void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64_t last, const int codes)
 {
     const qsp_grid *g = &a->grid;
     const qsp_view *v = &a->view;
@@ -331,9 +498,13 @@ QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64
     const int64_t number0 = batch_inner ? v->index_y : v->index_b, number1 = batch_inner ? v->index_x : v->index_y,
                   number2 = batch_inner ? v->index_b : v->index_x;
     const int64_t image = block * g->images;
+    const int source = source_of(a);
     /* the caller sees to it that channels are neighbours where there is a `source` */
     const int transposed = source != PLAIN || (v->elem_c == 1 && w.elem[2] != 1);
     const int64_t channels = source_channels(a, source);
+    run_packer *pack[2]; /* of runs without and with `fours` */
+    for (int fours = 0; fours < 2; fours++)
+        pack[fours] = packer_of(a, codes, source, transposed, fours);
 
     for (int64_t i0 = 0; i0 < w.size[0]; i0++)
         for (int64_t i1 = 0; i1 < w.size[1]; i1++) {
@@ -348,61 +519,16 @@ QSP_INLINE void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64
                 .lane = block * g->block + g->front + v->origin + i0 * w.lane[0] + i1 * w.lane[1],
                 .lanes = w.size[2],
             };
-            const int fours = ((r.number | r.number_step | first) & 3) == 0;
-            int64_t c = first;
-            if (!transposed) {
-                for (; rounding >= RANDOM && fours && c + 4 <= last; c += 4)
-                    pack_lines(a, &r, c, 4, codes, dtype, rounding);
-                for (; c < last; c++)
-                    pack_lines(a, &r, c, 1, codes, dtype, rounding);
-            } else if (rounding < RANDOM || fours)
-                pack_run(a, &r, first, last, codes, dtype, rounding, source, 1);
-            else
-                pack_run(a, &r, first, last, codes, dtype, rounding, source, 0);
+            pack[has_fours(&r, first)](a, &r, first, last);
         }
-}
-
-/* The compiler makes a copy of the loops for each constant here: the schemes that layers use by default have their own. */
-QSP_INLINE void pack_codes(const qsp_pack *a, int64_t block, int64_t first, int64_t last, const int dtype)
-{
-    const int rounding = rounding_of(&a->scheme);
-    if (a->norm)
-        pack_task(a, block, first, last, 1, dtype, NEAREST, NORMED);
-    else if (a->norm_grad && rounding == RANDOM)
-        pack_task(a, block, first, last, 1, dtype, RANDOM, NORM_GRAD);
-    else if (rounding == NEAREST)
-        pack_task(a, block, first, last, 1, dtype, NEAREST, PLAIN);
-    else
-        pack_task(a, block, first, last, 1, dtype, RANDOM, PLAIN);
 }
 
 static void pack_u8(const qsp_pack *a, int64_t block, int64_t first, int64_t last)
 {
-    const int rounding = rounding_of(&a->scheme);
-    if (a->dtype == QSP_U8)
-        pack_task(a, block, first, last, 1, QSP_U8, NEAREST, NORMED);
-    else if (a->act && a->dtype == QSP_F32)
-        pack_task(a, block, first, last, 1, QSP_F32, NEAREST, ACTED);
-    else if (a->act)
-        pack_task(a, block, first, last, 1, a->dtype, NEAREST, ACTED);
-    else if (a->act_grad && rounding == RANDOM && a->dtype == QSP_F32) /* what layers use by default */
-        pack_task(a, block, first, last, 1, QSP_F32, RANDOM, ACT_GRAD);
-    else if (a->act_grad)
-        pack_task(a, block, first, last, 1, a->dtype, rounding, ACT_GRAD);
-    else if (a->norm_grad && rounding != RANDOM)
-        pack_task(a, block, first, last, 1, a->dtype, rounding, NORM_GRAD);
-    else if (rounding == LIMITED || rounding == LOGARITHMIC)
-        pack_task(a, block, first, last, 1, a->dtype, rounding, PLAIN);
-    else if (a->dtype == QSP_F32)
-        pack_codes(a, block, first, last, QSP_F32);
-    else
-        pack_codes(a, block, first, last, QSP_BF16);
+    pack_task(a, block, first, last, 1);
 }
 
 static void pack_f32(const qsp_pack *a, int64_t block, int64_t first, int64_t last)
 {
-    if (a->dtype == QSP_F32)
-        pack_task(a, block, first, last, 0, QSP_F32, NEAREST, PLAIN);
-    else
-        pack_task(a, block, first, last, 0, QSP_BF16, NEAREST, PLAIN);
+    pack_task(a, block, first, last, 0);
 }

@@ -80,15 +80,34 @@ QSP_INLINE f16x with_bias(const qsp_spmm *a, f16x v, f16x bias)
     return f16_min(f16_set1(a->high), f16_max(f16_set1(a->low), f16_add(v, bias)));
 }
 
-/* 16 lanes of up to 16 rows, transposed. `whole`: of 16 rows, and all lanes exist. */
-QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row, int rows, const int32_t *sums, int place, f16x scale,
-                            f16x bias, const int as_float, const int has_bias, const int dtype, const int whole)
+/* 16 lanes of 16 rows, transposed; all lanes exist. */
+QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row, const int32_t *sums, int place,
+                            f16x scale, f16x bias, const int as_float, const int has_bias, const int dtype)
+{
+    f16x tile[16];
+    QSP_UNROLL
+    for (int i = 0; i < 16; i++) {
+        const int32_t *line = sums + i * QSP_UNIT + place;
+        tile[i] = as_float ? f16_load((const float *)line) : f16_load_sums(line);
+    }
+    f16_transpose(tile);
+    QSP_UNROLL
+    for (int i = 0; i < 16; i++) {
+        const f16x v = as_float ? tile[i] : f16_mul(tile[i], scale);
+        store16(element_at(t->column[as_float ? place + i : unit_lane(place + i)], dtype, row), dtype,
+                has_bias ? with_bias(a, v, bias) : v);
+    }
+}
+
+/* The same of at most 16 rows, and of those lanes that exist. */
+QSP_INLINE void unpack_part(const qsp_spmm *a, const unit_target *t, int64_t row, int rows, const int32_t *sums, int place,
+                            f16x scale, f16x bias, const int as_float, const int has_bias, const int dtype)
 {
     f16x tile[16];
     QSP_UNROLL
     for (int i = 0; i < 16; i++) {
         /* rows that do not exist repeat the first one; their columns are not stored */
-        const int32_t *line = sums + (whole || i < rows ? i : 0) * QSP_UNIT + place;
+        const int32_t *line = sums + (i < rows ? i : 0) * QSP_UNIT + place;
         tile[i] = as_float ? f16_load((const float *)line) : f16_load_sums(line);
     }
     f16_transpose(tile);
@@ -98,11 +117,33 @@ QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row
         f16x v = as_float ? tile[i] : f16_mul(tile[i], scale);
         if (has_bias)
             v = with_bias(a, v, bias);
-        if (whole)
-            store16(element_at(to, dtype, row), dtype, v);
-        else if (to)
+        if (to)
             store_n(element_at(to, dtype, row), dtype, v, rows);
     }
+}
+
+/* 64 lanes of 16 rows, or of the rest of them; `scale`: of these rows. */
+QSP_INLINE void unpack_unit(const qsp_spmm *a, const unit_target *t, int64_t row, int rows, const int32_t *sums,
+                            const float *scale, const int as_float, const int has_bias, const int dtype, const int whole)
+{
+    const f16x s = f16_load(scale), b = has_bias ? f16_load_n(a->bias + row, rows) : f16_zero();
+    for (int p = 0; p < QSP_UNIT; p += 16)
+        if (whole)
+            unpack_tile(a, t, row, sums, p, s, b, as_float, has_bias, dtype);
+        else
+            unpack_part(a, t, row, rows, sums, p, s, b, as_float, has_bias, dtype);
+}
+
+/* The rest of all kinds; codes to float32 have copies of their own. */
+QSP_APART void unpack_rest(const qsp_spmm *a, const unit_target *t, int64_t row, int rows, const int32_t *sums,
+                           const float *scale, int as_float)
+{
+    if (a->dtype != QSP_F32 || as_float)
+        unpack_unit(a, t, row, rows, sums, scale, as_float, a->bias != NULL, a->dtype, 0);
+    else if (a->bias)
+        unpack_unit(a, t, row, rows, sums, scale, 0, 1, QSP_F32, 0);
+    else
+        unpack_unit(a, t, row, rows, sums, scale, 0, 0, QSP_F32, 0);
 }
 
 QSP_INLINE void unpack_columns_of(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const int32_t *sums,
@@ -112,14 +153,11 @@ QSP_INLINE void unpack_columns_of(const qsp_spmm *a, const unit_target *t, int64
     for (int i = 0; i < n && !as_float; i++)
         scale[i] = a->scale[row + i] * a->scale_factor;
     for (int r = 0; r < n; r += 16) {
-        const int rows = n - r < 16 ? n - r : 16;
-        const f16x s = f16_load(scale + r), b = has_bias ? f16_load_n(a->bias + row + r, rows) : f16_zero();
         const int32_t *from = sums + r * QSP_UNIT;
-        for (int p = 0; p < QSP_UNIT; p += 16)
-            if (rows == 16 && t->lanes == QSP_UNIT)
-                unpack_tile(a, t, row + r, 16, from, p, s, b, as_float, has_bias, dtype, 1);
-            else
-                unpack_tile(a, t, row + r, rows, from, p, s, b, as_float, has_bias, dtype, 0);
+        if (n - r >= 16 && t->lanes == QSP_UNIT)
+            unpack_unit(a, t, row + r, 16, from, scale + r, as_float, has_bias, dtype, 1);
+        else
+            unpack_rest(a, t, row + r, (int)qsp_min(16, n - r), from, scale + r, as_float);
     }
 }
 

@@ -52,7 +52,7 @@ QSP_INLINE __m256i random_four(uint64_t seed, __m256i index)
 }
 
 /* Of 16 elements whose indices are `step` apart. Not inline: it serves odd shapes only, and is long. */
-static i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
+QSP_APART i32x16 random_any(uint64_t seed, uint64_t index, int64_t step)
 {
     const __m256i by = _mm256_set1_epi64x(4 * step);
     QSP_ALIGNED(32) int32_t line[16];
