@@ -101,10 +101,7 @@ class BuildKernels(build_ext):
     """
 
     def build_extensions(self):
-        """Probe, then translate the .pyx files and build the modules, as many compilers at a time as there are CPUs.
-
-        ``build_ext --parallel N`` says how many instead.
-        """
+        """Probe, then build, with a compiler for each processor, or as many as ``build_ext --parallel`` says."""
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         self.strict = kind == "unix" and enabled("QSPARSEPROP_WERROR")
         openmp = self.openmp_flags()
@@ -126,7 +123,7 @@ class BuildKernels(build_ext):
         stamp.write_text(settings)
 
     def compile_in_parallel(self, kernel_flags):
-        """Build the modules, one object a job; after the first failure, or Ctrl-C, nothing new is started."""
+        """Translate and build the modules, one object a job; after a failure, or Ctrl-C, nothing new is started."""
         compile_one, failures = self.compiler.compile, []
 
         def compile_source(source, *args, extra_postargs=(), **kwargs):
@@ -152,6 +149,8 @@ class BuildKernels(build_ext):
                 try:
                     building = []
                     for ext in extensions:
+                        if failures:
+                            raise failures[0]
                         ext.sources = [self.translated(ext, source) for source in ext.sources]
                         building.append(modules.submit(self.build_extension, ext))
                     for module in building:
