@@ -162,16 +162,17 @@ class BuildKernels(build_ext):
     def forget_the_interpreters_own_flags(self):
         """Take out of the commands that Python itself was built with what is wrong for modules that others get.
 
-        Debug data would be eight tenths of them (a ``-g`` in CC or CFLAGS still asks for it). The run path names this
-        machine's folders; what the modules use of Python the interpreter has loaded, whatever its place.
+        Debug data would be eight tenths of them. The run path names this machine's folders; what the modules use of
+        Python the interpreter has loaded, whatever its place. Both can be asked for, as by ``CFLAGS=-g``.
         """
+        asked = " ".join(os.environ.get(name, "") for name in ("CC", "CFLAGS", "LDSHARED", "LDFLAGS")).split()
         for command, variable, prefixes in (
             ("compiler_so", "CFLAGS", ("-g",)),
             ("linker_so", "LDSHARED", ("-Wl,-rpath", "-Wl,-R")),
         ):
             flags = list(getattr(self.compiler, command, ()))
             for flag in (sysconfig.get_config_var(variable) or "").split():
-                if flag.startswith(prefixes) and flag in flags:
+                if flag.startswith(prefixes) and flag in flags and flag not in asked:
                     flags.remove(flag)
             if flags:
                 self.compiler.set_executable(command, flags)
