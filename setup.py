@@ -101,10 +101,7 @@ class BuildKernels(build_ext):
     """
 
     def build_extensions(self):
-        """Probe, then translate the .pyx files and build the modules, as many compilers at a time as there are CPUs.
-
-        ``build_ext --parallel N`` says how many instead.
-        """
+        """Probe, then build, with a compiler for each processor, or as many as ``build_ext --parallel`` says."""
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         self.strict = kind == "unix" and enabled("QSPARSEPROP_WERROR")
         openmp = self.openmp_flags()
@@ -126,7 +123,7 @@ class BuildKernels(build_ext):
         stamp.write_text(settings)
 
     def compile_in_parallel(self, kernel_flags):
-        """Build the modules, one object a job; after the first failure, or Ctrl-C, nothing new is started."""
+        """Translate and build the modules, one object a job; after a failure, or Ctrl-C, nothing new is started."""
         compile_one, failures = self.compiler.compile, []
 
         def compile_source(source, *args, extra_postargs=(), **kwargs):
@@ -152,6 +149,8 @@ class BuildKernels(build_ext):
                 try:
                     building = []
                     for ext in extensions:
+                        if failures:
+                            raise failures[0]
                         ext.sources = [self.translated(ext, source) for source in ext.sources]
                         building.append(modules.submit(self.build_extension, ext))
                     for module in building:
@@ -163,16 +162,17 @@ class BuildKernels(build_ext):
     def forget_the_interpreters_own_flags(self):
         """Take out of the commands that Python itself was built with what is wrong for modules that others get.
 
-        Debug data would be eight tenths of them (a ``-g`` in CC or CFLAGS still asks for it). The run path names this
-        machine's folders; what the modules use of Python the interpreter has loaded, whatever its place.
+        Debug data would be eight tenths of them. The run path names this machine's folders; what the modules use of
+        Python the interpreter has loaded, whatever its place. Both can be asked for, as by ``CFLAGS=-g``.
         """
+        asked = " ".join(os.environ.get(name, "") for name in ("CC", "CFLAGS", "LDSHARED", "LDFLAGS")).split()
         for command, variable, prefixes in (
             ("compiler_so", "CFLAGS", ("-g",)),
             ("linker_so", "LDSHARED", ("-Wl,-rpath", "-Wl,-R")),
         ):
             flags = list(getattr(self.compiler, command, ()))
             for flag in (sysconfig.get_config_var(variable) or "").split():
-                if flag.startswith(prefixes) and flag in flags:
+                if flag.startswith(prefixes) and flag in flags and flag not in asked:
                     flags.remove(flag)
             if flags:
                 self.compiler.set_executable(command, flags)
