@@ -211,7 +211,8 @@ def compare(
         accuracies in percent; sparsities are shares in [0, 1].
 
         - ``runs``: one entry each for ``dense_fp32``, ``dense_best``, ``qsparseprop`` and, where they were asked for,
-          ``sparse_fp32``, ``compressed`` and ``blocks``, see below;
+          ``sparse_fp32``, ``compressed`` and ``blocks``, see below; where fp32 contiguous is the best dense way to
+          train, ``dense_best`` is the same run as ``dense_fp32``;
         - ``speedup_vs_dense_fp32``, ``speedup_vs_dense_best``: ratios of ``step_ms``;
         - ``sparsity`` as asked for, ``layer_sparsity`` as reached in each pruned layer;
         - ``dense_top1``, ``pruned_top1``: accuracy before pruning and right after it;
