@@ -107,9 +107,12 @@ def pattern_stamp(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     """A number made of a pattern, which others hardly share: float64 scalar, exact, below 2^50; on "meta" any."""
 
     def mixed(t: Tensor) -> Tensor:
-        # a factor for each place, so that the order counts; the products fit into 64 bits
-        factor = torch.arange(t.numel(), device=t.device) * 2654435761 % 2**31 + 1
-        return ((t.to(torch.int64) + 1) * factor % 2**31).sum()
+        total, start = torch.zeros((), dtype=torch.int64, device=t.device), 0
+        for part in t.split(1 << 18):  # at once they would take several times the memory of the pattern
+            # a factor for each place, so that the order counts; the products fit into 64 bits
+            factor = torch.arange(start, start + part.numel(), device=t.device) * 2654435761 % 2**31 + 1
+            total, start = total + ((part.to(torch.int64) + 1) * factor % 2**31).sum(), start + part.numel()
+        return total
 
     return (mixed(crow_indices) * 2**17 + mixed(col_indices)).remainder(2**50).to(torch.float64)
 

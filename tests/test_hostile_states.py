@@ -14,7 +14,7 @@ from qsparseprop import nn as qnn
 from qsparseprop.contents import unreadable
 from qsparseprop.nn import accept_dense_state
 from qsparseprop.utils.network_utils import swap_modules_for_state, swap_modules_with_sparse
-from qsparseprop.utils.state_report import weight_infos
+from qsparseprop.utils.state_report import format_weights, weight_infos
 
 from ._helpers import run_python, set_weight
 
@@ -241,6 +241,16 @@ def test_a_report_of_weights_reads_nothing_that_cannot_be_read():
             assert infos["4.weight"].note
     del state["4.col_indices"]
     assert {info.name: info for info in weight_infos(state)}["4.weight"].note
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_a_report_of_nested_tensors():
+    state = snapshot(swapped(1))
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
+    for key in ("4.weight", "4.col_indices", "4._extra_state", "1.running_mean", "0.weight"):
+        infos = weight_infos({**state, key: nested})
+        assert format_weights(infos)
+    assert {i.name: i for i in weight_infos({"a.weight": nested})}["a.weight"].note == "nested, not counted"
 
 
 _PEAK = """

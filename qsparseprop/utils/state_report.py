@@ -99,7 +99,9 @@ def weight_infos(state: Mapping[str, Tensor]) -> list[WeightInfo]:
         module, name = key[: key.rfind(".") + 1], key[key.rfind(".") + 1 :]
         if module in modules and name in _PATTERN:
             continue
-        if module in modules and name == "weight":
+        if tensor.is_nested:  # has no sizes to speak of
+            infos.append(WeightInfo(key, (), None, False, 0, 0, "nested, not counted"))
+        elif module in modules and name == "weight":
             infos.append(_sparse_info(key, tensor, *(tensors.get(module + part) for part in _PATTERN)))
         elif is_lazy(tensor):
             infos.append(WeightInfo(key, (), None, False, 0, 0, "does not exist yet"))
@@ -113,7 +115,7 @@ def weight_infos(state: Mapping[str, Tensor]) -> list[WeightInfo]:
 
 def _size(tensor: Tensor | None) -> int:
     """Bytes of values; what a tensor without storage would need."""
-    if tensor is None or is_lazy(tensor):
+    if tensor is None or is_lazy(tensor) or tensor.is_nested:
         return 0
     stored = stored_bytes(tensor)
     return tensor.numel() * tensor.element_size() if stored is None else stored
@@ -124,14 +126,18 @@ def _readable(tensor: Tensor) -> bool:
     return unreadable(tensor) is None and stored_bytes(tensor) == tensor.numel() * tensor.element_size()
 
 
+def _is_vector(part: Tensor | None) -> bool:
+    return part is not None and not is_lazy(part) and not part.is_nested and part.ndim == 1
+
+
 def _sparse_info(
     key: str, weight: Tensor, crow: Tensor | None, col: Tensor | None, extra: Tensor | None
 ) -> WeightInfo:
     """The weight of a sparse module of this package."""
     size = _size(weight) + _size(crow) + _size(col)
     parts = (weight, crow, col)
-    if any(part is None or is_lazy(part) or part.ndim != 1 for part in parts) or weight.numel() != col.numel():
-        shape = () if is_lazy(weight) else tuple(weight.shape)
+    if not all(map(_is_vector, parts)) or weight.numel() != col.numel():
+        shape = () if is_lazy(weight) or weight.is_nested else tuple(weight.shape)
         return WeightInfo(key, shape, None, True, size, size, "pattern and values do not go together")
     rows = max(0, crow.numel() - 1)
     shape, note = _saved_shape(extra), ""
@@ -149,7 +155,7 @@ def _sparse_info(
 
 def _saved_shape(extra: Tensor | None) -> tuple[int, ...] | None:
     """The weight's shape from a sparse module's ``_extra_state``: the number of its format, then the sizes."""
-    if extra is None or extra.dtype != torch.int64 or extra.ndim != 1 or not 3 <= extra.numel() <= _MOST_DIMENSIONS + 1:
+    if not _is_vector(extra) or extra.dtype != torch.int64 or not 3 <= extra.numel() <= _MOST_DIMENSIONS + 1:
         return None
     if not _readable(extra):
         return None
