@@ -17,6 +17,8 @@ from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_traci
 from qsparseprop.nn._traced import config_text, traced_product
 from qsparseprop.nn._values import SparseValues
 from qsparseprop.nn._weight import SparseWeight
+from qsparseprop.nn.deferred import DeferredTensor, deferred_product, may_defer
+from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.functional import sparse_product
 from qsparseprop.pattern import Plan, PlanCache, dense_pattern
 from qsparseprop.quantization import QuantConfig
@@ -40,6 +42,8 @@ class SparseModule(SparseWeight):
     quantized: ClassVar[bool] = False
     #: Whether the weight is stored as that of the layer from the output to the input.
     transposed: ClassVar[bool] = False
+    #: Whether results are deferred, see `qsparseprop.nn.deferred`.
+    deferring: bool = False
     _qconfig: QuantConfig | None = None
     _qconfig_text: str = config_text(None)
 
@@ -136,7 +140,7 @@ class SparseModule(SparseWeight):
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_copies")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_copies", "_usages")}
 
     def __prepare_scriptable__(self) -> nn.Module:
         refuse_scripting(self)
@@ -176,6 +180,30 @@ class SparseModule(SparseWeight):
         if x.dtype not in KERNEL_DTYPES:
             x = x.to(torch.float32)
         return x, dtype if dtype in KERNEL_DTYPES else torch.float32, dtype
+
+    def _defer(
+        self, x: Tensor, images: tuple[int, ...], layout: Callable[[bool], Layout], geometry: Geometry, groups: int
+    ) -> Tensor | None:
+        """A deferred product, see `deferred_product`; None where there can be none."""
+        dtype = x.dtype
+        if dtype not in KERNEL_DTYPES or 0 in images or 0 in self.weight_shape:
+            return None
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            if dtype not in KERNEL_DTYPES:
+                return None
+        return deferred_product(self, x, images, layout, geometry, groups, dtype)
+
+    def _defers(self, x: Tensor) -> bool:
+        """Whether the result for an input may be deferred; checks it then."""
+        if not self.deferring or not may_defer():
+            return False
+        if type(x) is DeferredTensor:
+            return True
+        if type(x) not in (Tensor, nn.Parameter):
+            return False
+        self._check_input(x)
+        return True
 
     def _multiply(self, x: Tensor, plan: Plan) -> Tensor:
         """The product for an input of four dimensions, or of two, see `sparse_product`."""

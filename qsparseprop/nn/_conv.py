@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from qsparseprop.geometry import batch_magnitude, conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
+from qsparseprop.nn.deferred import ordinary
+from qsparseprop.nn.deferred.layout import images as images_layout
 from qsparseprop.quantization import QuantConfig
 
 
@@ -148,9 +150,28 @@ class SparseConvNd(SparseModule):
             For another number of dimensions or channels, an integer or complex dtype, another device, or an image
             smaller than the kernel.
         """
+        if self._defers(input) and (y := self._deferred(input)) is not None:
+            return y
+        input = ordinary(input)
         images = self._images(input)
         size = tuple(images.shape[2:])
         return self._convolve(input, images, self._layout(size, self._pads), self._output_size(size))
+
+    def _deferred(self, x: Tensor) -> Tensor | None:
+        """The deferred result, or None where there can be none."""
+        with torch._C.DisableTorchFunctionSubclass():
+            shape, dims = tuple(x.shape), len(self._axes)
+            if dims > 2 or len(shape) != dims + 2 or shape[1] != self.in_channels:
+                return None
+            batch, _, *size = shape
+            flat = (1,) * (2 - dims)
+            batch_innermost = self.vectorizing_over_on
+            if batch_innermost is None:
+                batch_innermost = prefer_batch_innermost(batch, tuple(size), True)
+            geometry = conv_geometry(*self._layout(tuple(size), self._pads), batch, batch_innermost)
+            out = (batch, self.out_channels, *geometry.output_size[2 - dims:])
+            return self._defer(x, (batch, self.in_channels, *flat, *size),
+                               lambda channels_last: images_layout(out, not channels_last), geometry, self.groups)
 
     def _images(self, x: Tensor) -> Tensor:
         """The input, checked, with a dimension of images."""

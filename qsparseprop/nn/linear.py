@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from qsparseprop.geometry import Geometry, linear_geometry, linear_numbers
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
+from qsparseprop.nn.deferred import ordinary
+from qsparseprop.nn.deferred.layout import linear as linear_layout
 from qsparseprop.nn.functional import NoGradient
 from qsparseprop.quantization import QuantConfig
 
@@ -107,6 +109,9 @@ class SparseLinear(SparseModule):
         TypeError, ValueError
             For another last dimension, an integer or complex dtype, or another device.
         """
+        if self._defers(input) and (y := self._deferred(input)) is not None:
+            return y
+        input = ordinary(input)
         self._check_input(input)
         if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"{type(self).__name__} expects the last dimension to be in_features={self.in_features}, "
@@ -122,6 +127,15 @@ class SparseLinear(SparseModule):
             if rows is input:
                 return y
         return y.view(*leading, self.out_features)
+
+    def _deferred(self, x: Tensor) -> Tensor | None:
+        """The deferred result, or None where there can be none."""
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = tuple(x.shape)
+            if len(shape) < 2 or shape[-1] != self.in_features:
+                return None
+            images = (math.prod(shape[:-1]), shape[-1], 1, 1)
+            return self._defer(x, images, lambda _: linear_layout((*shape[:-1], self.out_features)), self._layout(), 1)
 
     def _dense_product(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.dense_weight(), self._bias_or_none())

@@ -1,0 +1,48 @@
+"""When nothing is deferred, since somebody else takes part in what torch does."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch.autograd import forward_ad
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_functorch = torch._C._are_functorch_transforms_active
+
+_stepwise = threading.local()
+
+
+def may_defer() -> bool:
+    """Whether blocks may form: nobody traces, watches single operators or differentiates in another way."""
+    return not (
+        torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _functorch()
+        or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+    )  # fmt: skip
+
+
+def step_by_step() -> bool:
+    """Whether every operation is computed when it is recorded.
+
+    Where somebody wants to see what autograd saves (activation checkpointing, offloading, compression), it must be
+    there when it is saved.
+    """
+    return _saved_tensors_hooks(True) is not None or getattr(_stepwise, "on", False)
+
+
+@contextlib.contextmanager
+def one_by_one() -> Iterator[None]:
+    """Compute every operation behind a sparse layer when it is called, in the calling thread.
+
+    Results are the same, up to rounding; this is for finding out whether deferring makes a difference.
+    """
+    before = getattr(_stepwise, "on", False)
+    _stepwise.on = True
+    try:
+        yield
+    finally:
+        _stepwise.on = before

@@ -1,0 +1,79 @@
+"""How the matrix (pixels, channels) that blocks compute on looks to those who see the tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """A tensor's shape and strides, and the images that its rows are the pixels of.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the tensor: (images, channels, height, width), (images, channels, length) or (..., channels).
+    images : tuple of int
+        (images, channels, height, width), one pixel each where there are no images.
+    channels_first : bool
+        Whether channels are the second dimension of the tensor, not the last one.
+    contiguous : bool
+        Whether the tensor is contiguous; otherwise channels are neighbours in memory.
+    """
+
+    shape: tuple[int, ...]
+    images: tuple[int, ...]
+    channels_first: bool
+    contiguous: bool
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the tensor."""
+        if self.contiguous or not self.channels_first:
+            return tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        channels, *size = self.shape[1:]
+        inner = [channels * math.prod(size[i + 1 :]) for i in range(len(size))]
+        return (channels * math.prod(size), 1, *inner)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the tensor is a view of its rows."""
+        return not (self.channels_first and self.contiguous) or math.prod(self.shape[2:]) == 1
+
+    def view(self, rows: Tensor) -> Tensor:
+        """The tensor as a view of its rows, of other strides unless `by_rows`."""
+        if not self.channels_first:
+            return rows.view(self.shape)
+        n, c, *size = self.shape
+        return rows.view(n, *size, c).movedim(-1, 1)
+
+    def tensor(self, rows: Tensor) -> Tensor:
+        """The tensor, a view of its rows where that is possible."""
+        tensor = self.view(rows)
+        return tensor if self.by_rows else tensor.contiguous()
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Rows of a tensor of the same shape and any strides, a view where that is possible."""
+        if self.channels_first:
+            tensor = tensor.movedim(1, -1)
+        return tensor.reshape(-1, self.shape[1 if self.channels_first else -1]).contiguous()
+
+    def image_view(self, rows: Tensor) -> Tensor:
+        """The rows as channels_last images."""
+        n, c, h, w = self.images
+        return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def linear(shape: tuple[int, ...]) -> Layout:
+    """Of what a linear layer gives."""
+    if len(shape) == 2:  # both are right: channels are the second and the last dimension
+        return Layout(shape, (*shape, 1, 1), True, True)
+    return Layout(shape, (math.prod(shape[:-1]), shape[-1], 1, 1), False, True)
+
+
+def images(shape: tuple[int, ...], contiguous: bool) -> Layout:
+    """Of what a convolution gives, in one dimension or two."""
+    n, c, *size = shape
+    return Layout(shape, (n, c, *(1,) * (2 - len(size)), *size), True, contiguous)

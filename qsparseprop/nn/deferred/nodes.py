@@ -1,0 +1,202 @@
+"""The operations that blocks take up, as nodes of autograd.
+
+Each node saves what its own backward pass needs, in buffers that may be filled later, and gives the layer before it a
+gradient that is still to be computed, so that the last one can do it all in one pass. A gradient that meets others on
+its way, or that somebody looks at, is an ordinary tensor from then on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparseprop.nn.deferred import passes
+from qsparseprop.nn.deferred.conditions import step_by_step
+from qsparseprop.nn.deferred.gradient import PendingGradient
+from qsparseprop.nn.deferred.passes import IDENTITY, Activation
+from qsparseprop.nn.deferred.pending import Codes, Pending
+from qsparseprop.nn.deferred.tensor import DeferredTensor
+from qsparseprop.nn.functional import block_gradients, refuse_forward_mode
+from qsparseprop.ops import check_storage, saved_tensors
+
+
+def result(pending: Pending, dtype: torch.dtype) -> Tensor:
+    """The tensor that a layer or an operation gives: deferred, unless only its values were wanted the last time."""
+    if pending.usage.plain:
+        return pending.plain()
+    return DeferredTensor(pending, dtype)
+
+
+def _give(pending: Pending, source: DeferredTensor, in_place: bool) -> Tensor:
+    if not in_place:
+        return result(pending, source.dtype)
+    source._pending = pending
+    return source
+
+
+def gradient_of(gradient: Tensor) -> PendingGradient | None:
+    """What is still to be computed of a gradient, if it is such a one."""
+    if type(gradient) is not DeferredTensor:
+        return None
+    pending = gradient._pending
+    return pending if isinstance(pending, PendingGradient) and pending.open else None
+
+
+def gradient_rows(gradient: Tensor, layout: Any, dtype: torch.dtype) -> Tensor:
+    """The rows of a gradient."""
+    if type(gradient) is DeferredTensor:
+        gradient = gradient._pending.plain()
+    check_storage(gradient, "the gradient of the output")
+    return layout.rows(gradient.detach().to(dtype))
+
+
+def _deferred(pending: PendingGradient, dtype: torch.dtype) -> Tensor:
+    if torch.is_grad_enabled():  # create_graph=True
+        return pending.plain()
+    return DeferredTensor(pending, dtype)
+
+
+class Normalisation(NamedTuple):
+    """The arguments of torch.nn.functional.batch_norm besides tensors that get a gradient."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+
+def _normalise(
+    pending: Pending, weight: Tensor | None, bias: Tensor | None, norm: Normalisation, save: bool
+) -> tuple[Pending, Codes | None]:
+    rows = pending.settled()
+    fused, statistics = passes.statistics(rows, weight, bias, norm.running_mean, norm.running_var, norm.momentum,
+                                          norm.eps, norm.training, save)
+    codes = Codes(rows, (fused[2], fused[3]), statistics) if save else None
+    pending = pending.normalised(fused, codes, norm.training or save)
+    if step_by_step() or pending.usage.plain:
+        pending.compute()
+    return pending, codes
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, source: DeferredTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation
+    ) -> Tensor:
+        pending, codes = _normalise(source._pending, weight, bias, norm, True)
+        ctx.save_for_backward(codes.codes, codes.statistics, weight)
+        ctx.codes, ctx.layout, ctx.dtype, ctx.batch_statistics = codes, pending.layout, source.dtype, norm.training
+        return result(pending, source.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            codes, statistics, weight = saved_tensors(ctx)
+            ctx.codes.fill()
+            behind, saved, activation = gradient_of(dy), None, IDENTITY
+            if behind is not None and behind.codes is None:
+                rows, saved, activation = behind.dy, behind.saved, behind.activation
+            else:
+                behind, rows = None, gradient_rows(dy, ctx.layout, ctx.dtype)
+            sums = passes.sums(rows, codes, saved, activation)
+            factors, (dweight, dbias, total) = passes.factors(sums, statistics, weight, len(rows), ctx.batch_statistics)
+        need, dx = ctx.needs_input_grad, None
+        if need[0]:
+            dx = _deferred(PendingGradient(ctx.layout, rows, saved, activation, codes, factors, total, behind),
+                           ctx.dtype)  # fmt: skip
+        gradients = dx, dweight.float() if need[1] else None, dbias.float() if need[2] else None
+        return *block_gradients(gradients), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        refuse_forward_mode()
+
+
+def batch_norm(source: DeferredTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation) -> Tensor:
+    """Record a batch normalisation."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, weight, bias)):
+        return _BatchNorm.apply(source, weight, bias, norm)
+    return result(_normalise(source._pending, weight, bias, norm, False)[0], source.dtype)
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: DeferredTensor, activation: Activation, in_place: bool) -> Tensor:
+        pending, slopes = _activate(source._pending, activation, True)
+        ctx.save_for_backward(slopes.saved)
+        ctx.slopes, ctx.layout, ctx.dtype, ctx.activation = slopes, pending.layout, source.dtype, activation
+        if in_place:
+            ctx.mark_dirty(source)
+        return _give(pending, source, in_place)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            (saved,) = saved_tensors(ctx)
+            ctx.slopes.fill()
+            rows = gradient_rows(dy, ctx.layout, ctx.dtype)
+        dx = _deferred(PendingGradient(ctx.layout, rows, saved, ctx.activation), ctx.dtype)
+        return *block_gradients((dx,)), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        refuse_forward_mode()
+
+
+def _activate(pending: Pending, activation: Activation, save: bool) -> tuple[Pending, Any]:
+    pending, slopes = pending.activated(activation, save)
+    if step_by_step():
+        pending.compute()
+    return pending, slopes
+
+
+def activate(source: DeferredTensor, activation: Activation, in_place: bool) -> Tensor:
+    """Record an activation."""
+    if torch.is_grad_enabled() and source.requires_grad:
+        return _Activation.apply(source, activation, in_place)
+    pending, _ = _activate(source._pending, activation, False)
+    return _changed(_give(pending, source, in_place), in_place)
+
+
+class _Addition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: DeferredTensor, other: Tensor, in_place: bool) -> Tensor:
+        pending = _add(source._pending, other)
+        if in_place:
+            ctx.mark_dirty(source)
+        return _give(pending, source, in_place)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, dy, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        refuse_forward_mode()
+
+
+def _add(pending: Pending, other: Tensor) -> Pending:
+    if type(other) is DeferredTensor:
+        rows, layout = other._pending.rows(), other._pending.layout
+        if layout.channels_first != pending.layout.channels_first:
+            rows = pending.layout.rows(layout.view(rows))
+    else:
+        check_storage(other, "what is added")
+        rows = pending.layout.rows(other.detach())
+    return pending.plus(rows)
+
+
+def add(source: DeferredTensor, other: Tensor, in_place: bool) -> Tensor:
+    """Record an addition."""
+    if torch.is_grad_enabled() and (source.requires_grad or other.requires_grad):
+        return _Addition.apply(source, other, in_place)
+    return _changed(_give(_add(source._pending, other), source, in_place), in_place)
+
+
+def _changed(tensor: Tensor, in_place: bool) -> Tensor:
+    if in_place and not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+    return tensor

@@ -1,0 +1,192 @@
+"""The product of a sparse layer as the beginning of a chain, and as the end of the one before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qsparseprop.geometry import Geometry, embedded
+from qsparseprop.nn.deferred.layout import Layout
+from qsparseprop.nn.deferred.nodes import gradient_of, gradient_rows, result
+from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_gradient
+from qsparseprop.nn.deferred.pending import Pending
+from qsparseprop.nn.deferred.tensor import DeferredTensor
+from qsparseprop.nn.deferred.usage import Usage
+from qsparseprop.nn.functional import (
+    _as_dtype,
+    backward_pass,
+    block_gradients,
+    check_finite,
+    forward_pass,
+    packed_backward_pass,
+    packed_forward_pass,
+    refuse_forward_mode,
+    value_gradient,
+)
+from qsparseprop.ops import is_channels_last, saved_tensors
+from qsparseprop.pattern import Plan
+from qsparseprop.quantization import QuantConfig
+
+if TYPE_CHECKING:
+    from qsparseprop.nn._base import SparseModule
+
+
+@dataclass
+class _Call:
+    """What a product needs besides its tensors."""
+
+    plan: Plan
+    qconfig: QuantConfig
+    dtype: torch.dtype
+    layout: Layout  # of the result
+    images: tuple[int, ...]  # shape of the input
+    usage: Usage
+    packed: PackedInput | None  # the input
+    plain: Tensor | None  # the input as images, where it is not packed
+    channels_last: bool  # whether the input is
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        z, kept, rest = _multiply(x, values, bias, call)
+        wanted = ctx.needs_input_grad[1]
+        ctx.save_for_backward(values, *(kept if wanted else ()))
+        ctx.rest = rest if wanted else None
+        ctx.plan, ctx.qconfig, ctx.layout, ctx.images = call.plan, call.qconfig, call.layout, call.images
+        ctx.x_shape, ctx.x_dtype, ctx.channels_last, ctx.dtype = x.shape, x.dtype, call.channels_last, call.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _start(z, call)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _gradients(ctx, dy)
+        return *block_gradients(gradients), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        refuse_forward_mode()
+
+
+def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, tuple[Any, ...], Any]:
+    """The product as rows; tensors and the rest of what its backward pass needs of the input."""
+    plan, qconfig, packed = call.plan, call.qconfig, call.packed
+    if qconfig.check_finite:
+        if call.plain is not None:
+            check_finite(call.plain, "the input")
+        check_finite(values, "the weight")
+    if packed is None:
+        z, *parts = forward_pass(call.plain, values, bias, plan, qconfig, call.dtype, True)
+        if qconfig.grad_weight == "int8" and type(x) is DeferredTensor and x._pending.open:
+            x._pending.packed = PackedInput(*parts, plan.geometry, qconfig.input, qconfig.granularity)
+        kept, rest = tuple(parts), None
+    else:
+        z = packed_forward_pass(packed.parts, call.images[0], values, bias, plan, qconfig, call.dtype)
+        kept, rest = packed.parts, None
+        if packed.source is not None:
+            kept, rest = packed.source.tensors, packed.source.rest
+    call.packed = call.plain = None
+    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), kept, rest
+
+
+def _start(z: Tensor, call: _Call) -> Tensor:
+    return result(Pending(z, call.layout, call.usage), call.dtype)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    values, *kept = saved_tensors(ctx)
+    plan, qconfig, layout, need = ctx.plan, ctx.qconfig, ctx.layout, ctx.needs_input_grad
+    dx = dvalues = dbias = None
+    pending = gradient_of(dy)
+    if qconfig.check_finite or (pending is not None and not packs_gradient(qconfig, layout.images[1])):
+        pending = None
+    if need[0] or need[1]:
+        if not kept:
+            packed: tuple[Tensor | None, ...] = (None, None, None)
+        elif ctx.rest is None:
+            packed = tuple(kept)
+        else:
+            packed = PackedSource(*kept, *ctx.rest).pack(plan.geometry, qconfig)
+    if pending is None:
+        rows = gradient_rows(dy, layout, ctx.dtype)
+        if qconfig.check_finite:
+            check_finite(rows, "the gradient of the output")
+        if need[0] or need[1]:
+            dx, dvalues, dbias = backward_pass(layout.image_view(rows), values, packed, plan, qconfig, ctx.images,
+                                               need[:3], ctx.x_dtype, ctx.channels_last)
+        else:
+            dbias = rows.sum(0, dtype=torch.float32)
+    else:
+        gradient, dbias = pending.pack(plan.geometry, qconfig)
+        if need[0] or need[1]:
+            dx, dvalues = packed_backward_pass(gradient, values, packed, plan, qconfig, ctx.images, layout.images,
+                                               need[:2], ctx.x_dtype, ctx.channels_last)
+    return (
+        dx.view(ctx.x_shape) if need[0] else None,
+        value_gradient(dvalues, values) if need[1] else None,
+        _as_dtype(dbias, ctx.bias_dtype) if need[2] else None,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _prepare(x: Tensor, images: tuple[int, ...], geometry: Geometry, qconfig: QuantConfig) -> Any:
+    """The input, packed or as images, the geometry that fits it, and whether it is channels_last."""
+    if type(x) is not DeferredTensor:
+        plain = x.detach().reshape(images)
+        return None, plain, geometry, is_channels_last(plain)
+    pending = x._pending
+    if not pending.open:
+        plain = pending.plain().reshape(images)
+        return None, plain, geometry, is_channels_last(plain)
+    if pending.packed is not None:
+        geometry = embedded(geometry, pending.packed.geometry) or geometry
+    packed = pending.pack(geometry, qconfig)
+    return packed, None if packed is not None else pending.images(), geometry, True
+
+
+def deferred_product(
+    layer: SparseModule,
+    x: Tensor,
+    images: tuple[int, ...],
+    layout: Callable[[bool], Layout],
+    geometry: Geometry,
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply, and give a tensor that what follows can be recorded on.
+
+    Parameters
+    ----------
+    layer : SparseModule
+        Quantised.
+    x : Tensor
+        float32 or bfloat16, deferred or not.
+    images : tuple of int
+        Its shape as images.
+    layout : callable
+        Layout of the result, by whether the input's is channels_last.
+    geometry : Geometry
+    groups : int
+    dtype : torch.dtype
+        Of the result, float32 or bfloat16.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        qconfig = layer._qconfig
+        packed, plain, geometry, channels_last = _prepare(x, images, geometry, qconfig)
+        declared = is_channels_last(x) if x.ndim == 4 else False
+        usages = layer.__dict__.setdefault("_usages", {})
+        trains = torch.is_grad_enabled()
+        usage = usages.get(trains)
+        if usage is None:
+            usage = usages[trains] = Usage()
+        call = _Call(layer._plan(geometry, groups), qconfig, dtype, layout(declared), images, usage.begin(), packed,
+                     plain, channels_last)
+        weight, bias = layer.weight, layer.bias
+        if trains and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Product.apply(x, weight, bias, call)
+        return _start(_multiply(x, weight, bias, call)[0], call)

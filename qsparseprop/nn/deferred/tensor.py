@@ -1,0 +1,101 @@
+"""Tensors whose values are computed when somebody wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from qsparseprop.nn.deferred.gradient import PendingGradient
+from qsparseprop.nn.deferred.pending import Pending
+
+#: What blocks can take up: torch's function -> what records it, or gives NotImplemented. `record` fills it.
+HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+#: What reaches a tensor's memory past the dispatcher, or asks for its type.
+_MEMORY = {
+    getattr(Tensor, name)
+    for name in ("__array__", "__deepcopy__", "__dlpack__", "__dlpack_device__", "__format__", "__reduce_ex__",
+                 "__repr__", "_typed_storage", "data_ptr", "is_set_to", "is_shared", "numpy", "pin_memory",
+                 "share_memory_", "storage", "tolist", "type", "untyped_storage", "apply_", "map_", "map2_", "resize_",
+                 "resize_as_", "set_")
+}  # fmt: skip
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__
+
+
+class DeferredTensor(Tensor):
+    """A tensor that knows what is still to be done, until its values are wanted.
+
+    It is a real tensor for autograd, with a history, hooks and versions. Every operation that no block takes up works
+    on an ordinary tensor, computed at the first of them.
+    """
+
+    _pending: Pending | PendingGradient
+
+    @staticmethod
+    def __new__(cls, pending: Pending | PendingGradient, dtype: torch.dtype) -> DeferredTensor:
+        """A tensor of the layout that what is pending has."""
+        layout = pending.layout
+        tensor = Tensor._make_wrapper_subclass(cls, layout.shape, strides=layout.strides, dtype=dtype)
+        # whoever reaches for its memory past the dispatcher gets an error
+        torch._C._set_throw_on_mutable_data_ptr(tensor)
+        tensor._pending = pending
+        return tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record what blocks take up; let torch do everything else."""
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _MEMORY:
+                args, kwargs = tree_map_only(DeferredTensor, _with_memory, (args, kwargs))
+            elif func is _GET_DATA:
+                return _with_memory(args[0]).data
+            elif func is _SET_DATA:
+                raise RuntimeError("the data of a sparse layer's result cannot be exchanged: assign to a clone of it")
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator on the values."""
+        deferred = []
+
+        def values(tensor: DeferredTensor) -> Tensor:
+            deferred.append(tensor)
+            return tensor._pending.plain()
+
+        args, kwargs = tree_map_only(DeferredTensor, values, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        for tensor in deferred:
+            if result is tensor._pending._values:  # in place: the result is the tensor that was given
+                return tensor
+        return result
+
+
+def _with_memory(tensor: DeferredTensor) -> Tensor:
+    """An ordinary tensor with the same memory and history."""
+    return tensor.view_as(tensor)
+
+
+def pending_of(tensor: Tensor) -> Pending | None:
+    """What is pending of a tensor, if nobody has seen its values yet."""
+    if type(tensor) is not DeferredTensor:
+        return None
+    pending = tensor._pending
+    return pending if isinstance(pending, Pending) and pending.open else None
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """An ordinary tensor with the same values and history."""
+    if type(tensor) is not DeferredTensor:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.view_as(tensor)

@@ -1,0 +1,58 @@
+"""What became of the tensors that a layer gave the last time: a guess of what will become of the next one."""
+
+from __future__ import annotations
+
+#: After so many calls in which nothing was deferred since only the values were wanted, it is tried again.
+RETRY = 16
+
+
+class Usage:
+    """Of the results of one operation behind one layer; those of the operations that follow are its branches.
+
+    A wrong guess costs time, never more.
+
+    Attributes
+    ----------
+    absorbed : bool
+        Whether an operation has been recorded on it.
+    packed : bool
+        Whether a sparse layer has taken it packed.
+    summed : bool
+        Whether it was a summand of another chain.
+    read : bool
+        Whether anybody else has seen its values.
+    """
+
+    __slots__ = ("_branches", "_calls", "_last", "absorbed", "packed", "read", "summed")
+
+    def __init__(self) -> None:
+        self._branches: dict[object, Usage] = {}
+        self._calls = 0
+        self._last = (False,) * 4
+        self.absorbed = self.packed = self.summed = self.read = False
+
+    def branch(self, operation: object) -> Usage:
+        """That of what an operation gives; a call of it begins."""
+        found = self._branches.get(operation)
+        if found is None:
+            found = self._branches[operation] = Usage()
+        return found.begin()
+
+    def begin(self) -> Usage:
+        """A new tensor is made."""
+        if not self.plain:
+            self._last = (self.absorbed, self.packed, self.summed, self.read)
+        self.absorbed = self.packed = self.summed = self.read = False
+        self._calls += 1
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether only the values were wanted, so that there is nothing to defer."""
+        absorbed, packed, summed, read = self._last
+        return read and not (absorbed or packed or summed) and self._calls % RETRY != 0
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether the values were wanted beside the packed form."""
+        return self._last[2] or self._last[3]
