@@ -202,6 +202,11 @@ def valid_rows():
         for tensor in (x, x.bfloat16()):
             normed = [tensor, tensor, one, one, 0.0, 6.0, one, one]
             yield norm_ops.channel_moments, [tensor]
+            statistics = [tensor, one, one, one.clone(), one.clone(), 0.1, 1e-5]
+            for training in (True, False):
+                yield norm_ops.norm_statistics, [*statistics, training, True]
+                _, doubles = norm_ops.norm_statistics(*statistics, training, True)
+                yield norm_ops.norm_factors, [torch.rand(channels, 3).double(), doubles, one, rows, training]
             yield norm_ops.norm_act, normed
             yield norm_ops.norm_act_range, normed[:6]
             yield norm_ops.norm_act_sums, [tensor, codes, mask]

@@ -401,6 +401,9 @@ def _other_calls() -> list[tuple]:
         (ops.packed_forward, (*forward, torch.rand(5), [0.0, 6.0])),
         (ops.packed_backward, backward),
         (norm_ops.channel_moments, (x,)),
+        *((norm_ops.norm_statistics, (x, one, None, one.clone(), one + 1, 0.1, 1e-5, training, True))
+          for training in (True, False)),
+        (norm_ops.norm_factors, (torch.rand(20, 3).double(), torch.rand(7, 20).double(), one, 6, True)),
         (norm_ops.norm_act, (x, None, one, one, 0.0, 6.0, None, None)),
         (norm_ops.norm_act, (x, x, one, one, 0.0, 6.0, one, one)),
         (norm_ops.norm_act_sums, (x, codes, mask)),

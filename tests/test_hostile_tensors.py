@@ -362,6 +362,8 @@ def operator_calls():
     return {
         "relu_mask": [x], "relu_mask_": [x], "keep_masked": [x, bits],
         "quantize": [x, "absmax", 8, None, None, True, None, []], "dequantize": [codes, scale, zero, None, None],
+        "norm_statistics": [matrix, one, one.clone(), one.clone(), one + 1, 0.1, 1e-5, True, True],
+        "norm_factors": [torch.ones(20, 3).double(), torch.ones(7, 20).double(), one, 6, True],
         "channel_moments": [matrix], "norm_act": [matrix, matrix, one, one, 0.0, 6.0, one, one],
         "norm_act_sums": [matrix, rows, mask], "norm_act_grad": [matrix, rows, mask, torch.ones(3, 20), True],
         "act": [matrix, "gelu", True], "act_grad": [matrix, slope, "gelu"],

@@ -3,7 +3,7 @@
 import torch
 
 from cython.parallel cimport prange
-from libc.math cimport NAN, isfinite
+from libc.math cimport NAN, fabs, isfinite, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 from libc.string cimport memset
 
@@ -22,7 +22,7 @@ from qsparseprop._kernels._dispatch cimport (
 )
 from qsparseprop._kernels._pack cimport blank_planes, find_scales, pack_planes
 from qsparseprop._kernels._statistics cimport read_scheme
-from qsparseprop._kernels._tensor cimport pointer, read_grid, strided_pointer
+from qsparseprop._kernels._tensor cimport numel, pointer, read_grid, strided_pointer
 
 cdef extern from "simd/scale.h" nogil:
     int qsp_wants_moments(const qsp_scheme *)
@@ -73,18 +73,12 @@ cdef int team(int threads, int64_t elements) noexcept:
     return threads if threads > 1 and elements > SERIAL_ELEMENTS else 1
 
 
-def moments(x, int threads):
-    """Mean, sum of squared distances from it, least and greatest element of each channel: float64, (channels, 4).
-
-    `x` is (rows, channels), float32 or bfloat16, contiguous, with at least one row.
-    """
-    cdef int dtype
-    cdef int64_t channels, rows, k, c, chunk, chunks, width, n, done
+cdef object _moments(const void *x, int dtype, int64_t rows, int64_t channels, int threads):
+    """A tensor that starts with mean, sum of squared distances from it, least and greatest element of each channel."""
+    cdef int64_t k, c, chunk, chunks, width, n, done
     cdef double mean, step
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef const char *data = <const char *> matrix(x, &dtype, &rows, &channels, "x")
-    if not rows:
-        raise ValueError("the moments of no elements are not defined")
+    cdef const char *data = <const char *> x
     chunk = chunk_rows(channels)
     chunks = (rows + chunk - 1) // chunk
     parts = torch.empty((chunks, channels, 4), dtype=_float64)
@@ -104,7 +98,130 @@ def moments(x, int threads):
             mean = first[0] + step * n / (done + n)
             first[1] += other[1] + step * step * done * n / (done + n)
             first[0], first[2], first[3] = mean, min(first[2], other[2]), max(first[3], other[3])
-    return parts[0].clone()
+    return parts
+
+
+def moments(x, int threads):
+    """Mean, sum of squared distances from it, least and greatest element of each channel: float64, (channels, 4).
+
+    `x` is (rows, channels), float32 or bfloat16, contiguous, with at least one row.
+    """
+    cdef int dtype
+    cdef int64_t channels, rows
+    cdef const void *data = matrix(x, &dtype, &rows, &channels, "x")
+    if not rows:
+        raise ValueError("the moments of no elements are not defined")
+    return _moments(data, dtype, rows, channels, threads)[0].clone()
+
+
+cdef float *_channel_vector(object tensor, int64_t channels, str name) except? NULL:
+    """Data of a contiguous float32 tensor of one element a channel; NULL for None."""
+    if tensor is None:
+        return NULL
+    cdef void *data = pointer(tensor, _float32, channels, name)
+    if numel(tensor) != channels:
+        raise ValueError(f"{name} must have {channels} elements, got {numel(tensor)}")
+    return <float *> data
+
+
+def statistics(x, weight, bias, running_mean, running_var, double momentum, double eps, bint training, bint save,
+               int threads):
+    """What batch normalisation of `x` (rows, channels) multiplies and adds: see `norm_ops.norm_statistics`."""
+    cdef int dtype
+    cdef int64_t rows, c, n
+    cdef const double *m = NULL
+    cdef double mean, variance, rstd, scale, shift, step, least, most
+    cdef float low, high
+    cdef const void *data = matrix(x, &dtype, &rows, &n, "x")
+    cdef const float *gamma = _channel_vector(weight, n, "weight")
+    cdef const float *beta = _channel_vector(bias, n, "bias")
+    cdef float *known_mean = _channel_vector(running_mean, n, "running_mean")
+    cdef float *known_variance = _channel_vector(running_var, n, "running_var")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together, or neither")
+    if not training and running_mean is None:
+        raise ValueError("without batch statistics running_mean and running_var must be given")
+    if not eps >= 0 or (training and eps == 0):
+        raise ValueError(f"eps must be positive, or 0 without batch statistics, got {eps}")
+    if training and rows == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    if training or save:
+        parts = _moments(data, dtype, rows, n, threads) if rows else torch.zeros((1, n, 4), dtype=_float64)
+        m = <const double *> pointer(parts, _float64, 4 * n, "parts")
+    singles, doubles = torch.empty((6, n), dtype=_float32), torch.empty((7, n), dtype=_float64)
+    cdef float *f = <float *> pointer(singles, _float32, 6 * n, "singles")
+    cdef double *d = <double *> pointer(doubles, _float64, 7 * n, "doubles")
+    with nogil:
+        for c in range(n):
+            if training:
+                mean, variance = m[4 * c], m[4 * c + 1] / max(rows, 1)
+                if known_mean != NULL and rows:
+                    known_mean[c] = <float> (momentum * mean + (1 - momentum) * known_mean[c])
+                    known_variance[c] = <float> (momentum * (m[4 * c + 1] / (rows - 1))
+                                                 + (1 - momentum) * known_variance[c])
+            else:
+                mean, variance = known_mean[c], known_variance[c]
+            rstd = 1 / sqrt(variance + eps)
+            scale = rstd * gamma[c] if gamma != NULL else rstd
+            shift = beta[c] - mean * scale if beta != NULL else -mean * scale
+            f[c], f[n + c] = <float> scale, <float> shift
+            step = least = low = high = NAN
+            if m != NULL:
+                least, most = m[4 * c + 2], m[4 * c + 3]
+                step = (most - least) / 255
+                if not step > 0:
+                    step = 1
+                # where the kernels put the ends; a mean that is not finite tells of elements that are not
+                low, high = <float> least * f[c] + f[n + c], <float> most * f[c] + f[n + c]
+                if not isfinite(m[4 * c]) or not isfinite(low) or not isfinite(high):
+                    low = high = NAN
+            f[2 * n + c], f[3 * n + c] = <float> (1 / step), <float> (-least / step - 128)
+            f[4 * n + c], f[5 * n + c] = (high, low) if high < low else (low, high)
+            d[c], d[n + c], d[2 * n + c] = mean, variance, rstd
+            d[3 * n + c], d[4 * n + c] = step * rstd, (least - mean) * rstd
+            d[5 * n + c], d[6 * n + c] = step, least
+    return singles, doubles
+
+
+def factors(sums, statistics, weight, int64_t count, bint batch_statistics):
+    """What the gradient of batch normalisation is made of: see `norm_ops.norm_factors`."""
+    cdef int64_t c, n
+    cdef double total, normalised, k
+    cdef float rest, other, bound
+    if statistics.ndim != 2 or statistics.shape[0] != 7:
+        raise ValueError(f"the statistics must be of shape (7, channels), got {tuple(statistics.shape)}")
+    n = statistics.shape[1]
+    cdef const double *s = <const double *> pointer(statistics, _float64, 7 * n, "statistics")
+    cdef const double *t = <const double *> pointer(sums, _float64, 3 * n, "sums")
+    if numel(sums) != 3 * n:
+        raise ValueError(f"the sums must be of shape ({n}, 3), got {tuple(sums.shape)}")
+    cdef const float *gamma = _channel_vector(weight, n, "weight")
+    if count < 0:
+        raise ValueError(f"the count must not be negative, got {count}")
+    count = max(count, 1)  # without rows all sums are 0
+    singles, doubles = torch.empty((4, n), dtype=_float32), torch.empty((3, n), dtype=_float64)
+    cdef float *f = <float *> pointer(singles, _float32, 4 * n, "singles")
+    cdef double *d = <double *> pointer(doubles, _float64, 3 * n, "doubles")
+    with nogil:
+        for c in range(n):
+            total, k = t[3 * c], s[2 * n + c]
+            if gamma != NULL:
+                k = k * gamma[c]
+            normalised = s[3 * n + c] * t[3 * c + 1] + s[4 * n + c] * total
+            f[c] = <float> k
+            f[n + c] = f[2 * n + c] = 0
+            if batch_statistics:
+                f[n + c] = <float> (-k * s[3 * n + c] * normalised / count)
+                f[2 * n + c] = <float> (-k * (total + s[4 * n + c] * normalised) / count)
+            # in the order of the kernel's roundings; the last term is for what is not finite
+            rest, other = fabs(f[2 * n + c]), fabs(<float> 255 * f[n + c] + f[2 * n + c])
+            bound = <float> t[3 * c + 2] * <float> fabs(f[c])
+            if not other <= rest:
+                rest = other
+            f[3 * n + c] = bound + rest + <float> 0 * <float> total
+            d[c], d[n + c] = normalised, total
+            d[2 * n + c] = 0 * (k * total) + 0.0 if batch_statistics else k * total
+    return singles, doubles
 
 
 def norm(x, residual, out, scale, shift, float low, float high, code_scale, code_shift, codes, mask, int threads):
