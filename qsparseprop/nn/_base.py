@@ -42,7 +42,8 @@ class SparseModule(SparseWeight):
     quantized: ClassVar[bool] = False
     #: Whether the weight is stored as that of the layer from the output to the input.
     transposed: ClassVar[bool] = False
-    #: Whether results are deferred, see `qsparseprop.nn.deferred`.
+    #: Whether results can be deferred, and whether they are, see `qsparseprop.nn.deferred`.
+    can_defer: ClassVar[bool] = False
     deferring: bool = False
     _qconfig: QuantConfig | None = None
     _qconfig_text: str = config_text(None)
@@ -194,9 +195,14 @@ class SparseModule(SparseWeight):
                 return None
         return deferred_product(self, x, images, layout, geometry, groups, dtype)
 
+    def last_chain(self) -> list[str]:
+        """What was computed together with the layer when it last ran, see `qsparseprop.utils.fusion.chains`."""
+        usages = self.__dict__.get("_usages", {})
+        return max((usage.chain() for usage in usages.values()), key=len, default=[])
+
     def _defers(self, x: Tensor) -> bool:
         """Whether the result for an input may be deferred; checks it then."""
-        if not self.deferring or not may_defer():
+        if not (self.deferring and self.can_defer and may_defer()):
             return False
         if type(x) is DeferredTensor:
             return True

@@ -41,3 +41,4 @@ class QuantizedSparseConv1d(SparseConv1d):
     """
 
     quantized = True
+    can_defer = True

@@ -41,3 +41,4 @@ class QuantizedSparseConv2d(SparseConv2d):
     """
 
     quantized = True
+    can_defer = True

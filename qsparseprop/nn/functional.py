@@ -282,14 +282,22 @@ class NoSecondDerivative(torch.autograd.Function):
                                   "dense module that to_dense() gives")
 
 
-def block_gradients(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def link_to_inputs() -> Tensor:
+    """A tensor without elements which a node of a block gives and saves beside its result.
+
+    So gradients can be made to depend on the node's inputs, without keeping these, see `block_gradients`.
+    """
+    return torch.empty(0)
+
+
+def block_gradients(gradients: tuple[Tensor | None, ...], link: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of a block, made without a graph, which refuse to be differentiated where that is wanted.
 
-    They depend on the input even where the gradient that was given does not want one.
+    They depend on the inputs even where the gradient that was given does not; `link` is that of `link_to_inputs`.
     """
     if not torch.is_grad_enabled():  # no create_graph=True
         return gradients
-    return NoSecondDerivative.apply(torch.empty(0, requires_grad=True), None, *gradients)
+    return NoSecondDerivative.apply(link, None, *gradients)
 
 
 def refuse_forward_mode() -> None:

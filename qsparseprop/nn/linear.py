@@ -164,3 +164,4 @@ class QuantizedSparseLinear(SparseLinear):
     """
 
     quantized = True
+    can_defer = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from qsparseprop.nn.deferred.start import is_start
+
 #: Of nn.Module: what it calls by itself, and flags of these.
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 _OTHER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
@@ -11,9 +13,9 @@ _OTHER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_di
 
 
 def own_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks other than those of torch.nn.utils.prune, which belong to its weight."""
+    """Whether a module has hooks other than ours and those of torch.nn.utils.prune, which belong to its weight."""
     pre = [h for h in module._forward_pre_hooks.values() if not isinstance(h, nn.utils.prune.BasePruningMethod)]
-    return bool(pre or any(getattr(module, hooks) for hooks in _OTHER))
+    return bool(pre or any(not is_start(h) for hooks in _OTHER for h in getattr(module, hooks).values()))
 
 
 def gradient_hooks(module: nn.Module) -> bool:

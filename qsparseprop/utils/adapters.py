@@ -12,7 +12,6 @@ from torch import nn
 
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn.intrinsic import _HandsOver
 from qsparseprop.utils.network_utils import _replace_children
 
 __all__ = ["attach_adapters"]
@@ -30,7 +29,7 @@ def attach_adapters(model: nn.Module, attach: Callable[[nn.Module], _Result]) ->
     Parameters
     ----------
     model : nn.Module
-        Swapped by `swap_modules_with_sparse`, without ``fuse=True``.
+        Swapped by `swap_modules_with_sparse`.
     attach : callable
         Takes the model, changes it or makes another one of it, and returns what it likes.
 
@@ -42,7 +41,7 @@ def attach_adapters(model: nn.Module, attach: Callable[[nn.Module], _Result]) ->
     Raises
     ------
     ValueError
-        For a model with blocks, or one that is a sparse layer itself; nothing has changed then.
+        For a model that is a sparse layer itself; nothing has changed then.
 
     Warns
     -----
@@ -57,9 +56,6 @@ def attach_adapters(model: nn.Module, attach: Callable[[nn.Module], _Result]) ->
     """
     if isinstance(model, SparseModule):
         raise ValueError("the model is a sparse layer itself: put it into a torch.nn.Sequential")
-    if any(isinstance(m, _HandsOver) for m in model.modules()):
-        raise ValueError("the model has blocks, which adapters cannot enter: attach them before "
-                         "swap_modules_with_sparse(..., fuse=True)")
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
     dense = {name: module.to_dense() for name, module in sparse.items()}
     for name, module in dense.items():

@@ -17,14 +17,13 @@ from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_type, dense_weight, foreign_parametrization
 from qsparseprop.nn._weight import check_before_loading
-from qsparseprop.nn.intrinsic import QuantizedBNReLU2d
 from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._carry import carry_attributes, carry_hooks, gradient_hooks, own_hooks
 from qsparseprop.utils._example import Runner, copy_model, make_runner, not_called, record, still_held
 from qsparseprop.utils._layer_timing import Stopwatch
 from qsparseprop.utils._weights import Weights, weights_of
-from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
+from qsparseprop.utils.fusion import chains, fuse_modules, unfuse_modules
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
 __all__ = [
@@ -227,10 +226,9 @@ def swap_modules_with_sparse(
     qconfig : QuantConfig, optional
         For the quantised modules.
     fuse : bool
-        Make one block of a sparse convolution and the BatchNorm2d, addition and ReLU that follow it, of other
-        BatchNorm2d with the ReLU behind them, and of a sparse linear layer and its ReLU or GELU, see
-        `qsparseprop.utils.fusion.fuse_modules`. What was fused, or why not, is in the report. Blocks of images return
-        channels_last tensors.
+        Let sparse layers form blocks with the batch normalisation, additions and activations that follow them, while
+        the model runs, see `qsparseprop.utils.fusion.fuse_modules`. What was computed together on the example is in the
+        report.
     on_layer : callable, optional
         Called with the name of each layer before it is timed, which takes seconds where layers are large.
 
@@ -331,14 +329,16 @@ def swap_modules_with_sparse(
         sparse[name] = layer
 
     _replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
+    if fuse:
+        fuse_modules(model)
     if sparse:
         _put_back_what_is_not_called(model, dense, sparse, run, candidates)
     if fuse:
-        fused = fuse_modules(model)
+        fuse_modules(model)  # those that were put back, too
+        found = chains(model)
         for decision in report.swapped:
-            decision.reason = fused.pop(decision.name, decision.reason)
-        report.extend(SwapDecision(name, "BatchNorm2d", (), None, 0.0, reason=why) for name, why in fused.items()
-                      if isinstance(model.get_submodule(name), QuantizedBNReLU2d))  # fmt: skip
+            if found.get(decision.name):
+                decision.reason = f"together with {found[decision.name]}"
     model.swap_report = report
     if verbose:
         sys.stdout.write(f"{report}\n")

@@ -50,8 +50,7 @@ def _decision(d: SwapDecision) -> str:
 class SwapReport(list):
     """Decisions of `swap_modules_with_sparse`; prints as a table.
 
-    One `SwapDecision` for every module with a prunable weight, and one for each BatchNorm2d that became a block without
-    a sparse convolution.
+    One `SwapDecision` for every module with a prunable weight.
     """
 
     @property
@@ -72,7 +71,7 @@ class SwapReport(list):
                 "-" if d.input_shape is None else "x".join(map(str, d.input_shape)), f"{100 * d.sparsity:.1f} %",
                 "-" if d.dense_ms is None else f"{d.dense_ms:.2f}",
                 "-" if d.sparse_ms is None else f"{d.sparse_ms:.2f}",
-                d.reason if d.kind == "BatchNorm2d" else _decision(d),
+                _decision(d),
             ))  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

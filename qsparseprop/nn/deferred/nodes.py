@@ -18,7 +18,7 @@ from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.passes import IDENTITY, Activation
 from qsparseprop.nn.deferred.pending import Codes, Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor
-from qsparseprop.nn.functional import block_gradients, refuse_forward_mode
+from qsparseprop.nn.functional import block_gradients, link_to_inputs, refuse_forward_mode
 from qsparseprop.ops import check_storage, saved_tensors
 
 
@@ -87,14 +87,18 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, source: DeferredTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation
     ) -> Tensor:
         pending, codes = _normalise(source._pending, weight, bias, norm, True)
-        ctx.save_for_backward(codes.codes, codes.statistics, weight)
+        link = link_to_inputs()
+        ctx.save_for_backward(link, codes.codes, codes.statistics, weight)
         ctx.codes, ctx.layout, ctx.dtype, ctx.batch_statistics = codes, pending.layout, source.dtype, norm.training
-        return result(pending, source.dtype)
+        ctx.set_materialize_grads(False)
+        return result(pending, source.dtype), link
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None
+        link, codes, statistics, weight = saved_tensors(ctx)
         with torch.no_grad():
-            codes, statistics, weight = saved_tensors(ctx)
             ctx.codes.fill()
             behind, saved, activation = gradient_of(dy), None, IDENTITY
             if behind is not None and behind.codes is None:
@@ -108,7 +112,7 @@ class _BatchNorm(torch.autograd.Function):
             dx = _deferred(PendingGradient(ctx.layout, rows, saved, activation, codes, factors, total, behind),
                            ctx.dtype)  # fmt: skip
         gradients = dx, dweight.float() if need[1] else None, dbias.float() if need[2] else None
-        return *block_gradients(gradients), None
+        return *block_gradients(gradients, link), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -118,7 +122,7 @@ class _BatchNorm(torch.autograd.Function):
 def batch_norm(source: DeferredTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation) -> Tensor:
     """Record a batch normalisation."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, weight, bias)):
-        return _BatchNorm.apply(source, weight, bias, norm)
+        return _BatchNorm.apply(source, weight, bias, norm)[0]
     return result(_normalise(source._pending, weight, bias, norm, False)[0], source.dtype)
 
 
@@ -126,20 +130,24 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: DeferredTensor, activation: Activation, in_place: bool) -> Tensor:
         pending, slopes = _activate(source._pending, activation, True)
-        ctx.save_for_backward(slopes.saved)
+        link = link_to_inputs()
+        ctx.save_for_backward(link, slopes.saved)
         ctx.slopes, ctx.layout, ctx.dtype, ctx.activation = slopes, pending.layout, source.dtype, activation
         if in_place:
             ctx.mark_dirty(source)
-        return _give(pending, source, in_place)
+        ctx.set_materialize_grads(False)
+        return _give(pending, source, in_place), link
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None
+        link, saved = saved_tensors(ctx)
         with torch.no_grad():
-            (saved,) = saved_tensors(ctx)
             ctx.slopes.fill()
             rows = gradient_rows(dy, ctx.layout, ctx.dtype)
         dx = _deferred(PendingGradient(ctx.layout, rows, saved, ctx.activation), ctx.dtype)
-        return *block_gradients((dx,)), None, None
+        return *block_gradients((dx,), link), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -156,7 +164,7 @@ def _activate(pending: Pending, activation: Activation, save: bool) -> tuple[Pen
 def activate(source: DeferredTensor, activation: Activation, in_place: bool) -> Tensor:
     """Record an activation."""
     if torch.is_grad_enabled() and source.requires_grad:
-        return _Activation.apply(source, activation, in_place)
+        return _Activation.apply(source, activation, in_place)[0]
     pending, _ = _activate(source._pending, activation, False)
     return _changed(_give(pending, source, in_place), in_place)
 

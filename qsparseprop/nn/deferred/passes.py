@@ -16,8 +16,8 @@ from qsparseprop import activation_ops, norm_ops
 from qsparseprop._kernels import _activation, _norm
 from qsparseprop._kernels._memory import empty
 from qsparseprop.geometry import Geometry
-from qsparseprop.nn._norm_act import affine as _affine
 from qsparseprop.nn.functional import gradient_packing, output_packing
+from qsparseprop.ops import shortcut
 from qsparseprop.quantization import QuantConfig
 
 INF = float("inf")
@@ -41,47 +41,21 @@ def saved_like(rows: int, channels: int, activation: Activation) -> Tensor:
     return empty((rows, channels), torch.uint8)
 
 
-def statistics(z, weight, bias, running_mean, running_var, momentum, eps, training, save):
-    count = z.shape[0]
-    moments = norm_ops.channel_moments(z) if training or save else None
-    if training:
-        mean, var = moments[:, 0], moments[:, 1] / count
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean.float(), alpha=momentum)
-            running_var.mul_(1 - momentum).add_((var * (count / (count - 1))).float(), alpha=momentum)
-    else:
-        mean, var = running_mean.double(), running_var.double()
-    rstd, scale, shift = _affine(mean, var, eps, weight, bias)
-    nan = torch.full_like(mean, float("nan"))
-    step = least = slope = offset = code_scale = code_shift = low = high = nan
-    if moments is not None:
-        least = moments[:, 2]
-        step = (moments[:, 3] - least) / 255
-        step = torch.where(step > 0, step, 1.0)
-        code_scale, code_shift = 1 / step, -least / step - 128
-        slope, offset = step * rstd, (least - mean) * rstd
-        a, b = least * scale + shift, moments[:, 3] * scale + shift
-        low, high = torch.minimum(a, b), torch.maximum(a, b)
-    return (torch.stack([scale, shift, code_scale, code_shift, low, high]).float(),
-            torch.stack([mean, var, rstd, slope, offset, step, least]))
+def statistics(
+    rows: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, momentum: float, eps: float, training: bool, save: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of a batch normalisation, see `norm_ops.norm_statistics`; running statistics are updated."""
+    return shortcut("norm_statistics", rows, weight, bias, running_mean, running_var)(
+        rows, weight, bias, running_mean, running_var, momentum, eps, training, save
+    )
 
 
-def factors(sums, stats, weight, count, batch_statistics):
-    total, with_codes, greatest = sums.unbind(1)
-    mean, var, rstd, slope, offset, step, least = stats
-    with_normalised = slope * with_codes + offset * total
-    k = rstd if weight is None else rstd * weight
-    factor = torch.zeros((3, k.shape[0]), dtype=torch.float64)
-    factor[0] = k
-    dsum = k * total
-    if batch_statistics:
-        factor[1] = -k * slope * with_normalised / count
-        factor[2] = -k * (total + offset * with_normalised) / count
-        dsum = torch.zeros_like(k)
-    factor = factor.float()
-    rest = torch.stack([factor[2], 255 * factor[1] + factor[2]]).abs().amax(0)
-    bound = greatest.float() * factor[0].abs() + rest + 0 * total.float()
-    return torch.cat([factor, bound[None]]), torch.stack([with_normalised, total, dsum])
+def factors(
+    sums: Tensor, statistics: Tensor, weight: Tensor | None, count: int, batch_statistics: bool
+) -> tuple[Tensor, Tensor]:
+    """Of its gradient, see `norm_ops.norm_factors`."""
+    return shortcut("norm_factors", sums, statistics, weight)(sums, statistics, weight, count, batch_statistics)
 
 
 def _act_name(activation):
@@ -127,11 +101,14 @@ def output_range(rows, scale, shift, activation, known) -> Tensor:
             return known.t().clamp(low, high).contiguous()
         if scale is None:
             scale, shift = _ones(rows.shape[1])
-        return norm_ops.norm_act_range(rows, None, scale, shift, low, high)
-    from qsparseprop.nn._linear_act import output_range as r
+        return shortcut("norm_act_range")(rows, None, scale, shift, low, high)
     if scale is not None:
         rows = apply(rows, None, scale, shift, IDENTITY, None, None, None)
-    return r(rows, _act_name(activation))
+    ends = activation_ops.act_range(rows, _act_name(activation))
+    least_at = {"gelu": -0.7517916, "gelu_tanh": -0.7524614}[activation.name]
+    f = lambda x: torch.nn.functional.gelu(x, approximate="none" if activation.name == "gelu" else "tanh")
+    least = f(ends[:, 0].maximum(torch.full_like(ends[:, 0], least_at)).minimum(ends[:, 1]))
+    return torch.stack([least, f(ends).amax(1)], 1)
 
 
 def pack(rows, scale, shift, activation, code, codes, saved, images, ranges, geometry: Geometry, qconfig: QuantConfig,
@@ -165,7 +142,7 @@ def pack(rows, scale, shift, activation, code, codes, saved, images, ranges, geo
 def pack_codes(codes, scale, shift, activation, images, ranges, geometry, qconfig):
     """The packed form of what codes stand for: planes, scale, zero point."""
     grid = geometry.input_grid
-    return norm_ops.norm_act_pack(codes, None, scale, shift, *_limits(activation), None, None, images, ranges,
+    return shortcut("norm_act_pack")(codes, None, scale, shift, *_limits(activation), None, None, images, ranges,
                                   grid.numbers, geometry.input_views, grid.lanes(images[0]), qconfig.input,
                                   qconfig.granularity == "channel", False)[3:]
 
@@ -177,13 +154,13 @@ def _mask(rows, channels):
 def sums(dy, codes, saved, activation) -> Tensor:
     """Of each channel the sums of g and g * code and the greatest magnitude of g, float64, (channels, 3)."""
     if codes is None and activation.name != "identity":
-        s = activation_ops.act_sums(dy, saved, _act_name(activation))
+        s = shortcut("act_sums")(dy, saved, _act_name(activation))
         return torch.stack([s[:, 0], 0 * s[:, 0], s[:, 1]], 1)
     if codes is None:
         codes = torch.zeros(tuple(dy.shape), dtype=torch.uint8)
     if activation.name not in ("identity", "clamp"):
-        dy, saved, activation = activation_ops.act_grad(dy, saved, _act_name(activation)), None, IDENTITY
-    return norm_ops.norm_act_sums(dy, codes, _mask(*dy.shape) if saved is None else saved)
+        dy, saved, activation = shortcut("act_grad")(dy, saved, _act_name(activation)), None, IDENTITY
+    return shortcut("norm_act_sums")(dy, codes, _mask(*dy.shape) if saved is None else saved)
 
 
 def gradient(dy, codes, saved, activation, factor) -> Tensor:
@@ -191,23 +168,23 @@ def gradient(dy, codes, saved, activation, factor) -> Tensor:
         if activation.name == "identity":
             return dy
         if activation.name == "clamp":
-            return activation_ops.act_grad(dy, saved, "relu")
-        return activation_ops.act_grad(dy, saved, _act_name(activation))
+            return shortcut("act_grad")(dy, saved, "relu")
+        return shortcut("act_grad")(dy, saved, _act_name(activation))
     if activation.name not in ("identity", "clamp"):
-        dy, saved, activation = activation_ops.act_grad(dy, saved, _act_name(activation)), None, IDENTITY
-    return norm_ops.norm_act_grad(dy, codes, _mask(*dy.shape) if saved is None else saved, factor, False)[0]
+        dy, saved, activation = shortcut("act_grad")(dy, saved, _act_name(activation)), None, IDENTITY
+    return shortcut("norm_act_grad")(dy, codes, _mask(*dy.shape) if saved is None else saved, factor, False)[0]
 
 
 def gradient_pack(dy, codes, saved, activation, factor, want_g, images, bound, geometry, qconfig):
     """`gradient`, packed: (planes, scale, zero point), and g where it is wanted."""
     packing = gradient_packing(bound, images[0], geometry, qconfig)
     if factor is None and activation.name != "identity":
-        return activation_ops.act_grad_pack(dy, saved, _act_name(activation), images, *packing), None
+        return shortcut("act_grad_pack")(dy, saved, _act_name(activation), images, *packing), None
     if activation.name not in ("identity", "clamp"):
-        dy, saved, activation = activation_ops.act_grad(dy, saved, _act_name(activation)), None, IDENTITY
+        dy, saved, activation = shortcut("act_grad")(dy, saved, _act_name(activation)), None, IDENTITY
     if factor is None:
         factor = torch.zeros(3, dy.shape[1]); factor[0] = 1
         codes = torch.zeros(tuple(dy.shape), dtype=torch.uint8)
-    *packed, g = norm_ops.norm_act_grad_pack(dy, codes, _mask(*dy.shape) if saved is None else saved, factor, want_g,
+    *packed, g = shortcut("norm_act_grad_pack")(dy, codes, _mask(*dy.shape) if saved is None else saved, factor, want_g,
                                              images, *packing)
     return packed, g if want_g else None

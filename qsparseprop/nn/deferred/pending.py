@@ -93,8 +93,9 @@ class Pending:
         What a sparse layer has made of it.
     """
 
-    def __init__(self, rows: Tensor, layout: Layout, usage: Usage) -> None:
-        self._rows: Tensor | None = rows  # nobody else's, and never changed
+    def __init__(self, rows: Tensor, layout: Layout, usage: Usage, borrowed: bool = False) -> None:
+        self._rows: Tensor | None = rows  # nobody else's, and never changed, unless they are borrowed
+        self._borrowed = borrowed
         self._shared = False  # whether other chains read the rows, too
         self._scale: Tensor | None = None
         self._shift: Tensor | None = None
@@ -132,6 +133,8 @@ class Pending:
         new._codes = codes
         if codes is not None:
             new._of_codes = codes, new._scale, new._shift, IDENTITY
+        if self._borrowed:  # they may be changed before the chain is computed
+            new.compute()
         return new
 
     def activated(self, activation: Activation, save: bool) -> tuple[Pending, Slopes | None]:
@@ -145,6 +148,8 @@ class Pending:
             new._of_codes = *self._of_codes[:3], activation
         if save:
             new._slopes = Slopes(self._rows, self._scale, self._shift, activation)
+        if self._borrowed:
+            new.compute()
         return new, new._slopes
 
     def plus(self, other: Tensor) -> Pending:
@@ -195,6 +200,11 @@ class Pending:
         """Whether it can go on: nobody has seen the values, so that nobody can have changed them."""
         return self._values is None
 
+    def keep_packed(self, packed: PackedInput) -> None:
+        """Remember the packed form for others who take the same values."""
+        if self.open and not self._borrowed:
+            self.packed = packed
+
     def compute(self) -> None:
         """Compute the values now, for this chain only."""
         with self._lock:
@@ -215,7 +225,7 @@ class Pending:
                     self._settle()
                     rows = self._rows
                     values = self.layout.tensor(rows)
-                    if self._shared and values.data_ptr() == rows.data_ptr():
+                    if self._shared and not self._borrowed and values.data_ptr() == rows.data_ptr():
                         values = values.clone()  # what others have still to read
                     self._values = values.detach()  # no view: it may be changed in place
                     self._rows = self.packed = None  # of changes, from now on, nobody need tell

@@ -22,6 +22,7 @@ from qsparseprop.nn.functional import (
     block_gradients,
     check_finite,
     forward_pass,
+    link_to_inputs,
     packed_backward_pass,
     packed_forward_pass,
     refuse_forward_mode,
@@ -55,18 +56,23 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         z, kept, rest = _multiply(x, values, bias, call)
         wanted = ctx.needs_input_grad[1]
-        ctx.save_for_backward(values, *(kept if wanted else ()))
+        link = link_to_inputs()
+        ctx.save_for_backward(link, values, *(kept if wanted else ()))
         ctx.rest = rest if wanted else None
         ctx.plan, ctx.qconfig, ctx.layout, ctx.images = call.plan, call.qconfig, call.layout, call.images
         ctx.x_shape, ctx.x_dtype, ctx.channels_last, ctx.dtype = x.shape, x.dtype, call.channels_last, call.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _start(z, call)
+        ctx.set_materialize_grads(False)
+        return _start(z, call), link
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None
+        link, values, *kept = saved_tensors(ctx)
         with torch.no_grad():
-            gradients = _gradients(ctx, dy)
-        return *block_gradients(gradients), None
+            gradients = _gradients(ctx, dy, values, kept)
+        return *block_gradients(gradients, link), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -82,8 +88,8 @@ def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tu
         check_finite(values, "the weight")
     if packed is None:
         z, *parts = forward_pass(call.plain, values, bias, plan, qconfig, call.dtype, True)
-        if qconfig.grad_weight == "int8" and type(x) is DeferredTensor and x._pending.open:
-            x._pending.packed = PackedInput(*parts, plan.geometry, qconfig.input, qconfig.granularity)
+        if qconfig.grad_weight == "int8" and type(x) is DeferredTensor:
+            x._pending.keep_packed(PackedInput(*parts, plan.geometry, qconfig.input, qconfig.granularity))
         kept, rest = tuple(parts), None
     else:
         z = packed_forward_pass(packed.parts, call.images[0], values, bias, plan, qconfig, call.dtype)
@@ -98,8 +104,7 @@ def _start(z: Tensor, call: _Call) -> Tensor:
     return result(Pending(z, call.layout, call.usage), call.dtype)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    values, *kept = saved_tensors(ctx)
+def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Tensor]) -> tuple[Tensor | None, ...]:
     plan, qconfig, layout, need = ctx.plan, ctx.qconfig, ctx.layout, ctx.needs_input_grad
     dx = dvalues = dbias = None
     pending = gradient_of(dy)
@@ -188,5 +193,5 @@ def deferred_product(
                      plain, channels_last)
         weight, bias = layer.weight, layer.bias
         if trains and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-            return _Product.apply(x, weight, bias, call)
+            return _Product.apply(x, weight, bias, call)[0]
         return _start(_multiply(x, weight, bias, call)[0], call)

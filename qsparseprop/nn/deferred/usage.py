@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 #: After so many calls in which nothing was deferred since only the values were wanted, it is tried again.
 RETRY = 16
 
@@ -56,3 +59,20 @@ class Usage:
     def keeps_values(self) -> bool:
         """Whether the values were wanted beside the packed form."""
         return self._last[2] or self._last[3]
+
+    def chain(self) -> list[str]:
+        """What was recorded, one operation after the other; the longest of several chains."""
+        if not self.absorbed:
+            return []
+        return max(([_name(operation), *branch.chain()] for operation, branch in self._branches.items()), key=len,
+                   default=[])  # fmt: skip
+
+
+def _name(operation: Any) -> str:
+    """What users call it."""
+    if isinstance(operation, str):
+        return {"batch_norm": "BatchNorm"}.get(operation, operation)
+    name, options = operation
+    if name == "clamp":
+        return {(0.0, math.inf): "ReLU", (0.0, 6.0): "ReLU6"}.get(options, "Hardtanh")
+    return {"leaky_relu": "LeakyReLU", "silu": "SiLU", "hardswish": "Hardswish"}.get(name, "GELU")

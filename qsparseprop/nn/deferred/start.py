@@ -1,0 +1,132 @@
+"""Chains behind layers that are not sparse: their product is torch's, what follows is deferred.
+
+So the batch normalisation behind a dense convolution keeps 8 bits of its input, and what comes out is packed for the
+sparse layer that reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from qsparseprop.nn.deferred.conditions import may_defer
+from qsparseprop.nn.deferred.layout import Layout, images, linear
+from qsparseprop.nn.deferred.pending import Pending
+from qsparseprop.nn.deferred.tensor import DeferredTensor
+from qsparseprop.nn.deferred.usage import Usage
+from qsparseprop.nn.functional import refuse_forward_mode
+from qsparseprop.ops import are_plain, is_channels_last
+
+#: Layers whose results start chains, and those that start them with their own inputs.
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pending: Pending) -> Tensor:
+        return DeferredTensor(pending, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if type(dy) is not DeferredTensor:
+            return dy, None
+        return dy._pending.plain(), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        refuse_forward_mode()
+
+
+class _Hook:
+    """What becomes of a module's tensors, see `Usage`; nothing of it is copied or saved."""
+
+    def __init__(self) -> None:
+        self._usages: dict[bool, Usage] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_usages": {}}
+
+    def _begin(self, x: Any, features_last: bool, borrowed: bool) -> Tensor | None:
+        """A deferred tensor with the values of an ordinary one; None where nothing is deferred."""
+        if type(x) is not Tensor or not may_defer():
+            return None
+        trains = torch.is_grad_enabled()
+        usage = self._usages.get(trains)
+        if usage is None:
+            usage = self._usages[trains] = Usage()
+        usage.begin()
+        layout = _layout_of(x, features_last)
+        if layout is None or usage.plain:
+            return None
+        pending = Pending(layout.rows(x.detach()), layout, usage, borrowed)
+        if trains and x.requires_grad:
+            return _Start.apply(x, pending)
+        return DeferredTensor(pending, x.dtype)
+
+
+def _layout_of(x: Tensor, features_last: bool) -> Layout | None:
+    if (x.ndim < 2 or (x.ndim > 4 and not features_last) or x.numel() == 0 or x.dtype not in (torch.float32, torch.bfloat16)
+            or not x.is_cpu or x.layout is not torch.strided or not are_plain(x)):  # fmt: skip
+        return None
+    shape = tuple(x.shape)
+    if features_last or x.ndim == 2:
+        return linear(shape) if x.is_contiguous() else None
+    if x.ndim == 4:
+        channels_last = is_channels_last(x)
+        if not channels_last and not x.is_contiguous():
+            return None
+        return images(shape, not channels_last)
+    return images(shape, True) if x.is_contiguous() else None
+
+
+class StartBehind(_Hook):
+    """A forward hook that defers what follows a dense layer."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """The module's output, deferred, or None."""
+        if len(module._forward_hooks) > 1 or _module._global_forward_hooks:
+            return None  # others have seen the output
+        return self._begin(output, isinstance(module, nn.Linear), False)
+
+
+class StartBefore(_Hook):
+    """A pre-hook by which a batch normalisation of an ordinary tensor starts a chain."""
+
+    def __call__(self, module: nn.Module, args: Any) -> tuple[Any, ...] | None:
+        """The module's arguments with its input deferred, or None."""
+        if len(args) != 1:
+            return None
+        x = self._begin(args[0], False, True)
+        return None if x is None else (x,)
+
+
+def start_chains(module: nn.Module) -> None:
+    """Let a dense layer or a batch normalisation start chains, if it is of a kind that can."""
+    if is_starting(module) or "forward" in vars(module):
+        return
+    if type(module) in PRODUCTS:
+        module.register_forward_hook(StartBehind())
+    elif type(module) in NORMS:
+        module.register_forward_pre_hook(StartBefore())
+
+
+def is_start(hook: Any) -> bool:
+    """Whether a hook is one of ours."""
+    return isinstance(hook, _Hook)
+
+
+def is_starting(module: nn.Module) -> bool:
+    """Whether `start_chains` was called for a module."""
+    return any(is_start(hook) for hooks in (module._forward_hooks, module._forward_pre_hooks)
+               for hook in hooks.values())  # fmt: skip
+
+
+def stop_chains(module: nn.Module) -> None:
+    """Undo `start_chains`."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if is_start(hook)]:
+            del hooks[key]
