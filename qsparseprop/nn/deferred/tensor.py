@@ -23,8 +23,9 @@ _MEMORY = {
                  "share_memory_", "storage", "tolist", "type", "untyped_storage", "apply_", "map_", "map2_")
 }  # fmt: skip
 _GET_DATA = Tensor.data.__get__
+_SET_DATA = Tensor.data.__set__
 #: What gives a tensor another memory.
-_OTHER_MEMORY = {Tensor.data.__set__, Tensor.resize_, Tensor.resize_as_, Tensor.set_}
+_OTHER_MEMORY = (torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.resize_as_)
 
 
 class DeferredTensor(Tensor):
@@ -60,13 +61,15 @@ class DeferredTensor(Tensor):
                 args, kwargs = tree_map_only(DeferredTensor, _with_memory, (args, kwargs))
             elif func is _GET_DATA:
                 return _with_memory(args[0]).data
-            elif func in _OTHER_MEMORY:
-                raise RuntimeError("the memory of a sparse layer's result cannot be exchanged: take a clone() of it")
+            elif func is _SET_DATA:
+                _refuse_other_memory()
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator on the values."""
+        if func.overloadpacket in _OTHER_MEMORY:
+            _refuse_other_memory()
         deferred = []
 
         def values(tensor: DeferredTensor) -> Tensor:
@@ -83,6 +86,10 @@ class DeferredTensor(Tensor):
             if result is tensor._pending._values:  # in place: the result is the tensor that was given
                 return tensor
         return result
+
+
+def _refuse_other_memory() -> None:
+    raise RuntimeError("the memory of a sparse layer's result cannot be exchanged: take a clone() of it")
 
 
 def _with_memory(tensor: DeferredTensor) -> Tensor:
