@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,6 +28,12 @@ FLOAT_SUM = 1e-5
 
 LAYOUTS = ("contiguous", "reversed", "channels_last", "expanded", "sliced", "offset")
 VALUES = ("normal", "positive", "negative", "skewed", "constant", "zero", "small", "large")
+
+
+needs_inductor = pytest.mark.skipif(
+    shutil.which("g++") is None or os.environ.get("ATEN_CPU_CAPABILITY") == "default",
+    reason="inductor needs a C++ compiler, and what it writes for ATEN_CPU_CAPABILITY=default does not compile",
+)
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

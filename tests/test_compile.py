@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import shutil
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from qsparseprop.utils.models import CifarResNet
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune
 
-from ._helpers import generator, random_mask, relative_error, set_weight
+from ._helpers import generator, needs_inductor, random_mask, relative_error, set_weight
 
 # torch's own use of what torch deprecates
 pytestmark = [
@@ -164,7 +163,7 @@ def test_check_finite_under_compilation():
         compiled(x)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_inductor
 def test_inductor():
     dense = set_weight(nn.Linear(20, 12), 0.3, 0)
     model = nn.Sequential(qnn.SparseLinear.from_dense(dense), nn.ReLU(), nn.Linear(12, 3))
@@ -174,7 +173,7 @@ def test_inductor():
         assert relative_error(a, b) < 1e-5
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_inductor
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_inductor_leaves_the_layers_as_they_are(memory_format):
     """With nothing between them that inductor could round otherwise: the same bits, random rounding included.
@@ -197,7 +196,7 @@ def differences(a: list[torch.Tensor], b: list[torch.Tensor]) -> tuple[float, fl
     return output, max(grads)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_inductor
 @pytest.mark.parametrize("quantize", [True, False])
 def test_inductor_with_batchnorm(quantize):
     dense = CifarResNet((1,), (8,))
@@ -211,9 +210,9 @@ def test_inductor_with_batchnorm(quantize):
     assert max(differences(step(compiled, model, x), step(eager, eager, x))) < (0.1 if quantize else 1e-4)
 
 
-def with_other_rounding(model: nn.Module) -> nn.Module:
+def with_other_rounding(model: nn.Module, seed: int) -> nn.Module:
     """A copy whose BatchNorms round otherwise: every result is up to one or two units in its last place off."""
-    model, noise = copy.deepcopy(model), generator(0)
+    model, noise = copy.deepcopy(model), generator(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(
@@ -230,8 +229,12 @@ def test_requantisation_makes_much_of_a_rounding(quantize):
     arguments = {"qconfig": QuantConfig(grad="absmax")} if quantize else {}
     model = swap_modules_with_sparse(dense, (2, 3, 16, 16), quantize=quantize, include_dense=False, verbose=False,
                                      **arguments)  # fmt: skip
-    other, x = with_other_rounding(model), torch.randn(8, 3, 16, 16)
-    output, grads = differences(step(other, other, x), step(model, model, x))
+    x, found = torch.randn(8, 3, 16, 16), []
+    expected = step(model, model, x)
+    for seed in range(6):  # whether one of them moves a code to the next step is a matter of chance
+        other = with_other_rounding(model, seed)
+        found.append(differences(step(other, other, x), expected))
+    output, grads = map(max, zip(*found, strict=True))
     if quantize:
         assert 1e-4 < output < 0.2
         assert grads > 0.02

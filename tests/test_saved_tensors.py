@@ -15,6 +15,8 @@ from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 from qsparseprop.utils.saved_tensors import CompressedModule, compress_saved_tensors
 
+from ._helpers import needs_inductor
+
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -358,6 +360,7 @@ def test_nonsense_is_refused():
         compression.__enter__()
 
 
+@needs_inductor
 @pytest.mark.parametrize("compiled", ["model inside", "wrapper"])
 def test_with_torch_compile(compiled):
     torch.manual_seed(0)

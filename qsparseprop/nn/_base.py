@@ -19,6 +19,7 @@ from qsparseprop.nn._values import SparseValues
 from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.nn.deferred import DeferredTensor, deferred_product, may_defer
 from qsparseprop.nn.deferred.layout import Layout
+from qsparseprop.nn.deferred.usage import Operation, longest
 from qsparseprop.nn.functional import sparse_product
 from qsparseprop.pattern import Plan, PlanCache, dense_pattern
 from qsparseprop.quantization import QuantConfig
@@ -195,10 +196,9 @@ class SparseModule(SparseWeight):
                 return None
         return deferred_product(self, x, images, layout, geometry, groups, dtype)
 
-    def last_chain(self) -> list[str]:
-        """What was computed together with the layer when it last ran, see `qsparseprop.utils.fusion.chains`."""
-        usages = self.__dict__.get("_usages", {})
-        return max((usage.chain() for usage in usages.values()), key=len, default=[])
+    def last_chain(self) -> list[Operation]:
+        """What was computed together with the layer when it last ran."""
+        return longest(usage.chain() for usage in self.__dict__.get("_usages", {}).values())
 
     def _defers(self, x: Tensor) -> bool:
         """Whether the result for an input may be deferred; checks it then."""

@@ -24,6 +24,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qsparseprop.nn._dense import dense_type, dense_weight, trains_weight
+from qsparseprop.nn.deferred.start import last_chain, start_chains
+from qsparseprop.nn.deferred.usage import Operation
 
 #: Runs a model once.
 Runner = Callable[[nn.Module], Any]
@@ -253,10 +255,11 @@ def _reachable(model: nn.Module) -> _Held:
 
 @dataclass
 class LayerInput:
-    """What a layer got: its input, and whether that wants a gradient."""
+    """What a layer got, its input, and whether that wants a gradient; and the operations that can join it."""
 
     x: Tensor
     requires_grad: bool
+    chain: Sequence[Operation] = ()
 
 
 class _WatchedParameter(nn.Parameter):
@@ -292,7 +295,9 @@ def _watch_no_more(parameter: nn.Parameter) -> None:
         del parameter.tell
 
 
-def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[str, LayerInput], set[str]]:
+def record(
+    model: nn.Module, names: Iterable[str], run: Runner, chains: bool = False
+) -> tuple[dict[str, LayerInput], set[str]]:
     """Run a copy of a model once.
 
     A copy, so that batch statistics, random state of modules and hooks of the model stay untouched.
@@ -304,6 +309,8 @@ def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[st
         Dense layers to watch.
     run : callable
         See `make_runner`.
+    chains : bool
+        Whether to find out what blocks would take up behind the layers.
 
     Returns
     -------
@@ -336,6 +343,8 @@ def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[st
             finally:
                 inside -= 1
 
+        if chains:
+            start_chains(layer)
         layer.forward = watched
         _watch(layer.weight, lambda: None if inside else read.add(name))
 
@@ -346,6 +355,8 @@ def record(model: nn.Module, names: Iterable[str], run: Runner) -> tuple[dict[st
     # what a function keeps is no part of the copy, but of the model
     with state_kept(model), random_state_kept(), _watchable():
         run(probe)
+    for name, seen in inputs.items():
+        seen.chain = last_chain(probe.get_submodule(name))
     return inputs, read
 
 

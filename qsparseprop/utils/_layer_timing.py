@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, trains_weight
+from qsparseprop.nn.deferred import ordinary
+from qsparseprop.nn.deferred.usage import Operation
 from qsparseprop.utils._example import LayerInput
 from qsparseprop.utils.measurement_utils import compare_interleaved
 from qsparseprop.utils.swap_report import SwapDecision
@@ -27,40 +31,80 @@ class Stopwatch:
     def __init__(self) -> None:
         self._timed: dict[tuple[Any, ...], list[tuple[SwapDecision, bool]]] = {}
 
-    def pays(self, dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
-        """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
+    def pays(
+        self, dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision, fuse: bool = False
+    ) -> bool:
+        """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision.
+
+        With `fuse` both are timed together with what would join the sparse one.
+        """
         weight, bias, x = dense_weight(dense)[0], dense_bias(dense), seen.x
         # what decides how long it takes, except for the zeros
         key = (dense_type(dense), dense.extra_repr(), weight.shape, weight.stride(), weight.dtype, trains_weight(dense),
-               None if bias is None else bias[1], x.shape, x.stride(), x.dtype, seen.requires_grad)  # fmt: skip
+               None if bias is None else bias[1], x.shape, x.stride(), x.dtype, seen.requires_grad, fuse,
+               tuple(seen.chain))  # fmt: skip
         timed = self._timed.setdefault(key, [])
         for other, pays in timed:
             if abs(other.sparsity - decision.sparsity) <= _SAME_SPARSITY:
                 decision.dense_ms, decision.sparse_ms = other.dense_ms, other.sparse_ms
                 decision.reason = ", ".join(part for part in (other.reason, f"timed as {other.name}") if part)
                 return pays
-        pays = _pays(dense, sparse, seen, decision)
+        pays = _pays(dense, sparse, seen, decision, fuse)
         timed.append((replace(decision), pays))
         return pays
 
 
-def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision) -> bool:
+def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision, fuse: bool) -> bool:
     """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
-    steps = {
-        "dense": _training_step(_plain_dense(dense), seen.x, seen.requires_grad),
-        "sparse": _training_step(copy.deepcopy(sparse), seen.x, seen.requires_grad),
-    }
+    dense, sparse = _plain_dense(dense), copy.deepcopy(sparse)
     with torch.random.fork_rng(devices=[]):
         try:
-            steps["sparse"]()
+            with torch.no_grad():
+                y = sparse(seen.x)
         except (NotImplementedError, TypeError, ValueError) as error:
             decision.reason = f"cannot take its input: {error}"
             return False
-        timed = compare_interleaved(steps)
+        sparse.deferring = fuse and sparse.can_defer
+        timed = compare_interleaved({
+            "dense": _training_step(nn.Sequential(dense, *_followers(seen.chain, y)), seen.x, seen.requires_grad),
+            "sparse": _training_step(nn.Sequential(sparse, *_followers(seen.chain, y)), seen.x, seen.requires_grad),
+        })
     decision.dense_ms, decision.sparse_ms = 1e3 * timed.medians["dense"], 1e3 * timed.medians["sparse"]
     faster = decision.dense_ms > decision.sparse_ms
     decision.reason = ", ".join(part for part in ("" if faster else "faster dense", timed.note) if part)
     return faster
+
+
+class _Plus(nn.Module):
+    """Addition of a constant."""
+
+    def __init__(self, summand: Tensor) -> None:
+        super().__init__()
+        self._summand = summand
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self._summand
+
+
+_ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+    "clamp": nn.Hardtanh, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish, "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+}  # fmt: skip
+
+
+def _followers(chain: Sequence[Operation], y: Tensor) -> list[nn.Module]:
+    """Modules like those that would join a layer which gives `y`."""
+    modules: list[nn.Module] = []
+    for operation in chain:
+        if operation == "BatchNorm":
+            modules.append((nn.BatchNorm2d if y.ndim == 4 else nn.BatchNorm1d)(y.shape[1]))
+        elif operation == "add":
+            modules.append(_Plus(torch.zeros_like(y)))
+        elif operation == ("clamp", (0.0, math.inf)):
+            modules.append(nn.ReLU())
+        else:
+            modules.append(_ACTIVATIONS[operation[0]](*operation[1]))
+    return modules
 
 
 def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
@@ -74,7 +118,7 @@ def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
         for p in parameters:
             p.grad = None
         with torch.enable_grad():
-            y = module(x)
+            y = ordinary(module(x))
             if grad is None:
                 grad = torch.ones_like(y)
             if y.requires_grad:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qsparseprop import nn as sparse_nn
 from qsparseprop.config import usable_processors
+from qsparseprop.nn.deferred import ordinary
 
 from ._errors import ConfigurationError
 from .break_even import break_even
@@ -322,7 +323,7 @@ def _step(module: nn.Module, x: Tensor, x_grad: bool, mode: TrainingMode) -> Cal
         for parameter in module.parameters():
             parameter.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=mode.bf16):
-            y = module(x)
+            y = ordinary(module(x))
         y.backward(grad)
 
     return step
@@ -333,7 +334,7 @@ def _measure(name: str, module: nn.Module, x: Tensor, x_grad: bool, sparsity: fl
     if layer:
         sparse = _sparse_layer(pruned)
     else:
-        sparse = swap_modules_with_sparse(copy.deepcopy(pruned), x, include_dense=False, verbose=False,
+        sparse = swap_modules_with_sparse(copy.deepcopy(pruned), x, include_dense=False, verbose=False, fuse=True,
                                           min_sparsity=max(0.0, sparsity - 0.02))  # fmt: skip
     modes = _MODES if x.ndim == 4 else tuple(mode for mode in _MODES if not mode.channels_last)
     steps = {f"dense {mode.name}": _step(pruned, x, x_grad, mode) for mode in modes}

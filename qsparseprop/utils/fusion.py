@@ -6,6 +6,7 @@ from torch import nn
 
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn.deferred.start import is_starting, start_chains, stop_chains
+from qsparseprop.nn.deferred.usage import name_of
 
 __all__ = ["chains", "fuse_modules", "unfuse_modules"]
 
@@ -60,5 +61,5 @@ def chains(model: nn.Module) -> dict[str, str]:
         For each sparse layer that has run, by its qualified name: "BatchNorm, ReLU" and the like, empty where nothing
         that follows was taken up.
     """
-    return {name: ", ".join(module.last_chain()) for name, module in model.named_modules()
+    return {name: ", ".join(map(name_of, module.last_chain())) for name, module in model.named_modules()
             if isinstance(module, SparseModule) and module.deferring}

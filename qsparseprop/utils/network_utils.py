@@ -17,13 +17,14 @@ from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_type, dense_weight, foreign_parametrization
 from qsparseprop.nn._weight import check_before_loading
+from qsparseprop.nn.deferred.usage import name_of
 from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._carry import carry_attributes, carry_hooks, gradient_hooks, own_hooks
 from qsparseprop.utils._example import Runner, copy_model, make_runner, not_called, record, still_held
 from qsparseprop.utils._layer_timing import Stopwatch
 from qsparseprop.utils._weights import Weights, weights_of
-from qsparseprop.utils.fusion import chains, fuse_modules, unfuse_modules
+from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
 __all__ = [
@@ -304,7 +305,7 @@ def swap_modules_with_sparse(
         else:
             candidates[found.name] = decision
 
-    recorded, read = record(model, candidates, run) if run is not None and candidates else ({}, set())
+    recorded, read = record(model, candidates, run, fuse) if run is not None and candidates else ({}, set())
     dense = {name: named[name] for name in candidates}
     sparse: dict[str, nn.Module] = {}
     stopwatch = Stopwatch()
@@ -322,7 +323,7 @@ def swap_modules_with_sparse(
         if on_layer is not None:
             on_layer(name)
         layer = kind.from_dense(dense[name], qconfig=qconfig)
-        if name in recorded and not prototype and not stopwatch.pays(dense[name], layer, recorded[name], decision):
+        if name in recorded and not prototype and not stopwatch.pays(dense[name], layer, recorded[name], decision, fuse):
             continue
         carry_attributes(dense[name], layer, _untouched(dense[name]))
         decision.swapped = True
@@ -335,10 +336,10 @@ def swap_modules_with_sparse(
         _put_back_what_is_not_called(model, dense, sparse, run, candidates)
     if fuse:
         fuse_modules(model)  # those that were put back, too
-        found = chains(model)
         for decision in report.swapped:
-            if found.get(decision.name):
-                decision.reason = f"together with {found[decision.name]}"
+            if decision.name in recorded and recorded[decision.name].chain:
+                joined = "with " + ", ".join(map(name_of, recorded[decision.name].chain))
+                decision.reason = ", ".join(part for part in (joined, decision.reason) if part)
     model.swap_report = report
     if verbose:
         sys.stdout.write(f"{report}\n")

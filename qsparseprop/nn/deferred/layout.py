@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """A tensor's shape and strides, and the images that its rows are the pixels of.
 
     Attributes
@@ -21,26 +23,30 @@ class Layout(NamedTuple):
         Whether channels are the second dimension of the tensor, not the last one.
     contiguous : bool
         Whether the tensor is contiguous; otherwise channels are neighbours in memory.
+    strides : tuple of int
+        Of the tensor.
+    by_rows : bool
+        Whether the tensor is a view of its rows.
     """
 
     shape: tuple[int, ...]
     images: tuple[int, ...]
     channels_first: bool
     contiguous: bool
+    strides: tuple[int, ...] = field(init=False)
+    by_rows: bool = field(init=False)
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Strides of the tensor."""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strides", self._strides())
+        object.__setattr__(self, "by_rows", not (self.channels_first and self.contiguous)
+                           or math.prod(self.shape[2:]) == 1)  # fmt: skip
+
+    def _strides(self) -> tuple[int, ...]:
         if self.contiguous or not self.channels_first:
             return tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
         channels, *size = self.shape[1:]
         inner = [channels * math.prod(size[i + 1 :]) for i in range(len(size))]
         return (channels * math.prod(size), 1, *inner)
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether the tensor is a view of its rows."""
-        return not (self.channels_first and self.contiguous) or math.prod(self.shape[2:]) == 1
 
     def view(self, rows: Tensor) -> Tensor:
         """The tensor as a view of its rows, of other strides unless `by_rows`."""
@@ -66,6 +72,7 @@ class Layout(NamedTuple):
         return rows.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
+@functools.lru_cache(maxsize=1024)
 def linear(shape: tuple[int, ...]) -> Layout:
     """Of what a linear layer gives."""
     if len(shape) == 2:  # both are right: channels are the second and the last dimension
@@ -73,6 +80,7 @@ def linear(shape: tuple[int, ...]) -> Layout:
     return Layout(shape, (math.prod(shape[:-1]), shape[-1], 1, 1), False, True)
 
 
+@functools.lru_cache(maxsize=1024)
 def images(shape: tuple[int, ...], contiguous: bool) -> Layout:
     """Of what a convolution gives, in one dimension or two."""
     n, c, *size = shape

@@ -14,7 +14,7 @@ from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_input
 from qsparseprop.nn.deferred.passes import IDENTITY, Activation
-from qsparseprop.nn.deferred.usage import Usage
+from qsparseprop.nn.deferred.usage import Operation, Usage
 from qsparseprop.quantization import QuantConfig
 
 
@@ -111,7 +111,7 @@ class Pending:
 
     # ---- recording ----
 
-    def _follow(self, operation: object) -> Pending:
+    def _follow(self, operation: Operation) -> Pending:
         """A chain that goes on from here, so far with the same values."""
         self.usage.absorbed = True
         new = Pending(self._rows, self.layout, self.usage.branch(operation))
@@ -128,7 +128,7 @@ class Pending:
 
         Its vectors are rows of `fused`, see `norm_ops.norm_statistics`; the last two only where it is `bounded`.
         """
-        new = self._follow("batch_norm")
+        new = self._follow("BatchNorm")
         new._scale, new._shift, new._ends = fused[0], fused[1], fused[4:6] if bounded else None
         new._codes = codes
         if codes is not None:

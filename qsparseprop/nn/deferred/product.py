@@ -138,7 +138,6 @@ def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Tensor]) -> tupl
     )  # fmt: skip
 
 
-@torch.no_grad()
 def _prepare(x: Tensor, images: tuple[int, ...], geometry: Geometry, qconfig: QuantConfig) -> Any:
     """The input, packed or as images, the geometry that fits it, and whether it is channels_last."""
     if type(x) is not DeferredTensor:

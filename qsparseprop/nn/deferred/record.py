@@ -103,13 +103,6 @@ def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = 
     return input
 
 
-def _vector(tensor: Any, channels: int) -> bool:
-    """Whether a parameter of a batch normalisation is None or what the kernels read."""
-    return tensor is None or (isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
-                              and tensor.dtype is torch.float32 and tensor.shape == (channels,) and tensor.is_cpu
-                              and tensor.is_contiguous() and not tensor.is_neg())  # fmt: skip
-
-
 @_records(functional.batch_norm)
 def _batch_norm(
     input: Any,
@@ -125,15 +118,18 @@ def _batch_norm(
         pending = pending_of(input)
         if pending is None or not may_defer() or not pending.layout.channels_first:
             return NotImplemented
-        count, channels = math.prod(pending.layout.images) // pending.layout.images[1], pending.layout.images[1]
-        given = running_mean is not None and running_var is not None
-        if not all(_vector(t, channels) for t in (running_mean, running_var, weight, bias)) or (
-            (running_mean is None) != (running_var is None) or not _is_number(momentum) or not _is_number(eps)
-            or (count < 2 if training else not given)
-        ):  # fmt: skip
+        if not (_known(running_mean) and _known(running_var) and _known(weight) and _known(bias)
+                and _is_number(momentum) and _is_number(eps)):  # fmt: skip
             return NotImplemented
         norm = nodes.Normalisation(running_mean, running_var, bool(training), float(momentum), float(eps))
-        return nodes.batch_norm(input, weight, bias, norm)
+        try:
+            return nodes.batch_norm(input, weight, bias, norm)
+        except (TypeError, ValueError):  # the kernels refuse it before anything has changed: torch knows more
+            return NotImplemented
+
+
+def _known(tensor: Any) -> bool:
+    return tensor is None or type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _addition(source: Any, other: Any, in_place: bool) -> Any:

@@ -16,7 +16,7 @@ from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.layout import Layout, images, linear
 from qsparseprop.nn.deferred.pending import Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor
-from qsparseprop.nn.deferred.usage import Usage
+from qsparseprop.nn.deferred.usage import Operation, Usage, longest
 from qsparseprop.nn.functional import refuse_forward_mode
 from qsparseprop.ops import are_plain, is_channels_last
 
@@ -123,6 +123,12 @@ def is_starting(module: nn.Module) -> bool:
     """Whether `start_chains` was called for a module."""
     return any(is_start(hook) for hooks in (module._forward_hooks, module._forward_pre_hooks)
                for hook in hooks.values())  # fmt: skip
+
+
+def last_chain(module: nn.Module) -> list[Operation]:
+    """What joined a dense layer, for which `start_chains` was called, when it last ran."""
+    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, _Hook)]
+    return longest(usage.chain() for hook in hooks for usage in hook._usages.values())
 
 
 def stop_chains(module: nn.Module) -> None:

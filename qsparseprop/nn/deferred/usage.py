@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+
+from qsparseprop.nn.deferred.passes import Activation
+
+#: What can follow a product: "BatchNorm", "add", or an activation.
+Operation = str | Activation
 
 #: After so many calls in which nothing was deferred since only the values were wanted, it is tried again.
 RETRY = 16
@@ -29,12 +34,12 @@ class Usage:
     __slots__ = ("_branches", "_calls", "_last", "absorbed", "packed", "read", "summed")
 
     def __init__(self) -> None:
-        self._branches: dict[object, Usage] = {}
+        self._branches: dict[Operation, Usage] = {}
         self._calls = 0
         self._last = (False,) * 4
         self.absorbed = self.packed = self.summed = self.read = False
 
-    def branch(self, operation: object) -> Usage:
+    def branch(self, operation: Operation) -> Usage:
         """That of what an operation gives; a call of it begins."""
         found = self._branches.get(operation)
         if found is None:
@@ -60,18 +65,22 @@ class Usage:
         """Whether the values were wanted beside the packed form."""
         return self._last[2] or self._last[3]
 
-    def chain(self) -> list[str]:
+    def chain(self) -> list[Operation]:
         """What was recorded, one operation after the other; the longest of several chains."""
         if not self.absorbed:
             return []
-        return max(([_name(operation), *branch.chain()] for operation, branch in self._branches.items()), key=len,
-                   default=[])  # fmt: skip
+        return longest([operation, *branch.chain()] for operation, branch in self._branches.items())
 
 
-def _name(operation: Any) -> str:
+def longest(chains: Iterable[list[Operation]]) -> list[Operation]:
+    """The longest of several chains; none of none."""
+    return max(chains, key=len, default=[])
+
+
+def name_of(operation: Operation) -> str:
     """What users call it."""
     if isinstance(operation, str):
-        return {"batch_norm": "BatchNorm"}.get(operation, operation)
+        return operation
     name, options = operation
     if name == "clamp":
         return {(0.0, math.inf): "ReLU", (0.0, 6.0): "ReLU6"}.get(options, "Hardtanh")
