@@ -235,11 +235,11 @@ class _SparseProduct(torch.autograd.Function):
         grads = ctx.needs_input_grad[:3]
         if qconfig is not None and qconfig.check_finite:
             check_finite(dy, "the gradient of the output")
-        dx = dvalues = values = None
+        dx = dvalues = weight = None
         again = torch.is_grad_enabled()  # create_graph=True
         if grads[0] or grads[1]:
-            values, *packed = ctx.saved_tensors
-            values = plain(values)
+            weight, *packed = ctx.saved_tensors
+            values = plain(weight)
             with torch.no_grad() if again else _NOTHING:
                 images, x_shape = dy, ctx.x_shape
                 if dy.ndim != 4:
@@ -258,7 +258,7 @@ class _SparseProduct(torch.autograd.Function):
             _as_dtype(dbias, ctx.bias_dtype) if grads[2] else None,
         )
         if again:
-            gradients = NoSecondDerivative.apply(dy, values, *gradients)
+            gradients = NoSecondDerivative.apply(dy, weight, *gradients)  # with its graph, which plain() cuts off
         return *gradients, None, None, None, None
 
     @staticmethod

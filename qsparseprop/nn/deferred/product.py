@@ -144,7 +144,7 @@ def _prepare(x: Tensor, images: tuple[int, ...], geometry: Geometry, qconfig: Qu
         plain = x.detach().reshape(images)
         return None, plain, geometry, is_channels_last(plain)
     pending = x._pending
-    if not pending.open:
+    if not pending.open or pending.layout.images != images:  # whose rows are others, as of an image's last dimension
         plain = pending.plain().reshape(images)
         return None, plain, geometry, is_channels_last(plain)
     if pending.packed is not None:
