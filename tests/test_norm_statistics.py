@@ -192,7 +192,7 @@ def test_bad_factors_are_refused():
     sums, statistics, one = torch.zeros(5, 3).double(), torch.ones(7, 5).double(), torch.ones(5)
     for arguments, kind, message in (
         ((sums[:4].clone(), statistics, one, 3, True), ValueError, "sums must have at least 15"),
-        ((torch.zeros(6, 3).double(), statistics, one, 3, True), ValueError, "sums must be of shape"),
+        ((torch.zeros(6, 3).double(), statistics, one, 3, True), ValueError, "sums must have 15 elements, got 18"),
         ((sums.float(), statistics, one, 3, True), TypeError, "sums must be"),
         ((sums, statistics[:6], one, 3, True), ValueError, "statistics must be of shape"),
         ((sums, statistics[0], one, 3, True), ValueError, "statistics must be of shape"),
