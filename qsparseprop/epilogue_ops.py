@@ -42,21 +42,21 @@ _DY = "Tensor dy, Tensor? codes, Tensor? saved, str activation, float[] options"
 _PACKING = "int[] images, Tensor ranges, int[] grid, int[] views, int lanes, str scheme"
 
 
-def _saved_like(x: Tensor, activation: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of what is kept of a tensor."""
+def saved_like(shape: tuple[int, ...], activation: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of what is kept of a tensor of a shape."""
     if activation in _BITS:
-        return (*x.shape[:-1], -(-x.shape[-1] // 16)), torch.int16
-    return tuple(x.shape), torch.uint8
+        return (*shape[:-1], -(-shape[-1] // 16)), torch.int16
+    return shape, torch.uint8
 
 
 def _kept(x: Tensor, activation: str, code_scale: Tensor | None, save: bool) -> tuple[Tensor | None, Tensor | None]:
     """Where the codes go, and what is kept of the activation."""
     codes = None if code_scale is None else empty(tuple(x.shape), torch.uint8)
-    return codes, empty(*_saved_like(x, activation)) if save and activation != "identity" else None
+    return codes, empty(*saved_like(tuple(x.shape), activation)) if save and activation != "identity" else None
 
 
 def _kept_fake(x, activation, code_scale, save):
-    shape, dtype = _saved_like(x, activation) if save and activation != "identity" else (0, torch.uint8)
+    shape, dtype = saved_like(tuple(x.shape), activation) if save and activation != "identity" else (0, torch.uint8)
     return x.new_empty(0 if code_scale is None else x.shape, dtype=torch.uint8), x.new_empty(shape, dtype=dtype)
 
 
@@ -64,7 +64,7 @@ def _or_empty(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype) if tensor is None else tensor
 
 
-def _packed(grid: Sequence[int], lanes: int, per_channel: bool) -> tuple[Tensor, Tensor, Tensor]:
+def packed_like(grid: Sequence[int], lanes: int, per_channel: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Planes, scale and zero point to be filled."""
     scales = grid[4] if per_channel else 1
     return (
@@ -242,7 +242,7 @@ def epilogue_pack(
         Of `quantize_pack`.
     """
     out, (codes, saved) = empty(tuple(x.shape), x.dtype) if keep else None, _kept(x, activation, code_scale, save)
-    packed = _packed(grid, lanes, per_channel)
+    packed = packed_like(grid, lanes, per_channel)
     _epilogue.epilogue_pack(x, residual, out, scale, shift, activation, options, code_scale, code_shift, codes, saved,
                             images, ranges, *packed, grid, views, scheme, per_channel,
                             torch.get_num_threads())  # fmt: skip
@@ -359,7 +359,7 @@ def epilogue_grad_pack(
     """
     if scheme in RANDOM_SCHEMES and seed is None:
         raise ValueError(f"the scheme {scheme!r} needs a seed")
-    packed, g = _packed(grid, lanes, per_channel), empty(tuple(dy.shape), dy.dtype) if want_g else None
+    packed, g = packed_like(grid, lanes, per_channel), empty(tuple(dy.shape), dy.dtype) if want_g else None
     _epilogue.epilogue_grad_pack(dy, codes, saved, activation, options, factor, g, images, ranges, *packed, grid, views,
                                  scheme, grad_options, per_channel, 0 if seed is None else mix_seed(int(seed)),
                                  torch.get_num_threads())  # fmt: skip

@@ -49,12 +49,13 @@ def channel_moments(x: Tensor) -> Tensor:
 
 def _norm_statistics_fake(x, weight, bias, running_mean, running_var, momentum, eps, training, save):
     channels = x.shape[1]
-    return x.new_empty((6, channels), dtype=torch.float32), x.new_empty((7, channels), dtype=torch.float64)
+    return (x.new_empty((6, channels), dtype=torch.float32), x.new_empty((channels, 2), dtype=torch.float32),
+            x.new_empty((7, channels), dtype=torch.float64))  # fmt: skip
 
 
 @operator(
     "norm_statistics(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "float momentum, float eps, bool training, bool save) -> (Tensor, Tensor)",
+    "float momentum, float eps, bool training, bool save) -> (Tensor, Tensor, Tensor)",
     _norm_statistics_fake,
 )
 def norm_statistics(
@@ -67,7 +68,7 @@ def norm_statistics(
     eps: float,
     training: bool,
     save: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What batch normalisation of a tensor multiplies and adds; running statistics are updated.
 
     As `torch.nn.functional.batch_norm`: with `training` the statistics are those of x, and the running ones move by
@@ -88,8 +89,11 @@ def norm_statistics(
     -------
     singles : Tensor
         float32, (6, channels): scale and shift, for ``x * scale + shift``; code_scale and code_shift, for
-        ``code = 128 + round(x * code_scale + code_shift)``; least and greatest element of ``x * scale + shift``, NaN
-        where an element is not finite. The last four are NaN where x was not read.
+        ``code = 128 + round(x * code_scale + code_shift)``; and scale and shift of the same for codes, ``code * scale +
+        shift``. The last four are NaN where x was not read.
+    ends : Tensor
+        float32, (channels, 2): least and greatest element of ``x * scale + shift``, NaN where an element is not finite,
+        or x was not read.
     doubles : Tensor
         float64, (7, channels): mean, variance (biased, or the running one), 1 / std; slope and offset of the normalised
         value ``code * slope + offset``; step and least element of x, which is ``code * step + least``. The last four
@@ -106,17 +110,17 @@ def norm_statistics(
 
 def _norm_factors_fake(sums, statistics, weight, count, batch_statistics):
     channels = statistics.shape[1]
-    return sums.new_empty((4, channels), dtype=torch.float32), sums.new_empty((3, channels))
+    return tuple(sums.new_empty(shape, dtype=torch.float32) for shape in ((3, channels), (channels, 2), (3, channels)))
 
 
 @operator(
     "norm_factors(Tensor sums, Tensor statistics, Tensor? weight, int count, bool batch_statistics) -> "
-    "(Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor)",
     _norm_factors_fake,
 )
 def norm_factors(
     sums: Tensor, statistics: Tensor, weight: Tensor | None, count: int, batch_statistics: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of batch normalisation's parameters, and what makes that of its input.
 
     Parameters
@@ -134,12 +138,13 @@ def norm_factors(
 
     Returns
     -------
-    singles : Tensor
-        float32, (4, channels): three factors, for ``dx = g * factor0 + code * factor1 + factor2``, and a magnitude that
-        no element of dx exceeds, NaN where one is not finite.
-    doubles : Tensor
-        float64, (3, channels): the gradients of weight and bias, and the sum of dx over the rows, which is the gradient
-        of a bias before: exactly 0 with batch statistics.
+    factor : Tensor
+        float32, (3, channels): for ``dx = g * factor[0] + code * factor[1] + factor[2]``.
+    ranges : Tensor
+        float32, (channels, 2): what no element of dx goes beyond, NaN where one is not finite.
+    gradients : Tensor
+        float32, (3, channels): of weight and bias, and the sum of dx over the rows, which is the gradient of a bias
+        before: exactly 0 with batch statistics.
     """
     return _norm.factors(sums, statistics, weight, count, batch_statistics)
 

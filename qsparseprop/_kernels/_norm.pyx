@@ -80,7 +80,9 @@ def statistics(x, weight, bias, running_mean, running_var, double momentum, doub
         parts = _moments(data, dtype, rows, n, threads) if rows else torch.zeros((1, n, 4), dtype=_float64)
         m = <const double *> pointer(parts, _float64, 4 * n, "parts")
     singles, doubles = torch.empty((6, n), dtype=_float32), torch.empty((7, n), dtype=_float64)
+    ends = torch.empty((n, 2), dtype=_float32)
     cdef float *f = <float *> pointer(singles, _float32, 6 * n, "singles")
+    cdef float *e = <float *> pointer(ends, _float32, 2 * n, "ends")
     cdef double *d = <double *> pointer(doubles, _float64, 7 * n, "doubles")
     with nogil:
         for c in range(n):
@@ -107,11 +109,12 @@ def statistics(x, weight, bias, running_mean, running_var, double momentum, doub
                 if not isfinite(m[4 * c]) or not isfinite(low) or not isfinite(high):
                     low = high = NAN
             f[2 * n + c], f[3 * n + c] = <float> (1 / step), <float> (-least / step - 128)
-            f[4 * n + c], f[5 * n + c] = (high, low) if high < low else (low, high)
+            f[4 * n + c], f[5 * n + c] = <float> (step * scale), <float> (least * scale + shift)
+            e[2 * c], e[2 * c + 1] = (high, low) if high < low else (low, high)
             d[c], d[n + c], d[2 * n + c] = mean, variance, rstd
             d[3 * n + c], d[4 * n + c] = step * rstd, (least - mean) * rstd
             d[5 * n + c], d[6 * n + c] = step, least
-    return singles, doubles
+    return singles, ends, doubles
 
 
 def factors(sums, statistics, weight, int64_t count, bint batch_statistics):
@@ -130,9 +133,11 @@ def factors(sums, statistics, weight, int64_t count, bint batch_statistics):
     if count < 0:
         raise ValueError(f"the count must not be negative, got {count}")
     count = max(count, 1)  # without rows all sums are 0
-    singles, doubles = torch.empty((4, n), dtype=_float32), torch.empty((3, n), dtype=_float64)
-    cdef float *f = <float *> pointer(singles, _float32, 4 * n, "singles")
-    cdef double *d = <double *> pointer(doubles, _float64, 3 * n, "doubles")
+    factor, ranges = torch.empty((3, n), dtype=_float32), torch.empty((n, 2), dtype=_float32)
+    gradients = torch.empty((3, n), dtype=_float32)
+    cdef float *f = <float *> pointer(factor, _float32, 3 * n, "factor")
+    cdef float *e = <float *> pointer(ranges, _float32, 2 * n, "ranges")
+    cdef float *d = <float *> pointer(gradients, _float32, 3 * n, "gradients")
     with nogil:
         for c in range(n):
             total, k = t[3 * c], s[2 * n + c]
@@ -149,7 +154,8 @@ def factors(sums, statistics, weight, int64_t count, bint batch_statistics):
             bound = <float> t[3 * c + 2] * <float> fabs(f[c])
             if not other <= rest:
                 rest = other
-            f[3 * n + c] = bound + rest + <float> 0 * <float> total
-            d[c], d[n + c] = normalised, total
-            d[2 * n + c] = 0 * (k * total) + 0.0 if batch_statistics else k * total
-    return singles, doubles
+            e[2 * c + 1] = bound + rest + <float> 0 * <float> total
+            e[2 * c] = -e[2 * c + 1]
+            d[c], d[n + c] = <float> normalised, <float> total
+            d[2 * n + c] = <float> (0 * (k * total) + 0.0) if batch_statistics else <float> (k * total)
+    return factor, ranges, gradients
