@@ -116,7 +116,8 @@ def test_bad_statistics_are_refused_before_anything_changes():
     good = [x, one, one, mean, var, 0.1, 1e-5, True, True]
     wrong = [
         (0, x[0], ValueError, "2 dimensions"), (0, x.t(), ValueError, "contiguous"),
-        (0, x.double(), TypeError, "x must be of dtype"), (0, x[:1].clone(), ValueError, "more than 1 value per channel"),
+        (0, x.double(), TypeError, "x must be of dtype"),
+        (0, x[:1].clone(), ValueError, "more than 1 value per channel"),
         *((place, one[:4].clone(), ValueError, "at least 5") for place in (1, 2, 3, 4)),
         *((place, torch.ones(6), ValueError, "must have 5 elements, got 6") for place in (1, 2, 3, 4)),
         *((place, one.double(), TypeError, "torch.float32") for place in (1, 2, 3, 4)),
@@ -192,7 +193,7 @@ def test_bad_factors_are_refused():
     sums, statistics, one = torch.zeros(5, 3).double(), torch.ones(7, 5).double(), torch.ones(5)
     for arguments, kind, message in (
         ((sums[:4].clone(), statistics, one, 3, True), ValueError, "sums must have at least 15"),
-        ((torch.zeros(6, 3).double(), statistics, one, 3, True), ValueError, "sums must be of shape"),
+        ((torch.zeros(6, 3).double(), statistics, one, 3, True), ValueError, "sums must have 15 elements, got 18"),
         ((sums.float(), statistics, one, 3, True), TypeError, "sums must be"),
         ((sums, statistics[:6], one, 3, True), ValueError, "statistics must be of shape"),
         ((sums, statistics[0], one, 3, True), ValueError, "statistics must be of shape"),
