@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from qsparseprop import nn as qnn
 from qsparseprop.nn.deferred import DeferredTensor, one_by_one, pending_of
 from qsparseprop.quantization import QuantConfig
-from qsparseprop.utils.fusion import fuse_modules
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 
@@ -18,7 +17,7 @@ def prune(model: nn.Module, density: float = 0.3) -> nn.Module:
     """Zeros in all layers but convolutions of images."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Linear) or (hasattr(module, "kernel_size") and getattr(module, "in_channels", 0) > 3):
+            if isinstance(module, nn.Linear) or (isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.in_channels > 3):
                 module.weight.mul_(torch.rand_like(module.weight) < density)
             elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 settle(module)
@@ -36,22 +35,16 @@ def settle(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def swapped(model: nn.Module, shape: tuple[int, ...], fuse: bool = True, prune_first: bool = True, **settings) -> nn.Module:
-    """A sparse copy of a model, pruned before."""
-    return swap_modules_with_sparse(prune(model) if prune_first else model, shape, inplace=False, fuse=fuse,
-                                    include_dense=False, min_sparsity=0.5, verbose=False,
-                                    qconfig=QuantConfig(**settings))  # fmt: skip
+def swapped(model: nn.Module, shape: tuple[int, ...], pruned: bool = False, **settings) -> nn.Module:
+    """A sparse copy of a model whose layers defer, pruned first unless it is."""
+    return swap_modules_with_sparse(model if pruned else prune(model), shape, inplace=False, fuse=True, verbose=False,
+                                    include_dense=False, min_sparsity=0.5, qconfig=QuantConfig(**settings))  # fmt: skip
 
 
 def sparse(layer: nn.Module, **settings) -> nn.Module:
     """A quantised layer of a dense one."""
     kind = getattr(qnn, f"QuantizedSparse{type(layer).__name__}")
     return kind.from_dense(prune(layer), qconfig=QuantConfig(**settings))
-
-
-def deferring(model: nn.Module) -> nn.Module:
-    """The same model; its layers defer."""
-    return fuse_modules(model)
 
 
 def conv_net(channels: int = 12) -> nn.Sequential:
@@ -87,7 +80,7 @@ def run(model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None, 
     model.zero_grad()
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     torch.manual_seed(seed)
-    y = (call or model)(x)
+    y = (model if call is None else call)(x)
     (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     found = {"output": y.detach().clone(), "input": x.grad}
     found |= {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

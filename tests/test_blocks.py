@@ -14,14 +14,13 @@ from qsparseprop._kernels import _dispatch
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear
 from qsparseprop.nn.deferred import DeferredTensor
 from qsparseprop.quantization import QuantConfig
-from qsparseprop.utils.fusion import chains, unfuse_modules
+from qsparseprop.utils.fusion import chains, fuse_modules, unfuse_modules
 from qsparseprop.utils.models import resnet20, vit_tiny
 
 from ._blocks import (
     assert_close,
     assert_same,
     conv_net,
-    deferring,
     is_deferred,
     mlp,
     prune,
@@ -56,8 +55,8 @@ class Chain(nn.Module):
 
 
 def check(layer: nn.Module, norm: nn.Module, activation: nn.Module, x: Tensor, residual: bool = False) -> None:
-    """A block's values and gradients are those of float64 behind the same layer, whose result is quantised in no way."""
-    chain = deferring(Chain(layer, norm, activation))
+    """A block's values and gradients are those of float64 behind the same layer, whose result is not quantised."""
+    chain = fuse_modules(Chain(layer, norm, activation))
     plain, exact = unfuse_modules(copy.deepcopy(layer)), copy.deepcopy(chain).double()
     x = x.clone().requires_grad_()
     z = plain(x.detach()).detach().double().requires_grad_()
@@ -108,7 +107,8 @@ def test_normalised_convolutions_are_torchs_modules(activation, residual, settin
 @pytest.mark.parametrize("kind", ["Linear", "Linear, 3-D", "Conv2d", "Conv2d, BatchNorm", "Conv1d, BatchNorm"])
 def test_activations_are_torchs_modules(kind, activation, residual, request):
     if activation == "hardtanh" and (residual or "Norm" not in kind):
-        request.applymarker(pytest.mark.xfail(raises=KeyError, strict=True, reason="limits that the kernels do not know"))
+        reason = "limits that the activation's kernels do not know"
+        request.applymarker(pytest.mark.xfail(raises=KeyError, strict=True, reason=reason))
     norm: nn.Module = nn.Identity()
     if kind.startswith("Linear"):
         layer, x = nn.Linear(24, 40), torch.randn(7, 24) if kind == "Linear" else torch.randn(2, 3, 5, 24)[0]
@@ -131,7 +131,7 @@ def test_normalisation_behind_other_layers_is_torchs(settings, layer, training, 
     chain = Chain(first, settle(nn.BatchNorm2d(37, **settings)), nn.ReLU6()).train(training)
     reader = sparse(nn.Conv2d(37, 4, 1))
     exact = copy.deepcopy(chain).double()
-    deferring(nn.Sequential(chain, reader))
+    fuse_modules(nn.Sequential(chain, reader))
     x = torch.randn(5, 12 if layer == "convolution" else 37, 6, 7)
     x = (x.to(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
     twin = x.detach().double().requires_grad_()
@@ -204,7 +204,7 @@ def test_all_threads_and_instruction_sets_agree():
             _dispatch.set_isa(isa)
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(run(swapped(copy.deepcopy(dense), x.shape, prune_first=False), x))
+                results.append(run(swapped(copy.deepcopy(dense), x.shape, pruned=True), x))
     finally:
         _dispatch.set_isa(before)
     for result in results[1:]:
@@ -262,9 +262,9 @@ def test_gradients_have_no_bias():
     x, dy = torch.randn(70, 24), torch.randn(70, 40)
     z = linear(x).detach()
     dz = reference.act_grad(dy, reference.act(z, "gelu", True)[1], "gelu").double()
-    deferring(nn.Sequential(linear))
+    fuse_modules(nn.Sequential(linear))
     draws = []
-    for seed in range(1000):
+    for seed in range(500):
         leaf = x.clone().requires_grad_()
         torch.manual_seed(seed)
         nn.functional.gelu(linear(leaf)).backward(dy)
@@ -280,7 +280,7 @@ def test_gradients_have_no_bias():
 @pytest.mark.parametrize("trained", ["layer.weight", "layer.bias", "norm.weight", "norm.bias", "input", "none"])
 @pytest.mark.parametrize("settings", [{"grad": "absmax"}, {"grad": "dithered"}])
 def test_only_what_is_wanted_gets_a_gradient(trained, settings):
-    chain = deferring(Chain(sparse(nn.Conv2d(12, 20, 3), **settings), settle(nn.BatchNorm2d(20)), nn.ReLU()))
+    chain = fuse_modules(Chain(sparse(nn.Conv2d(12, 20, 3), **settings), settle(nn.BatchNorm2d(20)), nn.ReLU()))
     every = copy.deepcopy(chain)
     chain.requires_grad_(False)
     x = torch.randn(5, 12, 7, 5)
@@ -324,7 +324,7 @@ def test_what_torch_refuses_is_refused_as_there():
 
 def test_check_finite_names_the_tensor():
     layer = QuantizedSparseConv2d.from_dense(nn.Conv2d(2, 3, 3), qconfig=QuantConfig(check_finite=True))
-    model = deferring(nn.Sequential(layer, nn.BatchNorm2d(3), nn.ReLU()))
+    model = fuse_modules(nn.Sequential(layer, nn.BatchNorm2d(3), nn.ReLU()))
     with pytest.raises(ValueError, match="the input has NaN or Inf"):
         model(torch.full((2, 2, 5, 5), math.nan))
     y = model(torch.randn(2, 2, 5, 5))
@@ -355,13 +355,13 @@ def test_another_default_dtype_changes_nothing():
 
 
 def test_inputs_of_any_layout_and_size():
-    layer = deferring(nn.Sequential(sparse(nn.Linear(24, 40)), nn.GELU()))
+    layer = fuse_modules(nn.Sequential(sparse(nn.Linear(24, 40)), nn.GELU()))
     x = torch.randn(3, 48)[:, ::2]
     assert torch.equal(layer(x), layer(x.contiguous()))
     assert layer(torch.empty(0, 24)).shape == (0, 40)
     assert layer(torch.randn(24)).shape == (40,)
     assert isinstance(layer[0], QuantizedSparseLinear)
-    conv = deferring(nn.Sequential(sparse(nn.Conv2d(12, 20, 3)), settle(nn.BatchNorm2d(20)).eval(), nn.ReLU()))
+    conv = fuse_modules(nn.Sequential(sparse(nn.Conv2d(12, 20, 3)), settle(nn.BatchNorm2d(20)).eval(), nn.ReLU()))
     images = torch.randn(4, 12, 7, 18)[..., ::2]
     assert torch.equal(conv(images), conv(images.contiguous()))
     with torch.no_grad():

@@ -116,7 +116,8 @@ def test_bad_statistics_are_refused_before_anything_changes():
     good = [x, one, one, mean, var, 0.1, 1e-5, True, True]
     wrong = [
         (0, x[0], ValueError, "2 dimensions"), (0, x.t(), ValueError, "contiguous"),
-        (0, x.double(), TypeError, "x must be of dtype"), (0, x[:1].clone(), ValueError, "more than 1 value per channel"),
+        (0, x.double(), TypeError, "x must be of dtype"),
+        (0, x[:1].clone(), ValueError, "more than 1 value per channel"),
         *((place, one[:4].clone(), ValueError, "at least 5") for place in (1, 2, 3, 4)),
         *((place, torch.ones(6), ValueError, "must have 5 elements, got 6") for place in (1, 2, 3, 4)),
         *((place, one.double(), TypeError, "torch.float32") for place in (1, 2, 3, 4)),

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from qsparseprop.nn.deferred import product
 from qsparseprop.quantization import QuantConfig
-from qsparseprop.utils.fusion import unfuse_modules
+from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
 from qsparseprop.utils.measurement_utils import saved_for_backward_bytes
 
 from ._blocks import (
     assert_close,
     assert_same,
     conv_net,
-    deferring,
     is_deferred,
     mlp,
     relative,
@@ -142,7 +141,7 @@ def test_two_layers_read_one_packing(also, packings):
 
 def test_a_tensor_that_its_layer_packs_is_packed_for_others(packings):
     """Where nothing follows a layer, its result is packed by the one that reads it, and by no other."""
-    first, one, two = (deferring(nn.Sequential(sparse(nn.Linear(24, 24))))[0] for _ in range(3))
+    first, one, two = (fuse_modules(nn.Sequential(sparse(nn.Linear(24, 24))))[0] for _ in range(3))
     h = first(torch.randn(9, 24))
     one(h), two(h)
     assert len(packings) == 2
@@ -192,7 +191,7 @@ def test_values_read_after_packing_are_the_values():
 def test_inputs_that_change_after_they_were_read():
     """A normalisation of a tensor that belongs to somebody else has read it when it returns."""
     reader, norm = sparse(nn.Conv2d(12, 8, 1)), settle(nn.BatchNorm2d(12))
-    deferring(nn.Sequential(norm, reader))
+    fuse_modules(nn.Sequential(norm, reader))
     x = torch.randn(5, 12, 9, 7)
     expected = copy.deepcopy(norm).double()(x.double()).relu()
     y = torch.relu(norm(x))

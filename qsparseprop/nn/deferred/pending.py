@@ -51,7 +51,7 @@ class Codes:
         """Fill it now if nobody has."""
         rows = self._rows
         if rows is not None:
-            one = torch.ones(rows.shape[1])
+            one = torch.ones(rows.shape[1], dtype=torch.float32)
             passes.apply(rows, None, one, 0 * one, IDENTITY, self.affine, self.codes, None)
             self.filled()
 
