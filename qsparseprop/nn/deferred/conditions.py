@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -25,13 +26,22 @@ def may_defer() -> bool:
     )  # fmt: skip
 
 
+def watcher() -> Any:
+    """The innermost hook that sees what autograd saves (activation checkpointing, offloading, compression), or None.
+
+    What is saved under it may not depend on guesses, nor on what became meanwhile of a tensor from outside: a second
+    run must save the same.
+    """
+    hooks = _saved_tensors_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
 def step_by_step() -> bool:
     """Whether every operation is computed when it is recorded.
 
-    Where somebody wants to see what autograd saves (activation checkpointing, offloading, compression), it must be
-    there when it is saved.
+    What somebody wants to see must be there when it is saved.
     """
-    return _saved_tensors_hooks(True) is not None or getattr(_stepwise, "on", False)
+    return watcher() is not None or getattr(_stepwise, "on", False)
 
 
 @contextlib.contextmanager

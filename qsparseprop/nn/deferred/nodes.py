@@ -24,7 +24,7 @@ from qsparseprop.ops import check_storage, saved_tensors
 
 def result(pending: Pending, dtype: torch.dtype) -> Tensor:
     """The tensor that a layer or an operation gives: deferred, unless only its values were wanted the last time."""
-    if pending.usage.plain:
+    if pending.usage.plain and pending.watcher is None:
         return pending.plain()
     return DeferredTensor(pending, dtype)
 
@@ -32,6 +32,7 @@ def result(pending: Pending, dtype: torch.dtype) -> Tensor:
 def _give(pending: Pending, source: DeferredTensor, in_place: bool) -> Tensor:
     if not in_place:
         return result(pending, source.dtype)
+    pending.inference = source._pending.inference
     source._pending = pending
     return source
 
