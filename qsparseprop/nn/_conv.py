@@ -152,7 +152,6 @@ class SparseConvNd(SparseModule):
         """
         if self._defers(input) and (y := self._deferred(input)) is not None:
             return y
-        input = ordinary(input)
         images = self._images(input)
         size = tuple(images.shape[2:])
         return self._convolve(input, images, self._layout(size, self._pads), self._output_size(size))
@@ -175,6 +174,7 @@ class SparseConvNd(SparseModule):
 
     def _images(self, x: Tensor) -> Tensor:
         """The input, checked, with a dimension of images."""
+        x = ordinary(x)
         self._check_input(x)
         dims = len(self._axes)
         if x.ndim not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:

@@ -17,7 +17,7 @@ from qsparseprop.nn.deferred.conditions import step_by_step
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.passes import IDENTITY, Activation
 from qsparseprop.nn.deferred.pending import Codes, Pending
-from qsparseprop.nn.deferred.tensor import DeferredTensor
+from qsparseprop.nn.deferred.tensor import DeferredTensor, pending_of
 from qsparseprop.nn.functional import block_gradients, link_to_inputs, refuse_forward_mode
 from qsparseprop.ops import check_storage, saved_tensors
 
@@ -188,13 +188,14 @@ class _Addition(torch.autograd.Function):
 
 
 def _add(pending: Pending, other: Tensor) -> Pending:
-    if type(other) is DeferredTensor:
+    if pending_of(other) is not None:
         rows, layout = other._pending.rows(), other._pending.layout
         if layout.channels_first != pending.layout.channels_first:
             rows = pending.layout.rows(layout.view(rows))
     else:
+        other = other._pending.plain() if type(other) is DeferredTensor else other.detach()
         check_storage(other, "what is added")
-        rows = pending.layout.rows(other.detach())
+        rows = pending.layout.rows(other)
     return pending.plus(rows)
 
 

@@ -197,8 +197,7 @@ class Pending:
             self._become(self._apply())
 
     def _settled(self) -> Tensor:
-        if self._rows is None:
-            return self.layout.rows(self._values)
+        assert self._rows is not None, "the values have been seen"
         self._settle()
         return self._rows
 
@@ -218,7 +217,7 @@ class Pending:
             self._settle()
 
     def rows(self) -> Tensor:
-        """The values as rows, for reading."""
+        """The values as rows, for reading, while it is `open`."""
         with self._lock:
             self.usage.summed = True
             return self._settled()
@@ -273,7 +272,7 @@ class Pending:
                             self.layout.images)
 
     def images(self) -> Tensor:
-        """The values as channels_last images, for reading."""
+        """The values as channels_last images, for reading, while it is `open`."""
         with self._lock:
             return self.layout.image_view(self._settled())
 

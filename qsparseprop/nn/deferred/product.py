@@ -161,8 +161,11 @@ def deferred_product(
     geometry: Geometry,
     groups: int,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor | None:
     """Multiply, and give a tensor that what follows can be recorded on.
+
+    None where the layer had better do as if nothing were deferred: its input is an ordinary tensor, and all that was
+    wanted of its last result were the values.
 
     Parameters
     ----------
@@ -180,16 +183,19 @@ def deferred_product(
         Of the result, float32 or bfloat16.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        qconfig = layer._qconfig
-        packed, plain, geometry, channels_last = _prepare(x, images, geometry, qconfig)
-        declared = is_channels_last(x) if x.ndim == 4 else False
         usages = layer.__dict__.setdefault("_usages", {})
         trains = torch.is_grad_enabled()
         usage = usages.get(trains)
         if usage is None:
             usage = usages[trains] = Usage()
-        call = _Call(layer._plan(geometry, groups), qconfig, dtype, layout(declared), images, usage.begin(), packed,
-                     plain, channels_last)
+        if usage.begin().plain and pending_of(x) is None:
+            usage.read = True
+            return None
+        qconfig = layer._qconfig
+        packed, plain, geometry, channels_last = _prepare(x, images, geometry, qconfig)
+        declared = is_channels_last(x) if x.ndim == 4 else False
+        call = _Call(layer._plan(geometry, groups), qconfig, dtype, layout(declared), images, usage, packed, plain,
+                     channels_last)
         weight, bias = layer.weight, layer.bias
         if trains and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, weight, bias, call)[0]

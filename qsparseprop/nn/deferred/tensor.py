@@ -21,10 +21,12 @@ _MEMORY = {
     getattr(Tensor, name)
     for name in ("__array__", "__deepcopy__", "__dlpack__", "__dlpack_device__", "__format__", "__reduce_ex__",
                  "__repr__", "_typed_storage", "data_ptr", "is_set_to", "is_shared", "numpy", "pin_memory",
-                 "share_memory_", "storage", "tolist", "type", "untyped_storage", "apply_", "map_", "map2_", "resize_",
-                 "resize_as_", "set_")
+                 "share_memory_", "storage", "tolist", "type", "untyped_storage", "apply_", "map_", "map2_")
 }  # fmt: skip
-_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__
+_GET_DATA = Tensor.data.__get__
+_SET_DATA = Tensor.data.__set__
+#: What gives a tensor another memory.
+_OTHER_MEMORY = (torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.resize_as_)
 
 
 class DeferredTensor(Tensor):
@@ -61,24 +63,34 @@ class DeferredTensor(Tensor):
             elif func is _GET_DATA:
                 return _with_memory(args[0]).data
             elif func is _SET_DATA:
-                raise RuntimeError("the data of a sparse layer's result cannot be exchanged: assign to a clone of it")
+                _refuse_other_memory()
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator on the values."""
+        if func.overloadpacket in _OTHER_MEMORY:
+            _refuse_other_memory()
         deferred = []
 
         def values(tensor: DeferredTensor) -> Tensor:
             deferred.append(tensor)
             return tensor._pending.plain()
 
+        given = args
         args, kwargs = tree_map_only(DeferredTensor, values, (args, kwargs or {}))
         result = func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:  # squeeze_ and the like change the tensor itself, too
+            with torch._C._DisableTorchDispatch():
+                func(*given, **kwargs)
         for tensor in deferred:
             if result is tensor._pending._values:  # in place: the result is the tensor that was given
                 return tensor
         return result
+
+
+def _refuse_other_memory() -> None:
+    raise RuntimeError("the memory of a sparse layer's result cannot be exchanged: take a clone() of it")
 
 
 def _with_memory(tensor: DeferredTensor) -> Tensor:
