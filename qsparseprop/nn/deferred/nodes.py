@@ -24,7 +24,7 @@ from qsparseprop.ops import check_storage, saved_tensors
 
 def result(pending: Pending, dtype: torch.dtype) -> Tensor:
     """The tensor that a layer or an operation gives: deferred, unless only its values were wanted the last time."""
-    if pending.usage.plain and pending.watcher is None:
+    if pending.usage.plain:
         return pending.plain()
     return DeferredTensor(pending, dtype)
 

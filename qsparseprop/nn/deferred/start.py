@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from qsparseprop.nn.deferred.conditions import may_defer, watcher
+from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.layout import Layout, images, linear
 from qsparseprop.nn.deferred.pending import Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor
@@ -60,7 +60,7 @@ class _Hook:
             usage = self._usages[trains] = Usage()
         usage.begin()
         layout = _layout_of(x, features_last)
-        if layout is None or (usage.plain and watcher() is None):
+        if layout is None or usage.plain:
             return None
         pending = Pending(layout.rows(x.detach()), layout, usage, borrowed)
         if trains and x.requires_grad:
