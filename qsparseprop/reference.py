@@ -478,7 +478,7 @@ def norm_statistics(
     eps: float,
     training: bool,
     save: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `qsparseprop.norm_ops.norm_statistics`."""
     v, channels = x.to(torch.float64), x.shape[1]
     if training:
@@ -498,13 +498,13 @@ def norm_statistics(
         step = torch.where(step > 0, step, 1.0)
     ends = torch.stack([least, greatest]).float() * scale.float() + shift.float()
     ends = torch.where(ends.isfinite().all(0) & v.isfinite().all(0), ends, torch.nan)
-    singles = torch.stack([scale, shift, 1 / step, -least / step - 128, *ends.sort(0)[0]]).float()
-    return singles, torch.stack([mean, variance, rstd, step * rstd, (least - mean) * rstd, step, least])
+    singles = torch.stack([scale, shift, 1 / step, -least / step - 128, step * scale, least * scale + shift]).float()
+    return singles, ends.sort(0)[0].t().contiguous(), torch.stack([mean, variance, rstd, step * rstd, (least - mean) * rstd, step, least])
 
 
 def norm_factors(
     sums: Tensor, statistics: Tensor, weight: Tensor | None, count: int, batch_statistics: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `qsparseprop.norm_ops.norm_factors`."""
     total, with_codes, greatest = sums.unbind(1)
     _, _, rstd, slope, offset, _, _ = statistics
@@ -519,4 +519,4 @@ def norm_factors(
     rest = torch.stack([factor[2], 255 * factor[1] + factor[2]]).abs().amax(0)
     bound = greatest.float() * factor[0].abs() + rest + 0 * total.float()
     before = 0 * k * total if batch_statistics else k * total
-    return torch.cat([factor, bound[None]]), torch.stack([normalised, total, before])
+    return factor, torch.stack([-bound, bound], 1), torch.stack([normalised, total, before]).float()

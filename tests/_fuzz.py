@@ -205,7 +205,7 @@ def valid_rows():
             statistics = [tensor, one, one, one.clone(), one.clone(), 0.1, 1e-5]
             for training in (True, False):
                 yield norm_ops.norm_statistics, [*statistics, training, True]
-                _, doubles = norm_ops.norm_statistics(*statistics, training, True)
+                *_, doubles = norm_ops.norm_statistics(*statistics, training, True)
                 yield norm_ops.norm_factors, [torch.rand(channels, 3).double(), doubles, one, rows, training]
             yield norm_ops.norm_act, normed
             yield norm_ops.norm_act_range, normed[:6]

@@ -117,7 +117,7 @@ def packed_forward_pass(
 
 
 def output_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
-    """How the input of a layer is packed: the arguments of `norm_ops.norm_act_pack` from `ranges` to `per_channel`.
+    """How the input of a layer is packed: the arguments of `epilogue_ops.epilogue_pack` from `ranges` to `per_channel`.
 
     `ranges` (channels, 2) are the least and the greatest element of each channel.
     """
@@ -127,39 +127,19 @@ def output_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: Quan
     return ranges, grid.numbers, geometry.input_views, grid.lanes(batch), qconfig.input, per_channel
 
 
-def gradient_packing(bound: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
-    """The same of the gradient of its output: arguments of `norm_ops.norm_act_grad_pack` from `ranges` to `options`.
+def gradient_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
+    """The same of the gradient of its output: arguments of `epilogue_ops.epilogue_grad_pack` from `ranges` on.
 
-    `bound` (channels,) is what no magnitude exceeds.
+    `ranges` (channels, 2) are of the same magnitude below and above.
     """
     per_channel, grid = qconfig.granularity == "channel", geometry.output_grid
     if not per_channel:
-        bound = bound.amax().reshape(1)
+        most = ranges[:, 1].amax()
+        ranges = torch.stack([-most, most])[None]
     scheme = "symmetric" if qconfig.grad == "absmax" else qconfig.grad
     seed = ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None
-    return (torch.stack([-bound, bound], 1), grid.numbers, geometry.output_views, grid.lanes(batch), scheme, seed,
-            per_channel, qconfig.grad_options)  # fmt: skip
-
-
-def packed_gradient(
-    dy: Tensor,
-    codes: Tensor,
-    mask: Tensor,
-    factor: Tensor,
-    residual: bool,
-    shape: Sequence[int],
-    bound: Tensor,
-    plan: Plan,
-    qconfig: QuantConfig,
-) -> tuple[Sequence[Tensor], Tensor]:
-    """The gradient behind batch normalisation, packed, and the residual's; see `norm_ops.norm_act_grad_pack`.
-
-    `bound` (channels,) is what no magnitude exceeds.
-    """
-    *packed, dresidual = ops.shortcut("norm_act_grad_pack", dy, codes, mask, factor)(
-        dy, codes, mask, factor, residual, shape, *gradient_packing(bound, shape[0], plan.geometry, qconfig)
-    )
-    return packed, dresidual
+    return (ranges, grid.numbers, geometry.output_views, grid.lanes(batch), scheme, seed, per_channel,
+            qconfig.grad_options)  # fmt: skip
 
 
 def packed_backward_pass(
@@ -184,6 +164,16 @@ def packed_backward_pass(
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+def without_graph() -> Any:
+    """What a backward pass is computed in: it has no graph anyway, except with create_graph=True."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Any:
+    """Its `apply` where no transforms of torch.func are active, which the class's own one looks after."""
+    return super(torch.autograd.Function, function).apply
 
 
 def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,7 +242,7 @@ class _SparseProduct(torch.autograd.Function):
         if grads[0] or grads[1]:
             weight, *packed = ctx.saved_tensors
             values = plain(weight)
-            with torch.no_grad() if again else _NOTHING:
+            with without_graph():
                 dx, dvalues, dbias = backward_pass(
                     _in_shape(dy, ctx.out_shape), values, packed, ctx.plan, qconfig, ctx.in_shape, grads, ctx.x_dtype
                 )

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+#: Results of fewer elements are not deferred: what that costs by itself is more than the passes that it saves.
+LEAST_ELEMENTS = 1 << 16
+
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks

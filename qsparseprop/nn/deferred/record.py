@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qsparseprop.nn.deferred import nodes, passes
+from qsparseprop.nn.deferred import nodes
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.passes import Activation
 from qsparseprop.nn.deferred.tensor import HANDLERS, DeferredTensor, pending_of
@@ -34,7 +34,7 @@ def _can_be_changed(source: Tensor) -> bool:
 
 def _activation(source: Any, activation: Activation, in_place: bool) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if pending_of(source) is None or not may_defer() or activation.name not in passes.KINDS:
+        if pending_of(source) is None or not may_defer():
             return NotImplemented
         if in_place and not _can_be_changed(source):
             return NotImplemented

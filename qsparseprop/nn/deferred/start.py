@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from qsparseprop.nn.deferred import conditions
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.layout import Layout, images, linear
 from qsparseprop.nn.deferred.pending import Pending
@@ -52,7 +53,7 @@ class _Hook:
 
     def _begin(self, x: Any, features_last: bool, borrowed: bool) -> Tensor | None:
         """A deferred tensor with the values of an ordinary one; None where nothing is deferred."""
-        if type(x) is not Tensor or not may_defer():
+        if type(x) is not Tensor or x.numel() < conditions.LEAST_ELEMENTS or not may_defer():
             return None
         trains = torch.is_grad_enabled()
         usage = self._usages.get(trains)
