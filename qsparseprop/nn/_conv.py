@@ -210,13 +210,14 @@ class SparseConvNd(SparseModule):
             numbers = [n for part in layout for n in (part if isinstance(part, tuple) else (part,))]
             numbers += [batch_magnitude(batch), int(batch_innermost), *[1] * self.transposed]
             y = self._trace(images, numbers, self.groups)
+            if dims == 1:
+                y = y.squeeze(2)
+            elif dims == 3:
+                y = y.unflatten(2, out_size[:2])
         else:
             geometry = conv_geometry(*layout, batch, batch_innermost, self.transposed)
-            y = self._multiply(images, self._plan(geometry, self.groups))
-        if dims == 1:
-            y = y.squeeze(2)
-        elif dims == 3:
-            y = y.unflatten(2, out_size[:2])
+            shape = None if dims == 2 else (batch, self.out_channels, *out_size)
+            y = self._multiply(images, self._plan(geometry, self.groups), shape)
         return y if x.ndim == dims + 2 else y[0]
 
     def extra_repr(self) -> str:

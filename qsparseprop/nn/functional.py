@@ -198,17 +198,26 @@ class NoGradient(torch.autograd.Function):
         """No gradient."""
 
 
+def _in_shape(dy: Tensor, shape: Sequence[int]) -> Tensor:
+    if dy.shape == shape:
+        return dy
+    ops.check_storage(dy, "the gradient of the output")  # before it may be copied
+    return dy.reshape(shape)
+
+
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, qconfig: QuantConfig | None,
-        dtype: torch.dtype, save: bool
+        dtype: torch.dtype, save: bool, shape: Sequence[int] | None
     ) -> Tensor:  # fmt: skip
         if qconfig is not None and qconfig.check_finite:
             check_finite(x, "the input")
             check_finite(values, "the weight")
         images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
-        out, *packed = forward_pass(images, values, bias, plan, qconfig, dtype, None, save)
+        # of rows, in whatever shape, torch's results are contiguous
+        channels_last = False if shape is not None and len(shape) == 3 else None
+        out, *packed = forward_pass(images, values, bias, plan, qconfig, dtype, channels_last, save)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(values, *packed)
         elif ctx.needs_input_grad[0]:
@@ -216,8 +225,11 @@ class _SparseProduct(torch.autograd.Function):
         ctx.plan, ctx.qconfig = plan, qconfig
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # detached, as a view of what was made here could not be changed in place by what follows
-        return out if images is x else out.view(out.shape[:2]).detach()
+        ctx.in_shape, ctx.out_shape = images.shape, out.shape
+        if images is x and shape is None:
+            return out
+        # detached: as those of torch's layers, results are no views, which in-place operations treat otherwise
+        return out.view(out.shape[:2] if shape is None else shape).detach()
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -231,17 +243,14 @@ class _SparseProduct(torch.autograd.Function):
             weight, *packed = ctx.saved_tensors
             values = plain(weight)
             with without_graph():
-                images, x_shape = dy, ctx.x_shape
-                if dy.ndim != 4:
-                    images, x_shape = dy.view(*dy.shape, 1, 1), (*x_shape, 1, 1)
                 dx, dvalues, dbias = backward_pass(
-                    images, values, packed, ctx.plan, qconfig, x_shape, grads, ctx.x_dtype
+                    _in_shape(dy, ctx.out_shape), values, packed, ctx.plan, qconfig, ctx.in_shape, grads, ctx.x_dtype
                 )
-                if images is not dy and grads[0]:
+                if grads[0] and dx.shape != ctx.x_shape:
                     dx = dx.view(ctx.x_shape)
         else:
             ops.check_storage(dy, "the gradient of the output")
-            dbias = dy.detach().sum((0, *range(2, dy.ndim)), dtype=torch.float32)
+            dbias = dy.detach().reshape(ctx.out_shape).sum((0, 2, 3), dtype=torch.float32)
         gradients = (
             dx if grads[0] else None,
             value_gradient(dvalues, values) if grads[1] else None,
@@ -249,7 +258,7 @@ class _SparseProduct(torch.autograd.Function):
         )
         if again:
             gradients = NoSecondDerivative.apply(dy, weight, *gradients)  # with its graph, which plain() cuts off
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents: Tensor | None):
@@ -303,6 +312,7 @@ def sparse_product(
     plan: Plan,
     qconfig: QuantConfig | None = None,
     dtype: torch.dtype | None = None,
+    shape: Sequence[int] | None = None,
 ) -> Tensor:
     """Product of a sparse weight with an input, as a convolution whose geometry is in the plan.
 
@@ -320,11 +330,13 @@ def sparse_product(
         Without one the computation is in float32.
     dtype : torch.dtype, optional
         Of the result, float32 or bfloat16; x's without one.
+    shape : sequence of int, optional
+        Of the result, in place of that of its images.
 
     Returns
     -------
     Tensor
-        (images, out_channels, out_height, out_width), channels_last where x is; or (images, out_channels).
+        (images, out_channels, out_height, out_width), channels_last where x is; or (images, out_channels); or `shape`.
         Differentiable once with respect to `x`, `values` and `bias`.
 
     Raises
@@ -333,4 +345,4 @@ def sparse_product(
         From the derivative of a derivative, and from forward-mode differentiation.
     """
     save = torch.is_grad_enabled() and values.requires_grad
-    return _SparseProduct.apply(x, values, bias, plan, qconfig, x.dtype if dtype is None else dtype, save)
+    return _SparseProduct.apply(x, values, bias, plan, qconfig, x.dtype if dtype is None else dtype, save, shape)

@@ -45,29 +45,33 @@ def keep_from_compiling(function: Callable[..., Any]) -> None:
         _frames.skip_code(code)
 
 
-def _saved_tensors_hooks() -> bool:
-    """Whether somebody has put hooks on what autograd saves."""
+def watcher() -> Any:
+    """The innermost hook that sees what autograd saves (activation checkpointing, offloading, compression), or None.
+
+    What is saved under it may not depend on guesses, nor on what became meanwhile of a tensor from outside: a second
+    run must save the same.
+    """
     if hasattr(_autograd, "_top_saved_tensors_default_hooks"):
-        return _autograd._top_saved_tensors_default_hooks(True) is not None
-    # up to PyTorch 2.7 nothing tells, but to forbid hooks is an error where there are some
+        hooks = _autograd._top_saved_tensors_default_hooks(True)
+        return None if hooks is None else hooks[0]
+    # up to PyTorch 2.7 nothing tells which, and whether there are any only since to forbid them is an error then
     if not _autograd._saved_tensors_hooks_is_enabled():
-        return False
+        return None
     try:
         _autograd._saved_tensors_hooks_disable("there are hooks")
     except RuntimeError:
         return True
     finally:
         _autograd._saved_tensors_hooks_enable()
-    return False
+    return None
 
 
 def step_by_step() -> bool:
     """Whether every operation is computed when it is recorded.
 
-    Where somebody wants to see what autograd saves (activation checkpointing, offloading, compression), it must be
-    there when it is saved.
+    What somebody wants to see must be there when it is saved.
     """
-    return _saved_tensors_hooks() or getattr(_stepwise, "on", False)
+    return watcher() is not None or getattr(_stepwise, "on", False)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ def result(pending: Pending, dtype: torch.dtype) -> Tensor:
 def _give(pending: Pending, source: DeferredTensor, in_place: bool) -> Tensor:
     if not in_place:
         return result(pending, source.dtype)
+    pending.inference = source._pending.inference
     source._pending = pending
     return source
 

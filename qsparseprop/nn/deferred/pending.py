@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn.deferred import passes
+from qsparseprop.nn.deferred.conditions import watcher
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_input
 from qsparseprop.nn.deferred.passes import IDENTITY, NO_AFFINE, Activation, Affine
@@ -90,6 +91,10 @@ class Pending:
     layout : Layout
     usage : Usage
         What became of it the last time, and becomes now.
+    inference : bool
+        Whether its values are a tensor of inference mode.
+    watcher : callable or None
+        Who saw what autograd saved when it was recorded, see `conditions.watcher`.
     packed : PackedInput or None
         What a sparse layer has made of it.
     """
@@ -106,6 +111,8 @@ class Pending:
         self._of_codes: tuple[Codes, Activation] | None = None  # codes and activation, if it is computed of no more
         self._values: Tensor | None = None
         self._lock = threading.RLock()
+        self.inference = torch.is_inference_mode_enabled()
+        self.watcher = watcher()
         self.layout, self.usage = layout, usage
         self.packed: PackedInput | None = None
 
@@ -150,7 +157,7 @@ class Pending:
 
     def plus(self, other: Tensor) -> Pending:
         """With the rows of another tensor added, at once."""
-        with self._lock, _ordinary_tensors():
+        with self._lock, self._mode():
             if self._activation is IDENTITY and self._affine is not NO_AFFINE:
                 rows = self._apply(other)
             else:
@@ -167,7 +174,7 @@ class Pending:
         return NO_AFFINE if codes is None else self._codes.coding, codes, saved
 
     def _apply(self, residual: Tensor | None = None) -> Tensor:
-        with _ordinary_tensors():
+        with self._mode():
             rows = passes.apply(self._rows, residual, self._affine, self._activation, *self._buffers())
         self._filled()
         return rows
@@ -218,15 +225,16 @@ class Pending:
         """The values as an ordinary tensor, which from now on is the only place where they are."""
         with self._lock:
             if self._values is None:
-                with _ordinary_tensors(), torch.no_grad():
+                with self._mode(), torch.no_grad():
                     self.usage.read = True
                     self._settle()
                     rows = self._rows
                     values = self.layout.tensor(rows)
-                    if self._shared and not self._borrowed and values.data_ptr() == rows.data_ptr():
-                        values = values.clone()  # what others have still to read
+                    shared = self._shared and not self._borrowed and values.data_ptr() == rows.data_ptr()
+                    if shared or values.is_inference() is not self.inference:
+                        values = values.clone()  # what others have still to read, or made in the other mode
                     self._values = values.detach()  # no view: it may be changed in place
-                    self._rows = self.packed = None  # of changes, from now on, nobody need tell
+                    self._rows = self.packed = self.watcher = None  # of changes, from now on, nobody need tell
             return self._values
 
     def pack(self, geometry: Geometry, qconfig: QuantConfig) -> PackedInput | None:
@@ -239,7 +247,7 @@ class Pending:
                 return None
             if self._affine is NO_AFFINE and self._activation is IDENTITY and self._of_codes is None:
                 return None  # values: packed as those of any tensor
-            with _ordinary_tensors():
+            with self._mode():
                 ranges = passes.output_range(self._rows, self._affine, self._activation, self._ends)
                 rows, packed = passes.pack(self._rows, self._affine, self._activation, *self._buffers(),
                                            self.layout.images, ranges, geometry, qconfig, self.usage.keeps_values)
@@ -260,7 +268,10 @@ class Pending:
         with self._lock:
             return self.layout.image_view(self._settled())
 
+    def _mode(self) -> Any:
+        """The mode in which it was recorded, inference mode or not, wherever it is computed."""
+        on = self.inference
+        return _NOTHING if torch.is_inference_mode_enabled() is on else torch.inference_mode(on)
 
-def _ordinary_tensors() -> Any:
-    """What makes tensors that autograd can use later on, wherever they are made."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+_NOTHING = contextlib.nullcontext()

@@ -96,8 +96,8 @@ def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tu
         check_finite(values, "the weight")
     if packed is None:
         z, *parts = forward_pass(call.plain, values, bias, plan, qconfig, call.dtype, True)
-        if qconfig.grad_weight == "int8" and type(x) is DeferredTensor:
-            x._pending.keep_packed(PackedInput(*parts, plan.geometry, qconfig.input, qconfig.granularity))
+        if qconfig.grad_weight == "int8" and (pending := pending_of(x)) is not None:
+            pending.keep_packed(PackedInput(*parts, plan.geometry, qconfig.input, qconfig.granularity))
         kept, rest = tuple(parts), None
     else:
         z = packed_forward_pass(packed.parts, call.images[0], values, bias, plan, qconfig, call.dtype)
@@ -152,9 +152,9 @@ def _prepare(x: Tensor, images: tuple[int, ...], geometry: Geometry, qconfig: Qu
     if type(x) is not DeferredTensor:
         plain = x.detach().reshape(images)
         return None, plain, geometry, is_channels_last(plain)
-    pending = x._pending
-    if not pending.open or pending.layout.images != images:  # whose rows are others, as of an image's last dimension
-        plain = pending.plain().reshape(images)
+    pending = pending_of(x)
+    if pending is None or pending.layout.images != images:  # whose rows are others, as of an image's last dimension
+        plain = x._pending.plain().reshape(images)
         return None, plain, geometry, is_channels_last(plain)
     if pending.packed is not None:
         geometry = embedded(geometry, pending.packed.geometry) or geometry

@@ -136,11 +136,14 @@ def _addition(source: Any, other: Any, in_place: bool) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         if not isinstance(source, Tensor) or not isinstance(other, Tensor) or source is other or not may_defer():
             return NotImplemented
+        first = source
         if not in_place and pending_of(source) is None:
             source, other = other, source
         if (pending_of(source) is None or source.shape != other.shape or source.dtype is not other.dtype
                 or not (type(other) is DeferredTensor or _is_plain(other))
-                or (in_place and not _can_be_changed(source))):  # fmt: skip
+                or (in_place and not _can_be_changed(source))
+                or (not in_place and source.stride() != other.stride()
+                    and (source is not first or 1 in source.shape))):  # fmt: skip -- torch's result looks like the first
             return NotImplemented
         return nodes.add(source, other, in_place)
 

@@ -19,7 +19,7 @@ from qsparseprop.nn.deferred.pending import Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor
 from qsparseprop.nn.deferred.usage import Operation, Usage, longest
 from qsparseprop.nn.functional import refuse_forward_mode
-from qsparseprop.ops import are_plain, is_channels_last
+from qsparseprop.ops import are_plain
 
 #: Layers whose results start chains, and those that start them with their own inputs.
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -76,13 +76,10 @@ def _layout_of(x: Tensor, features_last: bool) -> Layout | None:
         return None
     shape = tuple(x.shape)
     if features_last or x.ndim == 2:
-        return linear(shape) if x.is_contiguous() else None
-    if x.ndim == 4:
-        channels_last = is_channels_last(x)
-        if not channels_last and not x.is_contiguous():
-            return None
-        return images(shape, not channels_last)
-    return images(shape, True) if x.is_contiguous() else None
+        found = [linear(shape)]
+    else:
+        found = [images(shape, contiguous) for contiguous in (True, False)[: x.ndim - 2]]
+    return next((layout for layout in found if layout.strides == x.stride()), None)
 
 
 class StartBehind(_Hook):

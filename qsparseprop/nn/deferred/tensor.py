@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from qsparseprop.nn.deferred.conditions import keep_from_compiling
+from qsparseprop.nn.deferred.conditions import keep_from_compiling, watcher
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.pending import Pending
 
@@ -106,11 +106,14 @@ def _with_memory(tensor: DeferredTensor) -> Tensor:
 
 
 def pending_of(tensor: Tensor) -> Pending | None:
-    """What is pending of a tensor, if nobody has seen its values yet."""
+    """What is pending of a tensor, if nobody has seen its values yet, and it can be taken up here."""
     if type(tensor) is not DeferredTensor:
         return None
     pending = tensor._pending
-    return pending if isinstance(pending, Pending) and pending.open else None
+    if not isinstance(pending, Pending) or not pending.open:
+        return None
+    here = watcher()
+    return pending if here is None or here is pending.watcher else None
 
 
 def ordinary(tensor: Tensor) -> Tensor:
