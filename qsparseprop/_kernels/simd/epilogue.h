@@ -27,7 +27,7 @@ QSP_INLINE f16x epilogue_at(const qsp_epilogue *a, int64_t row, int64_t c, const
         x = f16_add(f16_mul(v, params(a->scale, c, n)), params(a->shift, c, n));
     if (residual)
         x = f16_add(x, row_load(a->residual, dtype, at, n));
-    uint16_t *bits = (uint16_t *)a->saved + row * a->words + c / 16;
+    uint16_t *bits = (uint16_t *)a->saved + row * a->words + (c >> 4);
     const uint32_t in_row = 0xffff >> (16 - n);
     if (kind == QSP_CLAMP) {
         const f16x low = f16_set1(a->low), high = f16_set1(a->high);
@@ -235,7 +235,7 @@ QSP_INLINE f16x slope_at(const qsp_epilogue_grad *a, int64_t row, int64_t c, con
     }
     if (!bits)
         return dy;
-    const uint32_t passes = ((const uint16_t *)a->saved)[row * a->words + c / 16];
+    const uint32_t passes = ((const uint16_t *)a->saved)[row * a->words + (c >> 4)];
     if (kind == QSP_CLAMP)
         return f16_keep(dy, passes);
     return f16_add(f16_keep(dy, passes), f16_keep(f16_mul(dy, f16_set1(a->slope)), ~passes));
