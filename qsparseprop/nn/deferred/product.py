@@ -190,6 +190,7 @@ def deferred_product(
             usage = usages[trains] = Usage()
         call = _Call(layer._plan(geometry, groups), qconfig, dtype, layout(declared), images, usage.begin(), packed,
                      plain, channels_last)
+        usage.fed = packed is not None
         weight, bias = layer.weight, layer.bias
         if trains and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, weight, bias, call)[0]
