@@ -7,15 +7,34 @@ passes, one bit an element, for the first two; and the slope in 8 bits, in steps
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels import _activation
-from qsparseprop._kernels._memory import empty
-from qsparseprop.ops import RANDOM_SCHEMES, operator
-from qsparseprop.reference import mix_seed
+from qsparseprop.epilogue_ops import (
+    epilogue,
+    epilogue_grad,
+    epilogue_grad_pack,
+    epilogue_pack,
+    epilogue_range,
+    epilogue_sums,
+)
+from qsparseprop.ops import operator
+
+_EPILOGUES = {
+    "relu": ("clamp", [0.0, math.inf]),
+    "relu6": ("clamp", [0.0, 6.0]),
+    "gelu": ("gelu", []),
+    "gelu_tanh": ("gelu_tanh", []),
+}
+
+
+def _activation(name: str) -> tuple[str, list[float]]:
+    if name not in _EPILOGUES:
+        raise ValueError(f"the activation must be one of {', '.join(_EPILOGUES)}, got {name!r}")
+    return _EPILOGUES[name]
 
 
 def _saved_like(x: Tensor, activation: str) -> tuple[tuple[int, ...], torch.dtype]:
@@ -25,17 +44,9 @@ def _saved_like(x: Tensor, activation: str) -> tuple[tuple[int, ...], torch.dtyp
     return (*x.shape[:-1], -(-x.shape[-1] // 16)), torch.int16
 
 
-def _saved(x: Tensor, activation: str, save: bool) -> Tensor | None:
-    return empty(*_saved_like(x, activation)) if save else None
-
-
 def _saved_fake(x, activation, save):
     shape, dtype = _saved_like(x, activation) if save else (0, torch.uint8)
     return x.new_empty(shape, dtype=dtype)
-
-
-def _or_empty(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.empty(0, dtype=dtype) if tensor is None else tensor
 
 
 @operator(
@@ -61,9 +72,8 @@ def act(x: Tensor, activation: str, save: bool) -> tuple[Tensor, Tensor]:
         For "relu" and "relu6" int16, (rows, ceil(channels / 16)): bit i of a word tells whether the gradient of element
         i passes; otherwise uint8, like x: ``128 + round(200 * (slope - 1/2))``. Empty without `save`.
     """
-    out, saved = empty(tuple(x.shape), x.dtype), _saved(x, activation, save)
-    _activation.act(x, out, activation, saved, torch.get_num_threads())
-    return out, _or_empty(saved, torch.uint8)
+    y, _, saved = epilogue(x, None, None, None, *_activation(activation), None, None, save)
+    return y, saved
 
 
 @operator(
@@ -83,7 +93,8 @@ def act_range(x: Tensor, activation: str) -> Tensor:
     Tensor
         float32, (channels, 2); NaN where an element (after the limits) is not finite.
     """
-    return _activation.act_range(x, activation, torch.get_num_threads())
+    name, options = _activation(activation)
+    return epilogue_range(x, None, None, None, *(("identity", []) if name != "clamp" else (name, options)))
 
 
 def _act_pack_fake(x, activation, save, images, ranges, grid, views, lanes, scheme, per_channel, keep):
@@ -129,14 +140,9 @@ def act_pack(
     planes, plane_scale, zero_point : Tensor
         Of `quantize_pack`.
     """
-    scales = grid[4] if per_channel else 1
-    out, saved = empty(tuple(x.shape), x.dtype) if keep else None, _saved(x, activation, save)
-    planes = empty((lanes,), torch.uint8)
-    plane_scale = torch.empty(scales, dtype=torch.float32)
-    zero_point = torch.empty(scales, dtype=torch.int32)
-    _activation.act_pack(x, out, activation, saved, images, ranges, planes, plane_scale, zero_point, grid, views,
-                         scheme, per_channel, torch.get_num_threads())  # fmt: skip
-    return _or_empty(out, x.dtype), _or_empty(saved, torch.uint8), planes, plane_scale, zero_point
+    y, _, saved, *packed = epilogue_pack(x, None, None, None, *_activation(activation), None, None, save, images,
+                                         ranges, grid, views, lanes, scheme, per_channel, keep)  # fmt: skip
+    return y, saved, *packed
 
 
 @operator(
@@ -158,7 +164,7 @@ def act_sums(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
     Tensor
         float64, (channels, 2); the magnitude is NaN where an element is not finite.
     """
-    return _activation.act_sums(dy, saved, activation, torch.get_num_threads())
+    return epilogue_sums(dy, None, saved, *_activation(activation))[:, ::2].contiguous()
 
 
 @operator(
@@ -166,9 +172,7 @@ def act_sums(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
 )
 def act_grad(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
     """``dy * slope``, like dy; parameters as for `act_sums`."""
-    dx = empty(tuple(dy.shape), dy.dtype)
-    _activation.act_grad(dy, saved, activation, dx, torch.get_num_threads())
-    return dx
+    return epilogue_grad(dy, None, saved, *_activation(activation), None, False)[0]
 
 
 def _act_grad_pack_fake(dy, saved, activation, images, ranges, grid, views, lanes, scheme, seed, per_channel,
@@ -213,13 +217,5 @@ def act_grad_pack(
     planes, plane_scale, zero_point : Tensor
         Of `quantize_pack`.
     """
-    if scheme in RANDOM_SCHEMES and seed is None:
-        raise ValueError(f"the scheme {scheme!r} needs a seed")
-    scales = grid[4] if per_channel else 1
-    planes = empty((lanes,), torch.uint8)
-    plane_scale = torch.empty(scales, dtype=torch.float32)
-    zero_point = torch.empty(scales, dtype=torch.int32)
-    _activation.act_grad_pack(dy, saved, activation, images, ranges, planes, plane_scale, zero_point, grid, views,
-                              scheme, options, per_channel, 0 if seed is None else mix_seed(int(seed)),
-                              torch.get_num_threads())  # fmt: skip
-    return planes, plane_scale, zero_point
+    return epilogue_grad_pack(dy, None, saved, *_activation(activation), None, False, images, ranges, grid, views,
+                              lanes, scheme, seed, per_channel, options)[:3]  # fmt: skip

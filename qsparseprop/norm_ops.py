@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _norm
-from qsparseprop._kernels._memory import empty
-from qsparseprop.ops import RANDOM_SCHEMES, operator
-from qsparseprop.reference import mix_seed
+from qsparseprop.epilogue_ops import (
+    epilogue,
+    epilogue_grad,
+    epilogue_grad_pack,
+    epilogue_pack,
+    epilogue_range,
+    epilogue_sums,
+)
+from qsparseprop.ops import operator
 
 
 def _words(channels: int) -> int:
@@ -43,12 +49,13 @@ def channel_moments(x: Tensor) -> Tensor:
 
 def _norm_statistics_fake(x, weight, bias, running_mean, running_var, momentum, eps, training, save):
     channels = x.shape[1]
-    return x.new_empty((6, channels), dtype=torch.float32), x.new_empty((7, channels), dtype=torch.float64)
+    return (x.new_empty((6, channels), dtype=torch.float32), x.new_empty((channels, 2), dtype=torch.float32),
+            x.new_empty((7, channels), dtype=torch.float64))  # fmt: skip
 
 
 @operator(
     "norm_statistics(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "float momentum, float eps, bool training, bool save) -> (Tensor, Tensor)",
+    "float momentum, float eps, bool training, bool save) -> (Tensor, Tensor, Tensor)",
     _norm_statistics_fake,
 )
 def norm_statistics(
@@ -61,7 +68,7 @@ def norm_statistics(
     eps: float,
     training: bool,
     save: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What batch normalisation of a tensor multiplies and adds; running statistics are updated.
 
     As `torch.nn.functional.batch_norm`: with `training` the statistics are those of x, and the running ones move by
@@ -82,8 +89,11 @@ def norm_statistics(
     -------
     singles : Tensor
         float32, (6, channels): scale and shift, for ``x * scale + shift``; code_scale and code_shift, for
-        ``code = 128 + round(x * code_scale + code_shift)``; least and greatest element of ``x * scale + shift``, NaN
-        where an element is not finite. The last four are NaN where x was not read.
+        ``code = 128 + round(x * code_scale + code_shift)``; and scale and shift of the same for codes, ``code * scale +
+        shift``. The last four are NaN where x was not read.
+    ends : Tensor
+        float32, (channels, 2): least and greatest element of ``x * scale + shift``, NaN where an element is not finite,
+        or x was not read.
     doubles : Tensor
         float64, (7, channels): mean, variance (biased, or the running one), 1 / std; slope and offset of the normalised
         value ``code * slope + offset``; step and least element of x, which is ``code * step + least``. The last four
@@ -100,17 +110,17 @@ def norm_statistics(
 
 def _norm_factors_fake(sums, statistics, weight, count, batch_statistics):
     channels = statistics.shape[1]
-    return sums.new_empty((4, channels), dtype=torch.float32), sums.new_empty((3, channels))
+    return tuple(sums.new_empty(shape, dtype=torch.float32) for shape in ((3, channels), (channels, 2), (3, channels)))
 
 
 @operator(
     "norm_factors(Tensor sums, Tensor statistics, Tensor? weight, int count, bool batch_statistics) -> "
-    "(Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor)",
     _norm_factors_fake,
 )
 def norm_factors(
     sums: Tensor, statistics: Tensor, weight: Tensor | None, count: int, batch_statistics: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of batch normalisation's parameters, and what makes that of its input.
 
     Parameters
@@ -128,12 +138,13 @@ def norm_factors(
 
     Returns
     -------
-    singles : Tensor
-        float32, (4, channels): three factors, for ``dx = g * factor0 + code * factor1 + factor2``, and a magnitude that
-        no element of dx exceeds, NaN where one is not finite.
-    doubles : Tensor
-        float64, (3, channels): the gradients of weight and bias, and the sum of dx over the rows, which is the gradient
-        of a bias before: exactly 0 with batch statistics.
+    factor : Tensor
+        float32, (3, channels): for ``dx = g * factor[0] + code * factor[1] + factor[2]``.
+    ranges : Tensor
+        float32, (channels, 2): what no element of dx goes beyond, NaN where one is not finite.
+    gradients : Tensor
+        float32, (3, channels): of weight and bias, and the sum of dx over the rows, which is the gradient of a bias
+        before: exactly 0 with batch statistics.
     """
     return _norm.factors(sums, statistics, weight, count, batch_statistics)
 
@@ -184,15 +195,9 @@ def norm_act(
     mask : Tensor
         int16, (rows, ceil(channels / 16)): bit i of a word tells whether element i lies between the limits.
     """
-    out = empty(tuple(x.shape), x.dtype)
-    codes = mask = None
-    if code_scale is not None:
-        codes = empty(tuple(x.shape), torch.uint8)
-        mask = empty((x.shape[0], _words(x.shape[-1])), torch.int16)
-    _norm.norm(x, residual, out, scale, shift, low, high, code_scale, code_shift, codes, mask, torch.get_num_threads())
-    if codes is None:
-        return out, torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int16)
-    return out, codes, mask
+    saves = code_scale is not None
+    y, codes, mask = epilogue(x, residual, scale, shift, "clamp", [low, high], code_scale, code_shift, saves)
+    return y, codes, mask if saves else mask.to(torch.int16)
 
 
 @operator(
@@ -214,7 +219,7 @@ def norm_act_range(
     Tensor
         float32, (channels, 2); NaN where an element is not finite.
     """
-    return _norm.norm_range(x, residual, scale, shift, low, high, torch.get_num_threads())
+    return epilogue_range(x, residual, scale, shift, "clamp", [low, high])
 
 
 def _norm_act_pack_fake(x, residual, scale, shift, low, high, code_scale, code_shift, images, ranges, grid, views,
@@ -276,21 +281,12 @@ def norm_act_pack(
     planes, plane_scale, zero_point : Tensor
         Of `quantize_pack`.
     """
-    out = empty(tuple(x.shape), x.dtype) if keep else None
-    codes, mask = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int16)
-    if code_scale is not None:
-        codes = empty(tuple(x.shape), torch.uint8)
-        mask = empty((x.shape[0], _words(x.shape[-1])), torch.int16)
-    scales = grid[4] if per_channel else 1
-    planes = empty((lanes,), torch.uint8)
-    plane_scale = torch.empty(scales, dtype=torch.float32)
-    zero_point = torch.empty(scales, dtype=torch.int32)
-    _norm.norm_pack(
-        x, residual, out, scale, shift, low, high, code_scale, code_shift, None if code_scale is None else codes, mask,
-        images, ranges, planes, plane_scale, zero_point, grid, views, scheme, per_channel,
-        torch.get_num_threads(),
+    saves = code_scale is not None
+    y, codes, mask, *packed = epilogue_pack(
+        x, residual, scale, shift, "clamp", [low, high], code_scale, code_shift, saves, images, ranges, grid, views,
+        lanes, scheme, per_channel, keep,
     )  # fmt: skip
-    return torch.empty(0, dtype=x.dtype) if out is None else out, codes, mask, planes, plane_scale, zero_point
+    return y, codes, mask if saves else mask.to(torch.int16), *packed
 
 
 @operator(
@@ -312,7 +308,7 @@ def norm_act_sums(dy: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
     Tensor
         float64, (channels, 3).
     """
-    return _norm.norm_sums(dy, codes, mask, torch.get_num_threads())
+    return epilogue_sums(dy, codes, mask, "clamp", [0.0, 0.0])
 
 
 @operator(
@@ -338,10 +334,7 @@ def norm_act_grad(dy: Tensor, codes: Tensor, mask: Tensor, factor: Tensor, resid
     dx, dresidual : Tensor
         Like dy; the latter empty if not wanted.
     """
-    dx = empty(tuple(dy.shape), dy.dtype)
-    dresidual = empty(tuple(dy.shape), dy.dtype) if residual else None
-    _norm.norm_grad(dy, codes, mask, factor, dx, dresidual, torch.get_num_threads())
-    return dx, dy.new_empty(0) if dresidual is None else dresidual
+    return epilogue_grad(dy, codes, mask, "clamp", [0.0, 0.0], factor, residual)
 
 
 def _norm_act_grad_pack_fake(dy, codes, mask, factor, residual, images, ranges, grid, views, lanes, scheme, seed,
@@ -393,14 +386,5 @@ def norm_act_grad_pack(
     dresidual : Tensor
         Of `norm_act_grad`.
     """
-    if scheme in RANDOM_SCHEMES and seed is None:
-        raise ValueError(f"the scheme {scheme!r} needs a seed")
-    scales = grid[4] if per_channel else 1
-    planes = empty((lanes,), torch.uint8)
-    plane_scale = torch.empty(scales, dtype=torch.float32)
-    zero_point = torch.empty(scales, dtype=torch.int32)
-    dresidual = empty(tuple(dy.shape), dy.dtype) if residual else None
-    _norm.norm_grad_pack(dy, codes, mask, factor, dresidual, images, ranges, planes, plane_scale, zero_point, grid,
-                         views, scheme, options, per_channel, 0 if seed is None else mix_seed(int(seed)),
-                         torch.get_num_threads())  # fmt: skip
-    return planes, plane_scale, zero_point, dy.new_empty(0) if dresidual is None else dresidual
+    return epilogue_grad_pack(dy, codes, mask, "clamp", [0.0, 0.0], factor, residual, images, ranges, grid, views,
+                              lanes, scheme, seed, per_channel, options)  # fmt: skip

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from qsparseprop._kernels import _dispatch
+from qsparseprop.nn.deferred import conditions
 
 # Expected values must not depend on the libraries that torch calls on some processors: .ci/nightly runs without them.
 if os.environ.get("QSPARSEPROP_TEST_NO_MKLDNN"):
@@ -41,6 +42,12 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _defer_small_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks form on the small tensors of tests, too."""
+    monkeypatch.setattr(conditions, "LEAST_ELEMENTS", 0)
 
 
 @pytest.fixture(params=_dispatch.built_isas())

@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from qsparseprop.nn._handover import PackedTensor, handed_over
+from qsparseprop.nn._linear_act import FUNCTIONS, output_range
+from qsparseprop.nn.intrinsic import QuantizedSparseLinearAct
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -18,9 +21,6 @@ from qsparseprop import activation_ops, ops, reference
 from qsparseprop._kernels import _dispatch
 from qsparseprop.geometry import linear_geometry
 from qsparseprop.nn import QuantizedSparseLinear, _linear_act
-from qsparseprop.nn._handover import PackedTensor, handed_over
-from qsparseprop.nn._linear_act import FUNCTIONS, output_range
-from qsparseprop.nn.intrinsic import QuantizedSparseLinearAct
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.fusion import unfuse_modules
 from qsparseprop.utils.measurement_utils import saved_for_backward_bytes

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
-from qsparseprop import activation_ops, mask_ops, norm_ops, ops, quantize_ops
+from qsparseprop import activation_ops, epilogue_ops, mask_ops, norm_ops, ops, quantize_ops
 from qsparseprop import nn as qnn
 from qsparseprop.geometry import linear_numbers
 from qsparseprop.nn import intrinsic
@@ -359,11 +359,16 @@ def operator_calls():
     codes, scale, zero = quantize_ops.quantize(x, "absmax", 8, None, None, True, None, [])
     _, rows, mask = norm_ops.norm_act(matrix, None, one, one, 0.0, 6.0, one, one)
     _, slope = activation_ops.act(matrix, "gelu", True)
+    _, kept, slopes = epilogue_ops.epilogue(matrix, None, None, None, "silu", [], one, one, True)
     return {
         "relu_mask": [x], "relu_mask_": [x], "keep_masked": [x, bits],
         "quantize": [x, "absmax", 8, None, None, True, None, []], "dequantize": [codes, scale, zero, None, None],
         "norm_statistics": [matrix, one, one.clone(), one.clone(), one + 1, 0.1, 1e-5, True, True],
         "norm_factors": [torch.ones(20, 3).double(), torch.ones(7, 20).double(), one, 6, True],
+        "epilogue": [matrix, matrix, one, one, "silu", [], one, one, True],
+        "epilogue_range": [matrix, matrix, one, one, "silu", []], "activation_range": [torch.ones(20, 2), "silu", []],
+        "epilogue_sums": [matrix, kept, slopes, "silu", []],
+        "epilogue_grad": [matrix, kept, slopes, "silu", [], torch.ones(3, 20), True],
         "channel_moments": [matrix], "norm_act": [matrix, matrix, one, one, 0.0, 6.0, one, one],
         "norm_act_sums": [matrix, rows, mask], "norm_act_grad": [matrix, rows, mask, torch.ones(3, 20), True],
         "act": [matrix, "gelu", True], "act_grad": [matrix, slope, "gelu"],

@@ -20,6 +20,9 @@ cdef extern from "kernels.h" nogil:
         QSP_LUQ
         QSP_SCHEMES
         QSP_CLAMP
+        QSP_LEAKY
+        QSP_SILU
+        QSP_HARDSWISH
         QSP_GELU
         QSP_GELU_TANH
 
@@ -110,52 +113,35 @@ cdef extern from "kernels.h" nogil:
         double count
         double nonzeros
 
-    ctypedef struct qsp_norm:
+    ctypedef struct qsp_epilogue:
         int64_t channels
         int64_t words
+        int kind
         int dtype
+        float low
+        float high
         const void *x
         const void *residual
         void *out
         const float *scale
         const float *shift
-        float low
-        float high
         const float *code_scale
         const float *code_shift
         uint8_t *codes
-        uint16_t *mask
-
-    ctypedef struct qsp_norm_grad:
-        int64_t channels
-        int64_t words
-        int dtype
-        const void *dy
-        const uint8_t *codes
-        const uint16_t *mask
-        const float *factor
-        void *dx
-        void *dresidual
-
-    ctypedef struct qsp_act:
-        int64_t channels
-        int64_t words
-        int kind
-        int dtype
-        float low
-        float high
-        const void *x
-        void *out
         void *saved
 
-    ctypedef struct qsp_act_grad:
+    ctypedef struct qsp_epilogue_grad:
         int64_t channels
         int64_t words
         int kind
         int dtype
+        float slope
         const void *dy
+        const uint8_t *codes
         const void *saved
+        const float *factor
         void *dx
+        void *g
 
     ctypedef struct qsp_pack:
         qsp_grid grid
@@ -170,10 +156,8 @@ cdef extern from "kernels.h" nogil:
         int64_t stride
         qsp_scheme scheme
         uint64_t seed
-        const qsp_norm *norm
-        const qsp_norm_grad *norm_grad
-        const qsp_act *act
-        const qsp_act_grad *act_grad
+        const qsp_epilogue *epilogue
+        const qsp_epilogue_grad *gradient
 
     ctypedef struct qsp_range:
         float absmax
@@ -224,14 +208,10 @@ cdef extern from "kernels.h" nogil:
         void (*moments)(const void *, int, int64_t, int64_t, int64_t, int, double *) noexcept nogil
         void (*quantize_rows)(const qsp_weight *, int64_t, int64_t) noexcept nogil
         void (*norm_moments)(const void *, int, int64_t, int64_t, double *) noexcept nogil
-        void (*norm)(const qsp_norm *, int64_t, int64_t) noexcept nogil
-        void (*norm_range)(const qsp_norm *, int64_t, int64_t, float *) noexcept nogil
-        void (*norm_sums)(const qsp_norm_grad *, int64_t, int64_t, double *) noexcept nogil
-        void (*norm_grad)(const qsp_norm_grad *, int64_t, int64_t) noexcept nogil
-        void (*act)(const qsp_act *, int64_t, int64_t) noexcept nogil
-        void (*act_range)(const qsp_act *, int64_t, int64_t, float *) noexcept nogil
-        void (*act_grad)(const qsp_act_grad *, int64_t, int64_t) noexcept nogil
-        void (*act_sums)(const qsp_act_grad *, int64_t, int64_t, double *) noexcept nogil
+        void (*epilogue)(const qsp_epilogue *, int64_t, int64_t) noexcept nogil
+        void (*epilogue_range)(const qsp_epilogue *, int64_t, int64_t, float *) noexcept nogil
+        void (*epilogue_grad)(const qsp_epilogue_grad *, int64_t, int64_t) noexcept nogil
+        void (*epilogue_sums)(const qsp_epilogue_grad *, int64_t, int64_t, double *) noexcept nogil
         void (*extent)(const int32_t *, int64_t, int32_t *, int32_t *) noexcept nogil
         void (*quantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil
         void (*dequantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil

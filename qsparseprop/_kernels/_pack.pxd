@@ -1,10 +1,8 @@
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int64_t
 
-from qsparseprop._kernels._dispatch cimport qsp_moments, qsp_pack, qsp_range
+from qsparseprop._kernels._dispatch cimport qsp_pack
 
 
-cdef bint find_scales(qsp_pack *a, const qsp_range *ranges, const qsp_moments *moments, int64_t channels,
-                      int64_t count, float *scale, int32_t *zero_point) noexcept
-cdef int64_t pack_planes(qsp_pack *a, object shape, object stride, object planes, object views, object planes_dtype,
-                         bint codes, int threads) except -1
-cdef void blank_planes(const qsp_pack *a, object planes, object scale, bint per_channel) except *
+cdef object pack_ranged(qsp_pack *a, object like, int64_t rows, int64_t channels, object images, object ranges,
+                        object planes, object plane_scale, object zero_point, object grid, object views, str scheme,
+                        object options, bint per_channel, int threads)

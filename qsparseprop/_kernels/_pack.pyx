@@ -4,11 +4,12 @@ import torch
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
-from libc.math cimport isfinite
+from libc.math cimport NAN, isfinite
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
+    QSP_AFFINE,
     active_kernels,
     qsp_kernels,
     qsp_moments,
@@ -33,6 +34,7 @@ cdef enum:
     SERIAL_ELEMENTS = 1 << 15
 
 cdef extern from "simd/scale.h" nogil:
+    int qsp_wants_moments(const qsp_scheme *)
     float qsp_scale(const qsp_scheme *, const qsp_range *, const qsp_moments *, int32_t *zero, float *inverse)
 
 cdef object _float32 = torch.float32
@@ -162,3 +164,47 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, str scheme, options
     pack_planes(&a, x.shape, x.stride(), planes, views, _uint8, True, threads)
     if not finite:
         blank_planes(&a, planes, scale, per_channel)
+
+
+cdef object pack_ranged(qsp_pack *a, object like, int64_t rows, int64_t channels, object images, object ranges,
+                        object planes, object plane_scale, object zero_point, object grid, object views, str scheme,
+                        object options, bint per_channel, int threads):
+    """Pack what is computed on the way, of known ranges (least, greatest): float32, (channels, 2).
+
+    `images` is the shape, (images, channels, height, width), of the tensor `like`, which is (rows, channels).
+    """
+    cdef qsp_moments moments
+    cdef qsp_range *found
+    cdef int64_t i, count, each = channels if per_channel else 1
+    cdef const float *given = <const float *> pointer(ranges, _float32, 2 * each, "ranges")
+    read_scheme(scheme, options, 8, False, &a.scheme)
+    if a.gradient != NULL:
+        follows = a.scheme.kind != QSP_AFFINE and not qsp_wants_moments(&a.scheme)
+    else:
+        follows = scheme in ("absmax", "symmetric", "standard")
+    if not follows:  # the scale from the range, exactly as without packing on the way
+        raise ValueError(f"the scheme {scheme!r} cannot be combined with batch normalisation or an activation")
+    if channels < 2 or len(images) != 4 or images[1] != channels or images[0] * images[2] * images[3] != rows:
+        raise ValueError(f"the images must have at least 2 channels and {rows} rows of {channels} channels, got shape "
+                         f"{tuple(images)}")
+    read_grid(grid, &a.grid, "grid")
+    count = a.grid.planes if per_channel else 1
+    if count % each:
+        raise ValueError(f"a scale for each of {each} channels does not go with {count} planes")
+    cdef float *scale_p = <float *> pointer(plane_scale, _float32, count, "plane_scale")
+    cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
+    scratch = torch.empty(each * sizeof(qsp_range) + count * sizeof(float), dtype=_uint8)
+    found = <qsp_range *> pointer(scratch, _uint8, 1, "scratch")
+    a.inverse = <float *> (found + each)
+    memset(&moments, 0, sizeof(moments))
+    for i in range(each):
+        found[i].min, found[i].max = min(<float> 0, given[2 * i]), max(<float> 0, given[2 * i + 1])
+        found[i].absmax = max(-found[i].min, found[i].max)
+        if not isfinite(given[2 * i]) or not isfinite(given[2 * i + 1]):
+            found[i].absmax = NAN
+    a.zero_point, a.stride = zero_p, per_channel
+    finite = find_scales(a, found, &moments, each, count, scale_p, zero_p)
+    pack_planes(a, images, like.view(images[0], images[2], images[3], channels).permute(0, 3, 1, 2).stride(), planes,
+                views, _uint8, True, max(threads, 1))
+    if not finite:
+        blank_planes(a, planes, plane_scale, per_channel)

@@ -17,6 +17,10 @@ cdef extern from "memory.h" nogil:
 cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL
+cdef void *exact_pointer(object tensor, object dtype, int64_t size, str name) except? NULL
+cdef void *matrix(object x, int *dtype, int64_t *rows, int64_t *channels, str name) except? NULL
+cdef void *matrix_of(void *data, object x, int64_t *rows, int64_t *channels, str name) except? NULL
+cdef void *same_matrix(object x, object like, str name) except? NULL
 cdef int64_t numel(object tensor) except -1
 cdef void read_grid(object numbers, qsp_grid *grid, str name) except *
 cdef bytes read_views(object numbers, const qsp_grid *grid, object shape, object stride, str name)

@@ -198,6 +198,40 @@ cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL:
     return _checked_data(tensor, name)
 
 
+cdef void *exact_pointer(object tensor, object dtype, int64_t size, str name) except? NULL:
+    """The same as `pointer` of a tensor that has so many elements and no more; NULL for None."""
+    if tensor is None:
+        return NULL
+    cdef void *data = pointer(tensor, dtype, size, name)
+    if numel(tensor) != size:
+        raise ValueError(f"{name} must have {size} elements, got {numel(tensor)}")
+    return data
+
+
+cdef void *matrix(object x, int *dtype, int64_t *rows, int64_t *channels, str name) except? NULL:
+    """A contiguous (rows, channels) tensor of float32 or bfloat16."""
+    return matrix_of(strided_pointer(x, dtype, name), x, rows, channels, name)
+
+
+cdef void *matrix_of(void *data, object x, int64_t *rows, int64_t *channels, str name) except? NULL:
+    if x.ndim != 2 or not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous with 2 dimensions (rows, channels), got shape {tuple(x.shape)} "
+                         f"with strides {x.stride()}")
+    rows[0], channels[0] = x.shape
+    return data
+
+
+cdef void *same_matrix(object x, object like, str name) except? NULL:
+    """Data of a tensor that has the shape and dtype of another one; NULL for None."""
+    cdef int dtype
+    cdef int64_t rows, channels
+    if x is None:
+        return NULL
+    if not isinstance(x, _Tensor) or x.shape != like.shape or x.dtype != like.dtype:
+        raise ValueError(f"{name} must be {like.dtype} of shape {tuple(like.shape)}")
+    return matrix(x, &dtype, &rows, &channels, name)
+
+
 cdef void read_grid(object numbers, qsp_grid *grid, str name) except *:
     cdef bytes known
     cdef object found

@@ -18,7 +18,7 @@
 #define QSP_ROW_BLOCK 64  /* rows whose sums wait in a buffer before they are unpacked */
 #define QSP_MAX_EXACT 65536 /* u8 x s8 products that an int32 holds exactly: 255 * 127 * 65536 < 2^31 */
 
-/* Element type of a tensor; QSP_U8 are the codes of what batch normalisation read. */
+/* Element type of a tensor; QSP_U8 are saved codes, of what an epilogue read. */
 enum { QSP_F32 = 0, QSP_BF16 = 1, QSP_U8 = 2 };
 
 typedef struct {
@@ -107,48 +107,34 @@ typedef struct {
  * and [2][places] floats (the bits of the largest magnitude, and the minimum, zero taken in). */
 enum { QSP_MOMENTS = 3 * 8 + 2 * 4 };
 
-/* Batch normalisation and what follows it, on rows of `channels` elements: pixels in channels_last order. A saved code
- * stands for x, see code_scale; bit i of the mask says whether the gradient passes element i. */
+/* Activations; formulas are in simd/activation.h. Of CLAMP and LEAKY a bit an element is saved, of the others the slope,
+ * a byte. No activation is a CLAMP without limits. */
+enum { QSP_CLAMP, QSP_LEAKY, QSP_SILU, QSP_HARDSWISH, QSP_GELU, QSP_GELU_TANH };
+
+/* What follows a product, on rows of `channels` elements: pixels in channels_last order, or rows of a linear layer. All
+ * pointers but x may be NULL, out where the result is packed. */
 typedef struct {
-    int64_t channels, words; /* words of 16 bits that a row has in the mask */
-    int dtype;               /* of x, residual and out */
-    const void *x, *residual; /* residual: NULL or added before the activation */
-    void *out;                   /* may be NULL where the result is packed */
+    int64_t channels, words; /* words of 16 bits that a row has where bits are saved */
+    int kind, dtype;         /* the latter of x, residual and out */
+    float low, high;         /* CLAMP: limits; LEAKY: low is the slope below 0 */
+    const void *x, *residual;
+    void *out;
     const float *scale, *shift;  /* [channels] out = activation(x * scale + shift + residual) */
-    float low, high;             /* activation: limits to this range */
     const float *code_scale, *code_shift; /* [channels] code - 128 = x * code_scale + code_shift */
-    uint8_t *codes;              /* NULL: neither codes nor mask are wanted */
-    uint16_t *mask;
-} qsp_norm;
+    uint8_t *codes;
+    void *saved;             /* whether x is in a CLAMP's limits, or above 0, in bit i of a word; or codes of slopes */
+} qsp_epilogue;
 
 typedef struct {
     int64_t channels, words;
-    int dtype;              /* of dy, dx and dresidual */
+    int kind, dtype;         /* the latter of dy, dx and g */
+    float slope;             /* LEAKY: below 0 */
     const void *dy;
     const uint8_t *codes;
-    const uint16_t *mask;
-    const float *factor;    /* [3][channels] dx = gradient * f0 + code * f1 + f2 */
-    void *dx, *dresidual;   /* dx may be NULL where it is packed; dresidual: the masked gradient, or NULL */
-} qsp_norm_grad;
-
-/* Activations; formulas are in simd/activation.h. */
-enum { QSP_CLAMP, QSP_GELU, QSP_GELU_TANH };
-
-/* An activation alone, on rows as above. `saved` is the mask above (CLAMP), or codes of slopes, a byte an element. */
-typedef struct {
-    int64_t channels, words;
-    int kind, dtype;         /* the latter of x and out */
-    float low, high;         /* CLAMP */
-    const void *x;
-    void *out, *saved;       /* out may be NULL where the result is packed, saved where it is not wanted */
-} qsp_act;
-
-typedef struct {
-    int64_t channels, words;
-    int kind, dtype;         /* the latter of dy and dx */
-    const void *dy, *saved;
-    void *dx;                /* may be NULL where it is packed, or only its sums are wanted */
-} qsp_act_grad;
+    const void *saved;       /* NULL: there was no activation */
+    const float *factor;     /* [3][channels] dx = g * f0 + code * f1 + f2 with g = dy * slope; NULL: dx = g */
+    void *dx, *g;
+} qsp_epilogue_grad;
 
 typedef struct {
     qsp_grid grid;
@@ -164,10 +150,8 @@ typedef struct {
     qsp_scheme scheme;
     uint64_t seed;
     /* At most one of them: what is packed in place of the tensor; channels are neighbours then. */
-    const qsp_norm *norm;
-    const qsp_norm_grad *norm_grad;
-    const qsp_act *act;
-    const qsp_act_grad *act_grad;
+    const qsp_epilogue *epilogue;
+    const qsp_epilogue_grad *gradient;
 } qsp_pack;
 
 /* What of a range is wanted: each includes the one before. */
@@ -226,18 +210,13 @@ typedef struct {
     void (*quantize_rows)(const qsp_weight *, int64_t first, int64_t last);
     /* Of each channel of some rows: mean, sum of the squared distances from it, least and greatest. */
     void (*norm_moments)(const void *x, int dtype, int64_t rows, int64_t channels, double *out);
-    void (*norm)(const qsp_norm *, int64_t first, int64_t last);
-    /* Of each channel the least and the greatest element of what `norm` gives for the rows; NaN where any is not finite. */
-    void (*norm_range)(const qsp_norm *, int64_t first, int64_t last, float *out);
-    /* Of each channel the sums over rows of the gradient, and of gradient * code, and the greatest magnitude. */
-    void (*norm_sums)(const qsp_norm_grad *, int64_t first, int64_t last, double *out);
-    void (*norm_grad)(const qsp_norm_grad *, int64_t first, int64_t last);
-    /* Activations of rows [first, last); of each channel the least and the greatest element before, a CLAMP's limited;
-     * gradients, and of each channel the sum and the greatest magnitude. NaN where any element is not finite. */
-    void (*act)(const qsp_act *, int64_t first, int64_t last);
-    void (*act_range)(const qsp_act *, int64_t first, int64_t last, float *out);
-    void (*act_grad)(const qsp_act_grad *, int64_t first, int64_t last);
-    void (*act_sums)(const qsp_act_grad *, int64_t first, int64_t last, double *out);
+    /* Rows [first, last); of each channel the least and the greatest element before the activation, a CLAMP's limited,
+     * NaN where one is not finite; gradients, and of each channel the sums of g and g * code and g's greatest
+     * magnitude. */
+    void (*epilogue)(const qsp_epilogue *, int64_t first, int64_t last);
+    void (*epilogue_range)(const qsp_epilogue *, int64_t first, int64_t last, float *out);
+    void (*epilogue_grad)(const qsp_epilogue_grad *, int64_t first, int64_t last);
+    void (*epilogue_sums)(const qsp_epilogue_grad *, int64_t first, int64_t last, double *out);
     void (*extent)(const int32_t *, int64_t n, int32_t *least, int32_t *most);
     /* Lines [first, last) of a tensor. */
     void (*quantize)(const qsp_quantize *, int64_t first, int64_t last);

@@ -152,7 +152,6 @@ class SparseConvNd(SparseModule):
         """
         if self._defers(input) and (y := self._deferred(input)) is not None:
             return y
-        input = ordinary(input)
         images = self._images(input)
         size = tuple(images.shape[2:])
         return self._convolve(input, images, self._layout(size, self._pads), self._output_size(size))
@@ -175,6 +174,7 @@ class SparseConvNd(SparseModule):
 
     def _images(self, x: Tensor) -> Tensor:
         """The input, checked, with a dimension of images."""
+        x = ordinary(x)
         self._check_input(x)
         dims = len(self._axes)
         if x.ndim not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.in_channels:
@@ -210,13 +210,14 @@ class SparseConvNd(SparseModule):
             numbers = [n for part in layout for n in (part if isinstance(part, tuple) else (part,))]
             numbers += [batch_magnitude(batch), int(batch_innermost), *[1] * self.transposed]
             y = self._trace(images, numbers, self.groups)
+            if dims == 1:
+                y = y.squeeze(2)
+            elif dims == 3:
+                y = y.unflatten(2, out_size[:2])
         else:
             geometry = conv_geometry(*layout, batch, batch_innermost, self.transposed)
-            y = self._multiply(images, self._plan(geometry, self.groups))
-        if dims == 1:
-            y = y.squeeze(2)
-        elif dims == 3:
-            y = y.unflatten(2, out_size[:2])
+            shape = None if dims == 2 else (batch, self.out_channels, *out_size)
+            y = self._multiply(images, self._plan(geometry, self.groups), shape)
         return y if x.ndim == dims + 2 else y[0]
 
     def extra_repr(self) -> str:

@@ -117,7 +117,7 @@ def packed_forward_pass(
 
 
 def output_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
-    """How the input of a layer is packed: the arguments of `norm_ops.norm_act_pack` from `ranges` to `per_channel`.
+    """How the input of a layer is packed: the arguments of `epilogue_ops.epilogue_pack` from `ranges` to `per_channel`.
 
     `ranges` (channels, 2) are the least and the greatest element of each channel.
     """
@@ -127,39 +127,19 @@ def output_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: Quan
     return ranges, grid.numbers, geometry.input_views, grid.lanes(batch), qconfig.input, per_channel
 
 
-def gradient_packing(bound: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
-    """The same of the gradient of its output: arguments of `norm_ops.norm_act_grad_pack` from `ranges` to `options`.
+def gradient_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
+    """The same of the gradient of its output: arguments of `epilogue_ops.epilogue_grad_pack` from `ranges` on.
 
-    `bound` (channels,) is what no magnitude exceeds.
+    `ranges` (channels, 2) are of the same magnitude below and above.
     """
     per_channel, grid = qconfig.granularity == "channel", geometry.output_grid
     if not per_channel:
-        bound = bound.amax().reshape(1)
+        most = ranges[:, 1].amax()
+        ranges = torch.stack([-most, most])[None]
     scheme = "symmetric" if qconfig.grad == "absmax" else qconfig.grad
     seed = ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None
-    return (torch.stack([-bound, bound], 1), grid.numbers, geometry.output_views, grid.lanes(batch), scheme, seed,
-            per_channel, qconfig.grad_options)  # fmt: skip
-
-
-def packed_gradient(
-    dy: Tensor,
-    codes: Tensor,
-    mask: Tensor,
-    factor: Tensor,
-    residual: bool,
-    shape: Sequence[int],
-    bound: Tensor,
-    plan: Plan,
-    qconfig: QuantConfig,
-) -> tuple[Sequence[Tensor], Tensor]:
-    """The gradient behind batch normalisation, packed, and the residual's; see `norm_ops.norm_act_grad_pack`.
-
-    `bound` (channels,) is what no magnitude exceeds.
-    """
-    *packed, dresidual = ops.shortcut("norm_act_grad_pack", dy, codes, mask, factor)(
-        dy, codes, mask, factor, residual, shape, *gradient_packing(bound, shape[0], plan.geometry, qconfig)
-    )
-    return packed, dresidual
+    return (ranges, grid.numbers, geometry.output_views, grid.lanes(batch), scheme, seed, per_channel,
+            qconfig.grad_options)  # fmt: skip
 
 
 def packed_backward_pass(
@@ -186,6 +166,16 @@ def packed_backward_pass(
 _NOTHING = contextlib.nullcontext()
 
 
+def without_graph() -> Any:
+    """What a backward pass is computed in: it has no graph anyway, except with create_graph=True."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Any:
+    """Its `apply` where no transforms of torch.func are active, which the class's own one looks after."""
+    return super(torch.autograd.Function, function).apply
+
+
 def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)  # a call of `to` costs as much where it does nothing
 
@@ -208,17 +198,26 @@ class NoGradient(torch.autograd.Function):
         """No gradient."""
 
 
+def _in_shape(dy: Tensor, shape: Sequence[int]) -> Tensor:
+    if dy.shape == shape:
+        return dy
+    ops.check_storage(dy, "the gradient of the output")  # before it may be copied
+    return dy.reshape(shape)
+
+
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, qconfig: QuantConfig | None,
-        dtype: torch.dtype, save: bool
+        dtype: torch.dtype, save: bool, shape: Sequence[int] | None
     ) -> Tensor:  # fmt: skip
         if qconfig is not None and qconfig.check_finite:
             check_finite(x, "the input")
             check_finite(values, "the weight")
         images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
-        out, *packed = forward_pass(images, values, bias, plan, qconfig, dtype, None, save)
+        # of rows, in whatever shape, torch's results are contiguous
+        channels_last = False if shape is not None and len(shape) == 3 else None
+        out, *packed = forward_pass(images, values, bias, plan, qconfig, dtype, channels_last, save)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(values, *packed)
         elif ctx.needs_input_grad[0]:
@@ -226,8 +225,11 @@ class _SparseProduct(torch.autograd.Function):
         ctx.plan, ctx.qconfig = plan, qconfig
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # detached, as a view of what was made here could not be changed in place by what follows
-        return out if images is x else out.view(out.shape[:2]).detach()
+        ctx.in_shape, ctx.out_shape = images.shape, out.shape
+        if images is x and shape is None:
+            return out
+        # detached: as those of torch's layers, results are no views, which in-place operations treat otherwise
+        return out.view(out.shape[:2] if shape is None else shape).detach()
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -235,31 +237,28 @@ class _SparseProduct(torch.autograd.Function):
         grads = ctx.needs_input_grad[:3]
         if qconfig is not None and qconfig.check_finite:
             check_finite(dy, "the gradient of the output")
-        dx = dvalues = values = None
+        dx = dvalues = weight = None
         again = torch.is_grad_enabled()  # create_graph=True
         if grads[0] or grads[1]:
-            values, *packed = ctx.saved_tensors
-            values = plain(values)
-            with torch.no_grad() if again else _NOTHING:
-                images, x_shape = dy, ctx.x_shape
-                if dy.ndim != 4:
-                    images, x_shape = dy.view(*dy.shape, 1, 1), (*x_shape, 1, 1)
+            weight, *packed = ctx.saved_tensors
+            values = plain(weight)
+            with without_graph():
                 dx, dvalues, dbias = backward_pass(
-                    images, values, packed, ctx.plan, qconfig, x_shape, grads, ctx.x_dtype
+                    _in_shape(dy, ctx.out_shape), values, packed, ctx.plan, qconfig, ctx.in_shape, grads, ctx.x_dtype
                 )
-                if images is not dy and grads[0]:
+                if grads[0] and dx.shape != ctx.x_shape:
                     dx = dx.view(ctx.x_shape)
         else:
             ops.check_storage(dy, "the gradient of the output")
-            dbias = dy.detach().sum((0, *range(2, dy.ndim)), dtype=torch.float32)
+            dbias = dy.detach().reshape(ctx.out_shape).sum((0, 2, 3), dtype=torch.float32)
         gradients = (
             dx if grads[0] else None,
             value_gradient(dvalues, values) if grads[1] else None,
             _as_dtype(dbias, ctx.bias_dtype) if grads[2] else None,
         )
         if again:
-            gradients = NoSecondDerivative.apply(dy, values, *gradients)
-        return *gradients, None, None, None, None
+            gradients = NoSecondDerivative.apply(dy, weight, *gradients)  # with its graph, which plain() cuts off
+        return *gradients, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents: Tensor | None):
@@ -313,6 +312,7 @@ def sparse_product(
     plan: Plan,
     qconfig: QuantConfig | None = None,
     dtype: torch.dtype | None = None,
+    shape: Sequence[int] | None = None,
 ) -> Tensor:
     """Product of a sparse weight with an input, as a convolution whose geometry is in the plan.
 
@@ -330,11 +330,13 @@ def sparse_product(
         Without one the computation is in float32.
     dtype : torch.dtype, optional
         Of the result, float32 or bfloat16; x's without one.
+    shape : sequence of int, optional
+        Of the result, in place of that of its images.
 
     Returns
     -------
     Tensor
-        (images, out_channels, out_height, out_width), channels_last where x is; or (images, out_channels).
+        (images, out_channels, out_height, out_width), channels_last where x is; or (images, out_channels); or `shape`.
         Differentiable once with respect to `x`, `values` and `bias`.
 
     Raises
@@ -343,4 +345,4 @@ def sparse_product(
         From the derivative of a derivative, and from forward-mode differentiation.
     """
     save = torch.is_grad_enabled() and values.requires_grad
-    return _SparseProduct.apply(x, values, bias, plan, qconfig, x.dtype if dtype is None else dtype, save)
+    return _SparseProduct.apply(x, values, bias, plan, qconfig, x.dtype if dtype is None else dtype, save, shape)

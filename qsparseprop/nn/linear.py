@@ -121,12 +121,9 @@ class SparseLinear(SparseModule):
         leading = input.shape[:-1]
         rows = input if input.ndim == 2 else input.reshape(math.prod(leading), self.in_features)
         if torch.compiler.is_compiling():
-            y = self._trace(rows[..., None, None], self._layout_numbers(), 1)
-        else:
-            y = self._multiply(rows, self._plan(self._layout(), 1))
-            if rows is input:
-                return y
-        return y.view(*leading, self.out_features)
+            return self._trace(rows[..., None, None], self._layout_numbers(), 1).view(*leading, self.out_features)
+        shape = None if rows is input else (*leading, self.out_features)
+        return self._multiply(rows, self._plan(self._layout(), 1), shape)
 
     def _deferred(self, x: Tensor) -> Tensor | None:
         """The deferred result, or None where there can be none."""

@@ -64,7 +64,8 @@ def unfuse_modules(model: nn.Module) -> nn.Module:
     """Undo `fuse_modules`, in place."""
     for module in model.modules():
         if isinstance(module, SparseModule):
-            module.deferring = False
+            for name in ("deferring", "_usages"):  # nothing is left, which a dense layer would be given
+                vars(module).pop(name, None)
         elif is_starting(module):
             stop_chains(module)
     return model

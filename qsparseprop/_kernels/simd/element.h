@@ -51,3 +51,20 @@ QSP_INLINE void store_n(void *p, const int dtype, f16x v, int n)
     else
         f16_store_bf16_n((uint16_t *)p, v, n);
 }
+
+/* Up to 16 neighbours of a row, zeros behind them; and of what belongs to its channels. */
+QSP_INLINE f16x row_load(const void *p, const int dtype, int64_t at, int n)
+{
+    return n == 16 ? load16(p, dtype, at) : load_n(p, dtype, at, 1, n);
+}
+QSP_INLINE void row_store(void *p, const int dtype, int64_t at, int n, f16x v)
+{
+    if (n == 16)
+        store16(element_at(p, dtype, at), dtype, v);
+    else
+        store_n(element_at(p, dtype, at), dtype, v, n);
+}
+QSP_INLINE f16x params(const float *p, int64_t channel, int n)
+{
+    return n == 16 ? f16_load(p + channel) : f16_load_n(p + channel, n);
+}

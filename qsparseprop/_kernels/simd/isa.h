@@ -15,6 +15,8 @@
 
 #include "activation.h"
 
+#include "epilogue.h"
+
 #include "pack.h"
 
 #include "range.h"
@@ -50,14 +52,10 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .moments = moments,
     .quantize_rows = quantize_rows,
     .norm_moments = norm_moments,
-    .norm = norm,
-    .norm_range = norm_range,
-    .norm_sums = norm_sums,
-    .norm_grad = norm_grad,
-    .act = act,
-    .act_range = act_range,
-    .act_grad = act_grad,
-    .act_sums = act_sums,
+    .epilogue = epilogue,
+    .epilogue_range = epilogue_range,
+    .epilogue_sums = epilogue_sums,
+    .epilogue_grad = epilogue_grad,
     .extent = extent,
     .quantize = quantize,
     .dequantize = dequantize,

@@ -1,9 +1,9 @@
 /* The packer: a strided tensor -> planes of lanes, quantised to codes or as floats, with every gap filled.
  *
- * Batch normalisation, activations and their gradients can be computed on the way, so that their result is not written
- * and read again: what is packed is an element of the tensor (PLAIN), what norm.h or activation.h make of it (NORMED,
- * ACTED), or the gradient of that (NORM_GRAD, ACT_GRAD). */
-enum { PLAIN, NORMED, NORM_GRAD, ACTED, ACT_GRAD };
+ * An epilogue or its gradient can be computed on the way, so that its result is not written and read again: what is
+ * packed is an element of the tensor (PLAIN), what epilogue.h makes of it, in line (CLAMPED) or by a function for a part
+ * of a row (MADE), or the gradient of that (GRADIENT). */
+enum { PLAIN, CLAMPED, MADE, GRADIENT };
 
 /* LIMITED is nearest even with codes that may leave their range. */
 enum { NEAREST, LIMITED, RANDOM, LOGARITHMIC };
@@ -98,19 +98,7 @@ typedef struct {
 
 QSP_INLINE int source_of(const qsp_pack *a)
 {
-    return a->norm ? NORMED : a->norm_grad ? NORM_GRAD : a->act ? ACTED : a->act_grad ? ACT_GRAD : PLAIN;
-}
-
-/* n channels from `c` on of lane `lane` of a run, computed on the way. */
-QSP_INLINE f16x source_at(const qsp_pack *a, const lane_run *r, int64_t lane, int64_t c, int n, const int dtype,
-                          const int source)
-{
-    const int64_t row = r->row + lane * r->row_step;
-    if (source == NORMED)
-        return norm_at(a->norm, row, c, n, dtype, a->norm->residual != NULL, a->norm->codes != NULL);
-    if (source == NORM_GRAD)
-        return norm_grad_at(a->norm_grad, row, c, n, dtype);
-    return source == ACTED ? act_at(a->act, row, c, n, dtype) : act_grad_at(a->act_grad, row, c, n, dtype);
+    return a->gradient ? GRADIENT : !a->epilogue ? PLAIN : a->epilogue->kind == QSP_CLAMP ? CLAMPED : MADE;
 }
 
 /* Whether the elements of every lane, from channel `first` on, start with the first of four that share a random number. */
@@ -197,64 +185,73 @@ QSP_INLINE void pack_floats(const qsp_pack *a, const lane_run *r, int64_t k, int
 enum { BAND = 64, BAND_AHEAD = 4 };
 
 /* Of what is computed on the way; 1 where nothing is. */
-QSP_INLINE int64_t source_channels(const qsp_pack *a, const int source)
+QSP_INLINE int64_t source_channels(const qsp_pack *a)
 {
-    return source == NORMED      ? a->norm->channels
-           : source == NORM_GRAD ? a->norm_grad->channels
-           : source == ACTED     ? a->act->channels
-           : source == ACT_GRAD  ? a->act_grad->channels
-                                 : 1;
+    return a->epilogue ? a->epilogue->channels : a->gradient ? a->gradient->channels : 1;
 }
 
-/* Ask for what `source_at` will read and write of n channels of a lane. */
-QSP_INLINE void source_prefetch(const qsp_pack *a, const lane_run *r, int64_t lane, int64_t c, int n, const int dtype,
-                                const int source)
+QSP_INLINE void prefetch_row(const void *p, int64_t at, int bytes, const int write)
+{
+    for (int b = 0; p && b < bytes; b += 64)
+        if (write)
+            QSP_PREFETCH_WRITE((const char *)p + at + b);
+        else
+            QSP_PREFETCH_READ((const char *)p + at + b);
+}
+
+/* Ask for what n channels of a row will read and write. */
+QSP_INLINE void source_prefetch(const qsp_pack *a, int64_t row, int64_t c, int n, const int dtype, const int source)
 {
     const int width = dtype == QSP_F32 ? 4 : dtype == QSP_BF16 ? 2 : 1;
-    const int64_t at = (r->row + lane * r->row_step) * source_channels(a, source) + c;
-    const char *read[2], *write[2];
-    if (source == ACTED) {
-        read[0] = (const char *)a->act->x;
-        write[0] = (const char *)a->act->out;
-        write[1] = a->act->kind == QSP_CLAMP ? NULL : (const char *)a->act->saved;
-        read[1] = NULL;
-    } else if (source == ACT_GRAD) {
-        read[0] = (const char *)a->act_grad->dy;
-        read[1] = write[0] = write[1] = NULL;
-        if (a->act_grad->kind != QSP_CLAMP)
-            QSP_PREFETCH_READ((const char *)a->act_grad->saved + at);
-    } else if (source == NORMED) {
-        read[0] = (const char *)a->norm->x;
-        read[1] = (const char *)a->norm->residual;
-        write[0] = (const char *)a->norm->out;
-        write[1] = (const char *)a->norm->codes;
-    } else {
-        read[0] = (const char *)a->norm_grad->dy;
-        read[1] = NULL;
-        write[0] = (const char *)a->norm_grad->dresidual;
-        write[1] = NULL;
-        QSP_PREFETCH_READ(a->norm_grad->codes + at);
+    const int64_t at = row * source_channels(a) + c;
+    if (source == GRADIENT) {
+        const qsp_epilogue_grad *g = a->gradient;
+        prefetch_row(g->dy, at * width, n * width, 0);
+        prefetch_row(g->g, at * width, n * width, 1);
+        prefetch_row(g->codes, at, n, 0);
+        if (saves_slopes(g->kind))
+            prefetch_row(g->saved, at, n, 0);
+        return;
     }
-    for (int i = 0; i < 2; i++)
-        if (read[i])
-            for (int b = 0; b < n * width; b += 64)
-                QSP_PREFETCH_READ(read[i] + at * width + b);
-    if (write[0])
-        for (int b = 0; b < n * width; b += 64)
-            QSP_PREFETCH_WRITE(write[0] + at * width + b);
-    if (write[1])
-        QSP_PREFETCH_WRITE(write[1] + at);
+    const qsp_epilogue *f = a->epilogue;
+    prefetch_row(f->x, at * width, n * width, 0);
+    prefetch_row(f->residual, at * width, n * width, 0);
+    prefetch_row(f->out, at * width, n * width, 1);
+    prefetch_row(f->codes, at, n, 1);
+    if (source == MADE && saves_slopes(f->kind))
+        prefetch_row(f->saved, at, n, 1);
 }
 
-/* n channels, at most BAND, of up to 16 lanes of what is computed on the way; `sixteens`: a multiple of sixteen. A lane's channels come one after the other, since codes, masks and results in floating point are read and
- * written beside: in whole cache lines, which would otherwise be gone from the first cache before their next sixteen
- * channels come, where lanes are images. */
+/* n channels from `c` on of a row, in line if they are `whole`. `variant`: of a gradient, or whether there is a scale. */
+QSP_INLINE f16x source_at(const qsp_pack *a, int64_t row, int64_t c, int n, const int dtype, const int source,
+                          const int variant, const int whole)
+{
+    const qsp_epilogue *f = a->epilogue;
+    if (source == CLAMPED)
+        return whole ? epilogue_at(f, row, c, 16, dtype, QSP_CLAMP, variant, f->residual != NULL, f->codes != NULL,
+                                   f->saved != NULL)
+                     : epilogue_any(f, row, c, n);
+    return whole ? epilogue_grad_16(a->gradient, row, c, dtype, variant) : epilogue_grad_any(a->gradient, row, c, n);
+}
+
+QSP_INLINE int variant_of_source(const qsp_pack *a, const int source)
+{
+    return source == GRADIENT ? variant_of(a->gradient) : source == CLAMPED && a->epilogue->scale;
+}
+
+/* n channels, at most BAND, of up to 16 lanes of what is computed on the way; `sixteens`: a multiple of sixteen. A
+ * lane's channels come one after the other, since codes, masks and results in floating point are read and written
+ * beside: in whole cache lines, which would otherwise be gone from the first cache before their next sixteen channels
+ * come, where lanes are images. */
 QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int dtype,
-                          const int rounding, const int source, const int fours, const int sixteens)
+                          const int rounding, const int source, const int variant, const int fours, const int sixteens)
 {
     QSP_ALIGNED(64) uint8_t rows[16][BAND];
+    QSP_ALIGNED(64) float line[BAND];
+    row_maker *make = source == MADE ? row_maker_of(a->epilogue) : NULL;
     const int lanes = (int)qsp_min(16, r->lanes - k), vectors = (n + 15) / 16;
-    const int far = r->row_step > 1 || source >= ACTED; /* neighbours need no help; linear layers have long rows */
+    /* neighbours need no help where rows are short */
+    const int far = r->row_step > 1 || source_channels(a) >= 8 * BAND;
     const int64_t pitch = a->grid.pitch, number = r->number + k * r->number_step + c;
     uint8_t *to = (uint8_t *)a->planes + r->lane + (a->view.plane + c) * pitch + k;
     quantizer q[BAND / 16];
@@ -268,11 +265,16 @@ QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64
         dither[v][0] = dither[v][1] = i32_set1(0);
     }
     for (int j = 0; j < lanes; j++) {
+        const int64_t row = r->row + (k + j) * r->row_step;
         if (far && k + j + BAND_AHEAD < r->lanes)
-            source_prefetch(a, r, k + j + BAND_AHEAD, c, n, dtype, source);
+            source_prefetch(a, row + BAND_AHEAD * r->row_step, c, n, dtype, source);
+        if (source == MADE)
+            make(a->epilogue, row, c, n, line);
+        QSP_UNROLL /* loads of their own, whose strides the processor learns */
         for (int v = 0; v < vectors; v++) {
             const int width = sixteens ? 16 : (int)qsp_min(16, n - 16 * v);
-            const f16x x = source_at(a, r, k + j, c + 16 * v, width, dtype, source);
+            const f16x x = source == MADE ? f16_load(line + 16 * v)
+                                          : source_at(a, row, c + 16 * v, width, dtype, source, variant, sixteens);
             next_dither(a, &random[v], dither[v], number + 16 * v + j * r->number_step, j, rounding, fours);
             codes_store(rows[j] + 16 * v, codes_from(quantize16(x, &q[v], rounding, dither[v][j % 2])));
         }
@@ -397,41 +399,31 @@ QSP_COPIED void run_of_floats(const qsp_pack *a, const lane_run *r, int64_t firs
     }
 }
 
-/* A band of any kind, for those that are not a multiple of sixteen channels. */
+/* A band of any kind, for those that are not a multiple of sixteen channels, and for roundings without a copy below. */
 QSP_APART void band_any(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n)
 {
-    pack_band(a, r, k, c, n, a->dtype, rounding_of(&a->scheme), source_of(a), has_fours(r, c), 0);
+    const int source = source_of(a), variant = variant_of_source(a, source);
+    pack_band(a, r, k, c, n, a->dtype, rounding_of(&a->scheme), source, variant, has_fours(r, c), 0);
 }
 
 QSP_COPIED void run_of_bands(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,
-                             const int rounding, const int source, const int fours)
+                             const int rounding, const int source, const int variant)
 {
     for (int64_t k = 0; k < r->lanes; k += 16)
         for (int64_t c = first; c < last; c += BAND) {
             const int n = (int)qsp_min(BAND, last - c);
             if (n % 16 == 0)
-                pack_band(a, r, k, c, n, dtype, rounding, source, fours, 1);
+                pack_band(a, r, k, c, n, dtype, rounding, source, variant, 1, 1);
             else
                 band_any(a, r, k, c, n);
         }
 }
 
-QSP_APART void norm_grad_any(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)
+QSP_APART void grad_any(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)
 {
-    const int rounding = rounding_of(&a->scheme);
-    if (rounding == NEAREST)
-        run_of_bands(a, r, first, last, a->dtype, NEAREST, NORM_GRAD, 1);
-    else
-        run_of_bands(a, r, first, last, a->dtype, rounding, NORM_GRAD, has_fours(r, first));
-}
-
-QSP_APART void act_grad_any(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last)
-{
-    const int rounding = rounding_of(&a->scheme);
-    if (rounding == NEAREST)
-        run_of_bands(a, r, first, last, a->dtype, NEAREST, ACT_GRAD, 1);
-    else
-        run_of_bands(a, r, first, last, a->dtype, rounding, ACT_GRAD, has_fours(r, first));
+    for (int64_t k = 0; k < r->lanes; k += 16)
+        for (int64_t c = first; c < last; c += BAND)
+            band_any(a, r, k, c, (int)qsp_min(BAND, last - c));
 }
 
 /* Of what layers use by default, the compiler makes copies of the loops: these arguments are constants. */
@@ -452,19 +444,22 @@ RUN_PACKER(lines_f32_floats, run_of_floats, QSP_F32, 0)
 RUN_PACKER(lines_bf16_floats, run_of_floats, QSP_BF16, 0)
 RUN_PACKER(tiles_f32_floats, run_of_floats, QSP_F32, 1)
 RUN_PACKER(tiles_bf16_floats, run_of_floats, QSP_BF16, 1)
-RUN_PACKER(normed_u8, run_of_bands, QSP_U8, NEAREST, NORMED, 1)
-RUN_PACKER(normed_f32, run_of_bands, QSP_F32, NEAREST, NORMED, 1)
-RUN_PACKER(normed_bf16, run_of_bands, QSP_BF16, NEAREST, NORMED, 1)
-RUN_PACKER(norm_grad_f32, run_of_bands, QSP_F32, RANDOM, NORM_GRAD, 1)
-RUN_PACKER(norm_grad_bf16, run_of_bands, QSP_BF16, RANDOM, NORM_GRAD, 1)
-RUN_PACKER(acted_f32, run_of_bands, QSP_F32, NEAREST, ACTED, 1)
-RUN_PACKER(acted_bf16, run_of_bands, QSP_BF16, NEAREST, ACTED, 1)
-RUN_PACKER(act_grad_f32, run_of_bands, QSP_F32, RANDOM, ACT_GRAD, 1)
-RUN_PACKER(act_grad_bf16, run_of_bands, QSP_BF16, RANDOM, ACT_GRAD, 1)
+RUN_PACKER(normed_u8, run_of_bands, QSP_U8, NEAREST, CLAMPED, 1)
+RUN_PACKER(normed_f32, run_of_bands, QSP_F32, NEAREST, CLAMPED, 1)
+RUN_PACKER(normed_bf16, run_of_bands, QSP_BF16, NEAREST, CLAMPED, 1)
+RUN_PACKER(clamped_f32, run_of_bands, QSP_F32, NEAREST, CLAMPED, 0)
+RUN_PACKER(clamped_bf16, run_of_bands, QSP_BF16, NEAREST, CLAMPED, 0)
+RUN_PACKER(made_any, run_of_bands, a->dtype, NEAREST, MADE, 0)
+RUN_PACKER(norm_grad_f32, run_of_bands, QSP_F32, RANDOM, GRADIENT, GRAD_NORMED)
+RUN_PACKER(norm_grad_bf16, run_of_bands, QSP_BF16, RANDOM, GRADIENT, GRAD_NORMED)
+RUN_PACKER(bare_grad_f32, run_of_bands, QSP_F32, RANDOM, GRADIENT, GRAD_BARE)
+RUN_PACKER(bare_grad_bf16, run_of_bands, QSP_BF16, RANDOM, GRADIENT, GRAD_BARE)
+RUN_PACKER(grad_random, run_of_bands, a->dtype, RANDOM, GRADIENT, GRAD_ANY)
+RUN_PACKER(grad_nearest, run_of_bands, a->dtype, NEAREST, GRADIENT, GRAD_ANY)
 #undef RUN_PACKER
 
-/* Which of them packs floats, or codes of a source: lines or tiles of PLAIN, bands of the others, where activations are rounded to
- * nearest. `fours`: the random numbers of a run are not odd ones. */
+/* Which of them packs floats, or codes of a source: lines or tiles of PLAIN, bands of the others, where epilogues are
+ * rounded to nearest. `fours`: the random numbers of a run are not odd ones. */
 static run_packer *packer_of(const qsp_pack *a, const int codes, const int source, const int transposed, const int fours)
 {
     const int wide = a->dtype == QSP_F32;
@@ -473,10 +468,19 @@ static run_packer *packer_of(const qsp_pack *a, const int codes, const int sourc
     const int rounding = rounding_of(&a->scheme);
     const int random = rounding == RANDOM && fours;
     switch (source) {
-    case NORMED: return a->dtype == QSP_U8 ? normed_u8 : wide ? normed_f32 : normed_bf16;
-    case NORM_GRAD: return !random ? norm_grad_any : wide ? norm_grad_f32 : norm_grad_bf16;
-    case ACTED: return wide ? acted_f32 : acted_bf16;
-    case ACT_GRAD: return !random ? act_grad_any : wide ? act_grad_f32 : act_grad_bf16;
+    case CLAMPED:
+        if (a->epilogue->scale)
+            return a->dtype == QSP_U8 ? normed_u8 : wide ? normed_f32 : normed_bf16;
+        return a->dtype == QSP_U8 ? made_any : wide ? clamped_f32 : clamped_bf16;
+    case MADE: return made_any;
+    case GRADIENT:
+        if (!random)
+            return rounding == NEAREST ? grad_nearest : grad_any;
+        switch (variant_of(a->gradient)) {
+        case GRAD_NORMED: return wide ? norm_grad_f32 : norm_grad_bf16;
+        case GRAD_BARE: return wide ? bare_grad_f32 : bare_grad_bf16;
+        default: return grad_random;
+        }
     default: break;
     }
     if (rounding != NEAREST && !random)
@@ -501,7 +505,7 @@ static void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64_t l
     const int source = source_of(a);
     /* the caller sees to it that channels are neighbours where there is a `source` */
     const int transposed = source != PLAIN || (v->elem_c == 1 && w.elem[2] != 1);
-    const int64_t channels = source_channels(a, source);
+    const int64_t channels = source_channels(a);
     run_packer *pack[2]; /* of runs without and with `fours` */
     for (int fours = 0; fours < 2; fours++)
         pack[fours] = packer_of(a, codes, source, transposed, fours);

@@ -31,8 +31,8 @@ class PendingGradient:
     activation : Activation
     codes, factor : Tensor or None
         Of a batch normalisation, see `norm_ops.norm_factors`.
-    bound : Tensor or None
-        What no magnitude exceeds, for each channel.
+    ranges : Tensor or None
+        Bounds for each channel, of the same magnitude below and above.
     total : Tensor or None
         The sum over rows.
     """
@@ -44,14 +44,13 @@ class PendingGradient:
         saved: Tensor | None,
         activation: Activation,
         codes: Tensor | None = None,
-        factors: Tensor | None = None,
+        factor: Tensor | None = None,
+        ranges: Tensor | None = None,
         total: Tensor | None = None,
         behind: PendingGradient | None = None,
     ) -> None:
         self.layout, self.dy, self.saved, self.activation, self.codes = layout, dy, saved, activation, codes
-        self.factor = None if factors is None else factors[:3]
-        self.bound = None if factors is None else factors[3]
-        self.total = total
+        self.factor, self.ranges, self.total = factor, ranges, total
         # of g, which somebody else may want, too: then one pass gives both
         self._behind = None if behind is None else weakref.ref(behind)
         self._values: Tensor | None = None
@@ -80,14 +79,14 @@ class PendingGradient:
     def pack(self, geometry: Geometry, qconfig: QuantConfig) -> tuple[tuple[Tensor, ...], Tensor]:
         """The packed form for the layer before, and the sum over rows."""
         with self._lock:
-            bound, total = self.bound, self.total
-            if bound is None:
-                sums = passes.sums(self.dy, None, self.saved, self.activation)
-                total, bound = sums[:, 0], sums[:, 2].float()
+            ranges, total = self.ranges, self.total
+            if ranges is None:
+                total, _, most = passes.sums(self.dy, None, self.saved, self.activation).float().unbind(1)
+                ranges = torch.stack([-most, most], 1)
             behind = None if self._behind is None else self._behind()
             wanted = behind is not None and behind.open
             packed, g = passes.gradient_pack(self.dy, self.codes, self.saved, self.activation, self.factor, wanted,
-                                             self.layout.images, bound, geometry, qconfig)
+                                             self.layout.images, ranges, geometry, qconfig)
             if wanted and g is not None:
                 with behind._lock:
                     if behind.open:

@@ -15,10 +15,10 @@ from torch import Tensor
 from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.conditions import step_by_step
 from qsparseprop.nn.deferred.gradient import PendingGradient
-from qsparseprop.nn.deferred.passes import IDENTITY, Activation
+from qsparseprop.nn.deferred.passes import IDENTITY, Activation, Affine
 from qsparseprop.nn.deferred.pending import Codes, Pending
-from qsparseprop.nn.deferred.tensor import DeferredTensor
-from qsparseprop.nn.functional import block_gradients, link_to_inputs, refuse_forward_mode
+from qsparseprop.nn.deferred.tensor import DeferredTensor, pending_of
+from qsparseprop.nn.functional import block_gradients, direct_apply, link_to_inputs, refuse_forward_mode, without_graph
 from qsparseprop.ops import check_storage, saved_tensors
 
 
@@ -32,6 +32,7 @@ def result(pending: Pending, dtype: torch.dtype) -> Tensor:
 def _give(pending: Pending, source: DeferredTensor, in_place: bool) -> Tensor:
     if not in_place:
         return result(pending, source.dtype)
+    pending.inference = source._pending.inference
     source._pending = pending
     return source
 
@@ -70,15 +71,18 @@ class Normalisation(NamedTuple):
 
 def _normalise(
     pending: Pending, weight: Tensor | None, bias: Tensor | None, norm: Normalisation, save: bool
-) -> tuple[Pending, Codes | None]:
+) -> tuple[Pending, Codes | None, Tensor]:
     rows = pending.settled()
-    fused, statistics = passes.statistics(rows, weight, bias, norm.running_mean, norm.running_var, norm.momentum,
-                                          norm.eps, norm.training, save)
-    codes = Codes(rows, (fused[2], fused[3]), statistics) if save else None
-    pending = pending.normalised(fused, codes, norm.training or save)
+    affine, ends, statistics = passes.statistics(rows, weight, bias, norm.running_mean, norm.running_var, norm.momentum,
+                                                 norm.eps, norm.training, save)
+    scale, shift, *others = affine.unbind()
+    codes = None
+    if save:
+        codes = Codes(rows, Affine(*others[:2]), Affine(*others[2:]))
+    pending = pending.normalised(Affine(scale, shift), ends if norm.training or save else None, codes)
     if step_by_step() or pending.usage.plain:
         pending.compute()
-    return pending, codes
+    return pending, codes, statistics
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -86,9 +90,9 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, source: DeferredTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation
     ) -> Tensor:
-        pending, codes = _normalise(source._pending, weight, bias, norm, True)
+        pending, codes, statistics = _normalise(source._pending, weight, bias, norm, True)
         link = link_to_inputs()
-        ctx.save_for_backward(link, codes.codes, codes.statistics, weight)
+        ctx.save_for_backward(link, codes.codes, statistics, weight)
         ctx.codes, ctx.layout, ctx.dtype, ctx.batch_statistics = codes, pending.layout, source.dtype, norm.training
         ctx.set_materialize_grads(False)
         return result(pending, source.dtype), link
@@ -98,7 +102,7 @@ class _BatchNorm(torch.autograd.Function):
         if dy is None:
             return None, None, None, None
         link, codes, statistics, weight = saved_tensors(ctx)
-        with torch.no_grad():
+        with without_graph():
             ctx.codes.fill()
             behind, saved, activation = gradient_of(dy), None, IDENTITY
             if behind is not None and behind.codes is None:
@@ -106,12 +110,13 @@ class _BatchNorm(torch.autograd.Function):
             else:
                 behind, rows = None, gradient_rows(dy, ctx.layout, ctx.dtype)
             sums = passes.sums(rows, codes, saved, activation)
-            factors, (dweight, dbias, total) = passes.factors(sums, statistics, weight, len(rows), ctx.batch_statistics)
+            factor, ranges, gradients = passes.factors(sums, statistics, weight, len(rows), ctx.batch_statistics)
+            dweight, dbias, total = gradients.unbind()
         need, dx = ctx.needs_input_grad, None
         if need[0]:
-            dx = _deferred(PendingGradient(ctx.layout, rows, saved, activation, codes, factors, total, behind),
+            dx = _deferred(PendingGradient(ctx.layout, rows, saved, activation, codes, factor, ranges, total, behind),
                            ctx.dtype)  # fmt: skip
-        gradients = dx, dweight.float() if need[1] else None, dbias.float() if need[2] else None
+        gradients = dx, dweight if need[1] else None, dbias if need[2] else None
         return *block_gradients(gradients, link), None
 
     @staticmethod
@@ -122,7 +127,7 @@ class _BatchNorm(torch.autograd.Function):
 def batch_norm(source: DeferredTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation) -> Tensor:
     """Record a batch normalisation."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, weight, bias)):
-        return _BatchNorm.apply(source, weight, bias, norm)[0]
+        return _APPLY[_BatchNorm](source, weight, bias, norm)[0]
     return result(_normalise(source._pending, weight, bias, norm, False)[0], source.dtype)
 
 
@@ -143,7 +148,7 @@ class _Activation(torch.autograd.Function):
         if dy is None:
             return None, None, None
         link, saved = saved_tensors(ctx)
-        with torch.no_grad():
+        with without_graph():
             ctx.slopes.fill()
             rows = gradient_rows(dy, ctx.layout, ctx.dtype)
         dx = _deferred(PendingGradient(ctx.layout, rows, saved, ctx.activation), ctx.dtype)
@@ -164,7 +169,7 @@ def _activate(pending: Pending, activation: Activation, save: bool) -> tuple[Pen
 def activate(source: DeferredTensor, activation: Activation, in_place: bool) -> Tensor:
     """Record an activation."""
     if torch.is_grad_enabled() and source.requires_grad:
-        return _Activation.apply(source, activation, in_place)[0]
+        return _APPLY[_Activation](source, activation, in_place)[0]
     pending, _ = _activate(source._pending, activation, False)
     return _changed(_give(pending, source, in_place), in_place)
 
@@ -173,7 +178,6 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         ctx.save_for_backward(scale)
-        ctx.layout, ctx.dtype = source._pending.layout, source.dtype
         return result(_map(source._pending, scale, shift), source.dtype)
 
     @staticmethod
@@ -200,7 +204,7 @@ def _map(pending: Pending, scale: Tensor | None, shift: Tensor | None) -> Pendin
 def channel_map(source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """Record a multiplication or a shift by a number for each channel, which gets no gradient."""
     if torch.is_grad_enabled() and source.requires_grad:
-        return _Map.apply(source, scale, shift)
+        return _APPLY[_Map](source, scale, shift)
     return result(_map(source._pending, scale, shift), source.dtype)
 
 
@@ -222,20 +226,21 @@ class _Addition(torch.autograd.Function):
 
 
 def _add(pending: Pending, other: Tensor) -> Pending:
-    if type(other) is DeferredTensor:
+    if pending_of(other) is not None:
         rows, layout = other._pending.rows(), other._pending.layout
         if layout.channels_first != pending.layout.channels_first:
             rows = pending.layout.rows(layout.view(rows))
     else:
+        other = other._pending.plain() if type(other) is DeferredTensor else other.detach()
         check_storage(other, "what is added")
-        rows = pending.layout.rows(other.detach())
+        rows = pending.layout.rows(other)
     return pending.plus(rows)
 
 
 def add(source: DeferredTensor, other: Tensor, in_place: bool) -> Tensor:
     """Record an addition."""
     if torch.is_grad_enabled() and (source.requires_grad or other.requires_grad):
-        return _Addition.apply(source, other, in_place)
+        return _APPLY[_Addition](source, other, in_place)
     return _changed(_give(_add(source._pending, other), source, in_place), in_place)
 
 
@@ -243,3 +248,6 @@ def _changed(tensor: Tensor, in_place: bool) -> Tensor:
     if in_place and not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
     return tensor
+
+
+_APPLY = {function: direct_apply(function) for function in (_BatchNorm, _Activation, _Map, _Addition)}

@@ -50,7 +50,7 @@ class PackedSource(NamedTuple):
 
     def pack(self, geometry: Geometry, qconfig: QuantConfig) -> tuple[Tensor, ...]:
         """Planes, scale and zero point."""
-        return passes.pack_codes(self.codes, self.scale, self.shift, self.activation, self.images, self.ranges,
+        return passes.pack_codes(self.codes, passes.Affine(self.scale, self.shift), self.activation, self.images, self.ranges,
                                  geometry, qconfig)
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn.deferred import passes
+from qsparseprop.nn.deferred.conditions import watcher
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_input
-from qsparseprop.nn.deferred.passes import IDENTITY, Activation
+from qsparseprop.nn.deferred.passes import IDENTITY, NO_AFFINE, Activation, Affine
 from qsparseprop.nn.deferred.usage import Operation, Usage
 from qsparseprop.quantization import QuantConfig
 
@@ -27,16 +28,18 @@ class Codes:
     ----------
     codes : Tensor
         uint8, (rows, channels).
-    statistics : Tensor
-        float64, of `norm_ops.norm_statistics`.
+    coding : Affine
+        What makes codes of the input, see `epilogue_ops.epilogue`.
+    decoding : Affine
+        What makes the normalised input of codes.
     """
 
-    __slots__ = ("_rows", "affine", "codes", "statistics")
+    __slots__ = ("_rows", "codes", "coding", "decoding")
 
-    def __init__(self, rows: Tensor, affine: tuple[Tensor, Tensor], statistics: Tensor) -> None:
+    def __init__(self, rows: Tensor, coding: Affine, decoding: Affine) -> None:
         self._rows: Tensor | None = rows
-        self.affine, self.statistics = affine, statistics
-        self.codes = passes.empty(tuple(rows.shape), torch.uint8)
+        self.coding, self.decoding = coding, decoding
+        self.codes = passes.codes_like(rows)
 
     @property
     def wanted(self) -> Tensor | None:
@@ -49,10 +52,8 @@ class Codes:
 
     def fill(self) -> None:
         """Fill it now if nobody has."""
-        rows = self._rows
-        if rows is not None:
-            one = torch.ones(rows.shape[1])
-            passes.apply(rows, None, one, 0 * one, IDENTITY, self.affine, self.codes, None)
+        if self._rows is not None:
+            passes.apply(self._rows, None, NO_AFFINE, IDENTITY, self.coding, self.codes)
             self.filled()
 
 
@@ -61,9 +62,9 @@ class Slopes:
 
     __slots__ = ("_source", "saved")
 
-    def __init__(self, rows: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation) -> None:
-        self._source: tuple[Any, ...] | None = (rows, None, scale, shift, activation, None, None)
-        self.saved = passes.saved_like(*rows.shape, activation)
+    def __init__(self, rows: Tensor, affine: Affine, activation: Activation) -> None:
+        self._source: tuple[Tensor, Affine, Activation] | None = (rows, affine, activation)
+        self.saved = passes.saved_like(rows, activation)
 
     @property
     def wanted(self) -> Tensor | None:
@@ -77,7 +78,8 @@ class Slopes:
     def fill(self) -> None:
         """Fill it now if nobody has."""
         if self._source is not None:
-            passes.apply(*self._source, self.saved)
+            rows, affine, activation = self._source
+            passes.apply(rows, None, affine, activation, saved=self.saved)
             self.filled()
 
 
@@ -89,6 +91,10 @@ class Pending:
     layout : Layout
     usage : Usage
         What became of it the last time, and becomes now.
+    inference : bool
+        Whether its values are a tensor of inference mode.
+    watcher : callable or None
+        Who saw what autograd saved when it was recorded, see `conditions.watcher`.
     packed : PackedInput or None
         What a sparse layer has made of it.
     """
@@ -97,15 +103,16 @@ class Pending:
         self._rows: Tensor | None = rows  # nobody else's, and never changed, unless they are borrowed
         self._borrowed = borrowed
         self._shared = False  # whether other chains read the rows, too
-        self._scale: Tensor | None = None
-        self._shift: Tensor | None = None
-        self._ends: Tensor | None = None  # of the affine map, (2, channels)
+        self._affine = NO_AFFINE
+        self._ends: Tensor | None = None  # bounds of what it gives, (channels, 2)
         self._activation = IDENTITY
         self._codes: Codes | None = None
         self._slopes: Slopes | None = None
-        self._of_codes: tuple[Any, ...] | None = None  # codes, scale, shift, activation, if it is computed of no more
+        self._of_codes: tuple[Codes, Activation] | None = None  # codes and activation, if it is computed of no more
         self._values: Tensor | None = None
         self._lock = threading.RLock()
+        self.inference = torch.is_inference_mode_enabled()
+        self.watcher = watcher()
         self.layout, self.usage = layout, usage
         self.packed: PackedInput | None = None
 
@@ -123,16 +130,12 @@ class Pending:
         with self._lock:
             return self._settled()
 
-    def normalised(self, fused: Tensor, codes: Codes | None, bounded: bool) -> Pending:
-        """With a batch normalisation of what is settled.
-
-        Its vectors are rows of `fused`, see `norm_ops.norm_statistics`; the last two only where it is `bounded`.
-        """
+    def normalised(self, affine: Affine, ends: Tensor | None, codes: Codes | None) -> Pending:
+        """With a batch normalisation of what is settled, the bounds of what it gives, and what it saves."""
         new = self._follow("BatchNorm")
-        new._scale, new._shift, new._ends = fused[0], fused[1], fused[4:6] if bounded else None
-        new._codes = codes
+        new._affine, new._ends, new._codes = affine, ends, codes
         if codes is not None:
-            new._of_codes = codes, new._scale, new._shift, IDENTITY
+            new._of_codes = codes, IDENTITY
         if self._borrowed:  # they may be changed before the chain is computed
             new.compute()
         return new
@@ -142,12 +145,12 @@ class Pending:
         if self._activation is not IDENTITY:
             self.settled()
         new = self._follow(activation)
-        new._scale, new._shift, new._ends, new._codes = self._scale, self._shift, self._ends, self._codes
+        new._affine, new._ends, new._codes = self._affine, self._ends, self._codes
         new._activation = activation
-        if self._of_codes is not None and self._of_codes[3] is IDENTITY:
-            new._of_codes = *self._of_codes[:3], activation
+        if self._of_codes is not None and self._of_codes[1] is IDENTITY:
+            new._of_codes = self._of_codes[0], activation
         if save:
-            new._slopes = Slopes(self._rows, self._scale, self._shift, activation)
+            new._slopes = Slopes(self._rows, self._affine, activation)
         if self._borrowed:
             new.compute()
         return new, new._slopes
@@ -160,8 +163,10 @@ class Pending:
         rows = self.settled()
         new = self._follow("scale" if shift is None else "shift")
         channels = rows.shape[1]
-        new._scale = torch.ones(channels) if scale is None else scale.detach().reshape(-1).clone()
-        new._shift = torch.zeros(channels) if shift is None else shift.detach().reshape(-1).clone()
+        new._affine = Affine(
+            torch.ones(channels, dtype=torch.float32) if scale is None else scale.detach().reshape(-1).clone(),
+            torch.zeros(channels, dtype=torch.float32) if shift is None else shift.detach().reshape(-1).clone(),
+        )
         if self._borrowed:
             new.compute()
         return new
@@ -169,12 +174,12 @@ class Pending:
     @property
     def is_mapped(self) -> bool:
         """Whether an addition would be done in the pass of a map that is still to be computed."""
-        return self.open and self._scale is not None and self._activation is IDENTITY
+        return self.open and self._affine is not NO_AFFINE and self._activation is IDENTITY
 
     def plus(self, other: Tensor) -> Pending:
         """With the rows of another tensor added, at once."""
-        with self._lock, _ordinary_tensors():
-            if self._activation is IDENTITY and self._scale is not None:
+        with self._lock, self._mode():
+            if self._activation is IDENTITY and self._affine is not NO_AFFINE:
                 rows = self._apply(other)
             else:
                 rows = self._settled() + other
@@ -183,12 +188,15 @@ class Pending:
 
     # ---- computing ----
 
-    def _apply(self, residual: Tensor | None = None) -> Tensor:
+    def _buffers(self) -> tuple[Affine, Tensor | None, Tensor | None]:
+        """What is to be filled on the way: by which map codes are made, where they go, and what the activation saves."""
         codes = None if self._codes is None else self._codes.wanted
         saved = None if self._slopes is None else self._slopes.wanted
-        affine = None if codes is None else self._codes.affine
-        with _ordinary_tensors():
-            rows = passes.apply(self._rows, residual, self._scale, self._shift, self._activation, affine, codes, saved)
+        return NO_AFFINE if codes is None else self._codes.coding, codes, saved
+
+    def _apply(self, residual: Tensor | None = None) -> Tensor:
+        with self._mode():
+            rows = passes.apply(self._rows, residual, self._affine, self._activation, *self._buffers())
         self._filled()
         return rows
 
@@ -201,16 +209,15 @@ class Pending:
     def _become(self, rows: Tensor) -> None:
         """The values are known: nothing is left to be done."""
         self._shared = self._shared and rows is self._rows
-        self._rows, self._scale, self._shift, self._ends, self._activation = rows, None, None, None, IDENTITY
+        self._rows, self._affine, self._ends, self._activation = rows, NO_AFFINE, None, IDENTITY
         self._codes = self._slopes = None
 
     def _settle(self) -> None:
-        if self._scale is not None or self._activation is not IDENTITY:
+        if self._affine is not NO_AFFINE or self._activation is not IDENTITY:
             self._become(self._apply())
 
     def _settled(self) -> Tensor:
-        if self._rows is None:
-            return self.layout.rows(self._values)
+        assert self._rows is not None, "the values have been seen"
         self._settle()
         return self._rows
 
@@ -230,7 +237,7 @@ class Pending:
             self._settle()
 
     def rows(self) -> Tensor:
-        """The values as rows, for reading."""
+        """The values as rows, for reading, while it is `open`."""
         with self._lock:
             self.usage.summed = True
             return self._settled()
@@ -239,15 +246,16 @@ class Pending:
         """The values as an ordinary tensor, which from now on is the only place where they are."""
         with self._lock:
             if self._values is None:
-                with _ordinary_tensors(), torch.no_grad():
+                with self._mode(), torch.no_grad():
                     self.usage.read = True
                     self._settle()
                     rows = self._rows
                     values = self.layout.tensor(rows)
-                    if self._shared and not self._borrowed and values.data_ptr() == rows.data_ptr():
-                        values = values.clone()  # what others have still to read
+                    shared = self._shared and not self._borrowed and values.data_ptr() == rows.data_ptr()
+                    if shared or values.is_inference() is not self.inference:
+                        values = values.clone()  # what others have still to read, or made in the other mode
                     self._values = values.detach()  # no view: it may be changed in place
-                    self._rows = self.packed = None  # of changes, from now on, nobody need tell
+                    self._rows = self.packed = self.watcher = None  # of changes, from now on, nobody need tell
             return self._values
 
     def pack(self, geometry: Geometry, qconfig: QuantConfig) -> PackedInput | None:
@@ -258,17 +266,12 @@ class Pending:
                 return self.packed if self.packed.fits(geometry, qconfig) else None
             if self._values is not None or not packs_input(qconfig, geometry) or qconfig.check_finite:
                 return None
-            if self._activation is IDENTITY and self._scale is None and self._of_codes is None:
+            if self._affine is NO_AFFINE and self._activation is IDENTITY and self._of_codes is None:
                 return None  # values: packed as those of any tensor
-            ranges = passes.output_range(self._rows, self._scale, self._shift, self._activation, self._ends)
-            codes = None if self._codes is None else self._codes.wanted
-            saved = None if self._slopes is None else self._slopes.wanted
-            affine = None if codes is None else self._codes.affine
-            with _ordinary_tensors():
-                rows, *packed = passes.pack(
-                    self._rows, self._scale, self._shift, self._activation, affine, codes, saved, self.layout.images,
-                    ranges, geometry, qconfig, self.usage.keeps_values,
-                )  # fmt: skip
+            with self._mode():
+                ranges = passes.output_range(self._rows, self._affine, self._activation, self._ends)
+                rows, packed = passes.pack(self._rows, self._affine, self._activation, *self._buffers(),
+                                           self.layout.images, ranges, geometry, qconfig, self.usage.keeps_values)
             self._filled()
             self.packed = PackedInput(*packed, geometry, qconfig.input, qconfig.granularity, self._source(ranges))
             if rows is not None:
@@ -278,17 +281,18 @@ class Pending:
     def _source(self, ranges: Tensor) -> PackedSource | None:
         if self._of_codes is None:
             return None
-        codes, scale, shift, activation = self._of_codes
-        step, least = codes.statistics[5], codes.statistics[6]
-        return PackedSource(codes.codes, (step * scale).float(), (least * scale + shift).float(), ranges, activation,
-                            self.layout.images)
+        codes, activation = self._of_codes
+        return PackedSource(codes.codes, *codes.decoding, ranges, activation, self.layout.images)
 
     def images(self) -> Tensor:
-        """The values as channels_last images, for reading."""
+        """The values as channels_last images, for reading, while it is `open`."""
         with self._lock:
             return self.layout.image_view(self._settled())
 
+    def _mode(self) -> Any:
+        """The mode in which it was recorded, inference mode or not, wherever it is computed."""
+        on = self.inference
+        return _NOTHING if torch.is_inference_mode_enabled() is on else torch.inference_mode(on)
 
-def _ordinary_tensors() -> Any:
-    """What makes tensors that autograd can use later on, wherever they are made."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+_NOTHING = contextlib.nullcontext()

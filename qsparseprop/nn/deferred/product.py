@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,23 +11,26 @@ import torch
 from torch import Tensor
 
 from qsparseprop.geometry import Geometry, embedded
+from qsparseprop.nn.deferred import conditions
 from qsparseprop.nn.deferred.layout import Layout
-from qsparseprop.nn.deferred.nodes import gradient_of, gradient_rows, result
+from qsparseprop.nn.deferred.nodes import gradient_of, gradient_rows
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_gradient
 from qsparseprop.nn.deferred.pending import Pending
-from qsparseprop.nn.deferred.tensor import DeferredTensor
+from qsparseprop.nn.deferred.tensor import DeferredTensor, pending_of
 from qsparseprop.nn.deferred.usage import Usage
 from qsparseprop.nn.functional import (
     _as_dtype,
     backward_pass,
     block_gradients,
     check_finite,
+    direct_apply,
     forward_pass,
     link_to_inputs,
     packed_backward_pass,
     packed_forward_pass,
     refuse_forward_mode,
     value_gradient,
+    without_graph,
 )
 from qsparseprop.ops import is_channels_last, saved_tensors
 from qsparseprop.pattern import Plan
@@ -49,6 +53,7 @@ class _Call:
     packed: PackedInput | None  # the input
     plain: Tensor | None  # the input as images, where it is not packed
     channels_last: bool  # whether the input is
+    plain_result: bool
 
 
 class _Product(torch.autograd.Function):
@@ -70,13 +75,16 @@ class _Product(torch.autograd.Function):
         if dy is None:
             return None, None, None, None
         link, values, *kept = saved_tensors(ctx)
-        with torch.no_grad():
+        with without_graph():
             gradients = _gradients(ctx, dy, values, kept)
         return *block_gradients(gradients, link), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
         refuse_forward_mode()
+
+
+_apply = direct_apply(_Product)
 
 
 def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, tuple[Any, ...], Any]:
@@ -88,8 +96,8 @@ def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tu
         check_finite(values, "the weight")
     if packed is None:
         z, *parts = forward_pass(call.plain, values, bias, plan, qconfig, call.dtype, True)
-        if qconfig.grad_weight == "int8" and type(x) is DeferredTensor:
-            x._pending.keep_packed(PackedInput(*parts, plan.geometry, qconfig.input, qconfig.granularity))
+        if qconfig.grad_weight == "int8" and (pending := pending_of(x)) is not None:
+            pending.keep_packed(PackedInput(*parts, plan.geometry, qconfig.input, qconfig.granularity))
         kept, rest = tuple(parts), None
     else:
         z = packed_forward_pass(packed.parts, call.images[0], values, bias, plan, qconfig, call.dtype)
@@ -101,7 +109,8 @@ def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tu
 
 
 def _start(z: Tensor, call: _Call) -> Tensor:
-    return result(Pending(z, call.layout, call.usage), call.dtype)
+    pending = Pending(z, call.layout, call.usage)
+    return pending.plain() if call.plain_result else DeferredTensor(pending, call.dtype)
 
 
 def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -143,9 +152,9 @@ def _prepare(x: Tensor, images: tuple[int, ...], geometry: Geometry, qconfig: Qu
     if type(x) is not DeferredTensor:
         plain = x.detach().reshape(images)
         return None, plain, geometry, is_channels_last(plain)
-    pending = x._pending
-    if not pending.open:
-        plain = pending.plain().reshape(images)
+    pending = pending_of(x)
+    if pending is None or pending.layout.images != images:  # whose rows are others, as of an image's last dimension
+        plain = x._pending.plain().reshape(images)
         return None, plain, geometry, is_channels_last(plain)
     if pending.packed is not None:
         geometry = embedded(geometry, pending.packed.geometry) or geometry
@@ -161,8 +170,11 @@ def deferred_product(
     geometry: Geometry,
     groups: int,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor | None:
     """Multiply, and give a tensor that what follows can be recorded on.
+
+    None where the layer had better do as if nothing were deferred: its input is an ordinary tensor, and its result is
+    small, or all that was wanted of the last one were the values.
 
     Parameters
     ----------
@@ -180,18 +192,21 @@ def deferred_product(
         Of the result, float32 or bfloat16.
     """
     with torch._C.DisableTorchFunctionSubclass():
+        usage = Usage()
+        trains, plain_result = torch.is_grad_enabled(), math.prod(layout(True).images) < conditions.LEAST_ELEMENTS
+        if not plain_result:
+            usage = layer.__dict__.setdefault("_usages", {}).setdefault(trains, usage)
+            plain_result = usage.begin().plain
+        if plain_result and pending_of(x) is None:
+            usage.read = True
+            return None
         qconfig = layer._qconfig
         packed, plain, geometry, channels_last = _prepare(x, images, geometry, qconfig)
         declared = is_channels_last(x) if x.ndim == 4 else False
-        usages = layer.__dict__.setdefault("_usages", {})
-        trains = torch.is_grad_enabled()
-        usage = usages.get(trains)
-        if usage is None:
-            usage = usages[trains] = Usage()
-        call = _Call(layer._plan(geometry, groups), qconfig, dtype, layout(declared), images, usage.begin(), packed,
-                     plain, channels_last)
         usage.fed = packed is not None
+        call = _Call(layer._plan(geometry, groups), qconfig, dtype, layout(declared), images, usage, packed, plain,
+                     channels_last, plain_result)
         weight, bias = layer.weight, layer.bias
         if trains and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-            return _Product.apply(x, weight, bias, call)[0]
+            return _apply(x, weight, bias, call)[0]
         return _start(_multiply(x, weight, bias, call)[0], call)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qsparseprop.nn.deferred import nodes, passes
+from qsparseprop.nn.deferred import nodes
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.passes import Activation
 from qsparseprop.nn.deferred.tensor import HANDLERS, DeferredTensor, pending_of
@@ -34,7 +34,7 @@ def _can_be_changed(source: Tensor) -> bool:
 
 def _activation(source: Any, activation: Activation, in_place: bool) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if pending_of(source) is None or not may_defer() or activation.name not in passes.KINDS:
+        if pending_of(source) is None or not may_defer():
             return NotImplemented
         if in_place and not _can_be_changed(source):
             return NotImplemented
@@ -136,13 +136,16 @@ def _addition(source: Any, other: Any, in_place: bool) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         if not isinstance(source, Tensor) or not isinstance(other, Tensor) or source is other or not may_defer():
             return NotImplemented
+        first = source
         if not in_place and _goes_first(other, source):
             source, other = other, source
         if not in_place and _is_for_channels(source, other):
             return nodes.channel_map(source, None, other)
         if (pending_of(source) is None or source.shape != other.shape or source.dtype is not other.dtype
                 or not (type(other) is DeferredTensor or _is_plain(other))
-                or (in_place and not _can_be_changed(source))):  # fmt: skip
+                or (in_place and not _can_be_changed(source))
+                or (not in_place and source.stride() != other.stride()
+                    and (source is not first or 1 in source.shape))):  # fmt: skip -- torch's result looks like the first
             return NotImplemented
         return nodes.add(source, other, in_place)
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from qsparseprop.nn.deferred import conditions
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.layout import Layout, images, linear
 from qsparseprop.nn.deferred.pending import Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor
 from qsparseprop.nn.deferred.usage import Operation, Usage, longest
 from qsparseprop.nn.functional import refuse_forward_mode
-from qsparseprop.ops import are_plain, is_channels_last
+from qsparseprop.ops import are_plain
 
 #: Layers whose results start chains, and those that start them with their own inputs.
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -52,7 +53,7 @@ class _Hook:
 
     def _begin(self, x: Any, features_last: bool, borrowed: bool) -> Tensor | None:
         """A deferred tensor with the values of an ordinary one; None where nothing is deferred."""
-        if type(x) is not Tensor or not may_defer():
+        if type(x) is not Tensor or x.numel() < conditions.LEAST_ELEMENTS or not may_defer():
             return None
         trains = torch.is_grad_enabled()
         usage = self._usages.get(trains)
@@ -69,18 +70,16 @@ class _Hook:
 
 
 def _layout_of(x: Tensor, features_last: bool) -> Layout | None:
-    if (x.ndim < 2 or (x.ndim > 4 and not features_last) or x.numel() == 0 or x.dtype not in (torch.float32, torch.bfloat16)
-            or not x.is_cpu or x.layout is not torch.strided or not are_plain(x)):  # fmt: skip
+    if (x.ndim < 2 or (x.ndim > 4 and not features_last) or x.numel() == 0
+            or x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu or x.layout is not torch.strided
+            or not are_plain(x)):  # fmt: skip
         return None
     shape = tuple(x.shape)
     if features_last or x.ndim == 2:
-        return linear(shape) if x.is_contiguous() else None
-    if x.ndim == 4:
-        channels_last = is_channels_last(x)
-        if not channels_last and not x.is_contiguous():
-            return None
-        return images(shape, not channels_last)
-    return images(shape, True) if x.is_contiguous() else None
+        found = [linear(shape)]
+    else:
+        found = [images(shape, contiguous) for contiguous in (True, False)[: x.ndim - 2]]
+    return next((layout for layout in found if layout.strides == x.stride()), None)
 
 
 class StartBehind(_Hook):

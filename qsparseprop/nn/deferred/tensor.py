@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from qsparseprop.nn.deferred.conditions import keep_from_compiling, watcher
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.pending import Pending
 
@@ -19,11 +20,14 @@ HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
 _MEMORY = {
     getattr(Tensor, name)
     for name in ("__array__", "__deepcopy__", "__dlpack__", "__dlpack_device__", "__format__", "__reduce_ex__",
-                 "__repr__", "_typed_storage", "data_ptr", "is_set_to", "is_shared", "numpy", "pin_memory",
-                 "share_memory_", "storage", "tolist", "type", "untyped_storage", "apply_", "map_", "map2_", "resize_",
-                 "resize_as_", "set_")
+                 "__repr__", "is_set_to", "numpy", "pin_memory", "share_memory_", "tolist", "type", "apply_", "map_",
+                 "map2_")
 }  # fmt: skip
+#: What asks for the memory alone: no history is needed, and no mode sees an operator (torch.compile asks this way).
+_STORAGE = {getattr(Tensor, name) for name in ("_typed_storage", "data_ptr", "is_shared", "storage", "untyped_storage")}
 _GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__
+#: What gives a tensor another memory.
+_OTHER_MEMORY = (torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.resize_as_)
 
 
 class DeferredTensor(Tensor):
@@ -55,29 +59,45 @@ class DeferredTensor(Tensor):
             if result is not NotImplemented:
                 return result
         with torch._C.DisableTorchFunctionSubclass():
+            if func in _STORAGE:
+                return func(args[0]._pending.plain())
             if func in _MEMORY:
                 args, kwargs = tree_map_only(DeferredTensor, _with_memory, (args, kwargs))
-            elif func is _GET_DATA:
-                return _with_memory(args[0]).data
-            elif func is _SET_DATA:
-                raise RuntimeError("the data of a sparse layer's result cannot be exchanged: assign to a clone of it")
+            elif func == _GET_DATA:  # Python makes such objects anew each time
+                return args[0]._pending.plain().data
+            elif func == _SET_DATA:
+                _refuse_other_memory()
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator on the values."""
+        if func.overloadpacket in _OTHER_MEMORY:
+            _refuse_other_memory()
         deferred = []
 
         def values(tensor: DeferredTensor) -> Tensor:
             deferred.append(tensor)
             return tensor._pending.plain()
 
+        given = args
         args, kwargs = tree_map_only(DeferredTensor, values, (args, kwargs or {}))
         result = func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:  # squeeze_ and the like change the tensor itself, too
+            with torch._C._DisableTorchDispatch():
+                func(*given, **kwargs)
         for tensor in deferred:
             if result is tensor._pending._values:  # in place: the result is the tensor that was given
                 return tensor
         return result
+
+
+def _refuse_other_memory() -> None:
+    raise RuntimeError("the memory of a sparse layer's result cannot be exchanged: take a clone() of it")
+
+
+for _method in (DeferredTensor.__torch_function__, DeferredTensor.__torch_dispatch__):
+    keep_from_compiling(_method.__func__)
 
 
 def _with_memory(tensor: DeferredTensor) -> Tensor:
@@ -86,11 +106,14 @@ def _with_memory(tensor: DeferredTensor) -> Tensor:
 
 
 def pending_of(tensor: Tensor) -> Pending | None:
-    """What is pending of a tensor, if nobody has seen its values yet."""
+    """What is pending of a tensor, if nobody has seen its values yet, and it can be taken up here."""
     if type(tensor) is not DeferredTensor:
         return None
     pending = tensor._pending
-    return pending if isinstance(pending, Pending) and pending.open else None
+    if not isinstance(pending, Pending) or not pending.open:
+        return None
+    here = watcher()
+    return pending if here is None or here is pending.watcher else None
 
 
 def ordinary(tensor: Tensor) -> Tensor:

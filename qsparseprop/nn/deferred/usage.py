@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from qsparseprop.nn.deferred.conditions import watcher
 from qsparseprop.nn.deferred.passes import Activation
 
 #: What can follow a product: "BatchNorm", "add", or an activation.
@@ -50,7 +51,7 @@ class Usage:
 
     def begin(self) -> Usage:
         """A new tensor is made."""
-        if not self.plain:
+        if not self._values_only:
             self._last = (self.absorbed, self.packed, self.summed, self.read)
         self.absorbed = self.packed = self.summed = self.read = False
         self._calls += 1
@@ -58,7 +59,14 @@ class Usage:
 
     @property
     def plain(self) -> bool:
-        """Whether only the values were wanted, so that there is nothing to defer."""
+        """Whether only the values were wanted, so that there is nothing to defer.
+
+        Where somebody sees what autograd saves, this may not depend on a guess.
+        """
+        return self._values_only and watcher() is None
+
+    @property
+    def _values_only(self) -> bool:
         absorbed, packed, summed, read = self._last
         return read and not (absorbed or packed or summed) and self._calls % RETRY != 0
 

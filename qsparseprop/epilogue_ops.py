@@ -1,0 +1,366 @@
+"""Operators of what follows a product: ``activation(x * scale + shift + residual)``, every part optional.
+
+They continue ``qsparseprop.ops``: registered with ``torch.library``, without knowledge of modules. All tensors are
+matrices (rows, channels), which is how a channels_last tensor looks (a row is a pixel) and a linear layer's result.
+
+An activation is a name and a list of options:
+
+==============  ===================  =================================================================
+name            options              kept for the gradient
+==============  ===================  =================================================================
+``identity``    none                 nothing
+``clamp``       least, greatest      a bit an element: it lies strictly between the limits
+``leaky_relu``  slope below zero     a bit an element: it is above zero
+``silu``        none                 the slope in 8 bits, in steps of 1/200
+``hardswish``   none                 the slope in 8 bits, in steps of 1/120
+``gelu``        none                 the slope in 8 bits, in steps of 1/200
+``gelu_tanh``   none                 the slope in 8 bits, in steps of 1/200
+==============  ===================  =================================================================
+
+ReLU is a clamp to 0 and infinity, ReLU6 and Hardtanh are clamps. A code of 8 bits stands for 1/2 plus its distance from
+128 in these steps; bits are in words of 16, from the lowest on. NaN stays NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qsparseprop._kernels import _epilogue
+from qsparseprop._kernels._memory import empty
+from qsparseprop.ops import RANDOM_SCHEMES, operator
+from qsparseprop.reference import mix_seed
+
+#: Names of the activations.
+ACTIVATIONS = _epilogue.ACTIVATIONS
+
+_BITS = ("clamp", "leaky_relu")
+_X = "Tensor x, Tensor? residual, Tensor? scale, Tensor? shift, str activation, float[] options"
+_DY = "Tensor dy, Tensor? codes, Tensor? saved, str activation, float[] options"
+_PACKING = "int[] images, Tensor ranges, int[] grid, int[] views, int lanes, str scheme"
+
+
+def saved_like(shape: tuple[int, ...], activation: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of what is kept of a tensor of a shape."""
+    if activation in _BITS:
+        return (*shape[:-1], -(-shape[-1] // 16)), torch.int16
+    return shape, torch.uint8
+
+
+def _kept(x: Tensor, activation: str, code_scale: Tensor | None, save: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Where the codes go, and what is kept of the activation."""
+    codes = None if code_scale is None else empty(tuple(x.shape), torch.uint8)
+    return codes, empty(*saved_like(tuple(x.shape), activation)) if save and activation != "identity" else None
+
+
+def _kept_fake(x, activation, code_scale, save):
+    shape, dtype = saved_like(tuple(x.shape), activation) if save and activation != "identity" else (0, torch.uint8)
+    return x.new_empty(0 if code_scale is None else x.shape, dtype=torch.uint8), x.new_empty(shape, dtype=dtype)
+
+
+def _or_empty(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype) if tensor is None else tensor
+
+
+def packed_like(grid: Sequence[int], lanes: int, per_channel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Planes, scale and zero point to be filled."""
+    scales = grid[4] if per_channel else 1
+    return (
+        empty((lanes,), torch.uint8), torch.empty(scales, dtype=torch.float32), torch.empty(scales, dtype=torch.int32)
+    )  # fmt: skip
+
+
+def _packed_fake(x, grid, lanes, per_channel):
+    scales = grid[4] if per_channel else 1
+    return (
+        x.new_empty(lanes, dtype=torch.uint8), x.new_empty(scales, dtype=torch.float32),
+        x.new_empty(scales, dtype=torch.int32),
+    )  # fmt: skip
+
+
+@operator(
+    f"epilogue({_X}, Tensor? code_scale, Tensor? code_shift, bool save) -> (Tensor, Tensor, Tensor)",
+    lambda x, residual, scale, shift, activation, options, code_scale, code_shift, save: (
+        torch.empty_like(x), *_kept_fake(x, activation, code_scale, save)
+    ),
+)  # fmt: skip
+def epilogue(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    options: Sequence[float],
+    code_scale: Tensor | None,
+    code_shift: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``activation(x * scale + shift + residual)``, and what its backward pass needs.
+
+    Parameters
+    ----------
+    x, residual : Tensor
+        (rows, channels), float32 or bfloat16, contiguous; residual may be None.
+    scale, shift : Tensor or None
+        float32, (channels,), contiguous; both or neither.
+    activation : str
+    options : sequence of float
+    code_scale, code_shift : Tensor or None
+        float32, (channels,): ``code = 128 + round(x * code_scale + code_shift)``. None: x is not kept.
+    save : bool
+        Whether what the gradient of the activation needs is kept.
+
+    Returns
+    -------
+    y : Tensor
+        Like x.
+    codes : Tensor
+        uint8, like x: x in 8 bits; empty without `code_scale`.
+    saved : Tensor
+        int16, (rows, ceil(channels / 16)), or uint8, like x; empty where nothing is kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a tensor is not as said, or the activation or its options are unknown.
+    """
+    out, (codes, saved) = empty(tuple(x.shape), x.dtype), _kept(x, activation, code_scale, save)
+    _epilogue.epilogue(x, residual, out, scale, shift, activation, options, code_scale, code_shift, codes, saved,
+                       torch.get_num_threads())  # fmt: skip
+    return out, _or_empty(codes, torch.uint8), _or_empty(saved, torch.uint8)
+
+
+@operator(
+    f"epilogue_range({_X}) -> Tensor",
+    lambda x, residual, scale, shift, activation, options: x.new_empty((x.shape[1], 2), dtype=torch.float32),
+)
+def epilogue_range(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    options: Sequence[float],
+) -> Tensor:
+    """Bounds of each channel of what `epilogue` gives, before it is rounded to x's dtype.
+
+    They are its least and greatest element, except that where an activation falls and rises, its least value is taken
+    for an element if it lies within the channel's range.
+
+    Parameters
+    ----------
+    x, residual, scale, shift, activation, options
+        As for `epilogue`; at least one row.
+
+    Returns
+    -------
+    Tensor
+        float32, (channels, 2); NaN where an element is not finite.
+    """
+    return _epilogue.epilogue_range(x, residual, scale, shift, activation, options, torch.get_num_threads())
+
+
+@operator(
+    "activation_range(Tensor ranges, str activation, float[] options) -> Tensor",
+    lambda ranges, activation, options: torch.empty_like(ranges, memory_format=torch.contiguous_format),
+)
+def activation_range(ranges: Tensor, activation: str, options: Sequence[float]) -> Tensor:
+    """Bounds of what an activation makes of numbers in given ranges.
+
+    Parameters
+    ----------
+    ranges : Tensor
+        float32, (channels, 2), contiguous: least and greatest.
+    activation : str
+    options : sequence of float
+
+    Returns
+    -------
+    Tensor
+        Like `ranges`; NaN where they are, or the result is not finite.
+    """
+    return _epilogue.activation_range(ranges, activation, options)
+
+
+def _epilogue_pack_fake(x, residual, scale, shift, activation, options, code_scale, code_shift, save, images, ranges,
+                        grid, views, lanes, scheme, per_channel, keep):
+    return (
+        torch.empty_like(x) if keep else x.new_empty(0), *_kept_fake(x, activation, code_scale, save),
+        *_packed_fake(x, grid, lanes, per_channel),
+    )  # fmt: skip
+
+
+@operator(
+    f"epilogue_pack({_X}, Tensor? code_scale, Tensor? code_shift, bool save, {_PACKING}, bool per_channel, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _epilogue_pack_fake,
+)
+def epilogue_pack(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    options: Sequence[float],
+    code_scale: Tensor | None,
+    code_shift: Tensor | None,
+    save: bool,
+    images: Sequence[int],
+    ranges: Tensor,
+    grid: Sequence[int],
+    views: Sequence[int],
+    lanes: int,
+    scheme: str,
+    per_channel: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`epilogue` and `ops.quantize_pack` of its result in one pass.
+
+    The result is quantised before it is rounded to x's dtype, with scales from `ranges` in place of its own range.
+
+    Parameters
+    ----------
+    x, residual, scale, shift, activation, options, code_scale, code_shift, save
+        As for `epilogue`; at least two channels. x may be uint8 codes, read as the numbers 0 to 255, where there is no
+        residual, nothing is saved and only the packed result is wanted.
+    images : sequence of int
+        (images, channels, height, width) of the channels_last tensor whose rows x has.
+    ranges : Tensor
+        float32, (channels, 2), or (1, 2) without `per_channel`: bounds of the result, least and greatest.
+    grid, views, lanes, scheme, per_channel
+        As for `quantize_pack`; "absmax", "symmetric" or "standard". Pixels in no view are left out of all results.
+    keep : bool
+        Whether the result itself is wanted as well.
+
+    Returns
+    -------
+    y, codes, saved : Tensor
+        Of `epilogue`; y empty if not wanted.
+    planes, plane_scale, zero_point : Tensor
+        Of `quantize_pack`.
+    """
+    out, (codes, saved) = empty(tuple(x.shape), x.dtype) if keep else None, _kept(x, activation, code_scale, save)
+    packed = packed_like(grid, lanes, per_channel)
+    _epilogue.epilogue_pack(x, residual, out, scale, shift, activation, options, code_scale, code_shift, codes, saved,
+                            images, ranges, *packed, grid, views, scheme, per_channel,
+                            torch.get_num_threads())  # fmt: skip
+    return _or_empty(out, x.dtype), _or_empty(codes, torch.uint8), _or_empty(saved, torch.uint8), *packed
+
+
+@operator(
+    f"epilogue_sums({_DY}) -> Tensor",
+    lambda dy, codes, saved, activation, options: dy.new_empty((dy.shape[1], 3), dtype=torch.float64),
+)
+def epilogue_sums(
+    dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: str, options: Sequence[float]
+) -> Tensor:
+    """Of each channel the sums of the gradient ``g = dy * slope`` and of g * code, and the greatest magnitude of g.
+
+    Parameters
+    ----------
+    dy : Tensor
+        (rows, channels), float32 or bfloat16, contiguous.
+    codes, saved : Tensor or None
+        Of `epilogue`: None where nothing was kept.
+    activation, options
+        As for `epilogue`.
+
+    Returns
+    -------
+    Tensor
+        float64, (channels, 3); the second is 0 without codes, the magnitude NaN where an element is not finite.
+    """
+    return _epilogue.epilogue_sums(dy, codes, saved, activation, options, torch.get_num_threads())
+
+
+@operator(
+    f"epilogue_grad({_DY}, Tensor? factor, bool want_g) -> (Tensor, Tensor)",
+    lambda dy, codes, saved, activation, options, factor, want_g: (
+        torch.empty_like(dy), torch.empty_like(dy) if want_g else dy.new_empty(0)
+    ),
+)  # fmt: skip
+def epilogue_grad(
+    dy: Tensor,
+    codes: Tensor | None,
+    saved: Tensor | None,
+    activation: str,
+    options: Sequence[float],
+    factor: Tensor | None,
+    want_g: bool,
+) -> tuple[Tensor, Tensor]:
+    """``g * factor[0] + code * factor[1] + factor[2]``, with ``g = dy * slope``; without factors g.
+
+    Parameters
+    ----------
+    dy, codes, saved, activation, options
+        As for `epilogue_sums`. Without codes ``code * factor[1]`` is left out.
+    factor : Tensor or None
+        float32, (3, channels).
+    want_g : bool
+        Whether g itself is wanted, which is the residual's gradient.
+
+    Returns
+    -------
+    dx, g : Tensor
+        Like dy; the latter empty if not wanted.
+    """
+    dx, g = empty(tuple(dy.shape), dy.dtype), empty(tuple(dy.shape), dy.dtype) if want_g else None
+    _epilogue.epilogue_grad(dy, codes, saved, activation, options, factor, dx, g, torch.get_num_threads())
+    return dx, _or_empty(g, dy.dtype)
+
+
+def _epilogue_grad_pack_fake(dy, codes, saved, activation, options, factor, want_g, images, ranges, grid, views, lanes,
+                             scheme, seed, per_channel, grad_options=()):
+    return *_packed_fake(dy, grid, lanes, per_channel), torch.empty_like(dy) if want_g else dy.new_empty(0)
+
+
+@operator(
+    f"epilogue_grad_pack({_DY}, Tensor? factor, bool want_g, {_PACKING}, Tensor? seed, bool per_channel, "
+    "float[] grad_options=[]) -> (Tensor, Tensor, Tensor, Tensor)",
+    _epilogue_grad_pack_fake,
+)
+def epilogue_grad_pack(
+    dy: Tensor,
+    codes: Tensor | None,
+    saved: Tensor | None,
+    activation: str,
+    options: Sequence[float],
+    factor: Tensor | None,
+    want_g: bool,
+    images: Sequence[int],
+    ranges: Tensor,
+    grid: Sequence[int],
+    views: Sequence[int],
+    lanes: int,
+    scheme: str,
+    seed: Tensor | None,
+    per_channel: bool,
+    grad_options: Sequence[float] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`epilogue_grad` and `ops.quantize_pack` of its dx in one pass.
+
+    Parameters
+    ----------
+    dy, codes, saved, activation, options, factor, want_g
+        As for `epilogue_grad`; at least two channels.
+    images, ranges, grid, views, lanes, per_channel
+        As for `epilogue_pack`.
+    scheme, seed, grad_options
+        As for `quantize_pack`, with its `options`; "symmetric", "stochastic" or "luq".
+
+    Returns
+    -------
+    planes, plane_scale, zero_point : Tensor
+        Of `quantize_pack`.
+    g : Tensor
+        Of `epilogue_grad`.
+    """
+    if scheme in RANDOM_SCHEMES and seed is None:
+        raise ValueError(f"the scheme {scheme!r} needs a seed")
+    packed, g = packed_like(grid, lanes, per_channel), empty(tuple(dy.shape), dy.dtype) if want_g else None
+    _epilogue.epilogue_grad_pack(dy, codes, saved, activation, options, factor, g, images, ranges, *packed, grid, views,
+                                 scheme, grad_options, per_channel, 0 if seed is None else mix_seed(int(seed)),
+                                 torch.get_num_threads())  # fmt: skip
+    return *packed, _or_empty(g, dy.dtype)
