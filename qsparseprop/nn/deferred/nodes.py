@@ -181,6 +181,40 @@ def activate(source: DeferredTensor, activation: Activation, in_place: bool) -> 
     return _changed(_give(pending, source, in_place), in_place)
 
 
+class _Map(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        ctx.save_for_backward(scale)
+        return result(_map(source._pending, scale, shift), source.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = saved_tensors(ctx)
+        if scale is None:
+            return dy, None, None
+        if type(dy) is DeferredTensor:
+            dy = dy._pending.plain()
+        return dy * scale, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        refuse_forward_mode()
+
+
+def _map(pending: Pending, scale: Tensor | None, shift: Tensor | None) -> Pending:
+    pending = pending.mapped(scale, shift)
+    if step_by_step() or pending.usage.plain:
+        pending.compute()
+    return pending
+
+
+def channel_map(source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Record a multiplication or a shift by a number for each channel, which gets no gradient."""
+    if torch.is_grad_enabled() and source.requires_grad:
+        return _APPLY[_Map](source, scale, shift)
+    return result(_map(source._pending, scale, shift), source.dtype)
+
+
 class _Addition(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: DeferredTensor, other: Tensor, in_place: bool) -> Tensor:
@@ -222,4 +256,4 @@ def _changed(tensor: Tensor, in_place: bool) -> Tensor:
     return tensor
 
 
-_APPLY = {function: direct_apply(function) for function in (_BatchNorm, _Activation, _Addition)}
+_APPLY = {function: direct_apply(function) for function in (_BatchNorm, _Activation, _Map, _Addition)}

@@ -30,15 +30,17 @@ class Usage:
         Whether it was a summand of another chain.
     read : bool
         Whether anybody else has seen its values.
+    fed : bool
+        Of a layer's product: whether the layer has taken its input packed.
     """
 
-    __slots__ = ("_branches", "_calls", "_last", "absorbed", "packed", "read", "summed")
+    __slots__ = ("_branches", "_calls", "_last", "absorbed", "fed", "packed", "read", "summed")
 
     def __init__(self) -> None:
         self._branches: dict[Operation, Usage] = {}
         self._calls = 0
         self._last = (False,) * 4
-        self.absorbed = self.packed = self.summed = self.read = False
+        self.absorbed = self.packed = self.summed = self.read = self.fed = False
 
     def branch(self, operation: Operation) -> Usage:
         """That of what an operation gives; a call of it begins."""
