@@ -8,6 +8,10 @@ from collections.abc import Iterable
 from qsparseprop.nn.deferred.conditions import watcher
 from qsparseprop.nn.deferred.passes import Activation
 
+#: What is remembered at most: operations of a chain, and different ones behind the same result (as an activation whose
+#: limits change from call to call).
+LONGEST, MOST_BRANCHES = 16, 16
+
 #: What can follow a product: "BatchNorm", "add", or an activation.
 Operation = str | Activation
 
@@ -34,9 +38,10 @@ class Usage:
         Of a layer's product: whether the layer has taken its input packed.
     """
 
-    __slots__ = ("_branches", "_calls", "_last", "absorbed", "fed", "packed", "read", "summed")
+    __slots__ = ("_branches", "_calls", "_depth", "_last", "absorbed", "fed", "packed", "read", "summed")
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 0) -> None:
+        self._depth = depth
         self._branches: dict[Operation, Usage] = {}
         self._calls = 0
         self._last = (False,) * 4
@@ -46,7 +51,9 @@ class Usage:
         """That of what an operation gives; a call of it begins."""
         found = self._branches.get(operation)
         if found is None:
-            found = self._branches[operation] = Usage()
+            found = Usage(self._depth + 1)
+            if self._depth < LONGEST and len(self._branches) < MOST_BRANCHES:
+                self._branches[operation] = found
         return found.begin()
 
     def begin(self) -> Usage:
