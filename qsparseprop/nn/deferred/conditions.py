@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
 
 #: Results of fewer elements are not deferred: what that costs by itself is more than the passes that it saves.
 LEAST_ELEMENTS = 1 << 16
+
+#: Modes of torch functions that do nothing to deferred tensors.
+UNCONCERNED: set[type] = set()
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -24,7 +28,8 @@ _stepwise = threading.local()
 def may_defer() -> bool:
     """Whether blocks may form: nobody traces, watches single operators or differentiates in another way."""
     return not (
-        torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _functorch()
+        torch.compiler.is_compiling() or _dispatch_modes() or _functorch()
+        or (_function_modes() and not all(type(mode) in UNCONCERNED for mode in _get_current_function_mode_stack()))
         or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
     )  # fmt: skip
 

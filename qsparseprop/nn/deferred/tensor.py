@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from qsparseprop.nn._engine import STARTS_BACKWARD, run_backward
 from qsparseprop.nn.deferred.conditions import watcher
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.pending import Pending
@@ -57,6 +58,8 @@ class DeferredTensor(Tensor):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func in STARTS_BACKWARD:
+            return run_backward(func, args, kwargs, cls)
         with torch._C.DisableTorchFunctionSubclass():
             if func in _MEMORY:
                 args, kwargs = tree_map_only(DeferredTensor, _with_memory, (args, kwargs))
