@@ -8,9 +8,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
+from torch._C._dynamo import eval_frame as _frames
 from torch.optim.swa_utils import AveragedModel
+
+_autograd = torch._C._autograd
 
 
 def called_by_parameter() -> bool:
@@ -34,3 +39,33 @@ def before_averaging(check: Callable[[nn.Module, nn.Module], None]) -> None:
         update(self, model)
 
     AveragedModel.update_parameters = checked
+
+
+def keep_from_compiling(function: Callable[..., Any]) -> None:
+    """Let torch.compile neither compile a function, where it runs outside of a graph, nor what that calls.
+
+    Graphs break where a deferred tensor comes in; what deals with it then would be compiled by itself. The decorators
+    of torch.compiler do this as well, but import torch._dynamo, which takes seconds.
+    """
+    code = function.__code__
+    if hasattr(_frames, "set_code_exec_strategy"):
+        skip = _frames._FrameAction.SKIP
+        _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, skip))
+    else:  # PyTorch 2.6
+        _frames.skip_code(code)
+
+
+def saved_tensors_are_watched() -> bool:
+    """Whether somebody has put hooks on what autograd saves."""
+    if hasattr(_autograd, "_top_saved_tensors_default_hooks"):
+        return _autograd._top_saved_tensors_default_hooks(True) is not None
+    # up to PyTorch 2.7 nothing tells, but to forbid hooks is an error where there are some
+    if not _autograd._saved_tensors_hooks_is_enabled():
+        return False
+    try:
+        _autograd._saved_tensors_hooks_disable("there are hooks")
+    except RuntimeError:
+        return True
+    finally:
+        _autograd._saved_tensors_hooks_enable()
+    return False

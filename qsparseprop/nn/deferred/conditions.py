@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch._C._dynamo import eval_frame as _frames
 from torch.autograd import forward_ad
+
+from qsparseprop._torch_compat import saved_tensors_are_watched
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch = torch._C._are_functorch_transforms_active
-
-_autograd = torch._C._autograd
 
 _stepwise = threading.local()
 
@@ -34,43 +32,13 @@ def may_defer() -> bool:
     )  # fmt: skip
 
 
-def keep_from_compiling(function: Callable[..., Any]) -> None:
-    """Let torch.compile neither compile a function, where it runs outside of a graph, nor what that calls.
-
-    Graphs break where a deferred tensor comes in; what deals with it then would be compiled by itself. The decorators
-    of torch.compiler do this as well, but import torch._dynamo, which takes seconds.
-    """
-    code = function.__code__
-    if hasattr(_frames, "set_code_exec_strategy"):
-        skip = _frames._FrameAction.SKIP
-        _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, skip))
-    else:  # PyTorch 2.6
-        _frames.skip_code(code)
-
-
-def _saved_tensors_hooks() -> bool:
-    """Whether somebody has put hooks on what autograd saves."""
-    if hasattr(_autograd, "_top_saved_tensors_default_hooks"):
-        return _autograd._top_saved_tensors_default_hooks(True) is not None
-    # up to PyTorch 2.7 nothing tells, but to forbid hooks is an error where there are some
-    if not _autograd._saved_tensors_hooks_is_enabled():
-        return False
-    try:
-        _autograd._saved_tensors_hooks_disable("there are hooks")
-    except RuntimeError:
-        return True
-    finally:
-        _autograd._saved_tensors_hooks_enable()
-    return False
-
-
 def step_by_step() -> bool:
     """Whether every operation is computed when it is recorded.
 
     Where somebody wants to see what autograd saves (activation checkpointing, offloading, compression), it must be
     there when it is saved.
     """
-    return _saved_tensors_hooks() or getattr(_stepwise, "on", False)
+    return saved_tensors_are_watched() or getattr(_stepwise, "on", False)
 
 
 @contextlib.contextmanager

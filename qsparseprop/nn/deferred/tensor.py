@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from qsparseprop.nn.deferred.conditions import keep_from_compiling
+from qsparseprop._torch_compat import keep_from_compiling
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.pending import Pending
 
