@@ -329,16 +329,21 @@ def swap_modules_with_sparse(
         sparse[name] = layer
 
     _replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
+    together: dict[str, str] = {}
+
+    def run_and_tell(model: nn.Module) -> None:
+        run(model)
+        together.update(chains(model))  # before what the run has left is taken back
+
     if fuse:
         fuse_modules(model)
     if sparse:
-        _put_back_what_is_not_called(model, dense, sparse, run, candidates)
+        _put_back_what_is_not_called(model, dense, sparse, None if run is None else run_and_tell, candidates)
     if fuse:
         fuse_modules(model)  # those that were put back, too
-        found = chains(model)
         for decision in report.swapped:
-            if found.get(decision.name):
-                decision.reason = f"together with {found[decision.name]}"
+            if together.get(decision.name):
+                decision.reason = f"together with {together[decision.name]}"
     model.swap_report = report
     if verbose:
         sys.stdout.write(f"{report}\n")
