@@ -14,8 +14,10 @@ from qsparseprop._kernels import _dispatch
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear
 from qsparseprop.nn.deferred import DeferredTensor
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils import network_utils
 from qsparseprop.utils.fusion import chains, fuse_modules, unfuse_modules
 from qsparseprop.utils.models import resnet20, vit_tiny
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 from ._blocks import (
     assert_close,
@@ -374,3 +376,15 @@ def test_seeds_are_drawn_as_without_blocks():
         network(torch.randn(5, 12, 9, 7)).sum().backward()
         after.append(ops.draw_seed())
     assert torch.equal(*after)
+
+
+def test_the_report_tells_what_is_computed_together(monkeypatch):
+    monkeypatch.setattr(network_utils.Stopwatch, "pays", lambda *_: True)
+    model = prune(conv_net())
+    swap_modules_with_sparse(model, (5, 12, 9, 7), min_sparsity=0.5, fuse=True, verbose=False)
+    reasons = {decision.name: decision.reason for decision in model.swap_report.swapped}
+    assert reasons["3"].startswith("together with BatchNorm, ReLU")
+    assert "together with BatchNorm, ReLU" in str(model.swap_report)
+    assert chains(model)["3"] == ""  # nothing is left of the run on the example
+    with pytest.raises(ValueError, match="fuse=True only goes with quantize=True"):
+        swap_modules_with_sparse(conv_net(), (5, 12, 9, 7), fuse=True, quantize=False, verbose=False)
