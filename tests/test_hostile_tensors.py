@@ -249,6 +249,28 @@ def test_operators_have_no_derivatives():
         y.sum().backward()
 
 
+def test_operators_that_write_into_their_arguments_have_no_derivatives():
+    """Torch kept the history of what was written over, and gave gradients of 1 in place of those of a ReLU."""
+    x = torch.randn(2, 3, requires_grad=True)
+    one, codes, saved = torch.ones(3), epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, "silu")
+    codes.zero_()
+    middle = x * 1
+    for call in (
+        lambda: torch.ops.qsparseprop.relu_mask_(middle),
+        lambda: torch.ops.qsparseprop.norm_statistics(x, one, one, one, one, 0.1, 1e-5, True, True),
+        lambda: torch.ops.qsparseprop.epilogue(x, None, None, None, "silu", [], one, one, codes, saved),
+    ):
+        with pytest.raises(NotImplementedError, match=NO_DERIVATIVES):
+            call()
+    assert torch.equal(middle, x)
+    assert torch.equal(one, torch.ones(3))
+    assert not codes.any()
+    with torch.no_grad():
+        mask = torch.ops.qsparseprop.relu_mask_(middle)
+    assert torch.equal(middle, x.relu())
+    assert mask.shape == (1,)
+
+
 # ---- tensors whose memory is gone ----
 
 
