@@ -364,3 +364,18 @@ def test_limits_need_a_bias():
     y = ops.packed_forward(*packed, conv.weight.detach(), torch.zeros(8), *rest, None, [0.0, 0.5])
     assert y.min() == 0
     assert y.max() == 0.5
+
+
+# ---- operators ----
+
+
+def test_a_profiler_sees_what_blocks_compute():
+    """And the dispatcher, which operators are called through then, changes no bit."""
+    model, x = swapped(conv_net(), (4, 12, 9, 7)), torch.randn(4, 12, 9, 7)
+    other = copy.deepcopy(model)
+    wanted = run(other, x)
+    with torch.profiler.profile() as profiler:
+        found = run(model, x)
+    assert_same(found, wanted)
+    seen = {event.key.partition("::")[2] for event in profiler.events() if event.key.startswith("qsparseprop::")}
+    assert {"norm_statistics", "epilogue_pack", "epilogue", "epilogue_sums", "epilogue_grad_pack"} <= seen
