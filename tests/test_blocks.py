@@ -78,9 +78,9 @@ def check(layer: nn.Module, norm: nn.Module, activation: nn.Module, x: Tensor, r
         assert relative(mine.grad, theirs.grad) < 0.02
     if residual:
         assert type(summand.grad) is Tensor
-        # gradients of GELU are of slopes in 8 bits
-        torch.testing.assert_close(summand.grad.double(), twin.grad, rtol=1e-5,
-                                   atol=0.02 if "GELU" in str(activation) else 1e-6)
+        # those of smooth activations are of slopes in 8 bits
+        exact_slopes = isinstance(activation, (nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.Identity))
+        torch.testing.assert_close(summand.grad.double(), twin.grad, rtol=1e-5, atol=1e-6 if exact_slopes else 0.02)
     # the layer's own gradients, from float64's gradient of its result, with the same random numbers
     x_plain = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     torch.manual_seed(1)
@@ -105,10 +105,7 @@ def test_normalised_convolutions_are_torchs_modules(activation, residual, settin
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", ["Linear", "Linear, 3-D", "Conv2d", "Conv2d, BatchNorm", "Conv1d, BatchNorm"])
-def test_activations_are_torchs_modules(kind, activation, residual, request):
-    if activation == "hardtanh" and (residual or "Norm" not in kind):
-        reason = "limits that the activation's kernels do not know"
-        request.applymarker(pytest.mark.xfail(raises=KeyError, strict=True, reason=reason))
+def test_activations_are_torchs_modules(kind, activation, residual):
     norm: nn.Module = nn.Identity()
     if kind.startswith("Linear"):
         layer, x = nn.Linear(24, 40), torch.randn(7, 24) if kind == "Linear" else torch.randn(2, 3, 5, 24)[0]
@@ -189,7 +186,7 @@ def test_networks_give_the_same_numbers_as_step_by_step(make):
         assert_same(mine, others)
         found = chains(model)
         assert all(found[name].joined[0] == "BatchNorm" for name in found if "conv" in name)
-        assert found["layer1.0.conv1"].joined == ("BatchNorm", "ReLU")
+        assert found["layer1.0.conv1"] == (True, ("BatchNorm", "ReLU"))
         assert found["layer1.0.conv2"] == (True, ("BatchNorm", "add", "ReLU"))
     else:
         assert_close(mine, others, 0.1)
@@ -339,7 +336,6 @@ def test_numbers_that_are_not_finite_reach_the_output():
     assert not torch.isfinite(model(x)).any()
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="the passes make vectors of the default dtype")
 def test_another_default_dtype_changes_nothing():
     for model, x in ((swapped(mlp(nn.GELU()), (4, 24)), torch.randn(4, 24)),
                      (swapped(conv_net(), (5, 12, 9, 7)), torch.randn(5, 12, 9, 7))):  # fmt: skip

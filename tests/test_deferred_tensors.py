@@ -106,7 +106,7 @@ def test_memory(pair, tmp_path):
     assert y.abs().sum() == 0
     with pytest.raises(RuntimeError, match="Can't call numpy"):
         y.numpy()
-    with pytest.raises(RuntimeError, match="cannot be exchanged: assign to a clone"):
+    with pytest.raises(RuntimeError, match="cannot be exchanged"):
         y.data = plain
     torch.save(y, tmp_path / "y.pt")
     again = torch.load(tmp_path / "y.pt", weights_only=True)

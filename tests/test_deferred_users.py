@@ -69,14 +69,15 @@ def test_checkpoints_that_begin_and_end_within_blocks(model, x, k, reentrant):
     after = run(behind, x, lambda x: checkpoint(behind[k:], behind[:k](x), use_reentrant=reentrant))
     for found in (before, after):
         for name, value in gradients(found).items():
-            assert relative(value, wanted[name]) < (0.06 if reentrant else 1e-6), name
+            assert relative(value, wanted[name]) < 0.06, name
 
 
 @pytest.mark.parametrize("segments", [2, 4])
 def test_sequential_checkpoints(model, x, segments):
     other = copy.deepcopy(model)
     found = run(model, x, lambda x: checkpoint_sequential(model, segments, x, use_reentrant=False))
-    assert_same(gradients(found), gradients(run(other, x)))
+    # where a segment begins within a block, what follows is torch's
+    assert_close(gradients(found), gradients(run(other, x)), 0.06)
 
 
 @pytest.mark.parametrize("context", [torch.autograd.graph.save_on_cpu, compress_saved_tensors])
@@ -85,8 +86,23 @@ def test_hooks_on_saved_tensors(model, x, context):
         with context():
             return model(x)
 
+    x = torch.randn(8, *SHAPE[1:])  # large enough to be compressed
     wanted = run(copy.deepcopy(model), x)
-    assert_close(run(model, x, call), wanted, 0.05 if context is compress_saved_tensors else 0)
+    assert_same(run(model, x, call), wanted)
+    with context():
+        assert is_deferred(model[:3](x))
+
+
+def test_compression_finds_nothing_left_in_blocks(model):
+    """Its own operators for ReLU and others stay away from what blocks keep in fewer bits."""
+    x = torch.randn(8, *SHAPE[1:])
+    with compress_saved_tensors() as compression:
+        model(x)
+    blocks = compression.saved
+    with compress_saved_tensors() as compression:
+        unfuse_modules(model)(x)
+    assert blocks.ratio > 0.99
+    assert blocks.after < compression.saved.after
 
 
 def test_several_forward_passes_before_a_backward_pass(model):

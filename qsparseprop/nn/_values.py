@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qsparseprop._kernels._tensor import treat_as_tensor
 from qsparseprop._torch_compat import called_by_parameter
+from qsparseprop.nn._engine import STARTS_BACKWARD, run_backward
 
 _WAY_OUT = ("this is the weight of a sparse layer, the 1-D values of its nonzeros: use the layer's dense_weight(), "
             "which has the dense shape and keeps gradients, or swap_modules_with_dense(model)")  # fmt: skip
@@ -114,6 +115,8 @@ class SparseValues(nn.Parameter):
                 or (func in _BROADCASTING and _beside_a_matrix(args, kwargs))):  # fmt: skip
             # no TypeError, which Python's operators would replace by one of their own
             raise NotImplementedError(f"{getattr(func, '__name__', func)}: {_WAY_OUT}")
+        if func in STARTS_BACKWARD:
+            return run_backward(func, args, kwargs, cls)
         if func in _FUSED:
             with torch._C.DisableTorchFunctionSubclass():
                 _check_fused(args, kwargs)

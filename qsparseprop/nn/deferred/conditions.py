@@ -23,10 +23,16 @@ _autograd = torch._C._autograd
 _stepwise = threading.local()
 
 
+def _watched() -> bool:
+    """Whether a mode sees torch's functions, other than one that leaves those of deferred tensors to them."""
+    return any(not getattr(torch._C._get_function_stack_at(i), "leaves_deferred_tensors", False)
+               for i in range(_function_modes()))  # fmt: skip
+
+
 def may_defer() -> bool:
     """Whether blocks may form: nobody traces, watches single operators or differentiates in another way."""
     return not (
-        torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _functorch()
+        torch.compiler.is_compiling() or _dispatch_modes() or _watched() or _functorch()
         or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
     )  # fmt: skip
 

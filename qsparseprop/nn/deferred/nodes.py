@@ -19,7 +19,7 @@ from qsparseprop.nn.deferred.passes import IDENTITY, Activation, Affine
 from qsparseprop.nn.deferred.pending import Codes, Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor, pending_of
 from qsparseprop.nn.functional import block_gradients, direct_apply, link_to_inputs, refuse_forward_mode, without_graph
-from qsparseprop.ops import check_storage, saved_tensors
+from qsparseprop.ops import are_plain, check_storage, saved_tensors
 
 
 def result(pending: Pending, dtype: torch.dtype) -> Tensor:
@@ -49,8 +49,15 @@ def gradient_rows(gradient: Tensor, layout: Any, dtype: torch.dtype) -> Tensor:
     """The rows of a gradient."""
     if type(gradient) is DeferredTensor:
         gradient = gradient._pending.plain()
-    check_storage(gradient, "the gradient of the output")
-    return layout.rows(gradient.detach().to(dtype))
+    return layout.rows(_in_memory(gradient, "the gradient of the output").to(dtype))
+
+
+def _in_memory(tensor: Tensor, name: str) -> Tensor:
+    """A tensor that comes from outside, without a history, as the kernels can read it."""
+    check_storage(tensor, name)
+    tensor = tensor.detach()
+    # views with the negative bit, subclasses, and tensors that only say that they are zero
+    return tensor if are_plain(tensor) else tensor.clone().as_subclass(Tensor)
 
 
 def _deferred(pending: PendingGradient, dtype: torch.dtype) -> Tensor:
@@ -231,9 +238,8 @@ def _add(pending: Pending, other: Tensor) -> Pending:
         if layout.channels_first != pending.layout.channels_first:
             rows = pending.layout.rows(layout.view(rows))
     else:
-        other = other._pending.plain() if type(other) is DeferredTensor else other.detach()
-        check_storage(other, "what is added")
-        rows = pending.layout.rows(other)
+        other = other._pending.plain() if type(other) is DeferredTensor else other
+        rows = pending.layout.rows(_in_memory(other, "what is added"))
     return pending.plus(rows)
 
 

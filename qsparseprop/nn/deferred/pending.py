@@ -217,7 +217,8 @@ class Pending:
             self._become(self._apply())
 
     def _settled(self) -> Tensor:
-        assert self._rows is not None, "the values have been seen"
+        if self._rows is None:  # another thread has wanted the values meanwhile
+            return self.layout.rows(self._values).clone()
         self._settle()
         return self._rows
 

@@ -34,7 +34,7 @@ def _can_be_changed(source: Tensor) -> bool:
 
 def _activation(source: Any, activation: Activation, in_place: bool) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if pending_of(source) is None or not may_defer():
+        if not may_defer() or pending_of(source) is None:
             return NotImplemented
         if in_place and not _can_be_changed(source):
             return NotImplemented
@@ -115,8 +115,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        pending = pending_of(input)
-        if pending is None or not may_defer() or not pending.layout.channels_first:
+        if not may_defer() or (pending := pending_of(input)) is None or not pending.layout.channels_first:
             return NotImplemented
         if not (_known(running_mean) and _known(running_var) and _known(weight) and _known(bias)
                 and _is_number(momentum) and _is_number(eps)):  # fmt: skip
@@ -134,7 +133,7 @@ def _known(tensor: Any) -> bool:
 
 def _addition(source: Any, other: Any, in_place: bool) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if not isinstance(source, Tensor) or not isinstance(other, Tensor) or source is other or not may_defer():
+        if not may_defer() or not isinstance(source, Tensor) or not isinstance(other, Tensor) or source is other:
             return NotImplemented
         first = source
         if not in_place and _goes_first(other, source):

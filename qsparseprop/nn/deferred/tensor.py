@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from qsparseprop.nn._engine import STARTS_BACKWARD, run_backward
 from qsparseprop.nn.deferred.conditions import keep_from_compiling, watcher
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.pending import Pending
@@ -58,6 +59,8 @@ class DeferredTensor(Tensor):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func in STARTS_BACKWARD:
+            return run_backward(func, args, kwargs, cls)
         with torch._C.DisableTorchFunctionSubclass():
             if func in _STORAGE:
                 return func(args[0]._pending.plain())

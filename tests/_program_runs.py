@@ -1,0 +1,400 @@
+"""Runs the programs of `_programs`: without blocks, with blocks of deferred tensors, and with these one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from qsparseprop.nn.deferred import one_by_one
+from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+from qsparseprop.utils.saved_tensors import compress_saved_tensors
+
+CALLS = 3
+
+
+class Failure(Exception):  # noqa: N818
+    """What a program raises itself."""
+
+
+class Double(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+class Saving(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Ignoring(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.ones(x.shape, dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+class Same(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+class Viewing(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Dirty(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(3)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+class Recursive(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv, self.bn = pruned(nn.Conv2d(c, c, 3, padding=1)), norm(nn.BatchNorm2d(c))
+
+    def forward(self, x, depth):
+        y = F.relu(self.bn(self.conv(x)))
+        return y + self.forward(y, depth - 1) if depth else y
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        gone = torch.rand(layer.weight.shape) < 0.65
+        gone.view(len(gone), -1)[:, 0] = False  # a channel without weights is constant, and its sign a matter of rounding
+        layer.weight[gone] = 0
+    return layer
+
+
+def norm(layer: nn.Module) -> nn.Module:
+    if layer.weight is not None:
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        nn.init.uniform_(layer.bias, -0.5, 0.5)
+    return layer
+
+
+class Log:
+    """What a program sees, in the order in which it does."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, Any, Tensor | None]] = []
+        self.call = 0
+        self.features: list[Tensor] = []
+        self._retained: list[tuple[str, Tensor]] = []
+        self._x: Tensor | None = None
+        self.message, self.size = "", 0.0  # of the error, and of the gradients of outputs
+
+    # ---- what is written down ----
+
+    def mark(self, name: str) -> None:
+        self.entries.append((name, None, None))
+
+    def look(self, name: str, x: Tensor) -> None:
+        """All but the values."""
+        self.entries.append((name, (x.shape, x.stride(), x.dtype, self._has_gradient(x), x.is_inference(),
+                                    x.is_contiguous(), x.device, x.layout), None))  # fmt: skip
+
+    def see(self, name: str, *tensors: Tensor | None) -> None:
+        for x in tensors:
+            if x is None:
+                self.mark(name)
+                continue
+            self.look(name, x)
+            self._values(name, x)
+
+    def _values(self, name: str, x: Tensor | None) -> None:
+        if x is None:
+            self.entries.append((name, "None", None))
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            strides = x.stride() if name.startswith("gradient of ") or "gradient" not in name else None
+            self.entries.append((name, (x.shape, x.dtype, strides), x.detach().clone()))
+
+    def _has_gradient(self, x: Tensor) -> bool:
+        """Views that inference mode makes of tensors with a history have none, but still want a gradient."""
+        return x.grad_fn is not None or (x.requires_grad and (x is self._x or isinstance(x, nn.Parameter)))
+
+    def text(self, x: Tensor) -> None:
+        """What a debugger would show."""
+        self.mark("text" if "e" in repr(x) and str(x) and len(x) >= 0 else "no text")
+
+    @property
+    def error_type(self) -> str | None:
+        return next((what for name, what, _ in self.entries if name == "error"), None)
+
+    def error(self, error: Exception) -> None:
+        self.entries.append(("error", type(error).__name__, None))
+        self.message = str(error)
+
+    # ---- what a program calls ----
+
+    def input(self, shape, dtype=torch.float32, requires_grad=False, channels_last=False) -> Tensor:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(self.call)).to(dtype)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        self._x = x.requires_grad_(requires_grad)
+        self.features, self._retained = [], []
+        return x
+
+    def loss(self, ys: list[Tensor]) -> Tensor:
+        total = torch.zeros((), requires_grad=True)
+        for i, y in enumerate(ys):
+            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(i))
+            self.size = max(self.size, _norm_of(weights))
+            total = total + (y.float() * weights).sum()
+        return total
+
+    def grad(self, loss: Tensor, inputs: list[Tensor]) -> None:
+        inputs = [x for x in inputs if self._has_gradient(x)]
+        if inputs:
+            for g in torch.autograd.grad(loss, inputs, allow_unused=True):
+                self._values("gradient", g)
+
+    def second(self, ys: list[Tensor], x: Tensor) -> None:
+        """A derivative of a derivative, which sparse layers refuse."""
+        if x.requires_grad:
+            (g,) = torch.autograd.grad(self.loss(ys), [x], create_graph=True, allow_unused=True)
+            if g is not None and g.requires_grad:
+                self._values("gradient", g)
+                (g * g).sum().backward()
+
+    def numpy(self, x: Tensor) -> Any:
+        return x.detach().float().numpy()
+
+    def hook(self, name: str, x: Tensor, factor: float | None = None) -> None:
+        if self._has_gradient(x):
+            x.register_hook(lambda g: self._saw(name, g, factor))
+
+    def _saw(self, name: str, g: Tensor, factor: float | None) -> Tensor | None:
+        self._values("gradient " + name, g)
+        return None if factor is None else g * factor
+
+    def retain(self, name: str, x: Tensor) -> None:
+        if x.grad_fn is not None:
+            x.retain_grad()
+            self._retained.append((name, x))
+
+    def hook_that(self, does: str, name: str) -> Hook:
+        return Hook(self, does, name)
+
+    def one_after_the_other(self, modules: nn.Sequential, x: Tensor) -> Tensor:
+        for module in modules:
+            x = module(x)
+            self.look("part", x)
+        return x
+
+    @contextlib.contextmanager
+    def packing(self):
+        """Notes how much is saved, and changes nothing."""
+        with saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            yield
+
+    def gradients(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            self._values("gradient of " + name, parameter.grad)
+        self._values("gradient of x", self._x.grad)
+        for name, x in self._retained:
+            self._values("gradient retained " + name, x.grad)
+
+    def buffers(self, model: nn.Module) -> None:
+        for name, buffer in model.named_buffers():
+            self._values(name, buffer)
+
+
+class Hook:
+    """A hook of any kind; copies of the module share the log."""
+
+    def __init__(self, log: Log, does: str, name: str) -> None:
+        self.log, self.does, self.name = log, does, name
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __call__(self, module, args, output=None):
+        seen = args if output is None else output
+        for x in seen if isinstance(seen, tuple) else (seen,):
+            if not isinstance(x, Tensor):
+                continue
+            if self.does == "reads":
+                self.log._values("hook " + self.name, x)
+            else:
+                self.log.mark("hook " + self.name)
+        if self.does == "doubles" and isinstance(seen, Tensor):
+            return seen * 2
+        if self.does == "doubles" and output is None and len(seen) == 1 and isinstance(seen[0], Tensor):
+            return (seen[0] * 2,)
+        return None
+
+
+def _namespace() -> dict[str, Any]:
+    return {"torch": torch, "nn": nn, "F": F, "copy": copy, "io": io, "checkpoint": checkpoint,
+            "checkpoint_sequential": checkpoint_sequential, "save_on_cpu": save_on_cpu, "one_by_one": one_by_one,
+            "compress_saved_tensors": compress_saved_tensors, "pruned": pruned, "norm": norm, "Recursive": Recursive,
+            "Failure": Failure, "Double": Double, "Saving": Saving, "Ignoring": Ignoring, "Same": Same,
+            "Viewing": Viewing, "Dirty": Dirty}  # fmt: skip
+
+
+def run(source: str, fuse: bool, stepwise: bool = False, quantize: bool = True) -> list[Log]:
+    """What the program saw, a log for each call."""
+    names = _namespace()
+    exec(compile(source, "<program>", "exec"), names)  # noqa: S102
+    torch.manual_seed(0)
+    log = Log()
+    options = {"grad": "absmax", **getattr(names["Model"], "options", {})}
+    qconfig = QuantConfig(**options) if quantize else None
+    model = swap_modules_with_sparse(
+        names["Model"](log), None, verbose=False, quantize=quantize, min_sparsity=0.3, include_dense=False,
+        qconfig=qconfig, fuse=fuse,
+    )  # fmt: skip
+    logs = []
+    with warnings.catch_warnings(), one_by_one() if stepwise else contextlib.nullcontext():
+        warnings.simplefilter("ignore")
+        for log.call in range(CALLS):
+            log.entries, log.message, log.size = [], "", 0.0
+            torch.manual_seed(log.call)
+            try:
+                names["step"](model, log)
+            except Exception as error:
+                log.error(error)
+                model.zero_grad()
+            log.buffers(model)
+            done = Log()
+            done.entries, done.message, done.size = log.entries, log.message, log.size
+            logs.append(done)
+    return logs
+
+
+# ---- comparison ----
+
+#: Parts of what torch says where blocks, and layers, may go on: it has saved a tensor that was changed, or is of
+#: inference mode, and they have saved something else; it takes results for views that are none.
+_STRICTER = ("modified by an inplace operation", "Inference tensors cannot be saved", "Can't detach views in-place",
+             "is a view and is being modified inplace", "have different metadata",
+             "detached in-place", "is a view and its base or another view of its base has been modified")
+#: What changes values past autograd: torch's gradients are those of the new values where it has saved these.
+_UNSEEN = (".data.", ".data +=", "detach().mul_", "log.numpy(")
+
+
+def _norm_of(t: Tensor) -> float:
+    return t.double().norm().item()
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _sizes(log: Log) -> tuple[float, float]:
+    """The greatest norm of a gradient, and of anything else."""
+    sizes = {True: [log.size], False: [0.0]}
+    for name, _, x in log.entries:
+        if x is not None and x.is_floating_point() and math.isfinite(_norm_of(x)):
+            sizes["gradient" in name].append(_norm_of(x))
+    return max(sizes[True]), max(sizes[False])
+
+
+def _structure(a: list[Log], b: list[Log], values: bool) -> str | None:
+    """The first thing that is not the same in two runs; with `values`, of these as well."""
+    for call, (one, other) in enumerate(zip(a, b, strict=True)):
+        for i in range(max(len(one.entries), len(other.entries))):
+            x = one.entries[i] if i < len(one.entries) else ("end", None, None)
+            y = other.entries[i] if i < len(other.entries) else ("end", None, None)
+            if x[:2] != y[:2] and "error" in (x[0], y[0]) and one.error_type == other.error_type:
+                break  # what autograd has come to before it fails is its own choice
+            if x[:2] != y[:2]:
+                return f"call {call}, entry {i}: {x[:2]} {one.message} / {y[:2]} {other.message}"
+            if values and x[2] is not None and not _equal(x[2], y[2]):
+                return (f"call {call}, entry {i}: values of {x[0]}, difference {_norm_of(x[2] - y[2]):.3g} of "
+                        f"{_norm_of(y[2]):.3g}")  # fmt: skip
+    return None
+
+
+def _until_lenient(deferred: list[Log], plain: list[Log]) -> tuple[list[Log], list[Log]]:
+    """Both up to where torch refuses what blocks can do."""
+    for call, (one, other) in enumerate(zip(deferred, plain, strict=True)):
+        if any(text in other.message and text not in one.message for text in _STRICTER):
+            return deferred[:call], plain[:call]
+    return deferred, plain
+
+
+def _far(found: list[Log], plain: list[Log], exact: list[Log] | None = None) -> str | None:
+    """The first values that are further from those without blocks than quantisation explains.
+
+    What quantisation does to a program is seen in the difference to the same in float32, where that is given.
+    """
+    for call, logs in enumerate(zip(found, plain, exact or plain, strict=True)):
+        gradients, others = _sizes(logs[1])
+        for (name, _, x), (_, _, y), (_, _, z) in zip(*(log.entries for log in logs), strict=False):
+            if x is None or y is None or z is None or not x.is_floating_point() or not x.numel():
+                continue
+            size, usual, far = _norm_of(y), _norm_of(y - z), _norm_of(x - y)
+            least = gradients if "gradient" in name else others
+            # what is small beside the others is a sum that cancels, such as the gradient of a bias
+            share = 0.15 if size > 0.5 * least else 0.65
+            if math.isfinite(size + usual) and not far <= 4 * usual + share * size + 0.02 * least:
+                return f"call {call}: values of {name}, difference {far:.3g} of {size:.3g}, usual {usual:.3g}"
+    return None
+
+
+def fault(source: str) -> str | None:
+    """What deferring does to a program that it must not do, if anything."""
+    deferred, stepwise = run(source, True), run(source, True, True)
+    # in these, values are rounded to bfloat16 more often one by one, or their range is known better
+    rounds = "bfloat16" in source or "gelu" in source.lower()
+    found = _structure(deferred, stepwise, not rounds)
+    if found:
+        return "deferred / one by one: " + found
+    deferred, plain = _until_lenient(deferred, run(source, False))
+    found = _structure(deferred, plain, False)
+    if found:
+        return "deferred / without blocks: " + found
+    if any(text in source for text in _UNSEEN):
+        return None
+    for name, logs in ("deferred", deferred), ("one by one", stepwise[: len(plain)]):
+        if not _far(logs, plain):
+            continue
+        exact = run(source, False, quantize=False)[: len(plain)]
+        if not _structure(exact, plain, False) and (found := _far(logs, plain, exact)):
+            return f"{name} / without blocks: {found}"
+    return None
