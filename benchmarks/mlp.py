@@ -3,7 +3,7 @@
 "mlp gelu" and "mlp relu" are the feed-forward part of a transformer (768 -> 3072 -> 768 features at 2,048 rows), "vit"
 is a whole one (four layers of width 384, 64 tokens of each of 64 images). All linear layers but the classifier have the
 given fraction of zeros, at random positions, and are sparse modules in our network: one after the other with torch's
-activations (int8), or in blocks with them that hand over packed results (fused). Dense networks run in float32 and
+activations (int8), or in blocks with them, which read packed results (fused). Dense networks run in float32 and
 under bfloat16 autocast, and do not pay for keeping their zeros. The step of "mlp" is forward and backward, that of
 "vit" also loss and update.
 
@@ -94,7 +94,7 @@ def training_step(
             model.zero_grad()
             x.grad = None
 
-    forward()  # in its first run blocks learn of each other
+    forward()  # from which layers guess what will become of their results
     return step, saved_for_backward_bytes(forward, model) / 1e6
 
 

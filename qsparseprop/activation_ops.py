@@ -140,8 +140,8 @@ def act_pack(
     planes, plane_scale, zero_point : Tensor
         Of `quantize_pack`.
     """
-    y, _, saved, *packed = epilogue_pack(x, None, None, None, *_activation(activation), None, None, save, images, ranges,
-                                         grid, views, lanes, scheme, per_channel, keep)  # fmt: skip
+    y, _, saved, *packed = epilogue_pack(x, None, None, None, *_activation(activation), None, None, save, images,
+                                         ranges, grid, views, lanes, scheme, per_channel, keep)  # fmt: skip
     return y, saved, *packed
 
 
@@ -217,5 +217,5 @@ def act_grad_pack(
     planes, plane_scale, zero_point : Tensor
         Of `quantize_pack`.
     """
-    return epilogue_grad_pack(dy, None, saved, *_activation(activation), None, False, images, ranges, grid, views, lanes,
-                              scheme, seed, per_channel, options)[:3]  # fmt: skip
+    return epilogue_grad_pack(dy, None, saved, *_activation(activation), None, False, images, ranges, grid, views,
+                              lanes, scheme, seed, per_channel, options)[:3]  # fmt: skip

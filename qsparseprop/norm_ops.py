@@ -386,5 +386,5 @@ def norm_act_grad_pack(
     dresidual : Tensor
         Of `norm_act_grad`.
     """
-    return epilogue_grad_pack(dy, codes, mask, "clamp", [0.0, 0.0], factor, residual, images, ranges, grid, views, lanes,
-                              scheme, seed, per_channel, options)  # fmt: skip
+    return epilogue_grad_pack(dy, codes, mask, "clamp", [0.0, 0.0], factor, residual, images, ranges, grid, views,
+                              lanes, scheme, seed, per_channel, options)  # fmt: skip

@@ -421,18 +421,19 @@ def _exp_minus(t: Tensor) -> Tensor:
     return torch.ldexp(r * r * p + r + 1.0, -n)
 
 
-def _gelu(x: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
-    """GELU, and the magnitude of its slope's distance from 1/2."""
+#: Activations whose slopes are kept, and in which steps.
+_SLOPE_STEPS = {"silu": 200.0, "hardswish": 120.0, "gelu": 200.0, "gelu_tanh": 200.0}
+
+
+def _curved(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """An activation that has a slope everywhere, and the magnitude of the slope's distance from 1/2."""
     a = x.abs()
-    b = a.clamp(max=9.5)
+    if activation == "hardswish":
+        rises = torch.where(a < 3.0, a * torch.tensor(1 / 3) - 0.5, 0.0)
+        return x * ((x + 3.0).clamp(0.0, 6.0) * torch.tensor(1 / 6)), rises + 0.5
+    b = a.clamp(max=87.0 if activation == "silu" else 9.5)
     square = b * b
-    if tanh:
-        cubic = square * 0.0713548163
-        e = _exp_minus(b * (cubic + 1.59576912161))
-        q = 1.0 / (1.0 + e)
-        above = 0.5 * (1.0 - e) * q
-        density = q * q * e * (cubic * 3.0 + 1.59576912161)
-    else:
+    if activation == "gelu":
         e = _exp_minus(square * 0.5)
         t = 1.0 / (1.0 + b * 0.231641888)
         p = torch.full_like(t, 1.061405429)
@@ -440,32 +441,139 @@ def _gelu(x: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
             p = p * t + c
         above = 0.5 * (1.0 - p * t * e)
         density = e * 0.398942280401432678
+    else:
+        cubic = square * 0.0713548163
+        e = _exp_minus(b * (cubic + 1.59576912161) if activation == "gelu_tanh" else b)
+        q = 1.0 / (1.0 + e)
+        above = 0.5 * (1.0 - e) * q
+        density = q * q * e
+        if activation == "gelu_tanh":
+            density = density * (cubic * 3.0 + 1.59576912161)
     return 0.5 * x + a * above, above + b * density
+
+
+def _words(bits: Tensor) -> Tensor:
+    """Bits (rows, channels) in words of 16, from the lowest on."""
+    words = -(-bits.shape[1] // 16)
+    padded = torch.nn.functional.pad(bits, (0, 16 * words - bits.shape[1])).view(len(bits), words, 16)
+    return (padded.to(torch.int32) << torch.arange(16)).sum(2).to(torch.int16)
+
+
+def epilogue(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    options: Sequence[float],
+    code_scale: Tensor | None,
+    code_shift: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qsparseprop.epilogue_ops.epilogue`."""
+    nothing = torch.empty(0, dtype=torch.uint8)
+    v = x.to(torch.float32)
+    codes = nothing
+    if code_scale is not None:
+        codes = ((v * code_scale + code_shift).round().clamp(-128, 127) + 128).to(torch.uint8)
+    if scale is not None:
+        v = v * scale + shift
+    if residual is not None:
+        v = v + residual.to(torch.float32)
+    if activation == "identity":
+        y, saved = v, nothing
+    elif activation == "clamp":
+        low, high = options
+        y, saved = v.clamp(low, high), _words((v > low) & (v < high))
+    elif activation == "leaky_relu":
+        y, saved = torch.where(v > 0, v, v * options[0]), _words(v > 0)
+    else:
+        y, distance = _curved(v, activation)
+        saved = (torch.copysign(distance * _SLOPE_STEPS[activation], v).round() + 128).to(torch.uint8)
+    return y.to(x.dtype), codes, saved if save else nothing
+
+
+def activation_range(ranges: Tensor, activation: str, options: Sequence[float]) -> Tensor:
+    """See `qsparseprop.epilogue_ops.activation_range`: in float64, where it is least by itself."""
+    least_at = {"silu": -1.2784645, "hardswish": -1.5, "gelu": -0.7517916, "gelu_tanh": -0.7524614}
+    at = torch.tensor(0.0 if activation == "leaky_relu" and options[0] < 0 else least_at.get(activation, -torch.inf))
+    low, high = ranges.double().unbind(1)
+    points = torch.stack([low, high, at.double().clamp(low, high)])
+    points = epilogue(points.float(), None, None, None, activation, options, None, None, False)[0]
+    ends = torch.stack([points.amin(0), points[:2].amax(0)], 1)
+    return torch.where((ends.isfinite().all(1) & ~ranges.isnan().any(1))[:, None], ends, torch.nan)
+
+
+def epilogue_range(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    options: Sequence[float],
+) -> Tensor:
+    """See `qsparseprop.epilogue_ops.epilogue_range`."""
+    first = (activation, options) if activation == "clamp" else ("identity", [])
+    residual = None if residual is None else residual.float()
+    before = epilogue(x.float(), residual, scale, shift, *first, None, None, False)[0]
+    ends = torch.stack([before.amin(0), before.amax(0)], 1)
+    return activation_range(torch.where(before.isfinite().all(0)[:, None], ends, torch.nan), activation, options)
+
+
+def _gradient(dy: Tensor, saved: Tensor | None, activation: str, options: Sequence[float]) -> Tensor:
+    """The gradient behind the activation, float32."""
+    g = dy.to(torch.float32)
+    if activation == "identity":
+        return g
+    if activation in _SLOPE_STEPS:
+        steps = _SLOPE_STEPS[activation]
+        return g * ((saved.to(torch.float32) + (steps / 2 - 128)) * torch.tensor(1 / steps))
+    passes = (saved.to(torch.int32)[:, :, None] >> torch.arange(16) & 1).reshape(len(dy), -1)[:, : dy.shape[1]].bool()
+    return torch.where(passes, g, g * options[0] if activation == "leaky_relu" else 0.0)
+
+
+def epilogue_sums(
+    dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: str, options: Sequence[float]
+) -> Tensor:
+    """See `qsparseprop.epilogue_ops.epilogue_sums`."""
+    g = _gradient(dy, saved, activation, options).to(torch.float64)
+    dot = torch.zeros(g.shape[1], dtype=torch.float64) if codes is None else (g * codes).sum(0)
+    most = torch.where(g.isfinite().all(0), g.abs().amax(0), torch.nan)
+    return torch.stack([g.sum(0), dot, most], 1)
+
+
+def epilogue_grad(
+    dy: Tensor,
+    codes: Tensor | None,
+    saved: Tensor | None,
+    activation: str,
+    options: Sequence[float],
+    factor: Tensor | None,
+    want_g: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `qsparseprop.epilogue_ops.epilogue_grad`."""
+    g = _gradient(dy, saved, activation, options)
+    dx = g
+    if factor is not None:
+        dx = g * factor[0] + (factor[2] if codes is None else codes.to(torch.float32) * factor[1] + factor[2])
+    return dx.to(dy.dtype), g.to(dy.dtype) if want_g else dy.new_empty(0)
+
+
+#: The activations of `qsparseprop.activation_ops`.
+_EPILOGUES = {"relu": ("clamp", [0.0, torch.inf]), "relu6": ("clamp", [0.0, 6.0])}
 
 
 def act(x: Tensor, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     """See `qsparseprop.activation_ops.act`."""
-    v = x.to(torch.float32)
-    if activation.startswith("gelu"):
-        y, distance = _gelu(v, activation == "gelu_tanh")
-        distance = distance * 200.0
-        saved = (torch.copysign(distance, v).round() + 128).to(torch.uint8)
-    else:
-        high = {"relu": torch.inf, "relu6": 6.0}[activation]
-        y, passes = v.clamp(0, high), (v > 0) & (v < high)
-        words = -(-v.shape[1] // 16)
-        bits = torch.nn.functional.pad(passes, (0, 16 * words - v.shape[1])).view(len(v), words, 16)
-        saved = (bits.to(torch.int32) << torch.arange(16)).sum(2).to(torch.int16)
-    return y.to(x.dtype), saved if save else torch.empty(0, dtype=torch.uint8)
+    name, options = _EPILOGUES.get(activation, (activation, []))
+    y, _, saved = epilogue(x, None, None, None, name, options, None, None, save)
+    return y, saved
 
 
 def act_grad(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
     """See `qsparseprop.activation_ops.act_grad`."""
-    if activation.startswith("gelu"):
-        slope = (saved.to(torch.float32) - 28.0) * (1 / 200)
-    else:
-        slope = (saved.to(torch.int32)[:, :, None] >> torch.arange(16) & 1).reshape(len(dy), -1)[:, : dy.shape[1]]
-    return (dy.to(torch.float32) * slope).to(dy.dtype)
+    name, options = _EPILOGUES.get(activation, (activation, []))
+    return epilogue_grad(dy, None, saved, name, options, None, False)[0]
 
 
 def norm_statistics(

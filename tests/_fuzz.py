@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from qsparseprop import activation_ops, norm_ops, ops, quantize_ops, transposed_ops
-from qsparseprop._kernels import _activation, _dispatch, _matmul, _norm, _pack, _quantize, _statistics
+from qsparseprop import activation_ops, epilogue_ops, norm_ops, ops, quantize_ops, transposed_ops
+from qsparseprop._kernels import _dispatch, _epilogue, _matmul, _norm, _pack, _quantize, _statistics
 from qsparseprop.geometry import all_lanes, conv_geometry, linear_geometry
 from qsparseprop.pattern import dense_pattern, make_plan
 
@@ -22,7 +22,7 @@ INTEGERS = [0, 1, -1, 2, 3, 4, 5, 63, 64, 65, 128, 1 << 16, 1 << 20, (1 << 31) -
             1 << 39, (1 << 40) - 1, 1 << 40, (1 << 62) + 64, (1 << 63) - 1, -(1 << 63)]  # fmt: skip
 FLOATS = [0.0, -1.0, 0.5, 3.0, 7.0, 1e-45, 1e-300, 1e300, float("inf"), -float("inf"), float("nan")]
 SCHEMES = ["absmax", "symmetric", "standard", "sawb", "stochastic", "dithered", "luq", "int4", ""]
-ACTIVATIONS = ["relu", "relu6", "gelu", "gelu_tanh", "selu"]
+ACTIVATIONS = ["relu", "relu6", "gelu", "gelu_tanh", "selu", "identity", "clamp", "leaky_relu", "silu", "hardswish"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.bool]
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -186,6 +186,24 @@ def valid_quantizations():
                     yield quantize_ops.dequantize, [codes, scale, zero, dim, group, dtype]
 
 
+def valid_epilogues(x, activation, one, factor, packing, seed, all_parts):
+    """Arguments of what follows a product, with all parts or with few."""
+    forward = [x, *([x, one, one] if all_parts else [None] * 3), *activation]
+    codes = [one, one] if all_parts else [None, None]
+    yield epilogue_ops.epilogue, [*forward, *codes, True]
+    yield epilogue_ops.epilogue_range, forward
+    yield epilogue_ops.epilogue_pack, [*forward, *codes, True, *packing, "absmax", all_parts, all_parts]
+    _, kept, saved = epilogue_ops.epilogue(*forward, one, one, True)
+    yield epilogue_ops.epilogue_pack, [kept, None, *forward[2:], None, None, False, *packing, "standard", all_parts,
+                                       False]  # fmt: skip
+    yield epilogue_ops.activation_range, [packing[1], *activation]
+    gradient = [x, kept if all_parts else None, saved, *activation]
+    factors = [factor if all_parts else None, all_parts]
+    yield epilogue_ops.epilogue_sums, gradient
+    yield epilogue_ops.epilogue_grad, [*gradient, *factors]
+    yield epilogue_ops.epilogue_grad_pack, [*gradient, *factors, *packing, "stochastic", seed, all_parts]
+
+
 def valid_rows():
     """Arguments of the operators of batch normalisation and activations."""
     for channels, geometry, images in (
@@ -218,6 +236,9 @@ def valid_rows():
                                                False]  # fmt: skip
                 yield norm_ops.norm_act_grad_pack, [tensor, codes, mask, factor, True, *packing, "stochastic", seed,
                                                     per_channel]  # fmt: skip
+                for activation in (["identity", []], ["clamp", [0.0, 6.0]], ["leaky_relu", [0.1]], ["silu", []],
+                                   ["hardswish", []], ["gelu", []]):  # fmt: skip
+                    yield from valid_epilogues(tensor, activation, one, factor, packing, seed, per_channel)
                 for name in ("relu", "relu6", "gelu", "gelu_tanh"):
                     _, saved = activation_ops.act(tensor, name, True)
                     yield activation_ops.act, [tensor, name, per_channel]
@@ -308,10 +329,10 @@ def main():
     torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)
-    for module in (ops, quantize_ops, norm_ops, activation_ops, transposed_ops, _matmul, _pack, _quantize, _norm,
-                   _activation, _statistics):  # fmt: skip
+    for module in (ops, quantize_ops, norm_ops, activation_ops, epilogue_ops, transposed_ops, _matmul, _pack, _quantize,
+                   _norm, _epilogue, _statistics):  # fmt: skip
         module.torch = GuardedTorch()
-    for module in (ops, norm_ops, activation_ops):
+    for module in (ops, epilogue_ops):
         module.empty = guarded_empty
     valid, others = [*valid_calls(), *valid_transposed()], [*valid_quantizations(), *valid_rows()]
     refused = accepted = 0

@@ -11,8 +11,10 @@ from torch import nn
 from qsparseprop import nn as qnn
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.utils.adapters import attach_adapters
+from qsparseprop.utils.fusion import chains
 from qsparseprop.utils.network_utils import swap_modules_with_dense, swap_modules_with_sparse
 
+from ._blocks import stepwise
 from ._helpers import relative_error, set_weight
 
 TARGETS = ("dense", "linear", "conv1d", "conv2d")
@@ -127,10 +129,26 @@ def test_what_cannot_have_adapters():
     layer = qnn.SparseLinear(4, 4)
     with pytest.raises(ValueError, match="sparse layer itself"):
         attach_adapters(layer, lambda m: m)
-    model = nn.Sequential(set_weight(nn.Conv2d(3, 8, 3), 0.1, 0), nn.BatchNorm2d(8), nn.ReLU())
-    swap_modules_with_sparse(model, (1, 3, 8, 8), include_dense=False, verbose=False, fuse=True)
-    with pytest.raises(ValueError, match="has blocks"):
-        attach_adapters(model, lambda m: m)
+
+
+def test_adapters_on_layers_that_form_blocks():
+    model = nn.Sequential(set_weight(nn.Linear(16, 24), 0.1, 0), nn.GELU(), set_weight(nn.Linear(24, 16), 0.1, 1))
+    swap_modules_with_sparse(model, (1, 16), include_dense=False, verbose=False, fuse=True)
+
+    def attach(m):
+        m[0], m[2] = Adapter(m[0]), Adapter(m[2])
+        return m
+
+    model, x = attach_adapters(model, attach), torch.randn(5, 16, requires_grad=True)
+    assert [type(m.base_layer) for m in (model[0], model[2])] == [qnn.QuantizedSparseLinear] * 2
+    trained, results = [p for p in model.parameters() if p.requires_grad], []
+    for call in (lambda: model(x), lambda: stepwise(model)(x)):
+        torch.manual_seed(0)
+        y = call()
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained])])
+    assert chains(model)["0.base_layer"] == "add, GELU"
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).norm() < 0.05 * theirs.norm()
 
 
 # ---- peft ----

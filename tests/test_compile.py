@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsparseprop import activation_ops, mask_ops, norm_ops, ops, quantize_ops, transposed_ops
+from qsparseprop import activation_ops, epilogue_ops, mask_ops, norm_ops, ops, quantize_ops, transposed_ops
 from qsparseprop import nn as qnn
 from qsparseprop.geometry import conv_geometry, linear_geometry
 from qsparseprop.nn._traced import config_text
@@ -357,6 +357,33 @@ def _transposed_calls() -> list[tuple]:
     return transposed
 
 
+def _epilogue_calls() -> list[tuple]:
+    """What follows a product, with all parts and with few."""
+    x, one, factor = torch.randn(6, 20), torch.rand(20), torch.randn(3, 20)
+    geometry, ends, calls = linear_geometry(20, 20), torch.stack([-torch.ones(20), torch.ones(20)], 1), []
+    packing = ((6, 20, 1, 1), ends, geometry.input_grid.numbers, geometry.input_views, geometry.input_grid.lanes(6))
+    for activation in (("identity", []), ("clamp", [0.0, 6.0]), ("silu", [])):
+        forward, bare = (x, x, one, one, *activation), (x, None, None, None, *activation)
+        _, codes, saved = epilogue_ops.epilogue(*forward, one, one, True)
+        calls += [
+            (epilogue_ops.epilogue, (*forward, one, one, True)), (epilogue_ops.epilogue, (*bare, None, None, False)),
+            (epilogue_ops.epilogue_range, forward), (epilogue_ops.epilogue_range, bare),
+            (epilogue_ops.activation_range, (ends, *activation)),
+            (epilogue_ops.epilogue_pack, (*forward, one, one, True, *packing, "absmax", True, True)),
+            (epilogue_ops.epilogue_pack, (*bare, None, None, True, *packing, "standard", False, False)),
+            (epilogue_ops.epilogue_pack, (codes, *bare[1:], None, None, False, *packing, "absmax", True, False)),
+            (epilogue_ops.epilogue_sums, (x, codes, saved, *activation)),
+            (epilogue_ops.epilogue_sums, (x, None, saved, *activation)),
+            (epilogue_ops.epilogue_grad, (x, codes, saved, *activation, factor, True)),
+            (epilogue_ops.epilogue_grad, (x, None, saved, *activation, None, False)),
+            (epilogue_ops.epilogue_grad_pack, (x, codes, saved, *activation, factor, True, *packing, "symmetric", None,
+                                               True)),
+            (epilogue_ops.epilogue_grad_pack, (x, None, saved, *activation, None, False, *packing, "stochastic",
+                                               torch.tensor(1), False)),
+        ]  # fmt: skip
+    return calls
+
+
 def _other_calls() -> list[tuple]:
     """Operators that are no part of a plain layer, and arguments of them."""
     x, one, f = torch.randn(6, 20), torch.rand(20), torch.randn(3, 20)
@@ -393,6 +420,7 @@ def _other_calls() -> list[tuple]:
         ]  # fmt: skip
     return [
         *activated,
+        *_epilogue_calls(),
         *_transposed_calls(),
         (norm_ops.norm_act_range, (x, x, one, one, 0.0, 6.0)),
         (norm_ops.norm_act_pack, (*normed, True, True)),

@@ -3,6 +3,7 @@
 What is right is what a dense layer does with the same values; what cannot be right is refused by a sentence.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
-from qsparseprop import activation_ops, mask_ops, norm_ops, ops, quantize_ops
+from qsparseprop import activation_ops, epilogue_ops, mask_ops, norm_ops, ops, quantize_ops
 from qsparseprop import nn as qnn
 from qsparseprop.geometry import linear_numbers
-from qsparseprop.nn import intrinsic
 from qsparseprop.pattern import check_pattern
 from qsparseprop.quantization import QuantConfig, dequantize, quantize
+from qsparseprop.utils.fusion import fuse_modules
 from qsparseprop.utils.saved_tensors import compress_saved_tensors
 
 from ._helpers import KINDS, example, run_python
@@ -43,16 +44,16 @@ def pruned(dense):
 
 
 def blocks():
-    """Blocks with what they compute in place of, and inputs."""
+    """Layers and what they compute together with, and inputs."""
     torch.manual_seed(0)
-    conv, norm = pruned(nn.Conv2d(4, 6, 3, padding=1)), nn.BatchNorm2d(6)
-    sparse = qnn.QuantizedSparseConv2d.from_dense(conv)
-    x = torch.randn(3, 4, 6, 5)
-    yield "conv, norm, relu", intrinsic.QuantizedSparseConvBnReLU2d.fuse(sparse, norm), x
-    yield "norm, relu", intrinsic.QuantizedBNReLU2d.fuse(nn.BatchNorm2d(4)), x
+    conv = qnn.QuantizedSparseConv2d.from_dense(pruned(nn.Conv2d(4, 6, 3, padding=1)))
+    reader = qnn.QuantizedSparseConv2d.from_dense(pruned(nn.Conv2d(4, 6, 1)))
     linear = qnn.QuantizedSparseLinear.from_dense(pruned(nn.Linear(12, 9)))
-    yield "linear, gelu", intrinsic.QuantizedSparseLinearAct.fuse(linear, "gelu"), torch.randn(7, 12)
-    yield "linear", intrinsic.QuantizedSparseLinearAct.fuse(linear, None), torch.randn(7, 12)
+    x, rows = torch.randn(3, 4, 6, 5), torch.randn(7, 12)
+    yield "conv, norm, relu", fuse_modules(nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU())), x
+    yield "norm, relu, conv", fuse_modules(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), reader)), x
+    yield "linear, gelu", fuse_modules(nn.Sequential(linear, nn.GELU())), rows
+    yield "linear", fuse_modules(nn.Sequential(copy.deepcopy(linear))), rows
 
 
 BLOCKS = [name for name, *_ in blocks()]
@@ -138,7 +139,33 @@ def test_negative_views_in_blocks(name, place, training):
         gradients = torch.autograd.grad(y, [x, *module.parameters()], negative(dy) if hostile and place == "dy" else dy)
         runs.append([y, *gradients])
     for wanted, found in zip(*runs, strict=True):
-        assert torch.equal(wanted, found)
+        if name.startswith("norm") and place == "x":  # left to torch, which keeps no 8 bits of it
+            torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
+        else:
+            assert torch.equal(wanted, found)
+
+
+@pytest.mark.parametrize("place", ["residual", "dy"])
+@pytest.mark.parametrize("kind", ["negative", "zero", "subclass"])
+def test_what_meets_a_deferred_tensor(kind, place):
+    """Was read as the memory that lies behind it: gradients of GELU were of the wrong sign."""
+    torch.manual_seed(0)
+    linear = qnn.QuantizedSparseLinear.from_dense(pruned(nn.Linear(12, 9)), qconfig=QuantConfig(grad="absmax"))
+    module, x, other = fuse_modules(nn.Sequential(linear)), torch.randn(7, 12), torch.randn(7, 9)
+    other = torch.zeros(7, 9) if kind == "zero" else other
+    change = {"negative": negative, "zero": lambda t: torch._efficientzerotensor(t.shape),
+              "subclass": lambda t: t.as_subclass(type("Own", (torch.Tensor,), {}))}[kind]  # fmt: skip
+    runs = []
+    for given in (other, change(other)):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        if place == "residual":
+            y = y + given
+        y = nn.functional.gelu(y)
+        y.backward(given if place == "dy" else torch.ones(y.shape))
+        runs.append((y, leaf.grad))
+    for wanted, found in zip(*runs, strict=True):
+        torch.testing.assert_close(found.as_subclass(torch.Tensor), wanted, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("scheme", ["absmax", "standard", "sawb", "stochastic"])
@@ -293,7 +320,7 @@ def test_tensors_that_blocks_saved_and_somebody_freed(name, which):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_refuse_inputs_and_gradients_without_memory(name):
     module, x = block(name)
-    with pytest.raises(ValueError, match=NO_MEMORY):
+    with pytest.raises((ValueError, RuntimeError), match=f"{NO_MEMORY}|not allocated"):  # the latter by torch
         module(freed(x))
     y = module(x.requires_grad_())
     with pytest.raises(ValueError, match=NO_MEMORY):
@@ -346,8 +373,8 @@ def test_batch_normalisations_of_blocks_whose_memory_is_gone(place, training):
     if training and place.startswith("running"):
         pytest.skip("not read in training")
     module, x = block("conv, norm, relu")
-    module.norm.train(training)
-    getattr(module.norm, place).untyped_storage().resize_(0)
+    norm = module[1].train(training)
+    getattr(norm, place).untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=NO_MEMORY):
         module(x)
 
@@ -359,11 +386,16 @@ def operator_calls():
     codes, scale, zero = quantize_ops.quantize(x, "absmax", 8, None, None, True, None, [])
     _, rows, mask = norm_ops.norm_act(matrix, None, one, one, 0.0, 6.0, one, one)
     _, slope = activation_ops.act(matrix, "gelu", True)
+    _, kept, slopes = epilogue_ops.epilogue(matrix, None, None, None, "silu", [], one, one, True)
     return {
         "relu_mask": [x], "relu_mask_": [x], "keep_masked": [x, bits],
         "quantize": [x, "absmax", 8, None, None, True, None, []], "dequantize": [codes, scale, zero, None, None],
         "norm_statistics": [matrix, one, one.clone(), one.clone(), one + 1, 0.1, 1e-5, True, True],
         "norm_factors": [torch.ones(20, 3).double(), torch.ones(7, 20).double(), one, 6, True],
+        "epilogue": [matrix, matrix, one, one, "silu", [], one, one, True],
+        "epilogue_range": [matrix, matrix, one, one, "silu", []], "activation_range": [torch.ones(20, 2), "silu", []],
+        "epilogue_sums": [matrix, kept, slopes, "silu", []],
+        "epilogue_grad": [matrix, kept, slopes, "silu", [], torch.ones(3, 20), True],
         "channel_moments": [matrix], "norm_act": [matrix, matrix, one, one, 0.0, 6.0, one, one],
         "norm_act_sums": [matrix, rows, mask], "norm_act_grad": [matrix, rows, mask, torch.ones(3, 20), True],
         "act": [matrix, "gelu", True], "act_grad": [matrix, slope, "gelu"],

@@ -211,7 +211,8 @@ typedef struct {
     /* Of each channel of some rows: mean, sum of the squared distances from it, least and greatest. */
     void (*norm_moments)(const void *x, int dtype, int64_t rows, int64_t channels, double *out);
     /* Rows [first, last); of each channel the least and the greatest element before the activation, a CLAMP's limited,
-     * NaN where one is not finite; gradients, and of each channel the sums of g and g * code and g's greatest magnitude. */
+     * NaN where one is not finite; gradients, and of each channel the sums of g and g * code and g's greatest
+     * magnitude. */
     void (*epilogue)(const qsp_epilogue *, int64_t first, int64_t last);
     void (*epilogue_range)(const qsp_epilogue *, int64_t first, int64_t last, float *out);
     void (*epilogue_grad)(const qsp_epilogue_grad *, int64_t first, int64_t last);

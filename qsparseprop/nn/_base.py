@@ -200,6 +200,10 @@ class SparseModule(SparseWeight):
         """What was computed together with the layer when it last ran."""
         return longest(usage.chain() for usage in self.__dict__.get("_usages", {}).values())
 
+    def took_packed(self) -> bool:
+        """Whether its input came packed out of the chain before it when it last ran."""
+        return any(usage.fed for usage in self.__dict__.get("_usages", {}).values())
+
     def _defers(self, x: Tensor) -> bool:
         """Whether the result for an input may be deferred; checks it then."""
         if not (self.deferring and self.can_defer and may_defer()):

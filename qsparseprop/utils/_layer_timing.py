@@ -75,15 +75,15 @@ def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapD
     return faster
 
 
-class _Plus(nn.Module):
-    """Addition of a constant."""
+class _With(nn.Module):
+    """An operation with a constant."""
 
-    def __init__(self, summand: Tensor) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], constant: Tensor) -> None:
         super().__init__()
-        self._summand = summand
+        self._function, self._constant = function, constant
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self._summand
+        return self._function(x, self._constant)
 
 
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
@@ -99,7 +99,10 @@ def _followers(chain: Sequence[Operation], y: Tensor) -> list[nn.Module]:
         if operation == "BatchNorm":
             modules.append((nn.BatchNorm2d if y.ndim == 4 else nn.BatchNorm1d)(y.shape[1]))
         elif operation == "add":
-            modules.append(_Plus(torch.zeros_like(y)))
+            modules.append(_With(torch.add, torch.zeros_like(y)))
+        elif operation in ("scale", "shift"):
+            number = torch.ones(y.shape[1], *(1,) * (y.ndim - 2)) if y.ndim > 3 else torch.ones(y.shape[-1])
+            modules.append(_With(torch.mul if operation == "scale" else torch.add, number))
         elif operation == ("clamp", (0.0, math.inf)):
             modules.append(nn.ReLU())
         else:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import nn
 
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn.deferred.start import is_starting, start_chains, stop_chains
 from qsparseprop.nn.deferred.usage import name_of
 
-__all__ = ["chains", "fuse_modules", "unfuse_modules"]
+__all__ = ["Chain", "chains", "fuse_modules", "unfuse_modules"]
+
+
+class Chain(NamedTuple):
+    """What a sparse layer was computed together with when it last ran.
+
+    True where there is anything.
+
+    Attributes
+    ----------
+    packed : bool
+        Whether its input came packed out of the chain before it.
+    joined : tuple of str
+        What was taken up behind it: ("BatchNorm", "ReLU") and the like; the longest of several chains.
+    """
+
+    packed: bool
+    joined: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return self.packed or bool(self.joined)
 
 
 def fuse_modules(model: nn.Module) -> nn.Module:
@@ -42,13 +64,14 @@ def unfuse_modules(model: nn.Module) -> nn.Module:
     """Undo `fuse_modules`, in place."""
     for module in model.modules():
         if isinstance(module, SparseModule):
-            module.deferring = False
+            for name in ("deferring", "_usages"):  # nothing is left, which a dense layer would be given
+                vars(module).pop(name, None)
         elif is_starting(module):
             stop_chains(module)
     return model
 
 
-def chains(model: nn.Module) -> dict[str, str]:
+def chains(model: nn.Module) -> dict[str, Chain]:
     """What the layers of a fused model were computed together with when it last ran.
 
     Parameters
@@ -58,8 +81,7 @@ def chains(model: nn.Module) -> dict[str, str]:
     Returns
     -------
     dict
-        For each sparse layer that has run, by its qualified name: "BatchNorm, ReLU" and the like, empty where nothing
-        that follows was taken up.
+        For each sparse layer that can form blocks, by its qualified name.
     """
-    return {name: ", ".join(map(name_of, module.last_chain())) for name, module in model.named_modules()
-            if isinstance(module, SparseModule) and module.deferring}
+    return {name: Chain(module.took_packed(), tuple(map(name_of, module.last_chain())))
+            for name, module in model.named_modules() if isinstance(module, SparseModule) and module.deferring}

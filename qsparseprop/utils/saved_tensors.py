@@ -29,8 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from qsparseprop.contents import holds_tensors
-from qsparseprop.nn.deferred.conditions import UNCONCERNED
-from qsparseprop.nn.deferred.tensor import pending_of
+from qsparseprop.nn.deferred import pending_of
 
 from ._codec import SCHEMES, Codes, encode
 from ._masked_ops import BitDropout, BitHardtanh, BitReLU, ByteMaxPool2d, dense_layout
@@ -309,6 +308,9 @@ def _is_parameter(tensor: Tensor) -> bool:
 class _Exchange(TorchFunctionMode):
     """Runs the operators of `_masked_ops` in place of torch's."""
 
+    #: See `qsparseprop.nn.deferred.conditions`: blocks keep codes and bits by themselves.
+    leaves_deferred_tensors = True
+
     def __init__(self, compression: compress_saved_tensors) -> None:
         super().__init__()
         self.compression = compression
@@ -316,12 +318,9 @@ class _Exchange(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         exchange = None if torch.compiler.is_compiling() else _EXCHANGES.get(func)
-        if exchange is None or (args and pending_of(args[0]) is not None):  # blocks keep no more
+        if exchange is None or (args and pending_of(args[0]) is not None):
             return func(*args, **kwargs)
         return exchange(self.compression, func, *args, **kwargs)
-
-
-UNCONCERNED.add(_Exchange)
 
 
 def _relu(compression: Any, func: Any, input: Tensor, inplace: bool = False) -> Tensor:

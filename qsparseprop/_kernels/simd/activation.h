@@ -23,14 +23,16 @@ QSP_INLINE f16x exp_minus(f16x t)
     return f16_mul(p, f16_from_bits(i32_shift_left(i32_sub(i32_set1(127), n), i32_set1(23))));
 }
 
-/* An activation of x that has a slope everywhere, and the magnitude of the slope's distance from 1/2, which has the sign
- * of x. The first three are x F(x) with a distribution F: what is computed is that at |x|, as its distance from 1/2. */
+/* An activation of x that has a slope nearly everywhere, and the magnitude of the slope's distance from 1/2, which has
+ * the sign of x. All but Hardswish are x F(x) with a distribution F: what is computed is that at |x|, as its distance
+ * from 1/2. */
 QSP_INLINE f16x curved(f16x x, const int kind, f16x *distance)
 {
     const f16x half = f16_set1(0.5f), one = f16_set1(1.0f), a = f16_abs(x);
     if (kind == QSP_HARDSWISH) {
         const f16x inside = f16_min(f16_set1(6.0f), f16_max(f16_zero(), f16_add(x, f16_set1(3.0f))));
-        const uint32_t rises = f16_between(a, f16_set1(-1.0f), f16_set1(3.0f)); /* torch's slopes at the ends are 0 and 1 */
+        /* torch's slopes at the ends are 0 and 1 */
+        const uint32_t rises = f16_between(a, f16_set1(-1.0f), f16_set1(3.0f));
         *distance = f16_add(f16_keep(f16_sub(f16_mul(a, f16_set1(1.0f / 3.0f)), half), rises), half);
         return f16_mul(x, f16_mul(inside, f16_set1(1.0f / 6.0f)));
     }

@@ -27,17 +27,18 @@ QSP_INLINE f16x epilogue_at(const qsp_epilogue *a, int64_t row, int64_t c, const
         x = f16_add(f16_mul(v, params(a->scale, c, n)), params(a->shift, c, n));
     if (residual)
         x = f16_add(x, row_load(a->residual, dtype, at, n));
-    uint16_t *bits = (uint16_t *)a->saved + row * a->words + c / 16;
+    uint16_t *bits = (uint16_t *)a->saved + row * a->words + (c >> 4);
+    const uint32_t in_row = 0xffff >> (16 - n);
     if (kind == QSP_CLAMP) {
         const f16x low = f16_set1(a->low), high = f16_set1(a->high);
         y = f16_min(high, f16_max(low, x)); /* in this order a NaN stays one */
         if (saves)
-            *bits = (uint16_t)f16_between(x, low, high);
+            *bits = (uint16_t)(f16_between(x, low, high) & in_row);
     } else if (kind == QSP_LEAKY) {
         const f16x zero = f16_zero(), below = f16_mul(f16_min(zero, x), f16_set1(a->low));
         y = f16_add(f16_max(zero, x), below);
         if (saves) /* infinity is above 0 as well, a NaN is not */
-            *bits = (uint16_t)f16_between(f16_min(f16_set1(FLT_MAX), x), zero, f16_set1(INFINITY));
+            *bits = (uint16_t)(f16_between(f16_min(f16_set1(FLT_MAX), x), zero, f16_set1(INFINITY)) & in_row);
     } else {
         f16x distance;
         y = curved(x, kind, &distance);
@@ -70,7 +71,8 @@ QSP_APART void row_any(const qsp_epilogue *a, int64_t row, int64_t c, int n, flo
     }
 }
 
-QSP_COPIED void row_of(const qsp_epilogue *a, int64_t row, int64_t c, int n, float *line, const int dtype, const int kind)
+QSP_COPIED void row_of(const qsp_epilogue *a, int64_t row, int64_t c, int n, float *line, const int dtype,
+                       const int kind)
 {
     const int affine = a->scale != NULL, residual = a->residual != NULL, codes = a->codes != NULL,
               saves = a->saved != NULL;
@@ -221,8 +223,8 @@ static void epilogue_range(const qsp_epilogue *args, int64_t first, int64_t last
 }
 
 /* Channels c .. c + n of a row: the gradient of what was activated; `bits`: some do not pass, in a CLAMP. */
-QSP_INLINE f16x slope_at(const qsp_epilogue_grad *a, int64_t row, int64_t c, const int n, const int dtype, const int kind,
-                         const int bits)
+QSP_INLINE f16x slope_at(const qsp_epilogue_grad *a, int64_t row, int64_t c, const int n, const int dtype,
+                         const int kind, const int bits)
 {
     const int64_t at = row * a->channels + c;
     const f16x dy = row_load(a->dy, dtype, at, n);
@@ -233,7 +235,7 @@ QSP_INLINE f16x slope_at(const qsp_epilogue_grad *a, int64_t row, int64_t c, con
     }
     if (!bits)
         return dy;
-    const uint32_t passes = ((const uint16_t *)a->saved)[row * a->words + c / 16];
+    const uint32_t passes = ((const uint16_t *)a->saved)[row * a->words + (c >> 4)];
     if (kind == QSP_CLAMP)
         return f16_keep(dy, passes);
     return f16_add(f16_keep(dy, passes), f16_keep(f16_mul(dy, f16_set1(a->slope)), ~passes));

@@ -229,7 +229,7 @@ QSP_INLINE f16x source_at(const qsp_pack *a, int64_t row, int64_t c, int n, cons
     const qsp_epilogue *f = a->epilogue;
     if (source == CLAMPED)
         return whole ? epilogue_at(f, row, c, 16, dtype, QSP_CLAMP, variant, f->residual != NULL, f->codes != NULL,
-                                 f->saved != NULL)
+                                   f->saved != NULL)
                      : epilogue_any(f, row, c, n);
     return whole ? epilogue_grad_16(a->gradient, row, c, dtype, variant) : epilogue_grad_any(a->gradient, row, c, n);
 }
@@ -250,7 +250,8 @@ QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64
     QSP_ALIGNED(64) float line[BAND];
     row_maker *make = source == MADE ? row_maker_of(a->epilogue) : NULL;
     const int lanes = (int)qsp_min(16, r->lanes - k), vectors = (n + 15) / 16;
-    const int far = r->row_step > 1 || source_channels(a) >= 8 * BAND; /* neighbours need no help where rows are short */
+    /* neighbours need no help where rows are short */
+    const int far = r->row_step > 1 || source_channels(a) >= 8 * BAND;
     const int64_t pitch = a->grid.pitch, number = r->number + k * r->number_step + c;
     uint8_t *to = (uint8_t *)a->planes + r->lane + (a->view.plane + c) * pitch + k;
     quantizer q[BAND / 16];
@@ -401,8 +402,8 @@ QSP_COPIED void run_of_floats(const qsp_pack *a, const lane_run *r, int64_t firs
 /* A band of any kind, for those that are not a multiple of sixteen channels, and for roundings without a copy below. */
 QSP_APART void band_any(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n)
 {
-    const int source = source_of(a);
-    pack_band(a, r, k, c, n, a->dtype, rounding_of(&a->scheme), source, variant_of_source(a, source), has_fours(r, c), 0);
+    const int source = source_of(a), variant = variant_of_source(a, source);
+    pack_band(a, r, k, c, n, a->dtype, rounding_of(&a->scheme), source, variant, has_fours(r, c), 0);
 }
 
 QSP_COPIED void run_of_bands(const qsp_pack *a, const lane_run *r, int64_t first, int64_t last, const int dtype,

@@ -19,7 +19,7 @@ from qsparseprop.nn.deferred.passes import IDENTITY, Activation, Affine
 from qsparseprop.nn.deferred.pending import Codes, Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor, pending_of
 from qsparseprop.nn.functional import block_gradients, direct_apply, link_to_inputs, refuse_forward_mode, without_graph
-from qsparseprop.ops import check_storage, saved_tensors
+from qsparseprop.ops import are_plain, check_storage, saved_tensors
 
 
 def result(pending: Pending, dtype: torch.dtype) -> Tensor:
@@ -49,8 +49,15 @@ def gradient_rows(gradient: Tensor, layout: Any, dtype: torch.dtype) -> Tensor:
     """The rows of a gradient."""
     if type(gradient) is DeferredTensor:
         gradient = gradient._pending.plain()
-    check_storage(gradient, "the gradient of the output")
-    return layout.rows(gradient.detach().to(dtype))
+    return layout.rows(_in_memory(gradient, "the gradient of the output").to(dtype))
+
+
+def _in_memory(tensor: Tensor, name: str) -> Tensor:
+    """A tensor that comes from outside, without a history, as the kernels can read it."""
+    check_storage(tensor, name)
+    tensor = tensor.detach()
+    # views with the negative bit, subclasses, and tensors that only say that they are zero
+    return tensor if are_plain(tensor) else tensor.clone().as_subclass(Tensor)
 
 
 def _deferred(pending: PendingGradient, dtype: torch.dtype) -> Tensor:
@@ -174,6 +181,40 @@ def activate(source: DeferredTensor, activation: Activation, in_place: bool) -> 
     return _changed(_give(pending, source, in_place), in_place)
 
 
+class _Map(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        ctx.save_for_backward(scale)
+        return result(_map(source._pending, scale, shift), source.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = saved_tensors(ctx)
+        if scale is None:
+            return dy, None, None
+        if type(dy) is DeferredTensor:
+            dy = dy._pending.plain()
+        return dy * scale, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        refuse_forward_mode()
+
+
+def _map(pending: Pending, scale: Tensor | None, shift: Tensor | None) -> Pending:
+    pending = pending.mapped(scale, shift)
+    if step_by_step() or pending.usage.plain:
+        pending.compute()
+    return pending
+
+
+def channel_map(source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Record a multiplication or a shift by a number for each channel, which gets no gradient."""
+    if torch.is_grad_enabled() and source.requires_grad:
+        return _APPLY[_Map](source, scale, shift)
+    return result(_map(source._pending, scale, shift), source.dtype)
+
+
 class _Addition(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: DeferredTensor, other: Tensor, in_place: bool) -> Tensor:
@@ -197,9 +238,8 @@ def _add(pending: Pending, other: Tensor) -> Pending:
         if layout.channels_first != pending.layout.channels_first:
             rows = pending.layout.rows(layout.view(rows))
     else:
-        other = other._pending.plain() if type(other) is DeferredTensor else other.detach()
-        check_storage(other, "what is added")
-        rows = pending.layout.rows(other)
+        other = other._pending.plain() if type(other) is DeferredTensor else other
+        rows = pending.layout.rows(_in_memory(other, "what is added"))
     return pending.plus(rows)
 
 
@@ -216,4 +256,4 @@ def _changed(tensor: Tensor, in_place: bool) -> Tensor:
     return tensor
 
 
-_APPLY = {function: direct_apply(function) for function in (_BatchNorm, _Activation, _Addition)}
+_APPLY = {function: direct_apply(function) for function in (_BatchNorm, _Activation, _Map, _Addition)}

@@ -155,6 +155,27 @@ class Pending:
             new.compute()
         return new, new._slopes
 
+    def mapped(self, scale: Tensor | None, shift: Tensor | None) -> Pending:
+        """With what is settled multiplied, or shifted, by a number for each channel; other tensors' memory is read now.
+
+        One of both, so that it is rounded as often as torch rounds it.
+        """
+        rows = self.settled()
+        new = self._follow("scale" if shift is None else "shift")
+        channels = rows.shape[1]
+        new._affine = Affine(
+            torch.ones(channels, dtype=torch.float32) if scale is None else scale.detach().reshape(-1).clone(),
+            torch.zeros(channels, dtype=torch.float32) if shift is None else shift.detach().reshape(-1).clone(),
+        )
+        if self._borrowed:
+            new.compute()
+        return new
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether an addition would be done in the pass of a map that is still to be computed."""
+        return self.open and self._affine is not NO_AFFINE and self._activation is IDENTITY
+
     def plus(self, other: Tensor) -> Pending:
         """With the rows of another tensor added, at once."""
         with self._lock, self._mode():
@@ -196,7 +217,8 @@ class Pending:
             self._become(self._apply())
 
     def _settled(self) -> Tensor:
-        assert self._rows is not None, "the values have been seen"
+        if self._rows is None:  # another thread has wanted the values meanwhile
+            return self.layout.rows(self._values).clone()
         self._settle()
         return self._rows
 

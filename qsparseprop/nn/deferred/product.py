@@ -203,6 +203,7 @@ def deferred_product(
         qconfig = layer._qconfig
         packed, plain, geometry, channels_last = _prepare(x, images, geometry, qconfig)
         declared = is_channels_last(x) if x.ndim == 4 else False
+        usage.fed = packed is not None
         call = _Call(layer._plan(geometry, groups), qconfig, dtype, layout(declared), images, usage, packed, plain,
                      channels_last, plain_result)
         weight, bias = layer.weight, layer.bias

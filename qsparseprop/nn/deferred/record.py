@@ -34,7 +34,7 @@ def _can_be_changed(source: Tensor) -> bool:
 
 def _activation(source: Any, activation: Activation, in_place: bool) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if pending_of(source) is None or not may_defer():
+        if not may_defer() or pending_of(source) is None:
             return NotImplemented
         if in_place and not _can_be_changed(source):
             return NotImplemented
@@ -115,8 +115,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        pending = pending_of(input)
-        if pending is None or not may_defer() or not pending.layout.channels_first:
+        if not may_defer() or (pending := pending_of(input)) is None or not pending.layout.channels_first:
             return NotImplemented
         if not (_known(running_mean) and _known(running_var) and _known(weight) and _known(bias)
                 and _is_number(momentum) and _is_number(eps)):  # fmt: skip
@@ -134,11 +133,13 @@ def _known(tensor: Any) -> bool:
 
 def _addition(source: Any, other: Any, in_place: bool) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if not isinstance(source, Tensor) or not isinstance(other, Tensor) or source is other or not may_defer():
+        if not may_defer() or not isinstance(source, Tensor) or not isinstance(other, Tensor) or source is other:
             return NotImplemented
         first = source
-        if not in_place and pending_of(source) is None:
+        if not in_place and _goes_first(other, source):
             source, other = other, source
+        if not in_place and _is_for_channels(source, other):
+            return nodes.channel_map(source, None, other)
         if (pending_of(source) is None or source.shape != other.shape or source.dtype is not other.dtype
                 or not (type(other) is DeferredTensor or _is_plain(other))
                 or (in_place and not _can_be_changed(source))
@@ -146,6 +147,33 @@ def _addition(source: Any, other: Any, in_place: bool) -> Any:
                     and (source is not first or 1 in source.shape))):  # fmt: skip -- torch's result looks like the first
             return NotImplemented
         return nodes.add(source, other, in_place)
+
+
+def _goes_first(other: Tensor, source: Tensor) -> bool:
+    """Whether an addition is better taken up behind the second summand: it can be, and has a pass to be done in."""
+    first, second = pending_of(source), pending_of(other)
+    return second is not None and (first is None or (second.is_mapped and not first.is_mapped))
+
+
+def _is_for_channels(source: Tensor, other: Tensor) -> bool:
+    """Whether a tensor holds a constant for each channel of a deferred one, as normalisations that are frozen have."""
+    pending = pending_of(source)
+    if (pending is None or not _is_plain(other) or other.dtype is not torch.float32 or source.dtype is not other.dtype
+            or (other.requires_grad and torch.is_grad_enabled())):  # fmt: skip
+        return False
+    channels = pending.layout.images[1]
+    behind = source.ndim - 2 if pending.layout.channels_first else 0
+    shape = (channels, *(1,) * behind)
+    return channels > 1 and tuple(other.shape) in (shape, (1,) * (source.ndim - len(shape)) + shape)
+
+
+@_records(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def _mul(input: Any, other: Any, *, out: Any = None) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        if out is not None or not isinstance(input, Tensor) or not isinstance(other, Tensor) or not may_defer():
+            return NotImplemented
+        source, factor = (input, other) if pending_of(input) is not None else (other, input)
+        return nodes.channel_map(source, factor, None) if _is_for_channels(source, factor) else NotImplemented
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -70,8 +70,9 @@ class _Hook:
 
 
 def _layout_of(x: Tensor, features_last: bool) -> Layout | None:
-    if (x.ndim < 2 or (x.ndim > 4 and not features_last) or x.numel() == 0 or x.dtype not in (torch.float32, torch.bfloat16)
-            or not x.is_cpu or x.layout is not torch.strided or not are_plain(x)):  # fmt: skip
+    if (x.ndim < 2 or (x.ndim > 4 and not features_last) or x.numel() == 0
+            or x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu or x.layout is not torch.strided
+            or not are_plain(x)):  # fmt: skip
         return None
     shape = tuple(x.shape)
     if features_last or x.ndim == 2:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from qsparseprop.nn._engine import STARTS_BACKWARD, run_backward
-from qsparseprop.nn.deferred.conditions import watcher
+from qsparseprop.nn.deferred.conditions import keep_from_compiling, watcher
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.pending import Pending
 
@@ -21,11 +21,12 @@ HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
 _MEMORY = {
     getattr(Tensor, name)
     for name in ("__array__", "__deepcopy__", "__dlpack__", "__dlpack_device__", "__format__", "__reduce_ex__",
-                 "__repr__", "_typed_storage", "data_ptr", "is_set_to", "is_shared", "numpy", "pin_memory",
-                 "share_memory_", "storage", "tolist", "type", "untyped_storage", "apply_", "map_", "map2_")
+                 "__repr__", "is_set_to", "numpy", "pin_memory", "share_memory_", "tolist", "type", "apply_", "map_",
+                 "map2_")
 }  # fmt: skip
-_GET_DATA = Tensor.data.__get__
-_SET_DATA = Tensor.data.__set__
+#: What asks for the memory alone: no history is needed, and no mode sees an operator (torch.compile asks this way).
+_STORAGE = {getattr(Tensor, name) for name in ("_typed_storage", "data_ptr", "is_shared", "storage", "untyped_storage")}
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__
 #: What gives a tensor another memory.
 _OTHER_MEMORY = (torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.resize_as_)
 
@@ -61,11 +62,13 @@ class DeferredTensor(Tensor):
         if func in STARTS_BACKWARD:
             return run_backward(func, args, kwargs, cls)
         with torch._C.DisableTorchFunctionSubclass():
+            if func in _STORAGE:
+                return func(args[0]._pending.plain())
             if func in _MEMORY:
                 args, kwargs = tree_map_only(DeferredTensor, _with_memory, (args, kwargs))
-            elif func is _GET_DATA:
-                return _with_memory(args[0]).data
-            elif func is _SET_DATA:
+            elif func == _GET_DATA:  # Python makes such objects anew each time
+                return args[0]._pending.plain().data
+            elif func == _SET_DATA:
                 _refuse_other_memory()
             return func(*args, **kwargs)
 
@@ -94,6 +97,10 @@ class DeferredTensor(Tensor):
 
 def _refuse_other_memory() -> None:
     raise RuntimeError("the memory of a sparse layer's result cannot be exchanged: take a clone() of it")
+
+
+for _method in (DeferredTensor.__torch_function__, DeferredTensor.__torch_dispatch__):
+    keep_from_compiling(_method.__func__)
 
 
 def _with_memory(tensor: DeferredTensor) -> Tensor:

@@ -8,6 +8,10 @@ from collections.abc import Iterable
 from qsparseprop.nn.deferred.conditions import watcher
 from qsparseprop.nn.deferred.passes import Activation
 
+#: What is remembered at most: operations of a chain, and different ones behind the same result (as an activation whose
+#: limits change from call to call).
+LONGEST, MOST_BRANCHES = 16, 16
+
 #: What can follow a product: "BatchNorm", "add", or an activation.
 Operation = str | Activation
 
@@ -30,21 +34,28 @@ class Usage:
         Whether it was a summand of another chain.
     read : bool
         Whether anybody else has seen its values.
+    fed : bool
+        Of a layer's product: whether the layer has taken its input packed.
     """
 
-    __slots__ = ("_branches", "_calls", "_last", "absorbed", "packed", "read", "summed")
+    __slots__ = ("_branches", "_calls", "_depth", "_followed", "_last", "absorbed", "fed", "packed", "read", "summed")
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 0) -> None:
+        self._depth = depth
         self._branches: dict[Operation, Usage] = {}
+        self._followed: set[Operation] = set()
         self._calls = 0
         self._last = (False,) * 4
-        self.absorbed = self.packed = self.summed = self.read = False
+        self.absorbed = self.packed = self.summed = self.read = self.fed = False
 
     def branch(self, operation: Operation) -> Usage:
         """That of what an operation gives; a call of it begins."""
+        self._followed.add(operation)
         found = self._branches.get(operation)
         if found is None:
-            found = self._branches[operation] = Usage()
+            found = Usage(self._depth + 1)
+            if self._depth < LONGEST and len(self._branches) < MOST_BRANCHES:
+                self._branches[operation] = found
         return found.begin()
 
     def begin(self) -> Usage:
@@ -52,6 +63,7 @@ class Usage:
         if not self._values_only:
             self._last = (self.absorbed, self.packed, self.summed, self.read)
         self.absorbed = self.packed = self.summed = self.read = False
+        self._followed.clear()
         self._calls += 1
         return self
 
@@ -75,9 +87,8 @@ class Usage:
 
     def chain(self) -> list[Operation]:
         """What was recorded, one operation after the other; the longest of several chains."""
-        if not self.absorbed:
-            return []
-        return longest([operation, *branch.chain()] for operation, branch in self._branches.items())
+        return longest([operation, *branch.chain()] for operation, branch in self._branches.items()
+                       if operation in self._followed)  # fmt: skip
 
 
 def longest(chains: Iterable[list[Operation]]) -> list[Operation]:

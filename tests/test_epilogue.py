@@ -1,0 +1,376 @@
+"""What follows a product, and its gradient: the operators against plain torch and float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from qsparseprop import epilogue_ops, ops, reference
+from qsparseprop._kernels import _dispatch
+from qsparseprop.geometry import conv_geometry, linear_geometry
+
+ACTIVATIONS = [
+    ("identity", []), ("clamp", [0.0, math.inf]), ("clamp", [0.0, 6.0]), ("clamp", [-0.5, 0.25]),
+    ("clamp", [1.0, 1.0]),
+    ("leaky_relu", [0.01]), ("leaky_relu", [0.0]), ("leaky_relu", [2.5]), ("leaky_relu", [-0.5]),
+    ("silu", []), ("hardswish", []), ("gelu", []), ("gelu_tanh", []),
+]  # fmt: skip
+FUNCTIONS = {
+    "identity": lambda x: x,
+    "clamp": lambda x, low, high: functional.hardtanh(x, low, high),
+    "leaky_relu": functional.leaky_relu,
+    "silu": functional.silu,
+    "hardswish": functional.hardswish,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+STEPS = {"silu": 1 / 200, "hardswish": 1 / 120, "gelu": 1 / 200, "gelu_tanh": 1 / 200}
+ACTIVATION = st.sampled_from(ACTIVATIONS)
+CHANNELS = st.one_of(st.integers(1, 70), st.sampled_from([128, 130, 256, 320, 600]))
+SHAPES = st.tuples(st.integers(1, 70), CHANNELS)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+PARTS = st.fixed_dictionaries({"affine": st.booleans(), "residual": st.booleans(), "codes": st.booleans()})
+SPREADS = st.sampled_from([1.0, 1.0, 4.0, 1e-3, 1e4])
+
+
+def inputs(shape, dtype, parts, spread=1.0):
+    """x, residual, scale, shift; code_scale and code_shift: those that there are."""
+    channels = shape[1]
+    x = (torch.randn(shape) * spread).to(dtype)
+    residual = torch.randn(shape).to(dtype) if parts["residual"] else None
+    scale, shift = (torch.randn(channels), torch.randn(channels)) if parts["affine"] else (None, None)
+    codes = (torch.full((channels,), 40 / spread), torch.randn(channels)) if parts["codes"] else (None, None)
+    return [x, residual, scale, shift], list(codes)
+
+
+def same(mine, wanted):
+    assert len(mine) == len(wanted)
+    for a, b in zip(mine, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@settings(max_examples=60)
+@given(shape=SHAPES, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, save=st.booleans(), spread=SPREADS)
+def test_forward_is_the_reference(isa, shape, dtype, activation, parts, save, spread):
+    arguments, codes = inputs(shape, dtype, parts, spread)
+    mine = epilogue_ops.epilogue(*arguments, *activation, *codes, save)
+    same(mine, reference.epilogue(*arguments, *activation, *codes, save))
+
+
+@settings(max_examples=60)
+@given(shape=SHAPES, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, factors=st.booleans(), want_g=st.booleans(),
+       spread=SPREADS)  # fmt: skip
+def test_gradient_is_the_reference(isa, shape, dtype, activation, parts, factors, want_g, spread):
+    arguments, code_parameters = inputs(shape, dtype, parts)
+    _, codes, saved = epilogue_ops.epilogue(*arguments, *activation, *code_parameters, True)
+    kept = codes if parts["codes"] else None, None if activation[0] == "identity" else saved
+    dy = (torch.randn(shape) * spread).to(dtype)
+    factor = torch.randn(3, shape[1]) if factors else None
+    same(epilogue_ops.epilogue_grad(dy, *kept, *activation, factor, want_g),
+         reference.epilogue_grad(dy, *kept, *activation, factor, want_g))  # fmt: skip
+    sums, wanted = epilogue_ops.epilogue_sums(dy, *kept, *activation), reference.epilogue_sums(dy, *kept, *activation)
+    torch.testing.assert_close(sums[:, 0], wanted[:, 0], rtol=1e-5, atol=1e-4 * spread)
+    torch.testing.assert_close(sums[:, 1], wanted[:, 1], rtol=1e-5, atol=3e-2 * spread)
+    assert torch.equal(sums[:, 2], wanted[:, 2])
+
+
+@settings(max_examples=60)
+@given(shape=SHAPES, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, spread=SPREADS)
+def test_range_is_the_reference_and_holds_the_result(isa, shape, dtype, activation, parts, spread):
+    arguments, _ = inputs(shape, dtype, parts, spread)
+    ranges = epilogue_ops.epilogue_range(*arguments, *activation)
+    assert torch.equal(ranges, reference.epilogue_range(*arguments, *activation))
+    exact = [None if t is None else t.float() for t in arguments]
+    y = epilogue_ops.epilogue(*exact, *activation, None, None, False)[0]
+    rounding = 1e-6 * arguments[0].float().abs().amax(0).clamp(min=1)
+    least, most = y.amin(0), y.amax(0)
+    assert (least >= ranges[:, 0] - rounding).all()
+    assert (most <= ranges[:, 1] + rounding).all()
+    if activation[0] in ("identity", "clamp") or (activation[0] == "leaky_relu" and activation[1][0] >= 0):
+        assert torch.equal(ranges, torch.stack([least, most], 1))
+
+
+@given(ends=st.lists(st.tuples(st.floats(-20, 20, width=32), st.floats(-20, 20, width=32)), min_size=1, max_size=40),
+       activation=ACTIVATION)  # fmt: skip
+def test_ranges_of_activations(isa, ends, activation):
+    ranges = torch.tensor(ends).sort(1)[0]
+    found = epilogue_ops.activation_range(ranges, *activation)
+    assert torch.equal(found, reference.activation_range(ranges, *activation))
+    between = ranges[:, :1] + torch.linspace(0, 1, 101) * (ranges[:, 1:] - ranges[:, :1])
+    y = FUNCTIONS[activation[0]](between.double(), *activation[1])
+    assert (y.amin(1) >= found[:, 0] - 1e-5).all()
+    assert (y.amax(1) <= found[:, 1] + 1e-5).all()
+    assert (y.amax(1) >= found[:, 1] - 1e-5).all()
+
+
+def test_ranges_that_are_not_numbers():
+    ranges = torch.tensor([[math.nan, math.nan], [0.0, 1.0], [-1.0, math.inf]])
+    for activation in ACTIVATIONS:
+        found = epilogue_ops.activation_range(ranges, *activation)
+        assert found[0].isnan().all()
+        assert found[1].isfinite().all()
+        assert found[2].isfinite().all() == (activation[0] == "clamp" and activation[1][1] < math.inf)
+    one = epilogue_ops.activation_range(torch.tensor([[-2.0, 3.0]]), "leaky_relu", [-2.0])
+    assert torch.equal(one, torch.tensor([[0.0, 4.0]]))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_and_slopes_are_those_of_torch(isa, activation):
+    name, options = activation
+    x = torch.cat([torch.linspace(-20, 20, 40_001), torch.logspace(-30, 37, 100), -torch.logspace(-30, 37, 100),
+                   torch.tensor([-3.0, 3.0, 0.0, -0.0, *options])])  # fmt: skip
+    x = x[x.isfinite()]
+    y, _, saved = epilogue_ops.epilogue(x[None], None, None, None, name, options, None, None, True)
+    exact = x.double().requires_grad_()
+    wanted = FUNCTIONS[name](exact, *options)
+    (slope,) = torch.autograd.grad(wanted.sum(), exact)
+    assert ((y[0] - wanted).abs() <= 5e-7 * wanted.abs().maximum(x.abs()).clamp(min=1)).all()
+    mine = epilogue_ops.epilogue_grad(torch.ones_like(x)[None], None, saved, name, options, None, False)[0][0]
+    # half a step, and the rounding of float32
+    assert (mine - slope).abs().max() <= (STEPS[name] / 2 + 1e-6 if name in STEPS else 1e-7)
+    if name in STEPS:  # what is cut off or passes has no error
+        assert (mine[x < -12] == 0).all()
+        assert ((mine[x > 12] - 1).abs() < 1e-7).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_finite_is_as_in_torch(isa, activation):
+    name, options = activation
+    x = torch.tensor([[math.nan, math.inf, -math.inf, 1.0, -1.0]]).repeat(1, 4)
+    y, _, _ = epilogue_ops.epilogue(x, None, None, None, name, options, None, None, True)
+    torch.testing.assert_close(y, FUNCTIONS[name](x.double(), *options).float(), equal_nan=True)
+    ranges = epilogue_ops.epilogue_range(torch.cat([x.abs(), x]), None, None, None, name, options)
+    assert ranges[0].isnan().all()
+    assert ranges[3:5].isfinite().all()
+    limited = name == "clamp" and options[1] < math.inf
+    assert ranges[1].isfinite().all() == limited
+    assert ranges[2].isfinite().all() == limited
+    dy = torch.randn(300, 20)
+    dy[3, 1], dy[200, 18], dy[5, 7] = math.nan, math.inf, -math.inf
+    before = dy.nan_to_num().clamp(0.1, 0.9)
+    _, _, saved = epilogue_ops.epilogue(before, None, None, None, name, options, None, None, True)
+    sums = epilogue_ops.epilogue_sums(dy, None, saved, name, options)
+    bad = [1, 7, 18] if (name, options) not in (("clamp", [1.0, 1.0]), ("clamp", [-0.5, 0.25])) else []
+    assert sums[bad, 2].isnan().all()
+    assert sums[[c for c in range(20) if c not in (1, 7, 18)]].isfinite().all()
+
+
+IMAGES = st.tuples(st.integers(1, 20), st.sampled_from([2, 3, 15, 16, 17, 33, 64, 70, 130, 520]), st.integers(1, 6),
+                   st.integers(1, 6))  # fmt: skip
+KINDS = st.sampled_from(["3x3", "3x3 stride 2", "1x1", "images side by side", "linear"])
+
+
+def geometry_of(kind, shape):
+    if kind == "linear":
+        return linear_geometry(shape[1], 4), (shape[0] * shape[2] * shape[3], shape[1], 1, 1)
+    kernel, stride, pad = (1, 1, 0) if kind == "1x1" else (3, 2 if kind == "3x3 stride 2" else 1, 1)
+    return conv_geometry(shape[1], 4, shape[2:], (kernel, kernel), (stride, stride), (pad,) * 4, (1, 1), shape[0],
+                         kind == "images side by side"), shape  # fmt: skip
+
+
+def as_images(rows, shape):
+    return rows.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+
+
+@settings(max_examples=40)
+@given(shape=IMAGES, kind=KINDS, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, per_channel=st.booleans(),
+       keep=st.booleans(), save=st.booleans(), scheme=st.sampled_from(["absmax", "symmetric", "standard"]))  # fmt: skip
+def test_packing_on_the_way_is_packing_afterwards(isa, shape, kind, dtype, activation, parts, per_channel, keep, save,
+                                                   scheme):  # fmt: skip
+    geometry, shape = geometry_of(kind, shape)
+    grid, views = geometry.input_grid, geometry.input_views
+    lanes = grid.lanes(shape[0])
+    arguments, codes = inputs((shape[0] * shape[2] * shape[3], shape[1]), dtype, parts, 2.0)
+    # packed is what there is before it is rounded to dtype
+    wide = [None if t is None else t.float() for t in arguments]
+    exact = epilogue_ops.epilogue(*wide, *activation, None, None, False)[0]
+    ranges = torch.stack([exact.amin(0), exact.amax(0)], 1)
+    if not per_channel:
+        ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
+    y, *kept_and_packed = epilogue_ops.epilogue_pack(*arguments, *activation, *codes, save, shape, ranges, grid.numbers,
+                                                     views, lanes, scheme, per_channel, keep)  # fmt: skip
+    wanted = epilogue_ops.epilogue(*arguments, *activation, *codes, save)
+    same([y], [wanted[0] if keep else torch.empty(0, dtype=dtype)])
+    same(kept_and_packed[:2], wanted[1:])
+    same(kept_and_packed[2:], ops.quantize_pack(as_images(exact, shape), grid.numbers, views, lanes, scheme, None,
+                                                per_channel))  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(shape=IMAGES, kind=KINDS, activation=ACTIVATION, affine=st.booleans(), per_channel=st.booleans(),
+       scheme=st.sampled_from(["absmax", "standard"]))  # fmt: skip
+def test_packing_from_codes_is_packing_from_their_numbers(isa, shape, kind, activation, affine, per_channel, scheme):
+    geometry, shape = geometry_of(kind, shape)
+    codes = torch.randint(0, 256, (shape[0] * shape[2] * shape[3], shape[1]), dtype=torch.uint8)
+    scale, shift = (torch.randn(shape[1]) / 64, torch.randn(shape[1])) if affine else (None, None)
+    ranges = epilogue_ops.epilogue_range(codes.float(), None, scale, shift, *activation)
+    if not per_channel:
+        ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
+    rest = (None, scale, shift, *activation, None, None, False, shape, ranges, geometry.input_grid.numbers,
+            geometry.input_views, geometry.input_grid.lanes(shape[0]), scheme, per_channel, False)  # fmt: skip
+    same(epilogue_ops.epilogue_pack(codes, *rest)[1:], epilogue_ops.epilogue_pack(codes.float(), *rest)[1:])
+
+
+@settings(max_examples=40)
+@given(shape=IMAGES, kind=KINDS, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, factors=st.booleans(),
+       per_channel=st.booleans(), want_g=st.booleans(),
+       scheme=st.sampled_from(["stochastic", "symmetric", "luq"]))  # fmt: skip
+def test_packing_the_gradient_on_the_way(isa, shape, kind, dtype, activation, parts, factors, per_channel, want_g,
+                                         scheme):  # fmt: skip
+    geometry, shape = geometry_of(kind, shape)
+    grid, views = geometry.input_grid, geometry.input_views
+    size = (shape[0] * shape[2] * shape[3], shape[1])
+    arguments, code_parameters = inputs(size, dtype, parts)
+    _, codes, saved = epilogue_ops.epilogue(*arguments, *activation, *code_parameters, True)
+    kept = codes if parts["codes"] else None, saved
+    dy, factor = torch.randn(size).to(dtype), torch.randn(3, shape[1]) if factors else None
+    exact, g = epilogue_ops.epilogue_grad(dy.float(), *kept, *activation, factor, True)
+    most = exact.abs().amax(0) if per_channel else exact.abs().amax()[None]
+    lanes, seed = grid.lanes(shape[0]), torch.tensor(5)
+    *packed, own_g = epilogue_ops.epilogue_grad_pack(
+        dy, *kept, *activation, factor, want_g, shape, torch.stack([-most, most], 1), grid.numbers, views, lanes,
+        scheme, seed, per_channel,
+    )  # fmt: skip
+    same(packed, ops.quantize_pack(as_images(exact, shape), grid.numbers, views, lanes, scheme, seed, per_channel))
+    if not want_g:
+        assert own_g.numel() == 0
+    elif kind not in ("1x1", "3x3 stride 2"):  # which may leave pixels out
+        same([own_g], [g.to(dtype)])
+
+
+def test_all_threads_and_instruction_sets_agree():
+    generator = torch.Generator().manual_seed(0)
+    x, dy, residual = (torch.randn(3000, 70, generator=generator) * 3 for _ in range(3))
+    vectors, factor = torch.randn(4, 70, generator=generator), torch.randn(3, 70, generator=generator)
+    results = []
+    before, threads_before = _dispatch.active_isa(), torch.get_num_threads()
+    try:
+        for isa in _dispatch.supported_isas():
+            _dispatch.set_isa(isa)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                result = []
+                for name, options in ACTIVATIONS:
+                    arguments = [x, residual, vectors[0], vectors[1], name, options]
+                    y, codes, saved = epilogue_ops.epilogue(*arguments, vectors[2], vectors[3], True)
+                    result += [y, codes, saved, epilogue_ops.epilogue_range(*arguments),
+                               epilogue_ops.epilogue_sums(dy, codes, saved, name, options),
+                               *epilogue_ops.epilogue_grad(dy, codes, saved, name, options, factor, True)]  # fmt: skip
+                results.append(result)
+    finally:
+        _dispatch.set_isa(before)
+        torch.set_num_threads(threads_before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_rows(activation):
+    x, none = torch.empty(0, 5), (None, None)
+    y, codes, saved = epilogue_ops.epilogue(x, None, *none, *activation, torch.ones(5), torch.ones(5), True)
+    assert (y.shape, codes.shape) == ((0, 5), (0, 5))
+    assert torch.equal(epilogue_ops.epilogue_sums(x, codes, saved, *activation), torch.zeros(5, 3).double())
+    assert epilogue_ops.epilogue_grad(x, codes, saved, *activation, None, True)[1].shape == (0, 5)
+    with pytest.raises(ValueError, match="the range of no elements"):
+        epilogue_ops.epilogue_range(x, None, *none, *activation)
+
+
+def test_bad_activations_are_refused():
+    x, none = torch.randn(4, 5), [None] * 3
+    for name, options, message in (
+        ("swish", [], "must be one of identity, clamp, leaky_relu, silu, hardswish, gelu, gelu_tanh, got 'swish'"),
+        ("clamp", [0.0], "the activation 'clamp' has 2 options"), ("silu", [1.0], "'silu' has 0 options, got"),
+        ("leaky_relu", [], "the activation 'leaky_relu' has 1 options"),
+        ("clamp", [1.0, 0.0], "two numbers in order"), ("clamp", [math.nan, 0.0], "two numbers in order"),
+        ("leaky_relu", [math.inf], "must be finite"), ("leaky_relu", [math.nan], "must be finite"),
+        ("leaky_relu", [1e39], "must be finite"),
+    ):  # fmt: skip
+        for call in (
+            lambda a: epilogue_ops.epilogue(x, *none, *a, None, None, True),
+            lambda a: epilogue_ops.epilogue_range(x, *none, *a),
+            lambda a: epilogue_ops.epilogue_sums(x, None, None, *a),
+            lambda a: epilogue_ops.epilogue_grad(x, None, None, *a, None, False),
+            lambda a: epilogue_ops.activation_range(torch.zeros(5, 2), *a),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call((name, options))
+
+
+def test_bad_tensors_are_refused():
+    x, one = torch.randn(4, 5), torch.ones(5)
+    relu, good = ("clamp", [0.0, math.inf]), [x, x.clone(), one, one, "clamp", [0.0, math.inf], one, one, True]
+    wrong = [
+        (0, x[0], ValueError, "2 dimensions"), (0, torch.randn(5, 4).t(), ValueError, "contiguous"),
+        (0, x.double(), TypeError, "x must be of dtype"), (1, x[:3], ValueError, "residual must be"),
+        (1, x.bfloat16(), ValueError, "residual must be"), (1, torch.randn(5, 4).t(), ValueError, "contiguous"),
+        *((place, one[:4].clone(), ValueError, "at least 5 elements") for place in (2, 3, 6, 7)),
+        *((place, torch.ones(6), ValueError, "must have 5 elements, got 6") for place in (2, 3, 6, 7)),
+        *((place, one.double(), TypeError, "torch.float32") for place in (2, 3, 6, 7)),
+        *((place, torch.ones(10)[::2], ValueError, "contiguous") for place in (2, 3, 6, 7)),
+        *((place, None, ValueError, "must be given together, or neither") for place in (2, 3, 6, 7)),
+    ]  # fmt: skip
+    for place, bad, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            epilogue_ops.epilogue(*[bad if i == place else a for i, a in enumerate(good)])
+    _, codes, bits = epilogue_ops.epilogue(*good)
+    for arguments, kind, message in (
+        ((x, codes[:3].clone(), bits, *relu), ValueError, "codes must have at least 20"),
+        ((x, torch.cat([codes, codes]), bits, *relu), ValueError, "codes must have 20 elements, got 40"),
+        ((x, codes.float(), bits, *relu), TypeError, "codes must be"),
+        ((x, codes, None, *relu), ValueError, "the gradient of the activation 'clamp' needs what was saved"),
+        ((x, codes, bits[:3].clone(), *relu), ValueError, "saved must have at least 4"),
+        ((x, codes, bits, "gelu", []), TypeError, "saved must be"),
+        ((x, codes, codes, *relu), TypeError, "saved must be"),
+        ((x, codes, codes[:3].clone(), "silu", []), ValueError, "saved must have at least 20"),
+        ((x.double(), codes, bits, *relu), TypeError, "dy must be"),
+    ):
+        with pytest.raises(kind, match=message):
+            epilogue_ops.epilogue_sums(*arguments)
+        with pytest.raises(kind, match=message):
+            epilogue_ops.epilogue_grad(*arguments, None, False)
+    for factor in (torch.ones(2, 5), torch.ones(4, 5)):
+        with pytest.raises(ValueError, match="factor must have"):
+            epilogue_ops.epilogue_grad(x, codes, bits, *relu, factor, False)
+    for bad in (torch.zeros(5), torch.zeros(5, 3), torch.zeros(5, 2).double(), torch.zeros(2, 5).t()):
+        with pytest.raises((TypeError, ValueError), match="ranges must be"):
+            epilogue_ops.activation_range(bad, *relu)
+
+
+def test_bad_packing_is_refused():
+    x, one, codes = torch.randn(8, 5), torch.ones(5), torch.zeros(8, 5, dtype=torch.uint8)
+    geometry, shape = geometry_of("1x1", (2, 5, 2, 2))
+    numbers = (geometry.input_grid.numbers, geometry.input_views, geometry.input_grid.lanes(2))
+    relu, ranges = ("clamp", [0.0, math.inf]), torch.zeros(5, 2)
+
+    def pack(x, residual, code_scale, save, keep, shape=shape, scheme="absmax", ranges=ranges, activation=relu):
+        return epilogue_ops.epilogue_pack(x, residual, one, one, *activation, code_scale, code_scale, save, shape,
+                                          ranges, *numbers, scheme, True, keep)  # fmt: skip
+
+    for activation in (relu, ("silu", [])):
+        for residual, code_scale, save in ((codes, None, False), (None, one, False), (None, None, True)):
+            with pytest.raises(TypeError, match="neither with a residual nor with codes"):
+                pack(codes, residual, code_scale, save, False, activation=activation)
+        with pytest.raises(TypeError, match="x must be of dtype"):
+            pack(codes, None, None, False, True, activation=activation)
+    for call in (lambda: epilogue_ops.epilogue(codes, None, one, one, *relu, None, None, False),
+                 lambda: epilogue_ops.epilogue_range(codes, None, one, one, *relu)):  # fmt: skip
+        with pytest.raises(TypeError, match="x must be of dtype"):
+            call()
+    for scheme in ("sawb", "stochastic", "luq", "dithered"):
+        with pytest.raises(ValueError, match=f"the scheme '{scheme}' cannot be combined"):
+            pack(x, None, None, False, False, scheme=scheme)
+    with pytest.raises(ValueError, match="the images must have"):
+        pack(x, None, None, False, False, shape=(1, 5, 2, 2))
+    with pytest.raises(ValueError, match="ranges must have at least 10"):
+        pack(x, None, None, False, False, ranges=ranges[:4].clone())
+    arguments = (x, None, None, "identity", [], None, False, shape, ranges, *numbers)
+    with pytest.raises(ValueError, match="the scheme 'standard' cannot be combined"):
+        epilogue_ops.epilogue_grad_pack(*arguments, "standard", None, True)
+    with pytest.raises(ValueError, match="needs a seed"):
+        epilogue_ops.epilogue_grad_pack(*arguments, "stochastic", None, True)
