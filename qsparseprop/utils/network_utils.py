@@ -322,7 +322,8 @@ def swap_modules_with_sparse(
         if on_layer is not None:
             on_layer(name)
         layer = kind.from_dense(dense[name], qconfig=qconfig)
-        if name in recorded and not prototype and not stopwatch.pays(dense[name], layer, recorded[name], decision, fuse):
+        seen = None if prototype else recorded.get(name)
+        if seen is not None and not stopwatch.pays(dense[name], layer, seen, decision, fuse):
             continue
         carry_attributes(dense[name], layer, _untouched(dense[name]))
         decision.swapped = True
