@@ -14,6 +14,7 @@ from qsparseprop.nn.deferred import nodes
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.passes import Activation
 from qsparseprop.nn.deferred.tensor import HANDLERS, DeferredTensor, pending_of
+from qsparseprop.ops import check_storage
 
 _RELU = Activation("clamp", (0.0, math.inf))
 
@@ -124,6 +125,9 @@ def _batch_norm(
         try:
             return nodes.batch_norm(input, weight, bias, norm)
         except (TypeError, ValueError):  # the kernels refuse it before anything has changed: torch knows more
+            for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running_mean),
+                                 ("running_var", running_var)):  # fmt: skip
+                check_storage(tensor, f"{name} of the batch normalisation")  # but that
             return NotImplemented
 
 
