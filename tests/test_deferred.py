@@ -157,6 +157,18 @@ def test_what_a_hook_sees_saved_does_not_depend_on_guesses():
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_data_is_changed_in_place():
+    """Which assigns the same memory; another one is refused."""
+    layer = swapped(pruned(nn.Conv2d(4, 4, 1)))[0]
+    y = layer(torch.randn(2, 4, 5, 5))
+    before = y.detach().clone()
+    y.data += 1
+    assert torch.equal(y, before + 1)
+    with pytest.raises(RuntimeError, match="clone"):
+        y.data = y.data * 2
+    assert torch.equal(y, before + 1)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_sums_look_like_their_first_operand(channels_last):
     """Whichever of the two is deferred."""
