@@ -100,6 +100,19 @@ def test_a_map_of_channels_is_what_torch_gives(shape, operation):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("size", [(5, 4), (1, 5), (1, 1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_maps_keep_the_memory_format(size, memory_format):
+    dense = nn.Conv2d(4, 8, 3, padding=1)
+    layer = swapped(sparse(nn.Sequential(dense)))
+    x = torch.randn(2, 4, *size).contiguous(memory_format=memory_format)
+    factor = torch.randn(1, 8, 1, 1)
+    with torch.no_grad():
+        for y, z in ((layer(x) * factor, dense(x) * factor), (factor + layer(x), factor + dense(x)),
+                     (copy.deepcopy(layer)(x).clone(), dense(x).clone())):  # fmt: skip
+            assert y.stride() == z.stride()
+
+
 def test_the_factor_is_read_when_torch_would():
     layer = swapped(sparse(nn.Sequential(nn.Conv2d(4, 8, 3))))
     x, factor = torch.randn(2, 4, 5, 5), torch.randn(8, 1, 1)

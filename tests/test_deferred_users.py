@@ -20,7 +20,7 @@ from qsparseprop.utils.fusion import chains, unfuse_modules
 from qsparseprop.utils.network_utils import swap_modules_with_dense
 from qsparseprop.utils.saved_tensors import compress_saved_tensors
 
-from ._blocks import assert_close, assert_same, conv_net, is_deferred, mlp, relative, run, stepwise, swapped
+from ._blocks import assert_same, conv_net, is_deferred, mlp, relative, run, stepwise, swapped
 
 SHAPE = (5, 12, 9, 7)
 

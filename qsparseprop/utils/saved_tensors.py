@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from qsparseprop.contents import holds_tensors
-from qsparseprop.nn.deferred import pending_of
+from qsparseprop.nn.deferred.tensor import pending_of
 
 from ._codec import SCHEMES, Codes, encode
 from ._masked_ops import BitDropout, BitHardtanh, BitReLU, ByteMaxPool2d, dense_layout
@@ -318,9 +318,11 @@ class _Exchange(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         exchange = None if torch.compiler.is_compiling() else _EXCHANGES.get(func)
-        if exchange is None or (args and pending_of(args[0]) is not None):
+        if exchange is None or (args and pending_of(args[0]) is not None):  # blocks keep no more
             return func(*args, **kwargs)
         return exchange(self.compression, func, *args, **kwargs)
+
+
 
 
 def _relu(compression: Any, func: Any, input: Tensor, inplace: bool = False) -> Tensor:

@@ -50,7 +50,7 @@ class Layout:
 
     def view(self, rows: Tensor) -> Tensor:
         """The tensor as a view of its rows, of other strides unless `by_rows`."""
-        if not self.channels_first:
+        if not self.channels_first or (self.contiguous and self.by_rows):
             return rows.view(self.shape)
         n, c, *size = self.shape
         return rows.view(n, *size, c).movedim(-1, 1)

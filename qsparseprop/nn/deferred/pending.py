@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn.deferred import passes
-from qsparseprop.nn.deferred.conditions import watcher
+from qsparseprop._torch_compat import watcher
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_input
 from qsparseprop.nn.deferred.passes import IDENTITY, NO_AFFINE, Activation, Affine
