@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsparseprop._torch_compat import watcher
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn.deferred import passes
-from qsparseprop._torch_compat import watcher
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_input
 from qsparseprop.nn.deferred.passes import IDENTITY, NO_AFFINE, Activation, Affine
