@@ -305,7 +305,7 @@ def module_hook(w):
     what = w.one_of("log.hook_that('reads', {n!r})", "log.hook_that('doubles', {n!r})", "log.hook_that('notes', {n!r})")
     text = what.format(n=name)
     if "backward" in kind:
-        text = f"log.hook_that('notes', {name!r})" if w.chance(0.5) else f"log.hook_that('reads', {name!r})"
+        text = f"log.hook_that({w.one_of('notes', 'reads')!r}, 'gradient {name}')"
     if w.chance(0.6):
         w.phases["init"].append(f"    self.{name}.register_{kind}({text})")
     else:

@@ -99,6 +99,21 @@ def test_nothing_is_recorded_in_inference_mode(fuse):
     assert not y.requires_grad
 
 
+@pytest.mark.parametrize("following", [(), (nn.BatchNorm2d(4), nn.ReLU())])
+def test_what_was_packed_in_inference_mode_is_not_saved(following):
+    model = swapped(pruned(nn.Conv2d(4, 4, 3, padding=1), *following))
+    layer = swapped(pruned(nn.Conv2d(4, 4, 1)))
+    x = torch.randn(2, 4, 5, 5)
+    for _ in range(2):
+        y = model(x)
+        with torch.inference_mode():
+            layer(y)
+        layer(y).sum().backward()
+        with torch.inference_mode():
+            y = model(x)
+        layer(y).sum().backward()
+
+
 @pytest.mark.parametrize("start", ["grad", "backward"])
 def test_backward_passes_run_parts_of_the_model_as_forward_passes_do(start):
     """Recomputation by checkpointing, where the pass was started with a weight or a deferred tensor."""
