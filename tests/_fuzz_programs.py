@@ -7,10 +7,10 @@ import sys
 import time
 
 import torch
-from _program_runs import fault
-from _programs import Program, random_program, shrunk, source
 
 from qsparseprop.nn.deferred import conditions
+from tests._program_runs import fault
+from tests._programs import Program, random_program, shrunk, source
 
 
 def kind(found: str | None) -> str | None:

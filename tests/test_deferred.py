@@ -99,6 +99,21 @@ def test_nothing_is_recorded_in_inference_mode(fuse):
     assert not y.requires_grad
 
 
+@pytest.mark.parametrize("following", [(), (nn.BatchNorm2d(4), nn.ReLU())])
+def test_what_was_packed_in_inference_mode_is_not_saved(following):
+    model = swapped(pruned(nn.Conv2d(4, 4, 3, padding=1), *following))
+    layer = swapped(pruned(nn.Conv2d(4, 4, 1)))
+    x = torch.randn(2, 4, 5, 5)
+    for _ in range(2):
+        y = model(x)
+        with torch.inference_mode():
+            layer(y)
+        layer(y).sum().backward()
+        with torch.inference_mode():
+            y = model(x)
+        layer(y).sum().backward()
+
+
 @pytest.mark.parametrize("start", ["grad", "backward"])
 def test_backward_passes_run_parts_of_the_model_as_forward_passes_do(start):
     """Recomputation by checkpointing, where the pass was started with a weight or a deferred tensor."""
@@ -155,6 +170,18 @@ def test_what_a_hook_sees_saved_does_not_depend_on_guesses():
         torch.isfinite(model[:3](x)).all()  # only the values are wanted: nothing will be deferred
         torch.isfinite(model[0](x)).all()
     assert seen[0] == seen[1] == seen[2]
+
+
+def test_data_is_changed_in_place():
+    """Which assigns the same memory; another one is refused."""
+    layer = swapped(pruned(nn.Conv2d(4, 4, 1)))[0]
+    y = layer(torch.randn(2, 4, 5, 5))
+    before = y.detach().clone()
+    y.data += 1
+    assert torch.equal(y, before + 1)
+    with pytest.raises(RuntimeError, match="clone"):
+        y.data = y.data * 2
+    assert torch.equal(y, before + 1)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

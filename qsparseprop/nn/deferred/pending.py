@@ -229,7 +229,7 @@ class Pending:
 
     def keep_packed(self, packed: PackedInput) -> None:
         """Remember the packed form for others who take the same values."""
-        if self.open and not self._borrowed:
+        if self.open and not self._borrowed and not packed.planes.is_inference():  # autograd saves them
             self.packed = packed
 
     def compute(self) -> None:
@@ -269,7 +269,8 @@ class Pending:
                 return None
             if self._affine is NO_AFFINE and self._activation is IDENTITY and self._of_codes is None:
                 return None  # values: packed as those of any tensor
-            with self._mode():
+            # a layer may take it in inference mode, and then another one whose node saves it
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
                 ranges = passes.output_range(self._rows, self._affine, self._activation, self._ends)
                 rows, packed = passes.pack(self._rows, self._affine, self._activation, *self._buffers(),
                                            self.layout.images, ranges, geometry, qconfig, self.usage.keeps_values)
