@@ -8,9 +8,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
+from torch._C._dynamo import eval_frame as _frames
 from torch.optim.swa_utils import AveragedModel
+
+_autograd = torch._C._autograd
 
 
 def called_by_parameter() -> bool:
@@ -34,3 +39,38 @@ def before_averaging(check: Callable[[nn.Module, nn.Module], None]) -> None:
         update(self, model)
 
     AveragedModel.update_parameters = checked
+
+
+def keep_from_compiling(function: Callable[..., Any]) -> None:
+    """Let torch.compile neither compile a function, where it runs outside of a graph, nor what that calls.
+
+    Graphs break where a deferred tensor comes in; what deals with it then would be compiled by itself. The decorators
+    of torch.compiler do this as well, but import torch._dynamo, which takes seconds.
+    """
+    code = function.__code__
+    if hasattr(_frames, "set_code_exec_strategy"):
+        skip = _frames._FrameAction.SKIP
+        _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, skip))
+    else:  # PyTorch 2.6
+        _frames.skip_code(code)
+
+
+def watcher() -> Any:
+    """The innermost hook that sees what autograd saves (activation checkpointing, offloading, compression), or None.
+
+    What is saved under it may not depend on guesses, nor on what became meanwhile of a tensor from outside: a second
+    run must save the same. True where torch does not tell which.
+    """
+    if hasattr(_autograd, "_top_saved_tensors_default_hooks"):
+        hooks = _autograd._top_saved_tensors_default_hooks(True)
+        return None if hooks is None else hooks[0]
+    # up to PyTorch 2.7 nothing tells, but to forbid hooks is an error where there are some
+    if not _autograd._saved_tensors_hooks_is_enabled():
+        return None
+    try:
+        _autograd._saved_tensors_hooks_disable("there are hooks")
+    except RuntimeError:
+        return True
+    finally:
+        _autograd._saved_tensors_hooks_enable()
+    return None

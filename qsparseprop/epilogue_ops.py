@@ -19,6 +19,9 @@ name            options              kept for the gradient
 
 ReLU is a clamp to 0 and infinity, ReLU6 and Hardtanh are clamps. A code of 8 bits stands for 1/2 plus its distance from
 128 in these steps; bits are in words of 16, from the lowest on. NaN stays NaN.
+
+What the gradient needs goes into buffers of the caller's (`codes_like`, `saved_like`), who may have given them to
+autograd before.
 """
 
 from __future__ import annotations
@@ -38,33 +41,33 @@ ACTIVATIONS = _epilogue.ACTIVATIONS
 
 _BITS = ("clamp", "leaky_relu")
 _X = "Tensor x, Tensor? residual, Tensor? scale, Tensor? shift, str activation, float[] options"
+_FILLED = "Tensor? code_scale, Tensor? code_shift, Tensor(a!)? codes, Tensor(b!)? saved"
 _DY = "Tensor dy, Tensor? codes, Tensor? saved, str activation, float[] options"
 _PACKING = "int[] images, Tensor ranges, int[] grid, int[] views, int lanes, str scheme"
 
 
-def saved_like(shape: tuple[int, ...], activation: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of what is kept of a tensor of a shape."""
+def codes_like(x: Tensor) -> Tensor:
+    """A buffer for x in 8 bits, not filled: uint8, like x."""
+    return empty(tuple(x.shape), torch.uint8)
+
+
+def saved_like(x: Tensor, activation: str) -> Tensor | None:
+    """A buffer for what the gradient of an activation of x needs, not filled: see above; None for "identity".
+
+    It is int16, (rows, ceil(channels / 16)), for bits, and uint8, like x, for slopes.
+    """
+    if activation == "identity":
+        return None
     if activation in _BITS:
-        return (*shape[:-1], -(-shape[-1] // 16)), torch.int16
-    return shape, torch.uint8
-
-
-def _kept(x: Tensor, activation: str, code_scale: Tensor | None, save: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Where the codes go, and what is kept of the activation."""
-    codes = None if code_scale is None else empty(tuple(x.shape), torch.uint8)
-    return codes, empty(*saved_like(tuple(x.shape), activation)) if save and activation != "identity" else None
-
-
-def _kept_fake(x, activation, code_scale, save):
-    shape, dtype = saved_like(tuple(x.shape), activation) if save and activation != "identity" else (0, torch.uint8)
-    return x.new_empty(0 if code_scale is None else x.shape, dtype=torch.uint8), x.new_empty(shape, dtype=dtype)
+        return empty((*x.shape[:-1], -(-x.shape[-1] // 16)), torch.int16)
+    return empty(tuple(x.shape), torch.uint8)
 
 
 def _or_empty(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype) if tensor is None else tensor
 
 
-def packed_like(grid: Sequence[int], lanes: int, per_channel: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _packed_like(grid: Sequence[int], lanes: int, per_channel: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Planes, scale and zero point to be filled."""
     scales = grid[4] if per_channel else 1
     return (
@@ -81,11 +84,9 @@ def _packed_fake(x, grid, lanes, per_channel):
 
 
 @operator(
-    f"epilogue({_X}, Tensor? code_scale, Tensor? code_shift, bool save) -> (Tensor, Tensor, Tensor)",
-    lambda x, residual, scale, shift, activation, options, code_scale, code_shift, save: (
-        torch.empty_like(x), *_kept_fake(x, activation, code_scale, save)
-    ),
-)  # fmt: skip
+    f"epilogue({_X}, {_FILLED}) -> Tensor",
+    lambda x, residual, scale, shift, activation, options, code_scale, code_shift, codes, saved: torch.empty_like(x),
+)
 def epilogue(
     x: Tensor,
     residual: Tensor | None,
@@ -95,8 +96,9 @@ def epilogue(
     options: Sequence[float],
     code_scale: Tensor | None,
     code_shift: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    codes: Tensor | None,
+    saved: Tensor | None,
+) -> Tensor:
     """``activation(x * scale + shift + residual)``, and what its backward pass needs.
 
     Parameters
@@ -107,29 +109,26 @@ def epilogue(
         float32, (channels,), contiguous; both or neither.
     activation : str
     options : sequence of float
-    code_scale, code_shift : Tensor or None
-        float32, (channels,): ``code = 128 + round(x * code_scale + code_shift)``. None: x is not kept.
-    save : bool
-        Whether what the gradient of the activation needs is kept.
+    code_scale, code_shift, codes : Tensor or None
+        All or none: float32, (channels,), twice, and uint8, like x, which is filled with x in 8 bits, ``128 + round(x *
+        code_scale + code_shift)``.
+    saved : Tensor or None
+        If the gradient of the activation is wanted: of `saved_like`, and filled with what it needs.
 
     Returns
     -------
-    y : Tensor
+    Tensor
         Like x.
-    codes : Tensor
-        uint8, like x: x in 8 bits; empty without `code_scale`.
-    saved : Tensor
-        int16, (rows, ceil(channels / 16)), or uint8, like x; empty where nothing is kept.
 
     Raises
     ------
     TypeError, ValueError
         If a tensor is not as said, or the activation or its options are unknown.
     """
-    out, (codes, saved) = empty(tuple(x.shape), x.dtype), _kept(x, activation, code_scale, save)
+    out = empty(tuple(x.shape), x.dtype)
     _epilogue.epilogue(x, residual, out, scale, shift, activation, options, code_scale, code_shift, codes, saved,
                        torch.get_num_threads())  # fmt: skip
-    return out, _or_empty(codes, torch.uint8), _or_empty(saved, torch.uint8)
+    return out
 
 
 @operator(
@@ -184,17 +183,13 @@ def activation_range(ranges: Tensor, activation: str, options: Sequence[float]) 
     return _epilogue.activation_range(ranges, activation, options)
 
 
-def _epilogue_pack_fake(x, residual, scale, shift, activation, options, code_scale, code_shift, save, images, ranges,
-                        grid, views, lanes, scheme, per_channel, keep):
-    return (
-        torch.empty_like(x) if keep else x.new_empty(0), *_kept_fake(x, activation, code_scale, save),
-        *_packed_fake(x, grid, lanes, per_channel),
-    )  # fmt: skip
+def _epilogue_pack_fake(x, residual, scale, shift, activation, options, code_scale, code_shift, codes, saved, images,
+                        ranges, grid, views, lanes, scheme, per_channel, keep):
+    return torch.empty_like(x) if keep else x.new_empty(0), *_packed_fake(x, grid, lanes, per_channel)
 
 
 @operator(
-    f"epilogue_pack({_X}, Tensor? code_scale, Tensor? code_shift, bool save, {_PACKING}, bool per_channel, bool keep) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"epilogue_pack({_X}, {_FILLED}, {_PACKING}, bool per_channel, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _epilogue_pack_fake,
 )
 def epilogue_pack(
@@ -206,7 +201,8 @@ def epilogue_pack(
     options: Sequence[float],
     code_scale: Tensor | None,
     code_shift: Tensor | None,
-    save: bool,
+    codes: Tensor | None,
+    saved: Tensor | None,
     images: Sequence[int],
     ranges: Tensor,
     grid: Sequence[int],
@@ -215,14 +211,14 @@ def epilogue_pack(
     scheme: str,
     per_channel: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`epilogue` and `ops.quantize_pack` of its result in one pass.
 
     The result is quantised before it is rounded to x's dtype, with scales from `ranges` in place of its own range.
 
     Parameters
     ----------
-    x, residual, scale, shift, activation, options, code_scale, code_shift, save
+    x, residual, scale, shift, activation, options, code_scale, code_shift, codes, saved
         As for `epilogue`; at least two channels. x may be uint8 codes, read as the numbers 0 to 255, where there is no
         residual, nothing is saved and only the packed result is wanted.
     images : sequence of int
@@ -236,17 +232,16 @@ def epilogue_pack(
 
     Returns
     -------
-    y, codes, saved : Tensor
-        Of `epilogue`; y empty if not wanted.
+    y : Tensor
+        Of `epilogue`; empty if not wanted.
     planes, plane_scale, zero_point : Tensor
         Of `quantize_pack`.
     """
-    out, (codes, saved) = empty(tuple(x.shape), x.dtype) if keep else None, _kept(x, activation, code_scale, save)
-    packed = packed_like(grid, lanes, per_channel)
+    out, packed = empty(tuple(x.shape), x.dtype) if keep else None, _packed_like(grid, lanes, per_channel)
     _epilogue.epilogue_pack(x, residual, out, scale, shift, activation, options, code_scale, code_shift, codes, saved,
                             images, ranges, *packed, grid, views, scheme, per_channel,
                             torch.get_num_threads())  # fmt: skip
-    return _or_empty(out, x.dtype), _or_empty(codes, torch.uint8), _or_empty(saved, torch.uint8), *packed
+    return _or_empty(out, x.dtype), *packed
 
 
 @operator(
@@ -263,7 +258,7 @@ def epilogue_sums(
     dy : Tensor
         (rows, channels), float32 or bfloat16, contiguous.
     codes, saved : Tensor or None
-        Of `epilogue`: None where nothing was kept.
+        As `epilogue` filled them: None where nothing was kept.
     activation, options
         As for `epilogue`.
 
@@ -359,7 +354,7 @@ def epilogue_grad_pack(
     """
     if scheme in RANDOM_SCHEMES and seed is None:
         raise ValueError(f"the scheme {scheme!r} needs a seed")
-    packed, g = packed_like(grid, lanes, per_channel), empty(tuple(dy.shape), dy.dtype) if want_g else None
+    packed, g = _packed_like(grid, lanes, per_channel), empty(tuple(dy.shape), dy.dtype) if want_g else None
     _epilogue.epilogue_grad_pack(dy, codes, saved, activation, options, factor, g, images, ranges, *packed, grid, views,
                                  scheme, grad_options, per_channel, 0 if seed is None else mix_seed(int(seed)),
                                  torch.get_num_threads())  # fmt: skip

@@ -75,9 +75,27 @@ def _checked(function: Callable) -> Callable:
     return checked
 
 
+_NO_DERIVATIVE = "the operators of qsparseprop have no derivatives: use the modules of qsparseprop.nn"
+
+
 def _refuse_derivative(ctx: Any, *gradients: Tensor | None) -> None:
     """Without it torch would take the gradient for zero, and warn of that only."""
-    raise NotImplementedError("the operators of qsparseprop have no derivatives: use the modules of qsparseprop.nn")
+    raise NotImplementedError(_NO_DERIVATIVE)
+
+
+def _refuses_derivative(overload: Any) -> Callable:
+    """The same for an operator that writes into its arguments, which cannot wait for the backward pass.
+
+    Torch would go on with the history of what was written over, or take the gradient for zero.
+    """
+
+    def refusing(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise NotImplementedError(_NO_DERIVATIVE)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return refusing
 
 
 def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -98,7 +116,9 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         _library.impl(name, _checked(function), "CPU")
         torch.library.register_fake(f"qsparseprop::{name}", fake, lib=_library)
         overload = getattr(torch.ops.qsparseprop, name).default
-        if not overload._schema.is_mutable:
+        if overload._schema.is_mutable:
+            _library.impl(name, _refuses_derivative(overload), "Autograd", with_keyset=True)
+        else:
             torch.library.register_autograd(f"qsparseprop::{name}", _refuse_derivative, lib=_library)
         overload.__doc__ = function.__doc__
         return overload

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from qsparseprop import activation_ops, epilogue_ops, norm_ops, ops, quantize_ops, transposed_ops
+from qsparseprop import epilogue_ops, norm_ops, ops, quantize_ops, transposed_ops
 from qsparseprop._kernels import _dispatch, _epilogue, _matmul, _norm, _pack, _quantize, _statistics
 from qsparseprop.geometry import all_lanes, conv_geometry, linear_geometry
 from qsparseprop.pattern import dense_pattern, make_plan
@@ -22,7 +22,7 @@ INTEGERS = [0, 1, -1, 2, 3, 4, 5, 63, 64, 65, 128, 1 << 16, 1 << 20, (1 << 31) -
             1 << 39, (1 << 40) - 1, 1 << 40, (1 << 62) + 64, (1 << 63) - 1, -(1 << 63)]  # fmt: skip
 FLOATS = [0.0, -1.0, 0.5, 3.0, 7.0, 1e-45, 1e-300, 1e300, float("inf"), -float("inf"), float("nan")]
 SCHEMES = ["absmax", "symmetric", "standard", "sawb", "stochastic", "dithered", "luq", "int4", ""]
-ACTIVATIONS = ["relu", "relu6", "gelu", "gelu_tanh", "selu", "identity", "clamp", "leaky_relu", "silu", "hardswish"]
+ACTIVATIONS = ["gelu", "gelu_tanh", "selu", "identity", "clamp", "leaky_relu", "silu", "hardswish"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.bool]
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -189,13 +189,14 @@ def valid_quantizations():
 def valid_epilogues(x, activation, one, factor, packing, seed, all_parts):
     """Arguments of what follows a product, with all parts or with few."""
     forward = [x, *([x, one, one] if all_parts else [None] * 3), *activation]
-    codes = [one, one] if all_parts else [None, None]
-    yield epilogue_ops.epilogue, [*forward, *codes, True]
+    kept, saved = epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, activation[0])
+    epilogue_ops.epilogue(*forward, one, one, kept, saved)
+    filled = [one, one, kept, saved] if all_parts else [None, None, None, saved]
+    yield epilogue_ops.epilogue, [*forward, *filled]
     yield epilogue_ops.epilogue_range, forward
-    yield epilogue_ops.epilogue_pack, [*forward, *codes, True, *packing, "absmax", all_parts, all_parts]
-    _, kept, saved = epilogue_ops.epilogue(*forward, one, one, True)
-    yield epilogue_ops.epilogue_pack, [kept, None, *forward[2:], None, None, False, *packing, "standard", all_parts,
-                                       False]  # fmt: skip
+    yield epilogue_ops.epilogue_pack, [*forward, *filled, *packing, "absmax", all_parts, all_parts]
+    yield epilogue_ops.epilogue_pack, [kept, None, *forward[2:], None, None, None, None, *packing, "standard",
+                                       all_parts, False]  # fmt: skip
     yield epilogue_ops.activation_range, [packing[1], *activation]
     gradient = [x, kept if all_parts else None, saved, *activation]
     factors = [factor if all_parts else None, all_parts]
@@ -216,37 +217,17 @@ def valid_rows():
         rows = images[0] * images[2] * images[3]
         x, one, factor = torch.randn(rows, channels), torch.rand(channels) + 0.5, torch.randn(3, channels)
         ranges = torch.stack([-4 * one, 4 * one], 1)
-        _, codes, mask = norm_ops.norm_act(x, None, one, one, 0.0, 6.0, one, one)
         for tensor in (x, x.bfloat16()):
-            normed = [tensor, tensor, one, one, 0.0, 6.0, one, one]
-            yield norm_ops.channel_moments, [tensor]
             statistics = [tensor, one, one, one.clone(), one.clone(), 0.1, 1e-5]
             for training in (True, False):
                 yield norm_ops.norm_statistics, [*statistics, training, True]
                 *_, doubles = norm_ops.norm_statistics(*statistics, training, True)
                 yield norm_ops.norm_factors, [torch.rand(channels, 3).double(), doubles, one, rows, training]
-            yield norm_ops.norm_act, normed
-            yield norm_ops.norm_act_range, normed[:6]
-            yield norm_ops.norm_act_sums, [tensor, codes, mask]
-            yield norm_ops.norm_act_grad, [tensor, codes, mask, factor, True]
             for per_channel in (True, False):
                 packing = [list(images), ranges if per_channel else ranges[:1].clone(), grid, views, lanes]
-                yield norm_ops.norm_act_pack, [*normed, *packing, "absmax", per_channel, True]
-                yield norm_ops.norm_act_pack, [codes, None, *normed[2:6], None, None, *packing, "standard", per_channel,
-                                               False]  # fmt: skip
-                yield norm_ops.norm_act_grad_pack, [tensor, codes, mask, factor, True, *packing, "stochastic", seed,
-                                                    per_channel]  # fmt: skip
                 for activation in (["identity", []], ["clamp", [0.0, 6.0]], ["leaky_relu", [0.1]], ["silu", []],
                                    ["hardswish", []], ["gelu", []]):  # fmt: skip
                     yield from valid_epilogues(tensor, activation, one, factor, packing, seed, per_channel)
-                for name in ("relu", "relu6", "gelu", "gelu_tanh"):
-                    _, saved = activation_ops.act(tensor, name, True)
-                    yield activation_ops.act, [tensor, name, per_channel]
-                    yield activation_ops.act_range, [tensor, name]
-                    yield activation_ops.act_sums, [tensor, saved, name]
-                    yield activation_ops.act_grad, [tensor, saved, name]
-                    yield activation_ops.act_pack, [tensor, name, True, *packing, "absmax", per_channel, True]
-                    yield activation_ops.act_grad_pack, [tensor, saved, name, *packing, "stochastic", seed, per_channel]
 
 
 def corrupt_integer(value):
@@ -329,8 +310,8 @@ def main():
     torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)
-    for module in (ops, quantize_ops, norm_ops, activation_ops, epilogue_ops, transposed_ops, _matmul, _pack, _quantize,
-                   _norm, _epilogue, _statistics):  # fmt: skip
+    for module in (ops, quantize_ops, norm_ops, epilogue_ops, transposed_ops, _matmul, _pack, _quantize, _norm,
+                   _epilogue, _statistics):  # fmt: skip
         module.torch = GuardedTorch()
     for module in (ops, epilogue_ops):
         module.empty = guarded_empty

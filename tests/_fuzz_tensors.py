@@ -353,7 +353,7 @@ def call_layer(cases):
         with contextlib.suppress(Exception):  # not every change is one of every tensor
             changed[name] = group[change](tensors[name])
             changes[name] = change
-    if changes.get("x") in ("subclass", "wrapper"):  # with others' tensors no blocks form, and nothing is kept in 8 bits
+    if changes.get("x") in ("subclass", "wrapper"):  # no blocks form: nothing is kept in 8 bits
         module.deferring = False
     what = f"{type(module).__name__}({module.extra_repr()}, {module._qconfig}) {changes}"
     print(what, flush=True)

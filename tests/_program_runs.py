@@ -8,6 +8,7 @@ import io
 import math
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,14 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from qsparseprop.nn.deferred import one_by_one
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils.fusion import fuse_modules
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.saved_tensors import compress_saved_tensors
 
 CALLS = 3
 
 
-class Failure(Exception):  # noqa: N818
+class Failure(Exception):
     """What a program raises itself."""
 
 
@@ -149,7 +151,9 @@ class Log:
             self.entries.append((name, "None", None))
             return
         with torch.inference_mode(False), torch.no_grad():
-            strides = x.stride() if name.startswith("gradient of ") or "gradient" not in name else None
+            strides = None
+            if name.startswith("gradient of ") or "gradient" not in name:
+                strides = tuple(s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)
             self.entries.append((name, (x.shape, x.dtype, strides), x.detach().clone()))
 
     def _has_gradient(self, x: Tensor) -> bool:
@@ -240,7 +244,8 @@ class Log:
 
     def buffers(self, model: nn.Module) -> None:
         for name, buffer in model.named_buffers():
-            self._values(name, buffer)
+            if "indices" not in name:
+                self._values(name, buffer)
 
 
 class Hook:
@@ -276,34 +281,86 @@ def _namespace() -> dict[str, Any]:
             "Viewing": Viewing, "Dirty": Dirty}  # fmt: skip
 
 
-def run(source: str, fuse: bool, stepwise: bool = False, quantize: bool = True) -> list[Log]:
-    """What the program saw, a log for each call."""
-    names = _namespace()
-    exec(compile(source, "<program>", "exec"), names)  # noqa: S102
-    torch.manual_seed(0)
-    log = Log()
-    options = {"grad": "absmax", **getattr(names["Model"], "options", {})}
-    qconfig = QuantConfig(**options) if quantize else None
-    model = swap_modules_with_sparse(
-        names["Model"](log), None, verbose=False, quantize=quantize, min_sparsity=0.3, include_dense=False,
-        qconfig=qconfig, fuse=fuse,
-    )  # fmt: skip
-    logs = []
-    with warnings.catch_warnings(), one_by_one() if stepwise else contextlib.nullcontext():
-        warnings.simplefilter("ignore")
-        for log.call in range(CALLS):
-            log.entries, log.message, log.size = [], "", 0.0
-            torch.manual_seed(log.call)
-            try:
-                names["step"](model, log)
-            except Exception as error:
-                log.error(error)
-                model.zero_grad()
-            log.buffers(model)
-            done = Log()
-            done.entries, done.message, done.size = log.entries, log.message, log.size
-            logs.append(done)
-    return logs
+class _CodedNorm(Function):
+    """Batch normalisation that keeps 8 bits of its input for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, training, momentum, eps):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.statistics = None if training else (mean.clone(), var.clone())
+        ctx.eps = eps
+        return _batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *parameters = ctx.saved_tensors
+        dims = [d for d in range(x.ndim) if d != 1]
+        least = x.amin(dims, keepdim=True)
+        step = ((x.amax(dims, keepdim=True) - least) / 255).clamp_min(1e-30)
+        with torch.enable_grad():
+            copies = [None if t is None else t.detach().requires_grad_() for t in (((x - least) / step).round() * step + least,
+                                                                                   *parameters)]  # fmt: skip
+            y = _batch_norm(copies[0], *(ctx.statistics or (None, None)), *copies[1:], ctx.statistics is None, 0.0, ctx.eps)
+        found = iter(torch.autograd.grad(y, [t for t in copies if t is not None], dy))
+        return *(None if t is None else next(found) for t in copies), None, None, None, None, None
+
+
+_batch_norm = F.batch_norm
+
+
+def _coded_batch_norm(x, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if not torch.is_grad_enabled() or not x.numel():
+        return _batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    return _CodedNorm.apply(x, weight, bias, mean, var, training, momentum, eps)
+
+
+class Runner:
+    """Runs a program in one way and another, from copies of the same model."""
+
+    def __init__(self, source: str) -> None:
+        self._names = _namespace()
+        exec(compile(source, "<program>", "exec"), self._names)
+        self._log = Log()
+        self._models: dict[bool, nn.Module] = {}
+
+    def _model(self, quantize: bool) -> nn.Module:
+        if quantize not in self._models:
+            _seed(0)
+            options = {"grad": "absmax", **getattr(self._names["Model"], "options", {})}
+            self._models[quantize] = swap_modules_with_sparse(
+                self._names["Model"](self._log), None, verbose=False, quantize=quantize, min_sparsity=0.3,
+                include_dense=False, qconfig=QuantConfig(**options) if quantize else None,
+            )  # fmt: skip
+        return copy.deepcopy(self._models[quantize])
+
+    def run(self, fuse: bool, stepwise: bool = False, quantize: bool = True) -> list[Log]:
+        """What the program saw, a log for each call."""
+        model, log, logs = self._model(quantize), self._log, []
+        if fuse:
+            fuse_modules(model)
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            if stepwise:
+                stack.enter_context(one_by_one())
+            if not quantize:
+                stack.enter_context(mock.patch.object(F, "batch_norm", _coded_batch_norm))
+            warnings.simplefilter("ignore")
+            for log.call in range(CALLS):
+                log.entries, log.message, log.size = [], "", 0.0
+                _seed(log.call)
+                try:
+                    self._names["step"](model, log)
+                except Exception as error:
+                    log.error(error)
+                    model.zero_grad()
+                log.buffers(model)
+                done = Log()
+                done.entries, done.message, done.size = log.entries, log.message, log.size
+                logs.append(done)
+        return logs
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes milliseconds
 
 
 # ---- comparison ----
@@ -314,7 +371,10 @@ _STRICTER = ("modified by an inplace operation", "Inference tensors cannot be sa
              "is a view and is being modified inplace", "have different metadata",
              "detached in-place", "is a view and its base or another view of its base has been modified")
 #: What changes values past autograd: torch's gradients are those of the new values where it has saved these.
-_UNSEEN = (".data.", ".data +=", "detach().mul_", "log.numpy(")
+#: Under hooks that save the tensor itself, that is so of every change.
+_UNSEEN = (".data.", ".data +=", "detach().mul_", "log.numpy(", "save_on_cpu", "compress_saved_tensors")
+#: What blocks refuse, with a way out.
+_REFUSED = ("can be differentiated once only",)
 
 
 def _norm_of(t: Tensor) -> float:
@@ -341,7 +401,7 @@ def _structure(a: list[Log], b: list[Log], values: bool) -> str | None:
             x = one.entries[i] if i < len(one.entries) else ("end", None, None)
             y = other.entries[i] if i < len(other.entries) else ("end", None, None)
             if x[:2] != y[:2] and "error" in (x[0], y[0]) and one.error_type == other.error_type:
-                break  # what autograd has come to before it fails is its own choice
+                return None  # what has been done before it fails may differ
             if x[:2] != y[:2]:
                 return f"call {call}, entry {i}: {x[:2]} {one.message} / {y[:2]} {other.message}"
             if values and x[2] is not None and not _equal(x[2], y[2]):
@@ -351,9 +411,11 @@ def _structure(a: list[Log], b: list[Log], values: bool) -> str | None:
 
 
 def _until_lenient(deferred: list[Log], plain: list[Log]) -> tuple[list[Log], list[Log]]:
-    """Both up to where torch refuses what blocks can do."""
+    """Both up to where torch refuses what blocks can do, or they what torch can."""
     for call, (one, other) in enumerate(zip(deferred, plain, strict=True)):
-        if any(text in other.message and text not in one.message for text in _STRICTER):
+        if any(text in other.message and text not in one.message for text in _STRICTER) or any(
+            text in one.message and text not in other.message for text in _REFUSED
+        ):
             return deferred[:call], plain[:call]
     return deferred, plain
 
@@ -361,7 +423,8 @@ def _until_lenient(deferred: list[Log], plain: list[Log]) -> tuple[list[Log], li
 def _far(found: list[Log], plain: list[Log], exact: list[Log] | None = None) -> str | None:
     """The first values that are further from those without blocks than quantisation explains.
 
-    What quantisation does to a program is seen in the difference to the same in float32, where that is given.
+    What quantisation does to a program is seen in the difference to the same in float32 (with 8 bits where blocks keep
+    8 bits), where that is given.
     """
     for call, logs in enumerate(zip(found, plain, exact or plain, strict=True)):
         gradients, others = _sizes(logs[1])
@@ -379,13 +442,14 @@ def _far(found: list[Log], plain: list[Log], exact: list[Log] | None = None) -> 
 
 def fault(source: str) -> str | None:
     """What deferring does to a program that it must not do, if anything."""
-    deferred, stepwise = run(source, True), run(source, True, True)
+    runner = Runner(source)
+    deferred, stepwise = runner.run(True), runner.run(True, True)
     # in these, values are rounded to bfloat16 more often one by one, or their range is known better
     rounds = "bfloat16" in source or "gelu" in source.lower()
     found = _structure(deferred, stepwise, not rounds)
     if found:
         return "deferred / one by one: " + found
-    deferred, plain = _until_lenient(deferred, run(source, False))
+    deferred, plain = _until_lenient(deferred, runner.run(False))
     found = _structure(deferred, plain, False)
     if found:
         return "deferred / without blocks: " + found
@@ -394,7 +458,7 @@ def fault(source: str) -> str | None:
     for name, logs in ("deferred", deferred), ("one by one", stepwise[: len(plain)]):
         if not _far(logs, plain):
             continue
-        exact = run(source, False, quantize=False)[: len(plain)]
+        exact = runner.run(False, quantize=False)[: len(plain)]
         if not _structure(exact, plain, False) and (found := _far(logs, plain, exact)):
             return f"{name} / without blocks: {found}"
     return None

@@ -195,6 +195,7 @@ def _layer(w: Writer, source: str, shape: tuple[int, ...], out: int | None = Non
         channels = (len(shape), shape[1])
     else:
         out = w.one_of(4, 6, 8, shape[-1]) if out is None else out
+        dense = dense and len(shape) == 2  # of more dimensions torch gives views
         made, new = f"nn.Linear({shape[-1]}, {out}{bias})", (*shape[:-1], out)
         channels = (0, shape[-1])
     name = w.module(made if dense else f"pruned({made})", channels)

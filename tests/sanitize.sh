@@ -20,7 +20,7 @@ CC="${CC:-gcc} $flags" python setup.py -q build --build-base "$work/base" --buil
 # given corrupted arguments ask for more memory than there is, which must be an error of torch and not of the sanitizer.
 runtimes=$(${CC:-gcc} -print-file-name=libasan.so):$(${CC:-gcc} -print-file-name=libubsan.so)
 tests=("$@")
-[ ${#tests[@]} -gt 0 ] || tests=(tests/test_{ops,linear,conv2d,bad_input,quantization,norm_ops,activation,blocks,packed}.py)
+[ ${#tests[@]} -gt 0 ] || tests=(tests/test_{ops,linear,conv2d,bad_input,quantization,epilogue,norm_statistics,blocks,packed}.py)
 cp -r tests pyproject.toml "$work/"
 cd "$work"
 LD_PRELOAD=$runtimes PYTHONPATH="$work/lib" QSPARSEPROP_SANITIZED=1 PYTHONMALLOC=malloc \

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsparseprop import ops, reference
+from qsparseprop import epilogue_ops, ops, reference
 from qsparseprop._kernels import _dispatch
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear
 from qsparseprop.nn.deferred import DeferredTensor
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils import network_utils
 from qsparseprop.utils.fusion import chains, fuse_modules, unfuse_modules
 from qsparseprop.utils.models import resnet20, vit_tiny
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 from ._blocks import (
     assert_close,
@@ -258,7 +260,9 @@ def test_gradients_have_no_bias():
         linear.weight.sign_()  # in 8 bits without an error
     x, dy = torch.randn(70, 24), torch.randn(70, 40)
     z = linear(x).detach()
-    dz = reference.act_grad(dy, reference.act(z, "gelu", True)[1], "gelu").double()
+    slopes = epilogue_ops.saved_like(z, "gelu")
+    reference.epilogue(z, None, None, None, "gelu", [], None, None, None, slopes)
+    dz = reference.epilogue_grad(dy, None, slopes, "gelu", [], None, False)[0].double()
     fuse_modules(nn.Sequential(linear))
     draws = []
     for seed in range(500):
@@ -374,3 +378,15 @@ def test_seeds_are_drawn_as_without_blocks():
         network(torch.randn(5, 12, 9, 7)).sum().backward()
         after.append(ops.draw_seed())
     assert torch.equal(*after)
+
+
+def test_the_report_tells_what_is_computed_together(monkeypatch):
+    monkeypatch.setattr(network_utils.Stopwatch, "pays", lambda *_: True)
+    model = prune(conv_net())
+    swap_modules_with_sparse(model, (5, 12, 9, 7), min_sparsity=0.5, fuse=True, verbose=False)
+    reasons = {decision.name: decision.reason for decision in model.swap_report.swapped}
+    assert reasons["3"].startswith("together with BatchNorm, ReLU")
+    assert "together with BatchNorm, ReLU" in str(model.swap_report)
+    assert not chains(model)["3"]  # nothing is left of the run on the example
+    with pytest.raises(ValueError, match="fuse=True only goes with quantize=True"):
+        swap_modules_with_sparse(conv_net(), (5, 12, 9, 7), fuse=True, quantize=False, verbose=False)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsparseprop import activation_ops, epilogue_ops, mask_ops, norm_ops, ops, quantize_ops, transposed_ops
+from qsparseprop import epilogue_ops, mask_ops, norm_ops, ops, quantize_ops, transposed_ops
 from qsparseprop import nn as qnn
 from qsparseprop.geometry import conv_geometry, linear_geometry
 from qsparseprop.nn._traced import config_text
@@ -364,14 +364,16 @@ def _epilogue_calls() -> list[tuple]:
     packing = ((6, 20, 1, 1), ends, geometry.input_grid.numbers, geometry.input_views, geometry.input_grid.lanes(6))
     for activation in (("identity", []), ("clamp", [0.0, 6.0]), ("silu", [])):
         forward, bare = (x, x, one, one, *activation), (x, None, None, None, *activation)
-        _, codes, saved = epilogue_ops.epilogue(*forward, one, one, True)
+        codes, saved = epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, activation[0])
+        filled = one, one, codes, saved
+        epilogue_ops.epilogue(*forward, *filled)
         calls += [
-            (epilogue_ops.epilogue, (*forward, one, one, True)), (epilogue_ops.epilogue, (*bare, None, None, False)),
+            (epilogue_ops.epilogue, (*forward, *filled)), (epilogue_ops.epilogue, (*bare, None, None, None, None)),
             (epilogue_ops.epilogue_range, forward), (epilogue_ops.epilogue_range, bare),
             (epilogue_ops.activation_range, (ends, *activation)),
-            (epilogue_ops.epilogue_pack, (*forward, one, one, True, *packing, "absmax", True, True)),
-            (epilogue_ops.epilogue_pack, (*bare, None, None, True, *packing, "standard", False, False)),
-            (epilogue_ops.epilogue_pack, (codes, *bare[1:], None, None, False, *packing, "absmax", True, False)),
+            (epilogue_ops.epilogue_pack, (*forward, *filled, *packing, "absmax", True, True)),
+            (epilogue_ops.epilogue_pack, (*bare, None, None, None, saved, *packing, "standard", False, False)),
+            (epilogue_ops.epilogue_pack, (codes, *bare[1:], None, None, None, None, *packing, "absmax", True, False)),
             (epilogue_ops.epilogue_sums, (x, codes, saved, *activation)),
             (epilogue_ops.epilogue_sums, (x, None, saved, *activation)),
             (epilogue_ops.epilogue_grad, (x, codes, saved, *activation, factor, True)),
@@ -386,17 +388,14 @@ def _epilogue_calls() -> list[tuple]:
 
 def _other_calls() -> list[tuple]:
     """Operators that are no part of a plain layer, and arguments of them."""
-    x, one, f = torch.randn(6, 20), torch.rand(20), torch.randn(3, 20)
-    _, codes, mask = norm_ops.norm_act(x, x, one, one, 0.0, 6.0, one, one)
+    x, one = torch.randn(6, 20), torch.rand(20)
     packed = quantize_ops.quantize(x, "standard", 8, None, 7, False, None, [])
     layer = qnn.QuantizedSparseConv2d.from_dense(set_weight(nn.Conv2d(20, 5, 1), 0.4, 0))
     geometry = conv_geometry(20, 5, (2, 1), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 3, False)
     plan = layer._plan(geometry, 1)
     grid, dy_grid = geometry.input_grid.numbers, geometry.output_grid.numbers
-    views, lanes, images = geometry.input_views, geometry.input_grid.lanes(3), (3, 20, 2, 1)
-    ranges = torch.stack([-one, 6 * one], 1)
-    normed = (x, None, one, one, 0.0, 6.0, one, one, images, ranges, grid, views, lanes, "absmax")
-    planes = norm_ops.norm_act_pack(*normed, True, True)[3:]
+    views, images = geometry.input_views, (3, 20, 2, 1)
+    planes = ops.quantize_pack(torch.randn(images), grid, views, geometry.input_grid.lanes(3), "absmax", None, True)
     dy = ops.quantize_pack(torch.randn(3, 5, 2, 1), dy_grid, geometry.output_views, geometry.output_grid.lanes(3),
                            "symmetric", None, True)  # fmt: skip
     values, bias = layer.weight.detach(), torch.rand(5)
@@ -404,42 +403,15 @@ def _other_calls() -> list[tuple]:
     forward = (*planes, values, bias, list(plan.forward), grid, geometry.output_views, shape, torch.float32, None, True)
     backward = (*dy, values, *planes, list(plan.forward), list(plan.backward), grid, dy_grid, views,
                 geometry.output_views, images, shape, True, [True, True], torch.float32, None, True)  # fmt: skip
-    gradient = (x, codes, mask, f, True, images, torch.stack([-100 * one, 100 * one], 1), grid, views, lanes)
-    activated = []
-    to = linear_geometry(20, 20)
-    numbers, ends = (to.input_grid.numbers, to.input_views, to.input_grid.lanes(6)), torch.stack([-one, one], 1)
-    for name in ("relu", "gelu"):
-        _, saved = activation_ops.act(x, name, True)
-        activated += [
-            (activation_ops.act, (x, name, True)), (activation_ops.act, (x, name, False)),
-            (activation_ops.act_range, (x, name)), (activation_ops.act_sums, (x, saved, name)),
-            (activation_ops.act_grad, (x, saved, name)),
-            (activation_ops.act_pack, (x, name, True, (6, 20, 1, 1), ends, *numbers, "absmax", True, False)),
-            (activation_ops.act_pack, (x, name, False, (6, 20, 1, 1), ends, *numbers, "absmax", False, True)),
-            (activation_ops.act_grad_pack, (x, saved, name, (6, 20, 1, 1), ends, *numbers, "symmetric", None, True)),
-        ]  # fmt: skip
     return [
-        *activated,
         *_epilogue_calls(),
         *_transposed_calls(),
-        (norm_ops.norm_act_range, (x, x, one, one, 0.0, 6.0)),
-        (norm_ops.norm_act_pack, (*normed, True, True)),
-        (norm_ops.norm_act_pack, (codes, None, *normed[2:6], None, None, *normed[8:], True, False)),
-        (norm_ops.norm_act_pack, (*normed[:6], None, None, *normed[8:9], ranges[:1], *normed[10:], False, False)),
-        (norm_ops.norm_act_grad_pack, (*gradient, "stochastic", torch.tensor(1), True)),
-        (norm_ops.norm_act_grad_pack, (*gradient[:4], False, *gradient[5:], "symmetric", None, True)),
         (ops.packed_forward, forward),
         (ops.packed_forward, (*forward, torch.rand(5), [0.0, 6.0])),
         (ops.packed_backward, backward),
-        (norm_ops.channel_moments, (x,)),
         *((norm_ops.norm_statistics, (x, one, None, one.clone(), one + 1, 0.1, 1e-5, training, True))
           for training in (True, False)),
         (norm_ops.norm_factors, (torch.rand(20, 3).double(), torch.rand(7, 20).double(), one, 6, True)),
-        (norm_ops.norm_act, (x, None, one, one, 0.0, 6.0, None, None)),
-        (norm_ops.norm_act, (x, x, one, one, 0.0, 6.0, one, one)),
-        (norm_ops.norm_act_sums, (x, codes, mask)),
-        (norm_ops.norm_act_grad, (x, codes, mask, f, False)),
-        (norm_ops.norm_act_grad, (x, codes, mask, f, True)),
         (quantize_ops.quantize, (x, "standard", 8, None, 7, False, None, [])),
         (quantize_ops.quantize, (x, "absmax", 8, 1, None, True, None, [])),
         (quantize_ops.dequantize, (*packed, None, 7, torch.bfloat16)),

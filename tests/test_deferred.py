@@ -40,6 +40,10 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters()]
 
 
+def gradients_of_squares(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+
+
 def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 0.05) -> None:
     size = max(g.norm() for g in expected)
     for a, b in zip(found, expected, strict=True):
@@ -83,6 +87,38 @@ def test_values_are_of_inference_mode_where_they_were_recorded_in_it():
             y += 1  # of an ordinary tensor
         assert not y.is_inference()
         assert not y.detach().is_inference()
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_nothing_is_recorded_in_inference_mode(fuse):
+    """Not even where gradients are switched on inside: torch's own layers record nothing then."""
+    model = swapped(pruned(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)), fuse)
+    with torch.inference_mode(), torch.enable_grad():
+        y = model(torch.randn(2, 4, 5, 5)) + model[2](model[1](torch.randn(2, 4, 5, 5))).sum()
+        assert torch.isfinite(y).all()
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize("start", ["grad", "backward"])
+def test_backward_passes_run_parts_of_the_model_as_forward_passes_do(start):
+    """Recomputation by checkpointing, where the pass was started with a weight or a deferred tensor."""
+    model = swapped(pruned(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    x = torch.randn(2, 4, 5, 5)
+    y = checkpoint(model, x, use_reentrant=False)
+    if start == "grad":
+        found = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    else:
+        assert type(y) is DeferredTensor
+        y.backward(2 * y.detach())
+        found = [p.grad for p in model.parameters()]
+    assert_near(list(found), gradients_of_squares(model, x))
+
+
+def test_reentrant_checkpointing_of_a_block():
+    model = swapped(pruned(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    checkpoint(model, x, use_reentrant=True).square().sum().backward()
+    assert_near([p.grad for p in model.parameters()], gradients_of_squares(model, x.detach()))
 
 
 def test_what_recomputation_saves_does_not_depend_on_who_has_looked():
@@ -138,7 +174,11 @@ def test_sums_look_like_their_first_operand(channels_last):
 def test_normalisation_of_a_permuted_tensor_gives_torchs_strides():
     bn = pruned(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
     model = swapped(bn)
-    for x in (torch.randn(5, 6, 5, 4).permute(0, 3, 2, 1), torch.randn(5, 3, 4, 6).transpose(1, 2), torch.randn(2, 4, 1, 1)):
+    for x in (
+        torch.randn(5, 6, 5, 4).permute(0, 3, 2, 1),
+        torch.randn(5, 3, 4, 6).transpose(1, 2),
+        torch.randn(2, 4, 1, 1),
+    ):
         assert model[0](x).stride() == bn[0](x).stride()
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
-from qsparseprop import activation_ops, epilogue_ops, mask_ops, norm_ops, ops, quantize_ops
+from qsparseprop import epilogue_ops, mask_ops, ops, quantize_ops
 from qsparseprop import nn as qnn
-from qsparseprop.geometry import linear_numbers
+from qsparseprop.geometry import linear_geometry, linear_numbers
 from qsparseprop.pattern import check_pattern
 from qsparseprop.quantization import QuantConfig, dequantize, quantize
 from qsparseprop.utils.fusion import fuse_modules
@@ -23,6 +23,7 @@ from qsparseprop.utils.saved_tensors import compress_saved_tensors
 
 from ._helpers import KINDS, example, run_python
 
+NO_DERIVATIVES = "operators of qsparseprop have no derivatives: use the modules"
 NO_MEMORY = r"has no memory: the storage of a tensor of shape .* bytes; whoever has resized it"
 
 
@@ -244,8 +245,30 @@ def test_operators_have_no_derivatives():
     """Torch took them for zero."""
     x = torch.randn(2, 3, requires_grad=True)
     y, _ = torch.ops.qsparseprop.relu_mask(x)
-    with pytest.raises(NotImplementedError, match="operators of qsparseprop have no derivatives: use the modules"):
+    with pytest.raises(NotImplementedError, match=NO_DERIVATIVES):
         y.sum().backward()
+
+
+def test_operators_that_write_into_their_arguments_have_no_derivatives():
+    """Torch kept the history of what was written over, and gave gradients of 1 in place of those of a ReLU."""
+    x = torch.randn(2, 3, requires_grad=True)
+    one, codes, saved = torch.ones(3), epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, "silu")
+    codes.zero_()
+    middle = x * 1
+    for call in (
+        lambda: torch.ops.qsparseprop.relu_mask_(middle),
+        lambda: torch.ops.qsparseprop.norm_statistics(x, one, one, one, one, 0.1, 1e-5, True, True),
+        lambda: torch.ops.qsparseprop.epilogue(x, None, None, None, "silu", [], one, one, codes, saved),
+    ):
+        with pytest.raises(NotImplementedError, match=NO_DERIVATIVES):
+            call()
+    assert torch.equal(middle, x)
+    assert torch.equal(one, torch.ones(3))
+    assert not codes.any()
+    with torch.no_grad():
+        mask = torch.ops.qsparseprop.relu_mask_(middle)
+    assert torch.equal(middle, x.relu())
+    assert mask.shape == (1,)
 
 
 # ---- tensors whose memory is gone ----
@@ -384,21 +407,21 @@ def operator_calls():
     one = torch.ones(20)
     _, bits = mask_ops.relu_mask(x)
     codes, scale, zero = quantize_ops.quantize(x, "absmax", 8, None, None, True, None, [])
-    _, rows, mask = norm_ops.norm_act(matrix, None, one, one, 0.0, 6.0, one, one)
-    _, slope = activation_ops.act(matrix, "gelu", True)
-    _, kept, slopes = epilogue_ops.epilogue(matrix, None, None, None, "silu", [], one, one, True)
+    kept, slopes = epilogue_ops.codes_like(matrix), epilogue_ops.saved_like(matrix, "silu")
+    epilogue = [matrix, matrix, one, one, "silu", [], one, one, kept, slopes]
+    grid, views = linear_geometry(20, 20).input_grid, linear_geometry(20, 20).input_views
+    packing = [[6, 20, 1, 1], torch.ones(20, 2), grid.numbers, views, grid.lanes(6)]
     return {
         "relu_mask": [x], "relu_mask_": [x], "keep_masked": [x, bits],
         "quantize": [x, "absmax", 8, None, None, True, None, []], "dequantize": [codes, scale, zero, None, None],
         "norm_statistics": [matrix, one, one.clone(), one.clone(), one + 1, 0.1, 1e-5, True, True],
         "norm_factors": [torch.ones(20, 3).double(), torch.ones(7, 20).double(), one, 6, True],
-        "epilogue": [matrix, matrix, one, one, "silu", [], one, one, True],
+        "epilogue": epilogue, "epilogue_pack": [*epilogue, *packing, "absmax", True, True],
         "epilogue_range": [matrix, matrix, one, one, "silu", []], "activation_range": [torch.ones(20, 2), "silu", []],
         "epilogue_sums": [matrix, kept, slopes, "silu", []],
         "epilogue_grad": [matrix, kept, slopes, "silu", [], torch.ones(3, 20), True],
-        "channel_moments": [matrix], "norm_act": [matrix, matrix, one, one, 0.0, 6.0, one, one],
-        "norm_act_sums": [matrix, rows, mask], "norm_act_grad": [matrix, rows, mask, torch.ones(3, 20), True],
-        "act": [matrix, "gelu", True], "act_grad": [matrix, slope, "gelu"],
+        "epilogue_grad_pack": [matrix, kept, slopes, "silu", [], torch.ones(3, 20), True, *packing, "stochastic",
+                               torch.tensor(1), True],
         "quantize_weight": [one, torch.zeros(4, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)],
     }  # fmt: skip
 

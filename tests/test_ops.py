@@ -18,6 +18,7 @@ from qsparseprop import ops, reference
 from qsparseprop._kernels import _dispatch
 from qsparseprop.geometry import UNIT, conv_geometry, linear_geometry
 from qsparseprop.pattern import dense_pattern, make_plan
+from qsparseprop.reference import products
 
 from ._helpers import (
     LAYOUTS,
@@ -110,8 +111,8 @@ def test_gaps_stand_for_zero(isa, case, side, scheme):
     x = random_values(shape, "skewed", case.seed)
     planes, _, zero = ops.quantize_pack(x, grid.numbers, views, grid.lanes(shape[0]), scheme, seed_for(scheme))
     gap = torch.ones(planes.shape, dtype=torch.bool)
-    for view, _ in reference._views(views):
-        lanes = reference._lanes(grid.numbers, view, shape[0]) + grid.front
+    for view, _ in products._views(views):
+        lanes = products._lanes(grid.numbers, view, shape[0]) + grid.front
         gap[(lanes + (view[0] + torch.arange(view[1]))[:, None, None, None] * grid.pitch).view(-1)] = False
     gap[-UNIT:] = False  # no tap leads there, only whole units do
     assert (planes[gap] == zero).all()

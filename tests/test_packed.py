@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qsparseprop import ops
+from qsparseprop.geometry import conv_geometry
 from qsparseprop.nn.deferred import product
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
@@ -347,3 +349,33 @@ def test_a_chain_that_nobody_takes_has_its_side_effects():
     stepwise(other[:2])(x)
     assert torch.equal(model[1].running_mean, other[1].running_mean)
     assert model[1].num_batches_tracked == 1
+
+
+def test_limits_need_a_bias():
+    conv = sparse(nn.Conv2d(6, 8, 3, padding=1))
+    plan = conv._plan(conv_geometry(6, 8, (5, 5), (3, 3), (1, 1), (1,) * 4, (1, 1), 2, False), 1)
+    grid = plan.geometry.input_grid
+    x = torch.randn(2, 6, 5, 5)
+    packed = ops.quantize_pack(x, grid.numbers, plan.geometry.input_views, grid.lanes(2), "absmax", None)
+    rest = (list(plan.forward), grid.numbers, plan.geometry.output_views, (2, 8, 5, 5), torch.float32, None, True)
+    for bias, limits in ((None, [0.0, 1.0]), (torch.zeros(8), [1.0])):
+        with pytest.raises(ValueError, match="limits must be two numbers, and need a bias"):
+            ops.packed_forward(*packed, conv.weight.detach(), bias, *rest, None, limits)
+    y = ops.packed_forward(*packed, conv.weight.detach(), torch.zeros(8), *rest, None, [0.0, 0.5])
+    assert y.min() == 0
+    assert y.max() == 0.5
+
+
+# ---- operators ----
+
+
+def test_a_profiler_sees_what_blocks_compute():
+    """And the dispatcher, which operators are called through then, changes no bit."""
+    model, x = swapped(conv_net(), (4, 12, 9, 7)), torch.randn(4, 12, 9, 7)
+    other = copy.deepcopy(model)
+    wanted = run(other, x)
+    with torch.profiler.profile() as profiler:
+        found = run(model, x)
+    assert_same(found, wanted)
+    seen = {event.key.partition("::")[2] for event in profiler.events() if event.key.startswith("qsparseprop::")}
+    assert {"norm_statistics", "epilogue_pack", "epilogue", "epilogue_sums", "epilogue_grad_pack"} <= seen

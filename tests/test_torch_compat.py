@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from qsparseprop._torch_compat import keep_from_compiling, watcher
 from qsparseprop.nn import QuantizedSparseLinear, SparseConv2d, SparseLinear
 
 from ._helpers import set_weight
@@ -158,3 +159,44 @@ def test_functional_call_with_a_state():
         other[0].weight.mul_(2)
     x = torch.randn(3, 512)
     torch.testing.assert_close(torch.func.functional_call(model, other.state_dict(), x), other(x))
+
+
+# ---- what deferred tensors need ----
+
+
+def test_hooks_on_saved_tensors_are_found():
+    assert watcher() is None
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert watcher() is not None
+        with torch.autograd.graph.save_on_cpu():
+            assert watcher() is not None
+        assert watcher() is not None
+    assert watcher() is None
+    with torch.autograd.graph.disable_saved_tensors_hooks("not now"):
+        assert watcher() is None
+        with pytest.raises(RuntimeError, match="not now"):
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t).__enter__()
+    assert watcher() is None
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        torch.ones(3, requires_grad=True).exp().sum().backward()
+
+
+def test_functions_are_kept_from_compiling():
+    frames = []
+
+    def inner(x):
+        return x + 1
+
+    def outer(x):
+        return inner(x) * 2
+
+    def backend(graph, _):
+        frames.append(graph)
+        return graph.forward
+
+    keep_from_compiling(outer)
+    torch._dynamo.reset()
+    x = torch.ones(3)
+    assert torch.equal(torch.compile(outer, backend=backend)(x), outer(x))
+    assert not frames
+    torch._dynamo.reset()

@@ -124,13 +124,15 @@ cdef int _read_results(qsp_epilogue *a, int64_t rows, object x, object out, obje
     if out is not None:
         _refuse_codes(a)
         a.out = same_matrix(out, x, "out")
-    if (code_scale is None) != (code_shift is None):
-        raise ValueError("code_scale and code_shift must be given together, or neither")
+    if (code_scale is None) != (codes is None) or (code_shift is None) != (codes is None):
+        raise ValueError("code_scale, code_shift and codes must be given together, or none of them")
     if codes is not None:
         a.code_scale = <const float *> exact_pointer(code_scale, _float32, a.channels, "code_scale")
         a.code_shift = <const float *> exact_pointer(code_shift, _float32, a.channels, "code_shift")
         a.codes = <uint8_t *> exact_pointer(codes, _uint8, rows * a.channels, "codes")
-    if saved is not None and activation.saves:
+    if saved is not None:
+        if not activation.saves:
+            raise ValueError("the gradient of the activation 'identity' needs nothing to be saved")
         a.saved = _saved(saved, a.kind, rows, a.channels, a.words)
     return 0
 

@@ -15,7 +15,11 @@ cdef object _float64 = torch.float64
 
 
 cdef object _moments(const void *x, int dtype, int64_t rows, int64_t channels, int threads):
-    """A tensor that starts with mean, sum of squared distances from it, least and greatest element of each channel."""
+    """A tensor that starts with mean, sum of squared distances from it, least and greatest element of each channel.
+
+    Parts of the rows are joined by the formula of Chan, Golub and LeVeque (1979), which loses no digits where the mean
+    is large.
+    """
     cdef int64_t k, c, chunk, chunks, width, n, done
     cdef double mean, step
     cdef const qsp_kernels *kernels = active_kernels()
@@ -40,19 +44,6 @@ cdef object _moments(const void *x, int dtype, int64_t rows, int64_t channels, i
             first[1] += other[1] + step * step * done * n / (done + n)
             first[0], first[2], first[3] = mean, min(first[2], other[2]), max(first[3], other[3])
     return parts
-
-
-def moments(x, int threads):
-    """Mean, sum of squared distances from it, least and greatest element of each channel: float64, (channels, 4).
-
-    `x` is (rows, channels), float32 or bfloat16, contiguous, with at least one row.
-    """
-    cdef int dtype
-    cdef int64_t channels, rows
-    cdef const void *data = matrix(x, &dtype, &rows, &channels, "x")
-    if not rows:
-        raise ValueError("the moments of no elements are not defined")
-    return _moments(data, dtype, rows, channels, threads)[0].clone()
 
 
 def statistics(x, weight, bias, running_mean, running_var, double momentum, double eps, bint training, bint save,

@@ -180,6 +180,14 @@ def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)  # a call of `to` costs as much where it does nothing
 
 
+def records_gradients() -> bool:
+    """Whether torch's operators would become nodes of a graph.
+
+    In inference mode they do not, even under enable_grad; an autograd.Function would, and find that it cannot save.
+    """
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def value_gradient(gradient: Tensor, values: Tensor) -> Tensor | None:
     """Gradient of the values; none where there are none, since optimizers may divide by the number of elements."""
     return _as_dtype(gradient, values.dtype) if values.numel() else None
@@ -344,5 +352,8 @@ def sparse_product(
     NotImplementedError
         From the derivative of a derivative, and from forward-mode differentiation.
     """
+    if torch.is_grad_enabled() and not records_gradients():
+        with torch.no_grad():
+            return sparse_product(x, values, bias, plan, qconfig, dtype, shape)
     save = torch.is_grad_enabled() and values.requires_grad
     return _SparseProduct.apply(x, values, bias, plan, qconfig, x.dtype if dtype is None else dtype, save, shape)

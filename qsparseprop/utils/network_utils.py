@@ -17,14 +17,13 @@ from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_type, dense_weight, foreign_parametrization
 from qsparseprop.nn._weight import check_before_loading
-from qsparseprop.nn.deferred.usage import name_of
 from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._carry import carry_attributes, carry_hooks, gradient_hooks, own_hooks
 from qsparseprop.utils._example import Runner, copy_model, make_runner, not_called, record, still_held
 from qsparseprop.utils._layer_timing import Stopwatch
 from qsparseprop.utils._weights import Weights, weights_of
-from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
+from qsparseprop.utils.fusion import Chain, chains, fuse_modules, unfuse_modules
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
 __all__ = [
@@ -323,22 +322,29 @@ def swap_modules_with_sparse(
         if on_layer is not None:
             on_layer(name)
         layer = kind.from_dense(dense[name], qconfig=qconfig)
-        if name in recorded and not prototype and not stopwatch.pays(dense[name], layer, recorded[name], decision, fuse):
+        seen = None if prototype else recorded.get(name)
+        if seen is not None and not stopwatch.pays(dense[name], layer, seen, decision, fuse):
             continue
         carry_attributes(dense[name], layer, _untouched(dense[name]))
         decision.swapped = True
         sparse[name] = layer
 
     _replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
+    together: dict[str, Chain] = {}
+
+    def run_and_tell(model: nn.Module) -> None:
+        run(model)
+        together.update(chains(model))  # before what the run has left is taken back
+
     if fuse:
         fuse_modules(model)
     if sparse:
-        _put_back_what_is_not_called(model, dense, sparse, run, candidates)
+        _put_back_what_is_not_called(model, dense, sparse, None if run is None else run_and_tell, candidates)
     if fuse:
         fuse_modules(model)  # those that were put back, too
         for decision in report.swapped:
-            if decision.name in recorded and recorded[decision.name].chain:
-                joined = "with " + ", ".join(map(name_of, recorded[decision.name].chain))
+            if decision.name in together and together[decision.name].joined:
+                joined = "together with " + ", ".join(together[decision.name].joined)
                 decision.reason = ", ".join(part for part in (joined, decision.reason) if part)
     model.swap_report = report
     if verbose:

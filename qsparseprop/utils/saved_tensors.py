@@ -323,8 +323,6 @@ class _Exchange(TorchFunctionMode):
         return exchange(self.compression, func, *args, **kwargs)
 
 
-
-
 def _relu(compression: Any, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
     inplace = inplace or func in (torch.relu_, Tensor.relu_, F.relu_)
     if not compression._active(input):

@@ -267,7 +267,8 @@ def swap_model(
 ) -> tuple[list[str], str]:
     """Swap a model in place, in the memory format that it is going to be trained in; see `swap_modules_with_sparse`.
 
-    With `fuse`, quantised layers form blocks with what follows them, see `qsparseprop.utils.fusion`; `on_layer` is called with the name of each layer before it is timed.
+    With `fuse`, quantised layers form blocks with what follows them, see `qsparseprop.utils.fusion`; `on_layer` is
+    called with the name of each layer before it is timed.
 
     Returns
     -------

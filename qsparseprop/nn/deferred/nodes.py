@@ -18,7 +18,14 @@ from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.passes import IDENTITY, Activation, Affine
 from qsparseprop.nn.deferred.pending import Codes, Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor, pending_of
-from qsparseprop.nn.functional import block_gradients, direct_apply, link_to_inputs, refuse_forward_mode, without_graph
+from qsparseprop.nn.functional import (
+    block_gradients,
+    direct_apply,
+    link_to_inputs,
+    records_gradients,
+    refuse_forward_mode,
+    without_graph,
+)
 from qsparseprop.ops import are_plain, check_storage, saved_tensors
 
 
@@ -133,7 +140,7 @@ class _BatchNorm(torch.autograd.Function):
 
 def batch_norm(source: DeferredTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation) -> Tensor:
     """Record a batch normalisation."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, weight, bias)):
+    if records_gradients() and any(t is not None and t.requires_grad for t in (source, weight, bias)):
         return _APPLY[_BatchNorm](source, weight, bias, norm)[0]
     return result(_normalise(source._pending, weight, bias, norm, False)[0], source.dtype)
 
@@ -175,7 +182,7 @@ def _activate(pending: Pending, activation: Activation, save: bool) -> tuple[Pen
 
 def activate(source: DeferredTensor, activation: Activation, in_place: bool) -> Tensor:
     """Record an activation."""
-    if torch.is_grad_enabled() and source.requires_grad:
+    if records_gradients() and source.requires_grad:
         return _APPLY[_Activation](source, activation, in_place)[0]
     pending, _ = _activate(source._pending, activation, False)
     return _changed(_give(pending, source, in_place), in_place)
@@ -210,7 +217,7 @@ def _map(pending: Pending, scale: Tensor | None, shift: Tensor | None) -> Pendin
 
 def channel_map(source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """Record a multiplication or a shift by a number for each channel, which gets no gradient."""
-    if torch.is_grad_enabled() and source.requires_grad:
+    if records_gradients() and source.requires_grad:
         return _APPLY[_Map](source, scale, shift)
     return result(_map(source._pending, scale, shift), source.dtype)
 
@@ -245,7 +252,7 @@ def _add(pending: Pending, other: Tensor) -> Pending:
 
 def add(source: DeferredTensor, other: Tensor, in_place: bool) -> Tensor:
     """Record an addition."""
-    if torch.is_grad_enabled() and (source.requires_grad or other.requires_grad):
+    if records_gradients() and (source.requires_grad or other.requires_grad):
         return _APPLY[_Addition](source, other, in_place)
     return _changed(_give(_add(source._pending, other), source, in_place), in_place)
 

@@ -50,8 +50,8 @@ class PackedSource(NamedTuple):
 
     def pack(self, geometry: Geometry, qconfig: QuantConfig) -> tuple[Tensor, ...]:
         """Planes, scale and zero point."""
-        return passes.pack_codes(self.codes, passes.Affine(self.scale, self.shift), self.activation, self.images, self.ranges,
-                                 geometry, qconfig)
+        affine = passes.Affine(self.scale, self.shift)
+        return passes.pack_codes(self.codes, affine, self.activation, self.images, self.ranges, geometry, qconfig)
 
 
 @dataclass

@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from qsparseprop import epilogue_ops, norm_ops  # noqa: F401 -- they register operators
-from qsparseprop._kernels import _epilogue
-from qsparseprop._kernels._memory import empty
+from qsparseprop import epilogue_ops, norm_ops  # noqa: F401 -- the latter registers operators
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn.functional import gradient_packing, output_packing
 from qsparseprop.ops import shortcut
@@ -43,12 +40,12 @@ NO_AFFINE = Affine()
 
 def codes_like(rows: Tensor) -> Tensor:
     """A buffer for rows in 8 bits, not filled."""
-    return empty(tuple(rows.shape), torch.uint8)
+    return epilogue_ops.codes_like(rows)
 
 
-def saved_like(rows: Tensor, activation: Activation) -> Tensor:
+def saved_like(rows: Tensor, activation: Activation) -> Tensor | None:
     """A buffer for what the activation's gradient needs, not filled."""
-    return empty(*epilogue_ops.saved_like(tuple(rows.shape), activation.name))
+    return epilogue_ops.saved_like(rows, activation.name)
 
 
 def statistics(
@@ -81,9 +78,7 @@ def apply(
 
     `codes`, which take the rows in 8 bits by `coding`, and `saved` are filled where they are given.
     """
-    out = empty(tuple(rows.shape), rows.dtype)
-    _epilogue.epilogue(rows, residual, out, *affine, *activation, *coding, codes, saved, torch.get_num_threads())
-    return out
+    return shortcut("epilogue", rows, residual)(rows, residual, *affine, *activation, *coding, codes, saved)
 
 
 def output_range(rows: Tensor, affine: Affine, activation: Activation, ends: Tensor | None) -> Tensor:
@@ -107,12 +102,10 @@ def pack(
     keep: bool,
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
     """`apply`, quantised and packed on the way: the result if it is wanted, and planes, scale, zero point."""
-    ranges, grid, views, lanes, scheme, per_channel = output_packing(ranges, images[0], geometry, qconfig)
-    out = empty(tuple(rows.shape), rows.dtype) if keep else None
-    packed = epilogue_ops.packed_like(grid, lanes, per_channel)
-    _epilogue.epilogue_pack(rows, None, out, *affine, *activation, *coding, codes, saved, images, ranges, *packed, grid,
-                            views, scheme, per_channel, torch.get_num_threads())  # fmt: skip
-    return out, packed
+    packing = output_packing(ranges, images[0], geometry, qconfig)
+    out, *packed = shortcut("epilogue_pack", rows)(rows, None, *affine, *activation, *coding, codes, saved, images,
+                                                   *packing, keep)  # fmt: skip
+    return out if keep else None, tuple(packed)
 
 
 def pack_codes(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsparseprop._torch_compat import watcher
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn.deferred import passes
-from qsparseprop.nn.deferred.conditions import watcher
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_input
 from qsparseprop.nn.deferred.passes import IDENTITY, NO_AFFINE, Activation, Affine
@@ -189,7 +189,7 @@ class Pending:
     # ---- computing ----
 
     def _buffers(self) -> tuple[Affine, Tensor | None, Tensor | None]:
-        """What is to be filled on the way: by which map codes are made, where they go, and what the activation saves."""
+        """What is to be filled on the way: by which map codes are made, the codes, and what the activation saves."""
         codes = None if self._codes is None else self._codes.wanted
         saved = None if self._slopes is None else self._slopes.wanted
         return NO_AFFINE if codes is None else self._codes.coding, codes, saved

@@ -28,6 +28,7 @@ from qsparseprop.nn.functional import (
     link_to_inputs,
     packed_backward_pass,
     packed_forward_pass,
+    records_gradients,
     refuse_forward_mode,
     value_gradient,
     without_graph,
@@ -193,7 +194,7 @@ def deferred_product(
     """
     with torch._C.DisableTorchFunctionSubclass():
         usage = Usage()
-        trains, plain_result = torch.is_grad_enabled(), math.prod(layout(True).images) < conditions.LEAST_ELEMENTS
+        trains, plain_result = records_gradients(), math.prod(layout(True).images) < conditions.LEAST_ELEMENTS
         if not plain_result:
             usage = layer.__dict__.setdefault("_usages", {}).setdefault(trains, usage)
             plain_result = usage.begin().plain

@@ -140,11 +140,11 @@ def _addition(source: Any, other: Any, in_place: bool) -> Any:
             source, other = other, source
         if not in_place and _is_for_channels(source, other):
             return nodes.channel_map(source, None, other)
-        if (pending_of(source) is None or source.shape != other.shape or source.dtype is not other.dtype
+        # torch's result looks like the first one
+        looks_other = not in_place and source.stride() != other.stride() and (source is not first or 1 in source.shape)
+        if (pending_of(source) is None or source.shape != other.shape or source.dtype is not other.dtype or looks_other
                 or not (type(other) is DeferredTensor or _is_plain(other))
-                or (in_place and not _can_be_changed(source))
-                or (not in_place and source.stride() != other.stride()
-                    and (source is not first or 1 in source.shape))):  # fmt: skip -- torch's result looks like the first
+                or (in_place and not _can_be_changed(source))):  # fmt: skip
             return NotImplemented
         return nodes.add(source, other, in_place)
 

@@ -18,7 +18,7 @@ from qsparseprop.nn.deferred.layout import Layout, images, linear
 from qsparseprop.nn.deferred.pending import Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor
 from qsparseprop.nn.deferred.usage import Operation, Usage, longest
-from qsparseprop.nn.functional import refuse_forward_mode
+from qsparseprop.nn.functional import records_gradients, refuse_forward_mode
 from qsparseprop.ops import are_plain
 
 #: Layers whose results start chains, and those that start them with their own inputs.
@@ -55,7 +55,7 @@ class _Hook:
         """A deferred tensor with the values of an ordinary one; None where nothing is deferred."""
         if type(x) is not Tensor or x.numel() < conditions.LEAST_ELEMENTS or not may_defer():
             return None
-        trains = torch.is_grad_enabled()
+        trains = records_gradients()
         usage = self._usages.get(trains)
         if usage is None:
             usage = self._usages[trains] = Usage()

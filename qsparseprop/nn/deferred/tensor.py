@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from qsparseprop._torch_compat import keep_from_compiling, watcher
 from qsparseprop.nn._engine import STARTS_BACKWARD, run_backward
-from qsparseprop.nn.deferred.conditions import keep_from_compiling, watcher
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.pending import Pending
 

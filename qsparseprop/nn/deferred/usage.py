@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from qsparseprop.nn.deferred.conditions import watcher
+from qsparseprop._torch_compat import watcher
 from qsparseprop.nn.deferred.passes import Activation
 
 #: What is remembered at most: operations of a chain, and different ones behind the same result (as an activation whose

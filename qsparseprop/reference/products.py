@@ -1,0 +1,197 @@
+"""The layout of planes and lanes, what is packed into it, and the two sparse products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from qsparseprop.reference.quantization import mix_seed, quantize_values, symmetric_scale
+
+
+def _lanes(grid: Sequence[int], view: Sequence[int], images: int) -> Tensor:
+    """Lane of each element of one channel, counted from the start of the buffer: (images, rows, columns), int64."""
+    per_block, lane_b, lane_y, lane_x, _, _, _, block = grid
+    _, _, origin, rows, cols = view[:5]
+    b = torch.arange(images)
+    y = torch.arange(rows)[:, None] * lane_y
+    x = torch.arange(cols)[None, :] * lane_x
+    return (b // per_block * block + b % per_block * lane_b)[:, None, None] + origin + y + x
+
+
+def _views(views: Sequence[int]) -> Iterator[tuple[Sequence[int], tuple[slice, slice]]]:
+    """Each view with the part of the tensor's height and width that it maps."""
+    for i in range(0, len(views), 9):
+        _, _, _, rows, cols, y0, x0, ystep, xstep = view = views[i : i + 9]
+        if rows and cols:
+            yield view, (slice(y0, y0 + (rows - 1) * ystep + 1, ystep), slice(x0, x0 + (cols - 1) * xstep + 1, xstep))
+
+
+def _fill(planes: Tensor, values: Tensor, grid: Sequence[int], views: Sequence[int]) -> None:
+    pitch, front = grid[5:7]
+    for view, (ys, xs) in _views(views):
+        plane = (view[0] + torch.arange(view[1])) * pitch + front
+        planes[_lanes(grid, view, values.shape[0])[:, None] + plane[:, None, None]] = values[:, :, ys, xs]
+
+
+def _gap_zeros(zero_point: Tensor, grid: Sequence[int], images: int, lanes: int) -> Tensor:
+    """Zero point of each lane of the buffer: what the taps read behind a plane's lanes is the front of the next one."""
+    planes, pitch, front, block = grid[4:]
+    lane = torch.arange(lanes)
+    plane = torch.clamp(lane % block // pitch, max=planes - 1)
+    owner = torch.where(lane % block - plane * pitch < front, (plane - 1) % planes, plane)
+    return zero_point[torch.where(lane < -(-images // grid[0]) * block, owner, planes - 1)]
+
+
+def quantize_pack(
+    x: Tensor,
+    grid: Sequence[int],
+    views: Sequence[int],
+    lanes: int,
+    scheme: str,
+    seed: Tensor | None,
+    per_channel: bool = False,
+    options: Sequence[float] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qsparseprop.ops.quantize_pack`."""
+    x = x.to(torch.float32)
+    bits = 0 if seed is None else mix_seed(int(seed))
+    index = torch.arange(x.numel()).reshape(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    parts = list(zip(x.split(1, 1), index.split(1, 1), strict=True)) if per_channel else [(x, index)]
+    codes, scales, zeros = zip(*(quantize_values(part, scheme, bits, numbers, options) for part, numbers in parts),
+                               strict=True)
+    repeats = grid[4] // len(parts) if per_channel else 1
+    scale = torch.stack(scales).repeat(repeats)
+    zero_point = torch.tensor(zeros, dtype=torch.int32).repeat(repeats)
+    planes = _gap_zeros(zero_point.expand(grid[4]), grid, x.shape[0], lanes).to(torch.uint8)
+    if per_channel or torch.isfinite(scale).all():
+        _fill(planes, torch.cat(codes, 1), grid, views)
+    return planes, scale, zero_point
+
+
+def pack(x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int) -> Tensor:
+    """See `qsparseprop.ops.pack`."""
+    planes = torch.zeros(lanes, dtype=torch.float32)
+    _fill(planes, x.to(torch.float32), grid, views)
+    return planes
+
+
+def _slot_rows(group_ptr: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.arange(group_ptr.numel() - 1), 4 * group_ptr.diff().to(torch.int64))
+
+
+def quantize_weight(
+    values: Tensor,
+    index: Tensor,
+    group_ptr: Tensor,
+    plane: Tensor | None = None,
+    factor: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qsparseprop.ops.quantize_weight`."""
+    rows = group_ptr.numel() - 1
+    row = _slot_rows(group_ptr)
+    slots = torch.cat([values, values.new_zeros(1)])[index.to(torch.int64)]
+    common = torch.ones(())
+    if factor is not None and factor.numel() == 1:
+        common = factor
+    elif factor is not None:
+        finite = factor[torch.isfinite(factor)]
+        _, exponent = torch.frexp(finite.amax() if finite.numel() else torch.zeros(()))
+        exponent = exponent.clamp(-126, 126)
+        common = torch.ldexp(common, exponent)
+        slots = slots * (factor * torch.ldexp(torch.ones(()), -exponent))[plane.to(torch.int64)]
+    absmax = torch.zeros(rows).scatter_reduce(0, row, slots.abs(), "amax")
+    if clip is not None and not 0 < clip < torch.inf:
+        clip = None
+    scale = symmetric_scale(absmax if clip is None else torch.where(torch.isfinite(absmax), clip, absmax), 127)
+    inverse = torch.where(torch.isfinite(absmax), 1 / scale, 0.0)
+    codes = (slots * inverse[row]).round().clamp(-127, 127)
+    codes = torch.where(torch.isfinite(slots), codes, 127.0)
+    zeros = 1
+    if zero_point is not None:
+        zeros = zero_point.to(torch.int64)
+        zeros = zeros if zeros.numel() == 1 else zeros[plane.to(torch.int64)]
+    total = torch.zeros(rows, dtype=torch.int64).index_add(0, row, codes.to(torch.int64) * zeros)
+    return codes.to(torch.int8), scale * common, total
+
+
+def spmm(
+    planes: Tensor,
+    weights: Tensor,
+    group_ptr: Tensor,
+    offset: Tensor,
+    scale: Tensor | None,
+    total: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    bias: Tensor | None,
+    grid: Sequence[int],
+    views: Sequence[int],
+    shape: Sequence[int],
+    channels_last: bool,
+    zeros: bool,
+    dtype: torch.dtype = torch.float32,
+    limits: Sequence[float] = (),
+) -> Tensor:
+    """See `qsparseprop.ops.spmm`."""
+    codes = planes.dtype == torch.uint8
+    images, channels = shape[:2]
+    out = torch.zeros(tuple(shape), dtype=torch.float32)
+    row, offset = _slot_rows(group_ptr), offset.to(torch.int64)
+    for view, (ys, xs) in _views(views):
+        lanes = _lanes(grid, view, images)
+        sums = torch.zeros(channels, lanes.numel(), dtype=torch.int64 if codes else torch.float32)
+        for slot in ((row >= view[0]) & (row < view[0] + channels)).nonzero().squeeze(1).split(256):
+            x = planes[offset[slot][:, None] + lanes.reshape(1, -1)].to(sums.dtype)
+            sums.index_add_(0, row[slot] - view[0], x * weights[slot].to(sums.dtype)[:, None])
+        rows = slice(view[0], view[0] + channels)
+        if codes:
+            sums -= total[rows][:, None] * (1 if x_zero_point is None else x_zero_point.to(torch.int64))
+            sums = sums.to(torch.float32) * (scale[rows] * (1 if x_scale is None else x_scale))[:, None]
+        if bias is not None:
+            sums += bias[rows][:, None]
+        if limits:
+            sums = sums.clamp(*limits)
+        out[:, :, ys, xs] = sums.reshape(channels, *lanes.shape).transpose(0, 1)
+    out = out.to(dtype)
+    return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+
+
+def sddmm(
+    planes: Tensor,
+    dy: Tensor,
+    group_ptr: Tensor,
+    offset: Tensor,
+    index: Tensor,
+    plane: Tensor,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    dy_scale: Tensor | None,
+    grid: Sequence[int],
+    dy_grid: Sequence[int],
+    views: Sequence[int],
+    shape: Sequence[int],
+    nonzeros: int,
+) -> Tensor:
+    """See `qsparseprop.ops.sddmm`."""
+    codes = planes.dtype == torch.uint8
+    out = torch.zeros(nonzeros, dtype=torch.float32)
+    ((view, _),) = _views(views)
+    x_lanes = _lanes(grid, view, shape[0]).reshape(1, -1)
+    dy_lanes = _lanes(dy_grid, view, shape[0]).reshape(1, -1) + dy_grid[6]
+    wide = torch.int64 if codes else torch.float64
+    rows = group_ptr.numel() - 1
+    row, offset = _slot_rows(group_ptr), offset.to(torch.int64)
+    for slot in (index >= 0).nonzero().squeeze(1).split(256):
+        g = dy[row[slot][:, None] * dy_grid[5] + dy_lanes].to(wide)
+        x = planes[offset[slot][:, None] + x_lanes].to(wide)
+        if codes:
+            zero, factor = (t.expand(grid[4])[plane[slot].to(torch.int64)] for t in (x_zero_point, x_scale))
+            sums = ((g - 128) * (x - zero.to(wide)[:, None])).sum(1)
+            out[index[slot].to(torch.int64)] = sums.to(torch.float32) * (factor * dy_scale.expand(rows)[row[slot]])
+        else:
+            out[index[slot].to(torch.int64)] = (g * x).sum(1).to(torch.float32)
+    return out
