@@ -209,8 +209,11 @@ def freeing_saved(module, tensors):
     """A layer whose saved tensors lose their memory between the forward and the backward pass."""
     saved = []
 
+    blocks = isinstance(module, (ConvBlock, LinearBlock))
+
     def pack(t):
-        saved.append(t)
+        if not (blocks and t.is_floating_point()):  # torch reads freed memory of what it has saved for its own parts
+            saved.append(t)
         return t
 
     def between(_):
