@@ -26,6 +26,8 @@ def main() -> None:
     for seed in range(first, first + count):
         program = random_program(seed)
         found = fault(source(program))
+        if (seed + 1 - first) % 1000 == 0:
+            print(f"{seed + 1 - first} programs, {time.monotonic() - start:.0f} s", flush=True)
         if found is None:
             continue
         failures += 1

@@ -444,7 +444,7 @@ def _far(found: list[Log], plain: list[Log], exact: list[Log] | None = None) -> 
             least = gradients if "gradient" in name else others
             # what is small beside the others is a sum that cancels, such as the gradient of a bias
             share = 0.15 if size > 0.5 * least else 0.65
-            if math.isfinite(size + usual) and not far <= 4 * usual + share * size + 0.02 * least:
+            if math.isfinite(size + usual) and not far <= 6 * usual + share * size + 0.02 * least:
                 return f"call {call}: values of {name}, difference {far:.3g} of {size:.3g}, usual {usual:.3g}"
     return None
 

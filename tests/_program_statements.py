@@ -399,7 +399,7 @@ def weights(w):
 
 @statement(1)
 def optimizer(w):
-    w.script("after", "log.gradients(model)\ntorch.optim.SGD(model.parameters(), 0.01).step()")
+    w.script("after", "log.gradients(model)\ntorch.optim.SGD(model.parameters(), 0.001).step()")
 
 
 @statement(1)

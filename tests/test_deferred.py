@@ -1,12 +1,13 @@
 """Blocks that form while a model runs: kinds of fault that generated programs (test_programs) have found."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from qsparseprop import nn as qnn
@@ -34,9 +35,10 @@ def swapped(model: nn.Module, fuse: bool = True, min_sparsity: float = 0.3) -> n
                                     min_sparsity=min_sparsity, qconfig=QuantConfig(grad="absmax"))  # fmt: skip
 
 
-def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    y = model(x)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+def gradients(model: nn.Module, x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+    y = model(x, *arguments)
+    # of gelu, so that it is deferred as well
+    (F.gelu(y) * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     return [p.grad for p in model.parameters()]
 
 
@@ -60,6 +62,27 @@ def test_the_last_dimension_is_not_the_channels(first, second):
     model = pruned(first, nn.ReLU(), second)
     x = torch.randn((3, 4, 5) if isinstance(first, nn.Conv1d) or isinstance(second, nn.Conv1d) else (3, 4, 4, 5))
     assert_near(gradients(swapped(model), x), gradients(swapped(model, False), x))
+
+
+class _Sum(nn.Module):
+    """Of two tensors whose channels are different dimensions."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.conv, self.bn = pruned(nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6))
+        self.linear = pruned(nn.Linear(features, features))[0]
+
+    def forward(self, x, first):
+        a, b = F.relu(self.bn(self.conv(x))), self.linear(x)
+        return a + b if first else b + a
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("features", [6, 7])
+def test_the_gradient_of_a_sum_of_two_layouts(features, first):
+    """Rows of a gradient are not those of the other summand, even where there are as many of the same length."""
+    model, x = _Sum(features), torch.randn(5, 6, features)
+    assert_near(gradients(swapped(model), x, first), gradients(swapped(model, False), x, first))
 
 
 def test_a_loss_that_is_linear_in_the_output_has_a_second_derivative():
@@ -153,6 +176,17 @@ def test_what_recomputation_saves_does_not_depend_on_who_has_looked():
             y.square().sum().backward()
         results.append([p.grad for p in m.parameters()])
     assert_near(*results)
+
+
+def test_recomputation_that_is_given_an_ordinary_tensor():
+    """Checkpointing saves its arguments, and hooks around it give others back."""
+    model = swapped(pruned(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    for _ in range(2):
+        with save_on_cpu():
+            h = model[:2](x)
+            y = checkpoint(model, h, use_reentrant=False)
+        y.square().sum().backward()
 
 
 def test_what_a_hook_sees_saved_does_not_depend_on_guesses():

@@ -15,6 +15,7 @@ from torch import Tensor
 from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.conditions import step_by_step
 from qsparseprop.nn.deferred.gradient import PendingGradient
+from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.passes import IDENTITY, Activation, Affine
 from qsparseprop.nn.deferred.pending import Codes, Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor, pending_of
@@ -44,12 +45,17 @@ def _give(pending: Pending, source: DeferredTensor, in_place: bool) -> Tensor:
     return source
 
 
-def gradient_of(gradient: Tensor) -> PendingGradient | None:
-    """What is still to be computed of a gradient, if it is such a one."""
+def gradient_of(gradient: Tensor, layout: Layout) -> PendingGradient | None:
+    """What is still to be computed of a gradient, if it is such a one and its rows are those of a layout.
+
+    They are not where tensors were added whose channels are different dimensions.
+    """
     if type(gradient) is not DeferredTensor:
         return None
     pending = gradient._pending
-    return pending if isinstance(pending, PendingGradient) and pending.open else None
+    if not isinstance(pending, PendingGradient) or not pending.open or pending.layout.images != layout.images:
+        return None
+    return pending
 
 
 def gradient_rows(gradient: Tensor, layout: Any, dtype: torch.dtype) -> Tensor:
@@ -118,7 +124,7 @@ class _BatchNorm(torch.autograd.Function):
         link, codes, statistics, weight = saved_tensors(ctx)
         with without_graph():
             ctx.codes.fill()
-            behind, saved, activation = gradient_of(dy), None, IDENTITY
+            behind, saved, activation = gradient_of(dy, ctx.layout), None, IDENTITY
             if behind is not None and behind.codes is None:
                 rows, saved, activation = behind.dy, behind.saved, behind.activation
             else:

@@ -117,7 +117,7 @@ def _start(z: Tensor, call: _Call) -> Tensor:
 def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Tensor]) -> tuple[Tensor | None, ...]:
     plan, qconfig, layout, need = ctx.plan, ctx.qconfig, ctx.layout, ctx.needs_input_grad
     dx = dvalues = dbias = None
-    pending = gradient_of(dy)
+    pending = gradient_of(dy, layout)
     if qconfig.check_finite or (pending is not None and not packs_gradient(qconfig, layout.images[1])):
         pending = None
     if need[0] or need[1]:

@@ -16,7 +16,7 @@ from qsparseprop.nn.deferred import conditions
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.layout import Layout, images, linear
 from qsparseprop.nn.deferred.pending import Pending
-from qsparseprop.nn.deferred.tensor import DeferredTensor
+from qsparseprop.nn.deferred.tensor import DeferredTensor, ordinary, pending_of
 from qsparseprop.nn.deferred.usage import Operation, Usage, longest
 from qsparseprop.nn.functional import records_gradients, refuse_forward_mode
 from qsparseprop.ops import are_plain
@@ -53,6 +53,8 @@ class _Hook:
 
     def _begin(self, x: Any, features_last: bool, borrowed: bool) -> Tensor | None:
         """A deferred tensor with the values of an ordinary one; None where nothing is deferred."""
+        if type(x) is DeferredTensor and pending_of(x) is None:
+            x = ordinary(x)  # as it may be when checkpointing runs this again
         if type(x) is not Tensor or x.numel() < conditions.LEAST_ELEMENTS or not may_defer():
             return None
         trains = records_gradients()
