@@ -94,6 +94,11 @@ def distance(step: Step, other: Step, masks: Mapping[str, Tensor]) -> float:
                      {name: g * masks.get(name, ones) for name, g in other.gradients.items()})  # fmt: skip
 
 
+def output_distance(step: Step, other: Step) -> float:
+    """That of all outputs."""
+    return _distance(*({str(i): y for i, y in enumerate(s.outputs)} for s in (step, other)))
+
+
 def buffer_distance(step: Step, other: Step) -> float:
     """That of all buffers that are no integers: running statistics."""
     return _distance(*({name: buffer for name, buffer in s.buffers.items() if buffer.is_floating_point()}
