@@ -16,6 +16,7 @@ from torch._C._dynamo import eval_frame as _frames
 from torch.optim.swa_utils import AveragedModel
 
 _autograd = torch._C._autograd
+_top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def called_by_parameter() -> bool:
@@ -61,8 +62,8 @@ def watcher() -> Any:
     What is saved under it may not depend on guesses, nor on what became meanwhile of a tensor from outside: a second
     run must save the same. True where torch does not tell which.
     """
-    if hasattr(_autograd, "_top_saved_tensors_default_hooks"):
-        hooks = _autograd._top_saved_tensors_default_hooks(True)
+    if _top_hooks is not None:
+        hooks = _top_hooks(True)
         return None if hooks is None else hooks[0]
     # up to PyTorch 2.7 nothing tells, but to forbid hooks is an error where there are some
     if not _autograd._saved_tensors_hooks_is_enabled():

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_map_only
 #: torch's functions that run its engine.
 STARTS_BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
 
+_SIGNATURES = {function: inspect.signature(function) for function in STARTS_BACKWARD}
+
 
 def run_backward(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], kind: type[Tensor]
@@ -24,7 +26,7 @@ def run_backward(
     which must do what they did the first time. So functions of subclasses are not switched off meanwhile; torch is
     given tensors, and places in the graph, that have none.
     """
-    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound = _SIGNATURES[func].bind(*args, **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
         if bound.arguments.get("materialize_grads"):  # for which torch wants the tensors
             return func(*args, **kwargs)

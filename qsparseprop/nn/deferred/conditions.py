@@ -30,8 +30,8 @@ def _watched() -> bool:
 def may_defer() -> bool:
     """Whether blocks may form: nobody traces, watches single operators or differentiates in another way."""
     return not (
-        torch.compiler.is_compiling() or _dispatch_modes() or _watched() or _functorch()
-        or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+        torch.compiler.is_compiling() or _dispatch_modes() or (_function_modes() and _watched())
+        or _functorch() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
     )  # fmt: skip
 
 
