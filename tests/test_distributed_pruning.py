@@ -10,6 +10,7 @@ from .test_distributed import torchrun
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 WORKER = '''
+import inspect
 import os
 import warnings
 import torch
@@ -27,6 +28,9 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 keep = torch.ones(16, 16, dtype=torch.bool)
 keep[::2] = False
+# newer versions of torch have another name for the argument, and warn of the old one
+arguments = inspect.signature(DistributedDataParallel).parameters
+quiet = {next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in arguments): False}
 
 
 def make(kind=SparseLinear):
@@ -94,18 +98,18 @@ for kind in (SparseLinear, QuantizedSparseLinear):
     model = make(kind)
     optimizer = torch.optim.AdamW(model.parameters())
     pruner = GradualPruner(model, optimizer, 0.95, end_step=2)
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+    wrapped = DistributedDataParallel(model, **quiet)
     refuses_all(wrapped, model[0], optimizer, "DistributedDataParallel has made buffers", pruner)
     for _ in range(3):
         del wrapped
         pruner.step()
-        wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+        wrapped = DistributedDataParallel(model, **quiet)
         for _ in range(2):
             step(wrapped, optimizer)
     assert abs(model[0].sparsity - 0.95) < 0.01
     del wrapped
     model[0].apply_further_mask(torch.zeros(16, 16), optimizer)  # a layer without weights takes part
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+    wrapped = DistributedDataParallel(model, **quiet)
     for _ in range(3):
         step(wrapped, optimizer)
     both = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -116,7 +120,7 @@ for kind in (SparseLinear, QuantizedSparseLinear):
 
     model = make(kind)  # a frozen weight is exchanged by nobody
     model[0].weight.requires_grad_(False)
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+    wrapped = DistributedDataParallel(model, **quiet)
     model[0].apply_further_mask(keep)
     step(wrapped, torch.optim.SGD(model[2].parameters(), 0.1))
     del wrapped

@@ -94,7 +94,8 @@ FILES = {
     "npz": (npz, "arrays of NumPy"),
     "zip": (lambda path: zip_with(path, {"a.txt": b"hello"}), "not from torch.save"),
     "compressed": (compressed, "compressed or forged"),
-    "lying numel": (lying_numel, "cannot read it"),
+    # older versions of torch read the file, and we compare
+    "lying numel": (lying_numel, "cannot read it|its tensors take 400000000 bytes"),
     "list": (lambda path: torch.save([torch.ones(3)], path), "it is a list"),
     "tensor": (lambda path: torch.save(torch.ones(3), path), "it is a Tensor"),
     "no tensors": (lambda path: torch.save({"a": 1, "b": {"c": torch.ones(3)}}, path), "its keys are a, b"),

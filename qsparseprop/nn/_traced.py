@@ -173,5 +173,5 @@ def traced_product(
     TypeError, ValueError
         When it runs, for a pattern that is not valid, see `check_pattern`.
     """
-    with torch._C.DisableTorchFunctionSubclass():  # torch.compile before 2.9 cannot trace what values refuse
+    with torch._C.DisableTorchFunctionSubclass():  # torch 2.8 cannot trace what values refuse
         return _sparse_layer(x, values, bias, crow_indices, col_indices, geometry, groups, qconfig, dtype)[0]
