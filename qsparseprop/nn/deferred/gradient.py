@@ -82,7 +82,7 @@ class PendingGradient:
             ranges, total = self.ranges, self.total
             if ranges is None:
                 total, _, most = passes.sums(self.dy, None, self.saved, self.activation).float().unbind(1)
-                ranges = torch.stack([-most, most], 1)
+                ranges, total = torch.stack([-most, most], 1), total.contiguous()
             behind = None if self._behind is None else self._behind()
             wanted = behind is not None and behind.open
             packed, g = passes.gradient_pack(self.dy, self.codes, self.saved, self.activation, self.factor, wanted,

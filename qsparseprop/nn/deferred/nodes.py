@@ -131,7 +131,7 @@ class _BatchNorm(torch.autograd.Function):
                 behind, rows = None, gradient_rows(dy, ctx.layout, ctx.dtype)
             sums = passes.sums(rows, codes, saved, activation)
             factor, ranges, gradients = passes.factors(sums, statistics, weight, len(rows), ctx.batch_statistics)
-            dweight, dbias, total = gradients.unbind()
+            dweight, dbias, total = (t.clone() for t in gradients.unbind())  # which others keep
         need, dx = ctx.needs_input_grad, None
         if need[0]:
             dx = _deferred(PendingGradient(ctx.layout, rows, saved, activation, codes, factor, ranges, total, behind),

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from qsparseprop._torch_compat import keep_from_compiling, watcher
+from qsparseprop._torch_compat import called_by_parameter, keep_from_compiling, watcher
 from qsparseprop.nn._engine import STARTS_BACKWARD, run_backward
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.pending import Pending
+from qsparseprop.nn.deferred.usage import Usage
 
 #: What blocks can take up: torch's function -> what records it, or gives NotImplemented. `record` fills it.
 HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -54,6 +55,11 @@ class DeferredTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record what blocks take up; let torch do everything else."""
         kwargs = kwargs or {}
+        if len(types) > 1 and func not in STARTS_BACKWARD and any(map(_wants_to_be_asked, types)):
+            args, kwargs = tree_map_only(DeferredTensor, ordinary, (args, kwargs))
+            return func(*args, **kwargs)
+        if func is Tensor.detach and called_by_parameter():
+            return _leaf_like(args[0])
         handler = HANDLERS.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
@@ -78,7 +84,7 @@ class DeferredTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator on the values."""
-        if func.overloadpacket in _OTHER_MEMORY:
+        if func.overloadpacket in _OTHER_MEMORY and isinstance(args[0], DeferredTensor):
             _refuse_other_memory()
         deferred = []
 
@@ -109,6 +115,22 @@ for _method in (DeferredTensor.__torch_function__, DeferredTensor.__torch_dispat
 def _with_memory(tensor: DeferredTensor) -> Tensor:
     """An ordinary tensor with the same memory and history."""
     return tensor.view_as(tensor)
+
+
+def _wants_to_be_asked(kind: type) -> bool:
+    """Whether a type of tensors does something to torch's functions; parameters do not."""
+    return (kind is not Tensor and kind is not DeferredTensor
+            and kind.__torch_function__ is not torch._C._disabled_torch_function_impl)  # fmt: skip
+
+
+def _leaf_like(tensor: DeferredTensor) -> DeferredTensor:
+    """What nn.Parameter wants of `detach`: a tensor of the same kind, whose values are known."""
+    pending = tensor._pending
+    with torch._C.DisableTorchFunctionSubclass():
+        values = pending.plain().detach()
+    leaf = DeferredTensor(Pending(values, pending.layout, Usage()), values.dtype)
+    leaf._pending._values = values
+    return leaf
 
 
 def pending_of(tensor: Tensor) -> Pending | None:
