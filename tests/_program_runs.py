@@ -107,6 +107,8 @@ def pruned(layer: nn.Module) -> nn.Module:
         gone = torch.rand(layer.weight.shape) < 0.65
         # a channel without weights is constant, and its sign behind a normalisation a matter of rounding
         gone.view(len(gone), -1)[:, 0] = False
+        if gone.float().mean() < 0.35:  # too few for a sparse layer
+            gone.view(len(gone), -1)[:, 1::2] = True
         layer.weight[gone] = 0
     return layer
 
@@ -381,7 +383,7 @@ _STRICTER = ("modified by an inplace operation", "Inference tensors cannot be sa
 #: Under hooks that save the tensor itself, that is so of every change.
 _UNSEEN = (".data.", ".data +=", "detach().mul_", "log.numpy(", "save_on_cpu", "compress_saved_tensors")
 #: What blocks refuse, with a way out.
-_REFUSED = ("can be differentiated once only",)
+_REFUSED = ("can be differentiated once only", "modified by an inplace operation: a tensor of shape")
 
 
 def _norm_of(t: Tensor) -> float:
@@ -443,8 +445,8 @@ def _far(found: list[Log], plain: list[Log], exact: list[Log] | None = None) -> 
             size, usual, far = _norm_of(y), _norm_of(y - z), _norm_of(x - y)
             least = gradients if "gradient" in name else others
             # what is small beside the others is a sum that cancels, such as the gradient of a bias
-            share = 0.15 if size > 0.5 * least else 0.65
-            if math.isfinite(size + usual) and not far <= 6 * usual + share * size + 0.02 * least:
+            share, floor = (0.15, 0.02) if size > 0.5 * least else (0.65, 0.15)
+            if math.isfinite(size + usual) and not far <= 6 * usual + share * size + floor * least:
                 return f"call {call}: values of {name}, difference {far:.3g} of {size:.3g}, usual {usual:.3g}"
     return None
 

@@ -186,6 +186,8 @@ def pool(w):
 
 def _add(w: Writer, a: str, b: str, shape: tuple[int, ...]) -> str:
     if w.chance(0.6):
+        if a == b:  # no difference of a tensor and itself, whose channels would be constant
+            return w.new(shape, w.one_of("{a} + {a}", "torch.add({a}, {a})", "sum([{a}, {a}])").format(a=a))
         form = w.one_of("{a} + {b}", "{b} + {a}", "torch.add({a}, {b})", "{a}.add({b})",
                         "torch.add({a}, {b}, alpha=0.5)",
                         "torch.add({b}, other={a})", "sum([{a}, {b}])", "{a} - {b}")  # fmt: skip
@@ -193,7 +195,7 @@ def _add(w: Writer, a: str, b: str, shape: tuple[int, ...]) -> str:
     if a not in w.own:
         a, b = b, a
     if a in w.own:
-        form = w.one_of("{a} += {b}", "{a}.add_({b})", "{a}.add_({b}, alpha=0.5)", "{a} += {a}", "{a} -= {b}",
+        form = w.one_of("{a} += {b}", "{a}.add_({b})", "{a}.add_({b}, alpha=0.5)", "{a} += {a}", "{a} -= 0.5 * {b}",
                         "{a} = {b} + {a}")  # fmt: skip
         w.write(form.format(a=a, b=b))
     return a

@@ -152,6 +152,16 @@ def test_backward_passes_run_parts_of_the_model_as_forward_passes_do(start):
     assert_near(list(found), gradients_of_squares(model, x))
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_no_gradient_is_none(fuse):
+    """Not zeros: with these, optimizers decay weights."""
+    layer = swapped(pruned(nn.Linear(4, 4)), fuse)[0]
+    scale = torch.ones(4, requires_grad=True)
+    y = checkpoint(lambda h: h.detach() * scale, layer(torch.ones(2, 4)), use_reentrant=True)
+    y.sum().backward()
+    assert layer.weight.grad is None
+
+
 def test_reentrant_checkpointing_of_a_block():
     model = swapped(pruned(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
     x = torch.randn(2, 4, 5, 5, requires_grad=True)

@@ -234,13 +234,16 @@ class _SparseProduct(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.in_shape, ctx.out_shape = images.shape, out.shape
+        ctx.set_materialize_grads(False)
         if images is x and shape is None:
             return out
         # detached: as those of torch's layers, results are no views, which in-place operations treat otherwise
         return out.view(out.shape[:2] if shape is None else shape).detach()
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, dy: Tensor | None):
+        if dy is None:  # as torch's layers: no gradient, rather than zeros, which optimizers would step by
+            return (None,) * 8
         qconfig = ctx.qconfig
         grads = ctx.needs_input_grad[:3]
         if qconfig is not None and qconfig.check_finite:
