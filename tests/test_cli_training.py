@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qsparseprop.cli import main
+from qsparseprop.nn.deferred import conditions
 from qsparseprop.utils import _files
 from qsparseprop.utils.bench import parse_layer
 from qsparseprop.utils.compare import ConfigurationError
@@ -40,6 +41,12 @@ def npz(tmp_path_factory):
         arrays |= {f"x_{part}": images, f"y_{part}": labels}
     np.savez(path, **arrays)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _as_in_other_processes(_defer_small_results, monkeypatch):
+    """Trainings that go on in another process must defer what they have deferred here."""
+    monkeypatch.setattr(conditions, "LEAST_ELEMENTS", 1 << 16)
 
 
 def command(npz, *arguments):

@@ -26,7 +26,7 @@ def _sparse_is_faster(_seeded, monkeypatch):
     """Decisions must not depend on the machine."""
     torch.set_num_threads(1)
 
-    def pays(dense, sparse, seen, decision):
+    def pays(dense, sparse, seen, decision, fuse):
         decision.dense_ms, decision.sparse_ms = 2.0, 1.0
         return True
 

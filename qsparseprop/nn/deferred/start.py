@@ -53,9 +53,11 @@ class _Hook:
 
     def _begin(self, x: Any, features_last: bool, borrowed: bool) -> Tensor | None:
         """A deferred tensor with the values of an ordinary one; None where nothing is deferred."""
+        if not may_defer():
+            return None
         if type(x) is DeferredTensor and pending_of(x) is None:
             x = ordinary(x)  # as it may be when checkpointing runs this again
-        if type(x) is not Tensor or x.numel() < conditions.LEAST_ELEMENTS or not may_defer():
+        if type(x) is not Tensor or x.numel() < conditions.LEAST_ELEMENTS:
             return None
         trains = records_gradients()
         usage = self._usages.get(trains)
