@@ -15,8 +15,7 @@ from torch import nn
 from torch._C._dynamo import eval_frame as _frames
 from torch.optim.swa_utils import AveragedModel
 
-_autograd = torch._C._autograd
-_top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def called_by_parameter() -> bool:
@@ -48,30 +47,15 @@ def keep_from_compiling(function: Callable[..., Any]) -> None:
     Graphs break where a deferred tensor comes in; what deals with it then would be compiled by itself. The decorators
     of torch.compiler do this as well, but import torch._dynamo, which takes seconds.
     """
-    code = function.__code__
-    if hasattr(_frames, "set_code_exec_strategy"):
-        skip = _frames._FrameAction.SKIP
-        _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, skip))
-    else:  # PyTorch 2.6
-        _frames.skip_code(code)
+    skip = _frames._FrameAction.SKIP
+    _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
 
 
 def watcher() -> Any:
     """The innermost hook that sees what autograd saves (activation checkpointing, offloading, compression), or None.
 
     What is saved under it may not depend on guesses, nor on what became meanwhile of a tensor from outside: a second
-    run must save the same. True where torch does not tell which.
+    run must save the same.
     """
-    if _top_hooks is not None:
-        hooks = _top_hooks(True)
-        return None if hooks is None else hooks[0]
-    # up to PyTorch 2.7 nothing tells, but to forbid hooks is an error where there are some
-    if not _autograd._saved_tensors_hooks_is_enabled():
-        return None
-    try:
-        _autograd._saved_tensors_hooks_disable("there are hooks")
-    except RuntimeError:
-        return True
-    finally:
-        _autograd._saved_tensors_hooks_enable()
-    return None
+    hooks = _top_hooks(True)
+    return None if hooks is None else hooks[0]

@@ -62,22 +62,30 @@ def test_checkpointing(model, x, reentrant):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("k", range(1, 9))
 def test_checkpoints_that_begin_and_end_within_blocks(model, x, k, reentrant):
-    # a reentrant checkpoint detaches what it is given: it is read from there, not from 8 bits of before
-    other, behind = copy.deepcopy(model), copy.deepcopy(model)
-    wanted = run(other, x)
-    before = run(model, x, lambda x: model[k:](checkpoint(model[:k], x, use_reentrant=reentrant)))
-    after = run(behind, x, lambda x: checkpoint(behind[k:], behind[:k](x), use_reentrant=reentrant))
-    for found in (before, after):
-        for name, value in gradients(found).items():
+    # what a checkpoint is given from within a block is read, not made of 8 bits of before: near the whole, and equal to
+    # the same checkpoint of operations one by one
+    wanted = gradients(run(copy.deepcopy(model), x))
+    for call in (
+        lambda m: lambda x: m[k:](checkpoint(m[:k], x, use_reentrant=reentrant)),
+        lambda m: lambda x: checkpoint(m[k:], m[:k](x), use_reentrant=reentrant),
+    ):
+        mine, other = copy.deepcopy(model), copy.deepcopy(model)
+        found = gradients(run(mine, x, call(mine)))
+        assert_same(found, gradients(run(other, x, stepwise(call(other)))))
+        for name, value in found.items():
             assert relative(value, wanted[name]) < 0.06, name
 
 
 @pytest.mark.parametrize("segments", [2, 4])
 def test_sequential_checkpoints(model, x, segments):
-    other = copy.deepcopy(model)
-    found = run(model, x, lambda x: checkpoint_sequential(model, segments, x, use_reentrant=False))
+    def call(m):
+        return lambda x: checkpoint_sequential(m, segments, x, use_reentrant=False)
+
+    mine, other = copy.deepcopy(model), copy.deepcopy(model)
+    found = gradients(run(mine, x, call(mine)))
+    assert_same(found, gradients(run(other, x, stepwise(call(other)))))
     # where a segment begins within a block, what follows is torch's
-    assert_close(gradients(found), gradients(run(other, x)), 0.06)
+    assert_close(found, gradients(run(model, x)), 0.06)
 
 
 @pytest.mark.parametrize("context", [torch.autograd.graph.save_on_cpu, compress_saved_tensors])

@@ -87,15 +87,6 @@ def backward_pass(
     )  # fmt: skip
 
 
-def packed_input(x: Tensor, plan: Plan, qconfig: QuantConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """The input, packed; see `ops.quantize_pack`."""
-    g = plan.geometry
-    return ops.shortcut("quantize_pack", x)(
-        x, g.input_grid.numbers, g.input_views, g.input_grid.lanes(x.shape[0]), qconfig.input, None,
-        qconfig.granularity == "channel", qconfig.input_options,
-    )  # fmt: skip
-
-
 def packed_forward_pass(
     packed: Sequence[Tensor],
     batch: int,
@@ -104,15 +95,12 @@ def packed_forward_pass(
     plan: Plan,
     qconfig: QuantConfig,
     dtype: torch.dtype,
-    factor: Tensor | None = None,
-    limits: Sequence[float] = (),
 ) -> Tensor:
     """The channels_last product with an input that is packed already; see `ops.packed_forward`."""
     g, values = plan.geometry, plain(values)
-    return ops.shortcut("packed_forward", *packed, values, bias, factor)(
+    return ops.shortcut("packed_forward", *packed, values, bias)(
         *packed, values, bias, plan.forward, g.input_grid.numbers, g.output_views,
-        (batch, g.output_grid.planes, *g.output_size), dtype, qconfig.weight_clip(values, plan.entries), True, factor,
-        limits,
+        (batch, g.output_grid.planes, *g.output_size), dtype, qconfig.weight_clip(values, plan.entries), True,
     )  # fmt: skip
 
 

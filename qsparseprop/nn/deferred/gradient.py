@@ -67,22 +67,19 @@ class PendingGradient:
         with self._lock:
             if self._values is None:
                 with torch.no_grad():
-                    rows = passes.gradient(self.dy, self.codes, self.saved, self.activation, self.factor)
-                    if rows is self.dy:
-                        rows = rows.clone()
-                    self._take(rows)
+                    self._take(passes.gradient(self.dy, self.codes, self.saved, self.activation, self.factor))
             return self._values
 
     def _take(self, rows: Tensor) -> None:
         self._values = self.layout.tensor(rows).detach()
 
     def pack(self, geometry: Geometry, qconfig: QuantConfig) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The packed form for the layer before, and the sum over rows."""
+        """The packed form for the layer before, and the sum over rows, part of a larger tensor."""
         with self._lock:
             ranges, total = self.ranges, self.total
             if ranges is None:
                 total, _, most = passes.sums(self.dy, None, self.saved, self.activation).float().unbind(1)
-                ranges, total = torch.stack([-most, most], 1), total.contiguous()
+                ranges = torch.stack([-most, most], 1)
             behind = None if self._behind is None else self._behind()
             wanted = behind is not None and behind.open
             packed, g = passes.gradient_pack(self.dy, self.codes, self.saved, self.activation, self.factor, wanted,

@@ -131,12 +131,13 @@ class _BatchNorm(torch.autograd.Function):
                 behind, rows = None, gradient_rows(dy, ctx.layout, ctx.dtype)
             sums = passes.sums(rows, codes, saved, activation)
             factor, ranges, gradients = passes.factors(sums, statistics, weight, len(rows), ctx.batch_statistics)
-            dweight, dbias, total = (t.clone() for t in gradients.unbind())  # which others keep
+            dweight, dbias, total = gradients.unbind()
         need, dx = ctx.needs_input_grad, None
         if need[0]:
             dx = _deferred(PendingGradient(ctx.layout, rows, saved, activation, codes, factor, ranges, total, behind),
                            ctx.dtype)  # fmt: skip
-        gradients = dx, dweight if need[1] else None, dbias if need[2] else None
+        # copies: parameters keep their gradients, and these share memory
+        gradients = dx, dweight.clone() if need[1] else None, dbias.clone() if need[2] else None
         return *block_gradients(gradients, link), None
 
     @staticmethod

@@ -38,11 +38,6 @@ class Affine(NamedTuple):
 NO_AFFINE = Affine()
 
 
-def codes_like(rows: Tensor) -> Tensor:
-    """A buffer for rows in 8 bits, not filled."""
-    return epilogue_ops.codes_like(rows)
-
-
 def saved_like(rows: Tensor, activation: Activation) -> Tensor | None:
     """A buffer for what the activation's gradient needs, not filled."""
     return epilogue_ops.saved_like(rows, activation.name)

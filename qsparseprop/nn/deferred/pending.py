@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsparseprop import epilogue_ops
 from qsparseprop._torch_compat import watcher
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn.deferred import passes
@@ -39,7 +40,7 @@ class Codes:
     def __init__(self, rows: Tensor, coding: Affine, decoding: Affine) -> None:
         self._rows: Tensor | None = rows
         self.coding, self.decoding = coding, decoding
-        self.codes = passes.codes_like(rows)
+        self.codes = epilogue_ops.codes_like(rows)
 
     @property
     def wanted(self) -> Tensor | None:
@@ -94,7 +95,7 @@ class Pending:
     inference : bool
         Whether its values are a tensor of inference mode.
     watcher : callable or None
-        Who saw what autograd saved when it was recorded, see `conditions.watcher`.
+        Who saw what autograd saved when it was recorded, see `_torch_compat.watcher`.
     packed : PackedInput or None
         What a sparse layer has made of it.
     """

@@ -137,7 +137,9 @@ def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Tensor]) -> tupl
         else:
             dbias = rows.sum(0, dtype=torch.float32)
     else:
-        gradient, dbias = pending.pack(plan.geometry, qconfig)
+        gradient, total = pending.pack(plan.geometry, qconfig)
+        if need[2]:  # a copy, for the bias to keep
+            dbias = total.clone(memory_format=torch.contiguous_format)
         if need[0] or need[1]:
             dx, dvalues = packed_backward_pass(gradient, values, packed, plan, qconfig, ctx.images, layout.images,
                                                need[:2], ctx.x_dtype, ctx.channels_last)

@@ -71,7 +71,7 @@ class DeferredTensor(Tensor):
             if func in _STORAGE:
                 return func(args[0]._pending.plain())
             if func in _MEMORY:
-                args, kwargs = tree_map_only(DeferredTensor, _with_memory, (args, kwargs))
+                args, kwargs = tree_map_only(DeferredTensor, ordinary, (args, kwargs))
             elif func == _GET_DATA:  # Python makes such objects anew each time
                 return args[0]._pending.plain().data
             elif func == _SET_DATA:
@@ -84,7 +84,7 @@ class DeferredTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator on the values."""
-        if func.overloadpacket in _OTHER_MEMORY and isinstance(args[0], DeferredTensor):
+        if func.overloadpacket in _OTHER_MEMORY:  # of an ordinary tensor, too: torch would go on with our empty memory
             _refuse_other_memory()
         deferred = []
 
@@ -105,16 +105,12 @@ class DeferredTensor(Tensor):
 
 
 def _refuse_other_memory() -> None:
-    raise RuntimeError("the memory of a sparse layer's result cannot be exchanged: take a clone() of it")
+    raise RuntimeError("the memory of a sparse layer's result cannot be exchanged, nor given to another tensor: take a "
+                       "clone() of it")  # fmt: skip
 
 
 for _method in (DeferredTensor.__torch_function__, DeferredTensor.__torch_dispatch__):
     keep_from_compiling(_method.__func__)
-
-
-def _with_memory(tensor: DeferredTensor) -> Tensor:
-    """An ordinary tensor with the same memory and history."""
-    return tensor.view_as(tensor)
 
 
 def _wants_to_be_asked(kind: type) -> bool:
@@ -145,7 +141,7 @@ def pending_of(tensor: Tensor) -> Pending | None:
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """An ordinary tensor with the same values and history."""
+    """An ordinary tensor with the same memory and history."""
     if type(tensor) is not DeferredTensor:
         return tensor
     with torch._C.DisableTorchFunctionSubclass():

@@ -62,7 +62,7 @@ class Usage:
         """A new tensor is made."""
         if not self._values_only:
             self._last = (self.absorbed, self.packed, self.summed, self.read)
-        self.absorbed = self.packed = self.summed = self.read = False
+        self.absorbed = self.packed = self.summed = self.read = self.fed = False
         self._followed.clear()
         self._calls += 1
         return self
