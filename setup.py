@@ -6,7 +6,7 @@ Environment variables, read at build time:
 ``QSPARSEPROP_WERROR=1``     warnings of Cython and, under -Wall -Wextra, of the C compiler are errors (CI)
 ``CC``, ``CFLAGS``, ``LDFLAGS``  as everywhere
 
-No ``-march``/``-m`` flag appears here: each ``isa_*.c`` switches its own instruction set on by pragma and is chosen at
+No ``-march``/``-m`` flag appears here: each ``isa/*.c`` switches its own instruction set on by pragma and is chosen at
 import, so that one build runs on every CPU of the architecture.
 """
 
@@ -24,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 KERNELS = Path("qsparseprop", "_kernels")
+ISA = KERNELS / "isa"
 
 CYTHON_DIRECTIVES = {
     "language_level": 3,
@@ -129,7 +130,7 @@ class BuildKernels(build_ext):
         def compile_source(source, *args, extra_postargs=(), **kwargs):
             if failures:
                 raise failures[0]
-            if Path(source).name.startswith("isa_"):
+            if Path(source).parent.name == ISA.name:
                 extra_postargs = [*extra_postargs, *kernel_flags]
             try:
                 return compile_one([source], *args, extra_postargs=extra_postargs, **kwargs)
@@ -237,12 +238,12 @@ def extensions():
     """One module for each .pyx file; the instruction sets are compiled into `_dispatch`, which hands them out."""
     headers = sorted(path.as_posix() for path in KERNELS.rglob("*.h"))
     definitions = sorted(path.as_posix() for path in KERNELS.glob("*.pxd"))
-    isa_sources = sorted(path.as_posix() for path in KERNELS.glob("isa_*.c"))
+    isa_sources = sorted(path.as_posix() for path in ISA.glob("*.c"))
     return [
         Extension(
             f"qsparseprop._kernels.{pyx.stem}",
             [pyx.as_posix(), *(isa_sources if pyx.stem == "_dispatch" else [])],
-            include_dirs=[KERNELS.as_posix(), (KERNELS / "simd").as_posix()],
+            include_dirs=[KERNELS.as_posix()],
             depends=[*headers, *definitions],
         )
         for pyx in sorted(KERNELS.glob("*.pyx"))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 
-from qsparseprop import _kernels
+from qsparseprop import _kernels, geometry, pattern
 from qsparseprop._kernels import _dispatch
 
 MODULES = sorted(Path(_kernels.__path__[0]).glob("*" + EXTENSION_SUFFIXES[0]))
 
-#: Two tags of the dynamic section, and that section's type, as in the ELF specification.
+#: Two tags of the dynamic section, that section's type, and two types of symbols, as in the ELF specification.
 RPATH, RUNPATH, SHT_DYNAMIC = 15, 29, 6
+STT_FUNC, STT_FILE = 2, 4
 
 
 def sections(data: bytes) -> dict[str, tuple[int, bytes]]:
@@ -60,3 +62,47 @@ def test_modules_name_no_folder_of_the_build_machine(path):
 
 def test_modules_are_small():
     assert sum(path.stat().st_size for path in MODULES) <= 5e6
+
+
+def functions(path: Path) -> dict[str, list[str]]:
+    """Names of the functions of a module, by the source file that they come from; what a profiler shows."""
+    found = elf_sections(path)
+    if ".symtab" not in found:
+        pytest.skip("the modules are stripped")
+    names, by_file, file = found[".strtab"][1], {}, ""
+    for start, info, _, section, _, _ in struct.iter_unpack("<IBBHQQ", found[".symtab"][1]):
+        name = names[start : names.index(b"\0", start)].decode()
+        if info & 15 == STT_FILE:
+            file = Path(name).name
+        elif info & 15 == STT_FUNC and section:
+            by_file.setdefault(file, []).append(name)
+    return by_file
+
+
+@pytest.fixture
+def kernels():
+    (path,) = (path for path in MODULES if path.name.startswith("_dispatch."))
+    return functions(path)
+
+
+@pytest.mark.parametrize("isa", _dispatch.built_isas())
+def test_functions_name_their_instruction_set(kernels, isa):
+    # .part.0, .constprop.1 and the like are the compiler's
+    own = {name.split(".")[0] for name in kernels[f"{isa}.c"]}
+    named = {name for name in own if name.endswith(f"__{isa}")}
+    assert {f"{name}__{isa}" for name in ("spmm_f32_64x2", "sddmm_f32_64x1")} <= named
+    for product in ("spmm", "sddmm"):
+        assert any(re.fullmatch(rf"{product}_u8s8_\d+x\d+__{isa}", name) for name in named)
+    if isa != "scalar":  # which keeps functions that are inline in all others
+        assert not own - named, "isa/names.h lacks them"
+
+
+def test_no_two_functions_have_one_name(kernels):
+    names = [name for file in kernels.values() for name in file]
+    assert len(names) > 100
+    assert not {name for name in names if names.count(name) > 1}
+
+
+def test_units_and_groups_are_as_large_as_in_python():
+    assert _dispatch.unit == geometry.UNIT
+    assert _dispatch.group == pattern.GROUP

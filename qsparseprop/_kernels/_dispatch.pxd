@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, int8_t, int32_t, int64_t, uint64_t
 cdef extern from "kernels.h" nogil:
     enum:
         QSP_UNIT
+        QSP_GROUP
         QSP_F32
         QSP_U8
         QSP_BF16

@@ -2,7 +2,7 @@
 
 import os
 
-cdef extern from "cpu.h" nogil:
+cdef extern from "isa/cpu.h" nogil:
     const qsp_kernels *qsp_built[]
     enum:
         QSP_BUILT
@@ -32,6 +32,8 @@ cdef const qsp_kernels *_active = NULL
 
 have_openmp = bool(QSP_HAVE_OPENMP)
 compiler = QSP_COMPILER.decode()
+#: Lanes of a unit, and slots of a group.
+unit, group = QSP_UNIT, QSP_GROUP
 
 
 cdef const qsp_kernels *active_kernels() noexcept nogil:

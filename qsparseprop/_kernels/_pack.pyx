@@ -33,7 +33,7 @@ cdef enum:
     # elements below which starting threads costs more than it gives
     SERIAL_ELEMENTS = 1 << 15
 
-cdef extern from "simd/scale.h" nogil:
+cdef extern from "loops/scale.h" nogil:
     int qsp_wants_moments(const qsp_scheme *)
     float qsp_scale(const qsp_scheme *, const qsp_range *, const qsp_moments *, int32_t *zero, float *inverse)
 

@@ -25,7 +25,7 @@ cdef enum:
     TASK = 1 << 14
     SERIAL = 1 << 15
 
-cdef extern from "simd/scale.h" nogil:
+cdef extern from "loops/scale.h" nogil:
     float qsp_scale(const qsp_scheme *, const qsp_range *, const qsp_moments *, int32_t *zero, float *inverse)
 
 cdef object _float32 = torch.float32

@@ -36,7 +36,7 @@ cdef enum:
     SERIAL_ELEMENTS = 1 << 15
     PART_ROWS = 128
 
-cdef extern from "simd/scale.h" nogil:
+cdef extern from "loops/scale.h" nogil:
     int qsp_wants_moments(const qsp_scheme *)
     void qsp_add_moments(const double *, int64_t, int64_t, int64_t, qsp_range *, qsp_moments *)
 

@@ -37,18 +37,21 @@ typedef struct {
     int64_t index, index_b, index_c, index_y, index_x; /* the same for the element's logical number (random numbers) */
 } qsp_view;
 
-/* Lists of (offset, weight): row r owns the groups group_ptr[r] .. group_ptr[r + 1]. */
+/* Lists of (offset, weight) in groups of QSP_GROUP slots: row r owns the groups group_ptr[r] .. group_ptr[r + 1]. */
 typedef struct {
     int64_t rows;
     const int32_t *group_ptr; /* [rows + 1] */
-    const int32_t *offset;    /* [groups * 4] lanes from a block's start, the unit's own lane not included */
+    const int32_t *offset;    /* [slots] lanes from a block's start, the unit's own lane not included */
 } qsp_list;
+
+/* Of a row; of the one behind the last it is the number of all slots. */
+static inline int64_t qsp_first_slot(const qsp_list *l, int64_t row) { return QSP_GROUP * (int64_t)l->group_ptr[row]; }
 
 typedef struct {
     qsp_grid grid;
     qsp_list list;
     const void *planes;      /* u8 (codes) or float */
-    const void *weights;     /* int8 [groups * 4], or float [groups * 4] */
+    const void *weights;     /* int8 [slots], or float [slots] */
     const float *scale;      /* [rows], codes only */
     const int64_t *correction; /* [rows], codes only: what the sums start from, before the factor below */
     int64_t correction_factor;
@@ -67,22 +70,22 @@ typedef struct {
     qsp_grid grid, dy_grid;
     qsp_list list;
     const void *planes, *dy;  /* u8 and u8 around 128, or float and float */
-    const int32_t *index;     /* [groups * 4]: which value a slot belongs to, -1 for padding */
+    const int32_t *index;     /* [slots]: which value a slot belongs to, -1 for padding */
     const int32_t *zero_point; /* per plane of x, or one value (zero_stride 0) */
     int64_t zero_stride;
-    const int32_t *plane;     /* [groups * 4] plane of a slot; only read where zero_stride is 1 */
+    const int32_t *plane;     /* [slots] plane of a slot; only read where zero_stride is 1 */
     const float *scale_x;     /* one, or per plane (scale_x_stride 1) */
     int64_t scale_x_stride;
     const float *scale_dy;    /* one, or per row */
     int64_t scale_dy_stride;
-    void *sums;               /* [groups * 4] int64 or float, scratch */
+    void *sums;               /* scratch: int64 [slots] and behind them [rows] for codes, double [slots] for floats */
     float *out;               /* [values] */
     qsp_view view;            /* of dy: which lanes count */
     int64_t images;
     int64_t row_chunks;
 } qsp_sddmm;
 
-/* What a scheme does with a range of values; formulas are in simd/scale.h. */
+/* What a scheme does with a range of values; formulas are in loops/scale.h. */
 enum { QSP_ABSMAX, QSP_SYMMETRIC, QSP_AFFINE, QSP_SAWB, QSP_STOCHASTIC, QSP_DITHERED, QSP_LUQ, QSP_SCHEMES };
 
 typedef struct {
@@ -104,10 +107,10 @@ typedef struct {
 } qsp_moments;
 
 /* Bytes of the state of one place of a channel, in which `moments` adds up: [3][places] doubles (sum, square, nonzeros)
- * and [2][places] floats (the bits of the largest magnitude, and the minimum, zero taken in). */
-enum { QSP_MOMENTS = 3 * 8 + 2 * 4 };
+ * and [2][places] floats (the largest magnitude, and the minimum, zero taken in). */
+enum { QSP_MOMENTS = 3 * sizeof(double) + 2 * sizeof(float) };
 
-/* Activations; formulas are in simd/activation.h. Of CLAMP and LEAKY a bit an element is saved, of the others the slope,
+/* Activations; formulas are in loops/activation.h. Of CLAMP and LEAKY a bit an element is saved, of the others the slope,
  * a byte. No activation is a CLAMP without limits. */
 enum { QSP_CLAMP, QSP_LEAKY, QSP_SILU, QSP_HARDSWISH, QSP_GELU, QSP_GELU_TANH };
 
@@ -160,14 +163,14 @@ enum { QSP_NEED_ABSMAX = 0, QSP_NEED_MIN = 1, QSP_NEED_MAX = 2 };
 typedef struct {
     qsp_list list;
     const float *values;
-    const int32_t *index;    /* [groups * 4]: which value a slot holds, -1 for padding */
-    const int32_t *plane;    /* [groups * 4]: plane that a slot reads; only read where one of the next two is given */
+    const int32_t *index;    /* [slots]: which value a slot holds, -1 for padding */
+    const int32_t *plane;    /* [slots]: plane that a slot reads; only read where one of the next two is given */
     const float *factor;     /* per plane, multiplied into the weights, or NULL */
     const int32_t *zero_point; /* per plane, or NULL: zero_factor for all */
     int64_t zero_factor;
     float clip;              /* magnitude that the largest code stands for in every row; 0: a row's own largest */
     float scale_factor;      /* of the scale that is written */
-    int8_t *codes;           /* [groups * 4] */
+    int8_t *codes;           /* [slots] */
     float *scale;            /* [rows] */
     int64_t *total;          /* [rows]: sum of code * zero point */
 } qsp_weight;

@@ -1,0 +1,130 @@
+/* The two products on codes in 256-bit vectors, for what avx2.h names. */
+#define ISA_LANES 32
+#if ISA_DOT == DOT_MADDUBS
+#define ISA_SDDMM_UNITS 4
+#define ISA_SPMM_TILE 64x4
+#define ISA_SDDMM_TILE 256x4
+#else
+#define ISA_SDDMM_UNITS 2
+#define ISA_SPMM_TILE 32x4
+#define ISA_SDDMM_TILE 128x16
+#endif
+#define ISA_SPMM_ACCS 1 /* sixteen registers hold no second one */
+
+QSP_INLINE __m256i u8x32_load(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+QSP_INLINE __m256i s8x32_load_code(const uint8_t *p)
+{
+    return _mm256_xor_si256(u8x32_load(p), _mm256_set1_epi8((char)0x80));
+}
+
+/* ---- gather-SpMM on codes ---- */
+
+/* Interleaving leaves lane 16 L + 4 k + i of a vector at place i of 128-bit part L of sum k. */
+QSP_INLINE int spmm_acc_lane(int place) { return 16 * (place >> 2 & 1) + 4 * (place >> 3) + (place & 3); }
+
+QSP_INLINE void spmm_unit_to_f32(float *out, const int32_t *sums, float scale, float bias)
+{
+    const __m256 s = _mm256_set1_ps(scale), b = _mm256_set1_ps(bias);
+    for (int h = 0; h < QSP_UNIT; h += 32) {
+        __m256 v[4];
+        QSP_UNROLL
+        for (int i = 0; i < 4; i++)
+            v[i] = _mm256_add_ps(_mm256_mul_ps(f32x8_load_i32(sums + h + 8 * i), s), b);
+        _mm256_storeu_ps(out + h, _mm256_permute2f128_ps(v[0], v[1], 0x20));
+        _mm256_storeu_ps(out + h + 8, _mm256_permute2f128_ps(v[2], v[3], 0x20));
+        _mm256_storeu_ps(out + h + 16, _mm256_permute2f128_ps(v[0], v[1], 0x31));
+        _mm256_storeu_ps(out + h + 24, _mm256_permute2f128_ps(v[2], v[3], 0x31));
+    }
+}
+
+/* ---- gather-SDDMM on codes ---- */
+typedef __m256i sddmm_acc;
+
+QSP_INLINE sddmm_acc sddmm_acc_zero(void) { return _mm256_setzero_si256(); }
+QSP_INLINE sddmm_acc sddmm_acc_add(sddmm_acc a, sddmm_acc b) { return _mm256_add_epi32(a, b); }
+QSP_INLINE int32_t sddmm_acc_reduce_add(sddmm_acc v) { return i32x8_reduce_add(v); }
+QSP_INLINE sddmm_acc sddmm_acc_add_grad(sddmm_acc sum, const uint8_t *p)
+{
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), s8x32_load_code(p));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+QSP_INLINE void sddmm_acc_flush(int64_t *sums, const sddmm_acc *d, int n)
+{
+    QSP_UNROLL
+    for (int j = 0; j < n; j += QSP_GROUP) {
+        const __m256i ab =
+            _mm256_add_epi32(_mm256_unpacklo_epi32(d[j], d[j + 1]), _mm256_unpackhi_epi32(d[j], d[j + 1]));
+        const __m256i cd =
+            _mm256_add_epi32(_mm256_unpacklo_epi32(d[j + 2], d[j + 3]), _mm256_unpackhi_epi32(d[j + 2], d[j + 3]));
+        const __m256i h = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+        const __m128i r = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+        __m256i *p = (__m256i *)(sums + j);
+        _mm256_storeu_si256(p, _mm256_add_epi64(_mm256_loadu_si256(p), _mm256_cvtepi32_epi64(r)));
+    }
+}
+
+/* ---- dot products of bytes ---- */
+#if ISA_DOT == DOT_MADDUBS
+/* Whole rows in place of the primitives that follow. They are written in this instruction set's intrinsics and for its
+ * one instruction that multiplies bytes, so they lie here and not with the loops, which have none. */
+#define ISA_OWN_ROWS
+#include "isa/avx2_maddubs_spmm.h"
+
+#include "isa/avx2_maddubs_sddmm.h"
+#else
+QSP_INLINE __m256i i32x8_dot_u8s8(__m256i sum, __m256i x, __m256i s)
+{
+#if ISA_DOT == DOT_EVEX && defined(__GNUC__)
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(s));
+    return sum;
+#elif ISA_DOT == DOT_EVEX
+    return _mm256_dpbusd_epi32(sum, x, s);
+#elif defined(__GNUC__)
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(s));
+    return sum;
+#else
+    return _mm256_dpbusd_avx_epi32(sum, x, s);
+#endif
+}
+
+typedef struct {
+    __m256i sum[QSP_GROUP];
+} spmm_acc;
+
+QSP_INLINE void spmm_acc_set1(spmm_acc *q, int32_t v)
+{
+    q->sum[0] = q->sum[1] = q->sum[2] = q->sum[3] = _mm256_set1_epi32(v);
+}
+
+QSP_INLINE void spmm_acc_dot(spmm_acc *q, const uint8_t *x, const int32_t *offset, const int8_t *weight)
+{
+    int32_t four;
+    memcpy(&four, weight, sizeof four);
+    const __m256i w = _mm256_set1_epi32(four);
+    const __m256i a = u8x32_load(x + offset[0]), b = u8x32_load(x + offset[1]);
+    const __m256i c = u8x32_load(x + offset[2]), d = u8x32_load(x + offset[3]);
+    const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
+    const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
+    q->sum[0] = i32x8_dot_u8s8(q->sum[0], _mm256_unpacklo_epi16(ab_low, cd_low), w);
+    q->sum[1] = i32x8_dot_u8s8(q->sum[1], _mm256_unpackhi_epi16(ab_low, cd_low), w);
+    q->sum[2] = i32x8_dot_u8s8(q->sum[2], _mm256_unpacklo_epi16(ab_high, cd_high), w);
+    q->sum[3] = i32x8_dot_u8s8(q->sum[3], _mm256_unpackhi_epi16(ab_high, cd_high), w);
+}
+
+QSP_INLINE void spmm_acc_store(int32_t *p, const spmm_acc *even, const spmm_acc *odd)
+{
+    (void)odd;
+    QSP_UNROLL
+    for (int i = 0; i < QSP_GROUP; i++)
+        _mm256_storeu_si256((__m256i *)(p + 8 * i), even->sum[i]);
+}
+
+typedef __m256i sddmm_grad;
+
+QSP_INLINE sddmm_grad sddmm_grad_load(const uint8_t *p) { return s8x32_load_code(p); }
+QSP_INLINE sddmm_acc sddmm_acc_dot(sddmm_acc sum, const uint8_t *x, sddmm_grad g)
+{
+    return i32x8_dot_u8s8(sum, u8x32_load(x), g);
+}
+#endif

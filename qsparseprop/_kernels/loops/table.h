@@ -1,0 +1,69 @@
+/* The loops, written once over the primitives of the ISA header that was included before, and the table of one
+ * instruction set; with ISA_PRODUCTS_ONLY those of spmm and sddmm, see qsp_table. No loop has an intrinsic in it. */
+#include "isa/primitives.h"
+
+#include "loops/scale.h"
+
+#include "loops/element.h"
+
+#include "loops/unpack.h"
+
+#include "loops/spmm.h"
+
+#include "loops/sddmm.h"
+
+#ifndef ISA_PRODUCTS_ONLY
+#include "loops/norm.h"
+
+#include "loops/activation.h"
+
+#include "loops/epilogue.h"
+
+#include "loops/rounding.h"
+
+#include "loops/pack_plain.h"
+
+#include "loops/pack_computed.h"
+
+#include "loops/pack.h"
+
+#include "loops/range.h"
+
+#include "loops/quantize.h"
+
+#include "loops/weights.h"
+
+#include "loops/mask.h"
+#endif
+
+#define QSP_TEXT_(a) #a
+#define QSP_TEXT(a) QSP_TEXT_(a)
+
+const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
+    .name = QSP_TEXT(ISA_NAME),
+    .spmm_u8 = spmm_u8_kernel,
+    .spmm_f32 = spmm_f32_kernel,
+    .sddmm_u8 = sddmm_u8_kernel,
+    .sddmm_f32 = sddmm_f32_kernel,
+#ifdef ISA_OWN_ROWS
+    .pair = pair_kernel,
+#endif
+#ifndef ISA_PRODUCTS_ONLY
+    .pack_u8 = pack_u8_kernel,
+    .pack_f32 = pack_f32_kernel,
+    .range = range_kernel,
+    .range_channels = range_channels_kernel,
+    .moments = moments_kernel,
+    .quantize_rows = quantize_rows_kernel,
+    .norm_moments = norm_moments_kernel,
+    .epilogue = epilogue_kernel,
+    .epilogue_range = epilogue_range_kernel,
+    .epilogue_sums = epilogue_sums_kernel,
+    .epilogue_grad = epilogue_grad_kernel,
+    .extent = extent_kernel,
+    .quantize = quantize_kernel,
+    .dequantize = dequantize_kernel,
+    .relu = relu_kernel,
+    .keep = keep_kernel,
+#endif
+};
