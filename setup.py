@@ -46,6 +46,8 @@ FLAGS = {
 KERNEL_FLAGS = {"unix": ["-O3"], "msvc": []}
 # Cython's output is clean under these too (gcc 12, clang 14), so there are no exceptions for it.
 STRICT = ["-Wall", "-Wextra", "-Werror"]
+# Of the kernels also what may be a breach of strict aliasing: Python's own headers have much that looks like one.
+STRICT_KERNELS = ["-Wstrict-aliasing=2"]
 
 HELLO = "int main(void) { return 0; }\n"
 PYTHON_H = "#include <Python.h>\nint main(void) { return 0; }\n"
@@ -107,9 +109,10 @@ class BuildKernels(build_ext):
         self.strict = kind == "unix" and enabled("QSPARSEPROP_WERROR")
         openmp = self.openmp_flags()
         compile_flags = [*FLAGS[kind], *(STRICT if self.strict else []), *openmp.compile]
+        kernel_flags = [*KERNEL_FLAGS[kind], *(STRICT_KERNELS if self.strict else [])]
 
         # Timestamps alone would keep a module that was built with other flags.
-        settings = repr([CYTHON_DIRECTIVES, compile_flags, KERNEL_FLAGS[kind], openmp])
+        settings = repr([CYTHON_DIRECTIVES, compile_flags, kernel_flags, openmp])
         stamp = Path(self.build_temp, "settings.txt")
         self.force = self.force or not stamp.is_file() or stamp.read_text() != settings
         stamp.unlink(missing_ok=True)
@@ -120,7 +123,7 @@ class BuildKernels(build_ext):
             ext.extra_compile_args = compile_flags
             ext.extra_link_args = openmp.link
             ext.define_macros = [("QSPARSEPROP_OPENMP", "1" if openmp.compile else "0")]
-        self.compile_in_parallel(KERNEL_FLAGS[kind])
+        self.compile_in_parallel(kernel_flags)
         stamp.write_text(settings)
 
     def compile_in_parallel(self, kernel_flags):

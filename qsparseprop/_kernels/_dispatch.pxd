@@ -206,7 +206,7 @@ cdef extern from "kernels.h" nogil:
         void (*pack_f32)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*range)(const void *, int, int64_t, int64_t, int, qsp_range *) noexcept nogil
         void (*range_channels)(const void *, int, int64_t, int64_t, int64_t, int, float *) noexcept nogil
-        void (*moments)(const void *, int, int64_t, int64_t, int64_t, int, double *) noexcept nogil
+        void (*moments)(const void *, int, int64_t, int64_t, int64_t, int, void *) noexcept nogil
         void (*quantize_rows)(const qsp_weight *, int64_t, int64_t) noexcept nogil
         void (*norm_moments)(const void *, int, int64_t, int64_t, double *) noexcept nogil
         void (*epilogue)(const qsp_epilogue *, int64_t, int64_t) noexcept nogil

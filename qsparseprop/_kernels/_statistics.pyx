@@ -38,7 +38,7 @@ cdef enum:
 
 cdef extern from "loops/scale.h" nogil:
     int qsp_wants_moments(const qsp_scheme *)
-    void qsp_add_moments(const double *, int64_t, int64_t, int64_t, qsp_range *, qsp_moments *)
+    void qsp_add_moments(const void *, int64_t, int64_t, int64_t, qsp_range *, qsp_moments *)
 
 #: Names of the schemes and their numbers in the kernels.
 SCHEMES = {

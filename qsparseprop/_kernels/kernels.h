@@ -208,7 +208,7 @@ typedef struct {
     void (*range_channels)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int need, float *state);
     /* The same with moments, see qsp_add_moments for what is in `state`. Sums are those of magnitudes, and nonzeros and
      * minima are found, only where `magnitudes` says so. */
-    void (*moments)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int magnitudes, double *state);
+    void (*moments)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int magnitudes, void *state);
     /* Quantise the slots of rows [first, last): nearest even, symmetric, one scale a row. */
     void (*quantize_rows)(const qsp_weight *, int64_t first, int64_t last);
     /* Of each channel of some rows: mean, sum of the squared distances from it, least and greatest. */

@@ -155,32 +155,44 @@ typedef struct {
     f32x16 low;
 } moments_x16;
 
-QSP_INLINE moments_x16 moments_load(const double *state, int64_t stride, int64_t channel, const int magnitudes)
+/* Where the places of a channel are in a state: the sums, and the range behind all of those. */
+typedef struct {
+    double *sum;
+    float *range;
+} moments_at;
+
+QSP_INLINE moments_at moments_of_channel(void *state, int64_t stride, int64_t channel)
 {
-    const float *range = (const float *)(state + 3 * stride) + channel;
-    state += channel;
+    double *sums = state;
+    void *behind = sums + 3 * stride;
+    float *range = behind;
+    const moments_at at = {sums + channel, range + channel};
+    return at;
+}
+
+QSP_INLINE moments_x16 moments_load(void *state, int64_t stride, int64_t channel, const int magnitudes)
+{
+    const moments_at at = moments_of_channel(state, stride, channel);
     moments_x16 m;
-    m.sum = f64x16_load(state);
-    m.square = f64x16_load(state + stride);
-    m.bits = u32x16_load_bits(range);
+    m.sum = f64x16_load(at.sum);
+    m.square = f64x16_load(at.sum + stride);
+    m.bits = u32x16_load_bits(at.range);
     if (magnitudes) {
-        m.nonzeros = f64x16_load(state + 2 * stride);
-        m.low = f32x16_load(range + stride);
+        m.nonzeros = f64x16_load(at.sum + 2 * stride);
+        m.low = f32x16_load(at.range + stride);
     }
     return m;
 }
 
-QSP_INLINE void moments_store(double *state, int64_t stride, int64_t channel, const moments_x16 *m,
-                              const int magnitudes)
+QSP_INLINE void moments_store(void *state, int64_t stride, int64_t channel, const moments_x16 *m, const int magnitudes)
 {
-    float *range = (float *)(state + 3 * stride) + channel;
-    state += channel;
-    f64x16_store(state, m->sum);
-    f64x16_store(state + stride, m->square);
-    u32x16_store_bits(range, m->bits);
+    const moments_at at = moments_of_channel(state, stride, channel);
+    f64x16_store(at.sum, m->sum);
+    f64x16_store(at.sum + stride, m->square);
+    u32x16_store_bits(at.range, m->bits);
     if (magnitudes) {
-        f64x16_store(state + 2 * stride, m->nonzeros);
-        f32x16_store(range + stride, m->low);
+        f64x16_store(at.sum + 2 * stride, m->nonzeros);
+        f32x16_store(at.range + stride, m->low);
     }
 }
 
@@ -208,7 +220,7 @@ QSP_INLINE void moments_rest(moments_x16 *m, const void *x, const int dtype, int
 }
 
 QSP_INLINE void moments_of(const void *x, const int dtype, int64_t n, int64_t step, int64_t channels,
-                           const int magnitudes, double *state)
+                           const int magnitudes, void *state)
 {
     if (channels == 0) {
         moments_x16 m = moments_load(state, 16, 0, magnitudes);
@@ -236,7 +248,7 @@ QSP_INLINE void moments_of(const void *x, const int dtype, int64_t n, int64_t st
 }
 
 static void moments_kernel(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int magnitudes,
-                           double *state)
+                           void *state)
 {
     if (magnitudes)
         moments_of(x, dtype, n, step, channels, 1, state);

@@ -38,14 +38,16 @@ QSP_INLINE int qsp_is_random(const qsp_scheme *s)
 }
 
 /* Add places [first, last) of a state of `places` of them to the moments and the range of a channel. */
-QSP_INLINE void qsp_add_moments(const double *state, int64_t places, int64_t first, int64_t last, qsp_range *r,
+QSP_INLINE void qsp_add_moments(const void *state, int64_t places, int64_t first, int64_t last, qsp_range *r,
                                 qsp_moments *m)
 {
-    const float *range = (const float *)(state + 3 * places);
+    const double *sums = state;
+    const void *behind = sums + 3 * places;
+    const float *range = behind;
     for (int64_t i = first; i < last; i++) {
-        m->sum += state[i];
-        m->square += state[places + i];
-        m->nonzeros += state[2 * places + i];
+        m->sum += sums[i];
+        m->square += sums[places + i];
+        m->nonzeros += sums[2 * places + i];
         if (!(range[i] <= r->absmax) && r->absmax == r->absmax)
             r->absmax = range[i];
         r->min = range[places + i] < r->min ? range[places + i] : r->min;
