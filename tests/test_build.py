@@ -87,8 +87,8 @@ def kernels():
 
 @pytest.mark.parametrize("isa", _dispatch.built_isas())
 def test_functions_name_their_instruction_set(kernels, isa):
-    # .part.0, .constprop.1 and the like are the compiler's
-    own = {name.split(".")[0] for name in kernels[f"{isa}.c"]}
+    # .part.0, .constprop.1 and the like are the compiler's; qsp_... are helpers that Cython's modules have as well
+    own = {name.split(".")[0] for name in kernels[f"{isa}.c"] if not name.startswith("qsp_")}
     named = {name for name in own if name.endswith(f"__{isa}")}
     assert {f"{name}__{isa}" for name in ("spmm_f32_64x2", "sddmm_f32_64x1")} <= named
     for product in ("spmm", "sddmm"):
@@ -98,7 +98,7 @@ def test_functions_name_their_instruction_set(kernels, isa):
 
 
 def test_no_two_functions_have_one_name(kernels):
-    names = [name for file in kernels.values() for name in file]
+    names = [name for file in kernels.values() for name in file if not name.startswith("qsp_")]
     assert len(names) > 100
     assert not {name for name in names if names.count(name) > 1}
 
