@@ -150,7 +150,7 @@ QSP_INLINE f32x16 f32x16_is_nonzero(f32x16 v)
 {
     const __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1.0f);
     return f32x16_of(_mm256_and_ps(_mm256_cmp_ps(v.a, zero, _CMP_NEQ_UQ), one),
-                  _mm256_and_ps(_mm256_cmp_ps(v.b, zero, _CMP_NEQ_UQ), one));
+                     _mm256_and_ps(_mm256_cmp_ps(v.b, zero, _CMP_NEQ_UQ), one));
 }
 
 /* ---- 16 doubles: sums of floats ---- */
@@ -172,13 +172,13 @@ QSP_INLINE void f64x16_store(double *p, f64x16 v)
 QSP_INLINE f64x16 f64x16_from_f32(f32x16 v)
 {
     const f64x16 r = {_mm256_cvtps_pd(_mm256_castps256_ps128(v.a)), _mm256_cvtps_pd(_mm256_extractf128_ps(v.a, 1)),
-                    _mm256_cvtps_pd(_mm256_castps256_ps128(v.b)), _mm256_cvtps_pd(_mm256_extractf128_ps(v.b, 1))};
+                      _mm256_cvtps_pd(_mm256_castps256_ps128(v.b)), _mm256_cvtps_pd(_mm256_extractf128_ps(v.b, 1))};
     return r;
 }
 QSP_INLINE f64x16 f64x16_load_f32(const float *p) /* fewer instructions than taking a vector to pieces */
 {
     const f64x16 r = {_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4)),
-                    _mm256_cvtps_pd(_mm_loadu_ps(p + 8)), _mm256_cvtps_pd(_mm_loadu_ps(p + 12))};
+                      _mm256_cvtps_pd(_mm_loadu_ps(p + 8)), _mm256_cvtps_pd(_mm_loadu_ps(p + 12))};
     return r;
 }
 QSP_INLINE f64x16 f64x16_add(f64x16 x, f64x16 y)
@@ -190,7 +190,7 @@ QSP_INLINE f64x16 f64x16_add(f64x16 x, f64x16 y)
 QSP_INLINE f64x16 f64x16_add_square(f64x16 sum, f64x16 v)
 {
     const f64x16 r = {_mm256_fmadd_pd(v.a, v.a, sum.a), _mm256_fmadd_pd(v.b, v.b, sum.b),
-                    _mm256_fmadd_pd(v.c, v.c, sum.c), _mm256_fmadd_pd(v.d, v.d, sum.d)};
+                      _mm256_fmadd_pd(v.c, v.c, sum.c), _mm256_fmadd_pd(v.d, v.d, sum.d)};
     return r;
 }
 QSP_INLINE __m256 f32x8_gather(const float *base, const int32_t *index, int n)
@@ -321,7 +321,7 @@ QSP_INLINE u32x16 u32x16_max_abs(u32x16 m, f32x16 v)
 {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     return i32x16_of(_mm256_max_epu32(m.a, _mm256_and_si256(_mm256_castps_si256(v.a), magnitude)),
-                  _mm256_max_epu32(m.b, _mm256_and_si256(_mm256_castps_si256(v.b), magnitude)));
+                     _mm256_max_epu32(m.b, _mm256_and_si256(_mm256_castps_si256(v.b), magnitude)));
 }
 QSP_INLINE uint32_t u32x16_reduce_max(u32x16 v)
 {

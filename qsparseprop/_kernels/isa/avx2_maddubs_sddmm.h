@@ -15,7 +15,7 @@ enum { MIRRORED, SUMS_OF_TWO, SUMS_OF_FOUR };
 
 /* All slots of a row, the gradient of `units` units, a constant at every call as `how` is. */
 QSP_INLINE void sddmm_slots_u8s8(const qsp_list *list, int64_t row, const uint8_t *const *from, const __m256i *g,
-                               const __m256i *flip, __m256i first, int64_t *sums, const int units, const int how)
+                                 const __m256i *flip, __m256i first, int64_t *sums, const int units, const int how)
 {
     const __m256i ones = _mm256_set1_epi16(1);
     const int64_t last = qsp_first_slot(list, list->rows) - QSP_GROUP, end = qsp_first_slot(list, row + 1);

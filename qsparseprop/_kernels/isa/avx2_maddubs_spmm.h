@@ -64,7 +64,7 @@ enum { SPMM_AHEAD = 24, SDDMM_AHEAD = 12 };
 
 /* One step: a group of nonzeros, a unit of lanes. `next`: offsets of a later step. */
 QSP_INLINE void spmm_step_u8s8(__m256i *sum, const uint8_t *x, const int32_t *offset, const int32_t *next,
-                          const int8_t *weight, const int mirrored)
+                               const int8_t *weight, const int mirrored)
 {
     const __m256i w = s8x32_four_weights(weight), magnitude = _mm256_abs_epi8(w), flip = u8x32_flip(w);
     const uint8_t *a = x + offset[0], *b = x + offset[1], *c = x + offset[2], *d = x + offset[3];
@@ -84,7 +84,7 @@ QSP_INLINE void spmm_step_u8s8(__m256i *sum, const uint8_t *x, const int32_t *of
 
 /* Sums of one row on codes, in the order of spmm_acc_lane; `last`: offsets of the list's last group. */
 QSP_INLINE void spmm_row_u8s8(const uint8_t *x, const int32_t *offset, const int32_t *last, const int8_t *weight,
-                            int64_t groups, int64_t paired, int32_t start, int32_t *out)
+                              int64_t groups, int64_t paired, int32_t start, int32_t *out)
 {
     __m256i sum[8];
     const int32_t excess = paired < groups ? excess_of(weight + QSP_GROUP * paired, groups - paired) : 0;

@@ -27,6 +27,9 @@
 #define QSP_PREFETCH_READ(p) __builtin_prefetch((p), 0, 3)
 #endif
 
+/* Bytes that come into the cache together. */
+#define QSP_CACHE_LINE 64
+
 QSP_INLINE int64_t qsp_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 QSP_INLINE float qsp_bf16_to_float(uint16_t bits)

@@ -11,29 +11,32 @@ typedef struct {
     float v[16];
 } f32x16;
 
-#define F32X16(expression)             \
-    f32x16 r;                            \
-    for (int i = 0; i < 16; i++)       \
-        r.v[i] = (expression);         \
+#define RETURN_F32X16(expression)     \
+    f32x16 r;                         \
+    for (int i = 0; i < 16; i++)      \
+        r.v[i] = (expression);        \
     return r
 
-QSP_INLINE f32x16 f32x16_set1(float v) { F32X16(v); }
-QSP_INLINE f32x16 f32x16_zero(void) { F32X16(0.0f); }
-QSP_INLINE f32x16 f32x16_load(const float *p) { F32X16(p[i]); }
-QSP_INLINE f32x16 f32x16_load_n(const float *p, int n) { F32X16(i < n ? p[i] : 0.0f); }
-QSP_INLINE f32x16 f32x16_load_bf16(const uint16_t *p) { F32X16(qsp_bf16_to_float(p[i])); }
-QSP_INLINE f32x16 f32x16_load_bf16_n(const uint16_t *p, int n) { F32X16(i < n ? qsp_bf16_to_float(p[i]) : 0.0f); }
-QSP_INLINE f32x16 f32x16_load_i32(const int32_t *p) { F32X16((float)p[i]); }
-QSP_INLINE f32x16 f32x16_mul(f32x16 a, f32x16 b) { F32X16(a.v[i] * b.v[i]); }
-QSP_INLINE f32x16 f32x16_add(f32x16 a, f32x16 b) { F32X16(a.v[i] + b.v[i]); }
-QSP_INLINE f32x16 f32x16_sub(f32x16 a, f32x16 b) { F32X16(a.v[i] - b.v[i]); }
-QSP_INLINE f32x16 f32x16_div(f32x16 a, f32x16 b) { F32X16(a.v[i] / b.v[i]); }
-QSP_INLINE f32x16 f32x16_fma(f32x16 a, f32x16 b, f32x16 c) { F32X16(a.v[i] * b.v[i] + c.v[i]); }
-QSP_INLINE f32x16 f32x16_min(f32x16 a, f32x16 b) { F32X16(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-QSP_INLINE f32x16 f32x16_max(f32x16 a, f32x16 b) { F32X16(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+QSP_INLINE f32x16 f32x16_set1(float v) { RETURN_F32X16(v); }
+QSP_INLINE f32x16 f32x16_zero(void) { RETURN_F32X16(0.0f); }
+QSP_INLINE f32x16 f32x16_load(const float *p) { RETURN_F32X16(p[i]); }
+QSP_INLINE f32x16 f32x16_load_n(const float *p, int n) { RETURN_F32X16(i < n ? p[i] : 0.0f); }
+QSP_INLINE f32x16 f32x16_load_bf16(const uint16_t *p) { RETURN_F32X16(qsp_bf16_to_float(p[i])); }
+QSP_INLINE f32x16 f32x16_load_bf16_n(const uint16_t *p, int n)
+{
+    RETURN_F32X16(i < n ? qsp_bf16_to_float(p[i]) : 0.0f);
+}
+QSP_INLINE f32x16 f32x16_load_i32(const int32_t *p) { RETURN_F32X16((float)p[i]); }
+QSP_INLINE f32x16 f32x16_mul(f32x16 a, f32x16 b) { RETURN_F32X16(a.v[i] * b.v[i]); }
+QSP_INLINE f32x16 f32x16_add(f32x16 a, f32x16 b) { RETURN_F32X16(a.v[i] + b.v[i]); }
+QSP_INLINE f32x16 f32x16_sub(f32x16 a, f32x16 b) { RETURN_F32X16(a.v[i] - b.v[i]); }
+QSP_INLINE f32x16 f32x16_div(f32x16 a, f32x16 b) { RETURN_F32X16(a.v[i] / b.v[i]); }
+QSP_INLINE f32x16 f32x16_fma(f32x16 a, f32x16 b, f32x16 c) { RETURN_F32X16(a.v[i] * b.v[i] + c.v[i]); }
+QSP_INLINE f32x16 f32x16_min(f32x16 a, f32x16 b) { RETURN_F32X16(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+QSP_INLINE f32x16 f32x16_max(f32x16 a, f32x16 b) { RETURN_F32X16(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 QSP_INLINE f32x16 f32x16_gather(const float *base, const int32_t *index, int n)
 {
-    F32X16(i < n && index[i] >= 0 ? base[index[i]] : 0.0f);
+    RETURN_F32X16(i < n && index[i] >= 0 ? base[index[i]] : 0.0f);
 }
 QSP_INLINE void f32x16_store(float *p, f32x16 v) { memcpy(p, v.v, sizeof v.v); }
 QSP_INLINE void f32x16_store_n(float *p, f32x16 v, int n) { memcpy(p, v.v, (size_t)n * sizeof *p); }
@@ -50,8 +53,8 @@ QSP_INLINE uint32_t f32x16_between(f32x16 v, f32x16 low, f32x16 high)
         bits |= (uint32_t)(low.v[i] < v.v[i] && v.v[i] < high.v[i]) << i;
     return bits;
 }
-QSP_INLINE f32x16 f32x16_keep(f32x16 v, uint32_t bits) { F32X16(bits >> i & 1 ? v.v[i] : 0.0f); }
-QSP_INLINE f32x16 f32x16_load_u8(const uint8_t *p) { F32X16((float)p[i]); }
+QSP_INLINE f32x16 f32x16_keep(f32x16 v, uint32_t bits) { RETURN_F32X16(bits >> i & 1 ? v.v[i] : 0.0f); }
+QSP_INLINE f32x16 f32x16_load_u8(const uint8_t *p) { RETURN_F32X16((float)p[i]); }
 QSP_INLINE float f32x16_reduce_add(f32x16 v)
 {
     float s = 0.0f;
@@ -83,27 +86,27 @@ QSP_INLINE void f32_transpose_16x16(f32x16 *r)
         }
 }
 
-QSP_INLINE f32x16 f32x16_abs(f32x16 v) { F32X16(fabsf(v.v[i])); }
-QSP_INLINE f32x16 f32x16_copysign(f32x16 v, f32x16 sign) { F32X16(copysignf(v.v[i], sign.v[i])); }
-QSP_INLINE f32x16 f32x16_is_nonzero(f32x16 v) { F32X16(v.v[i] != 0.0f ? 1.0f : 0.0f); }
+QSP_INLINE f32x16 f32x16_abs(f32x16 v) { RETURN_F32X16(fabsf(v.v[i])); }
+QSP_INLINE f32x16 f32x16_copysign(f32x16 v, f32x16 sign) { RETURN_F32X16(copysignf(v.v[i], sign.v[i])); }
+QSP_INLINE f32x16 f32x16_is_nonzero(f32x16 v) { RETURN_F32X16(v.v[i] != 0.0f ? 1.0f : 0.0f); }
 
 /* ---- 16 doubles: sums of floats ---- */
 typedef struct {
     double v[16];
 } f64x16;
 
-#define F64X16(expression)            \
-    f64x16 r;                            \
-    for (int i = 0; i < 16; i++)       \
-        r.v[i] = (expression);         \
+#define RETURN_F64X16(expression)     \
+    f64x16 r;                         \
+    for (int i = 0; i < 16; i++)      \
+        r.v[i] = (expression);        \
     return r
 
-QSP_INLINE f64x16 f64x16_load(const double *p) { F64X16(p[i]); }
+QSP_INLINE f64x16 f64x16_load(const double *p) { RETURN_F64X16(p[i]); }
 QSP_INLINE void f64x16_store(double *p, f64x16 v) { memcpy(p, v.v, sizeof v.v); }
-QSP_INLINE f64x16 f64x16_from_f32(f32x16 v) { F64X16((double)v.v[i]); }
-QSP_INLINE f64x16 f64x16_load_f32(const float *p) { F64X16((double)p[i]); }
-QSP_INLINE f64x16 f64x16_add(f64x16 x, f64x16 y) { F64X16(x.v[i] + y.v[i]); }
-QSP_INLINE f64x16 f64x16_add_square(f64x16 sum, f64x16 v) { F64X16(sum.v[i] + v.v[i] * v.v[i]); }
+QSP_INLINE f64x16 f64x16_from_f32(f32x16 v) { RETURN_F64X16((double)v.v[i]); }
+QSP_INLINE f64x16 f64x16_load_f32(const float *p) { RETURN_F64X16((double)p[i]); }
+QSP_INLINE f64x16 f64x16_add(f64x16 x, f64x16 y) { RETURN_F64X16(x.v[i] + y.v[i]); }
+QSP_INLINE f64x16 f64x16_add_square(f64x16 sum, f64x16 v) { RETURN_F64X16(sum.v[i] + v.v[i] * v.v[i]); }
 
 /* ---- 16 magnitudes as integers ---- */
 typedef struct {
@@ -148,10 +151,10 @@ typedef struct {
     uint8_t v[16];
 } u8x16;
 
-#define I32X16(expression)            \
-    i32x16 r;                          \
-    for (int i = 0; i < 16; i++)       \
-        r.v[i] = (expression);         \
+#define RETURN_I32X16(expression)     \
+    i32x16 r;                         \
+    for (int i = 0; i < 16; i++)      \
+        r.v[i] = (expression);        \
     return r
 
 /* Nearest even for |v| < 2^31, whatever rounding function the compiler's target has; NaN as x86 converts it. */
@@ -160,22 +163,22 @@ QSP_INLINE int32_t nearest(float v)
     const double shifted = (double)v + 6755399441055744.0; /* 1.5 * 2^52: no bits are left behind the point */
     return shifted == shifted ? (int32_t)(shifted - 6755399441055744.0) : INT32_MIN;
 }
-QSP_INLINE i32x16 i32x16_set1(int32_t v) { I32X16(v); }
-QSP_INLINE i32x16 i32x16_load_n(const int32_t *p, int n) { I32X16(i < n ? p[i] : 0); }
-QSP_INLINE i32x16 i32x16_nearest(f32x16 v) { I32X16(nearest(v.v[i])); }
-QSP_INLINE i32x16 i32x16_truncated(f32x16 v) { I32X16(v.v[i] == v.v[i] ? (int32_t)v.v[i] : INT32_MIN); }
+QSP_INLINE i32x16 i32x16_set1(int32_t v) { RETURN_I32X16(v); }
+QSP_INLINE i32x16 i32x16_load_n(const int32_t *p, int n) { RETURN_I32X16(i < n ? p[i] : 0); }
+QSP_INLINE i32x16 i32x16_nearest(f32x16 v) { RETURN_I32X16(nearest(v.v[i])); }
+QSP_INLINE i32x16 i32x16_truncated(f32x16 v) { RETURN_I32X16(v.v[i] == v.v[i] ? (int32_t)v.v[i] : INT32_MIN); }
 QSP_INLINE f32x16 f32x16_from_bits(i32x16 v)
 {
     f32x16 r;
     memcpy(&r, &v, sizeof r);
     return r;
 }
-QSP_INLINE i32x16 i32x16_add(i32x16 a, i32x16 b) { I32X16((int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
-QSP_INLINE i32x16 i32x16_sub(i32x16 a, i32x16 b) { I32X16((int32_t)((uint32_t)a.v[i] - (uint32_t)b.v[i])); }
-QSP_INLINE i32x16 i32x16_min(i32x16 a, i32x16 b) { I32X16(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-QSP_INLINE i32x16 i32x16_max(i32x16 a, i32x16 b) { I32X16(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-QSP_INLINE i32x16 i32x16_shift_left(i32x16 v, i32x16 n) { I32X16((int32_t)((uint32_t)v.v[i] << n.v[i])); }
-QSP_INLINE i32x16 i32x16_shift_right(i32x16 v, i32x16 n) { I32X16((int32_t)((uint32_t)v.v[i] >> n.v[i])); }
+QSP_INLINE i32x16 i32x16_add(i32x16 a, i32x16 b) { RETURN_I32X16((int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+QSP_INLINE i32x16 i32x16_sub(i32x16 a, i32x16 b) { RETURN_I32X16((int32_t)((uint32_t)a.v[i] - (uint32_t)b.v[i])); }
+QSP_INLINE i32x16 i32x16_min(i32x16 a, i32x16 b) { RETURN_I32X16(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+QSP_INLINE i32x16 i32x16_max(i32x16 a, i32x16 b) { RETURN_I32X16(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+QSP_INLINE i32x16 i32x16_shift_left(i32x16 v, i32x16 n) { RETURN_I32X16((int32_t)((uint32_t)v.v[i] << n.v[i])); }
+QSP_INLINE i32x16 i32x16_shift_right(i32x16 v, i32x16 n) { RETURN_I32X16((int32_t)((uint32_t)v.v[i] >> n.v[i])); }
 QSP_INLINE i32x16 i32x16_log2(i32x16 v)
 {
     i32x16 r;
@@ -186,10 +189,13 @@ QSP_INLINE i32x16 i32x16_log2(i32x16 v)
     }
     return r;
 }
-QSP_INLINE i32x16 i32x16_apply_sign(i32x16 v, i32x16 sign) { I32X16(sign.v[i] < 0 ? -v.v[i] : sign.v[i] ? v.v[i] : 0); }
-QSP_INLINE i32x16 i32x16_load_u8(const uint8_t *p) { I32X16(p[i]); }
-QSP_INLINE i32x16 i32x16_load_s8(const uint8_t *p) { I32X16((int8_t)p[i]); }
-QSP_INLINE f32x16 f32x16_from_i32(i32x16 v) { F32X16((float)v.v[i]); }
+QSP_INLINE i32x16 i32x16_apply_sign(i32x16 v, i32x16 sign)
+{
+    RETURN_I32X16(sign.v[i] < 0 ? -v.v[i] : sign.v[i] ? v.v[i] : 0);
+}
+QSP_INLINE i32x16 i32x16_load_u8(const uint8_t *p) { RETURN_I32X16(p[i]); }
+QSP_INLINE i32x16 i32x16_load_s8(const uint8_t *p) { RETURN_I32X16((int8_t)p[i]); }
+QSP_INLINE f32x16 f32x16_from_i32(i32x16 v) { RETURN_F32X16((float)v.v[i]); }
 QSP_INLINE int32_t i32x16_reduce_add(i32x16 v)
 {
     int32_t s = 0;
@@ -239,7 +245,7 @@ QSP_INLINE void u8_transpose_16x16(u8x16 *r)
 /* Not inline: it serves odd shapes only, and is long. */
 static i32x16 i32x16_random_strided(uint64_t seed, uint64_t index, int64_t step)
 {
-    I32X16(QSP_DITHER_BITS | (int32_t)qsp_random_bits(seed, index + (uint64_t)(i * step)));
+    RETURN_I32X16(QSP_DITHER_BITS | (int32_t)qsp_random_bits(seed, index + (uint64_t)(i * step)));
 }
 QSP_INLINE i32x16 i32x16_random_run(uint64_t seed, uint64_t index) { return i32x16_random_strided(seed, index, 1); }
 

@@ -188,7 +188,7 @@ QSP_INLINE void epilogue_range_of(const qsp_epilogue *a, int64_t first, int64_t 
     for (int64_t row = first; row < last; row++)
         for (int i = 0; i < n; i += 16) {
             const f32x16 y = n - i >= 16 ? epilogue_at(a, row, c + i, 16, dtype, QSP_CLAMP, affine, residual, 0, 0)
-                                       : epilogue_any(a, row, c + i, n - i);
+                                         : epilogue_any(a, row, c + i, n - i);
             f32x16_store(least + i, f32x16_min(f32x16_load(least + i), y));
             f32x16_store(most + i, f32x16_max(f32x16_load(most + i), y));
             f32x16_store(bad + i, f32x16_add(f32x16_load(bad + i),
@@ -228,7 +228,7 @@ static void epilogue_range_kernel(const qsp_epilogue *args, int64_t first, int64
 
 /* Channels c .. c + n of a row: the gradient of what was activated; `bits`: some do not pass, in a CLAMP. */
 QSP_INLINE f32x16 slope_at(const qsp_epilogue_grad *a, int64_t row, int64_t c, const int n, const int dtype,
-                         const int kind, const int bits)
+                           const int kind, const int bits)
 {
     const int64_t at = row * a->channels + c;
     const f32x16 dy = row_load(a->dy, dtype, at, n);
@@ -247,7 +247,7 @@ QSP_INLINE f32x16 slope_at(const qsp_epilogue_grad *a, int64_t row, int64_t c, c
 
 /* The same, and the gradient of x. */
 QSP_INLINE f32x16 epilogue_grad_at(const qsp_epilogue_grad *a, int64_t row, int64_t c, const int n, const int dtype,
-                                 const int kind, const int bits, const int factor, const int codes)
+                                   const int kind, const int bits, const int factor, const int codes)
 {
     const int64_t at = row * a->channels + c;
     const f32x16 g = slope_at(a, row, c, n, dtype, kind, bits);

@@ -5,7 +5,7 @@ enum { NORM_BLOCK = 4 }; /* vectors of channels that are summed up at a time */
 
 /* Of `vectors` times 16 channels (the last of `tail`): out[channel] = mean, squared distances, least, greatest. */
 QSP_INLINE void norm_moments_block(const void *x, const int dtype, int64_t rows, int64_t channels, int64_t channel,
-                              const int vectors, const int tail, double *out)
+                                   const int vectors, const int tail, double *out)
 {
     QSP_ALIGNED(64) float line[4][16];
     f32x16 sum[NORM_BLOCK], low[NORM_BLOCK], high[NORM_BLOCK], minus[NORM_BLOCK], far[NORM_BLOCK];

@@ -8,7 +8,10 @@ QSP_INLINE int source_of(const qsp_pack *a)
     return a->gradient ? GRADIENT : !a->epilogue ? PLAIN : a->epilogue->kind == QSP_CLAMP ? CLAMPED : MADE;
 }
 
-enum { BAND = 64, BAND_AHEAD = 4 };
+enum {
+    BAND = QSP_CACHE_LINE, /* channels that are computed together: a line of codes */
+    BAND_AHEAD = 4,        /* rows */
+};
 
 /* Of what is computed on the way; 1 where nothing is. */
 QSP_INLINE int64_t source_channels(const qsp_pack *a)
@@ -18,7 +21,7 @@ QSP_INLINE int64_t source_channels(const qsp_pack *a)
 
 QSP_INLINE void prefetch_row(const void *p, int64_t at, int bytes, const int write)
 {
-    for (int b = 0; p && b < bytes; b += 64)
+    for (int b = 0; p && b < bytes; b += QSP_CACHE_LINE)
         if (write)
             QSP_PREFETCH_WRITE((const char *)p + at + b);
         else
@@ -51,7 +54,7 @@ QSP_INLINE void source_prefetch(const qsp_pack *a, int64_t row, int64_t c, int n
 /* n channels from `c` on of a row, in line if they are `whole`. `variant`: of a gradient, or whether there is a
  * scale. */
 QSP_INLINE f32x16 source_at(const qsp_pack *a, int64_t row, int64_t c, int n, const int dtype, const int source,
-                          const int variant, const int whole)
+                            const int variant, const int whole)
 {
     const qsp_epilogue *f = a->epilogue;
     if (source == CLAMPED)
@@ -101,7 +104,7 @@ QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64
         for (int v = 0; v < vectors; v++) {
             const int width = sixteens ? 16 : (int)qsp_min(16, n - 16 * v);
             const f32x16 x = source == MADE ? f32x16_load(line + 16 * v)
-                                          : source_at(a, row, c + 16 * v, width, dtype, source, variant, sixteens);
+                                            : source_at(a, row, c + 16 * v, width, dtype, source, variant, sixteens);
             next_dither(a, &random[v], dither[v], number + 16 * v + j * r->number_step, j, rounding, fours);
             u8x16_store(rows[j] + 16 * v, i32x16_to_code(quantize_x16(x, &q[v], rounding, dither[v][j % 2])));
         }

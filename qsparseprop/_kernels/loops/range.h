@@ -17,16 +17,17 @@ QSP_INLINE void range_step(range_x16 *r, f32x16 v, const int whole)
  * follows from it where no element is negative, and is looked for only where `whole` says so. */
 QSP_INLINE void range_of(const void *x, const int dtype, int64_t n, int64_t step, qsp_range *out, const int whole)
 {
-    range_x16 r[4];
-    for (int i = 0; i < 4; i++) {
+    enum { SIDE_BY_SIDE = 4 };
+    range_x16 r[SIDE_BY_SIDE];
+    for (int i = 0; i < SIDE_BY_SIDE; i++) {
         r[i].bits = u32x16_zero();
         r[i].low = f32x16_set1(out->min);
         r[i].high = f32x16_set1(out->max);
     }
     int64_t k = 0;
-    for (; step == 1 && k + 64 <= n; k += 64) {
+    for (; step == 1 && k + 16 * SIDE_BY_SIDE <= n; k += 16 * SIDE_BY_SIDE) {
         QSP_UNROLL
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < SIDE_BY_SIDE; i++)
             range_step(&r[i], load_elements(x, dtype, k + 16 * i), whole);
     }
     for (; k < n; k += 16) {
@@ -37,7 +38,7 @@ QSP_INLINE void range_of(const void *x, const int dtype, int64_t n, int64_t step
             line[i] = line[0];
         range_step(&r[0], f32x16_load(line), whole);
     }
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < SIDE_BY_SIDE; i++) {
         const uint32_t greatest = u32x16_reduce_max(r[i].bits);
         float absmax;
         memcpy(&absmax, &greatest, 4);

@@ -4,7 +4,7 @@
 /* Sums of one row on codes, in the order of spmm_acc_lane. `last`, the list's last group, and `paired`, see qsp_spmm,
  * are for instruction sets that have rows of their own. */
 QSP_INLINE void spmm_row_u8s8(const uint8_t *x, const int32_t *offset, const int32_t *last, const int8_t *weight,
-                            int64_t groups, int64_t paired, int32_t start, int32_t *out)
+                              int64_t groups, int64_t paired, int32_t start, int32_t *out)
 {
     (void)last, (void)paired;
     for (int v = 0; v < QSP_UNIT; v += ISA_LANES) {

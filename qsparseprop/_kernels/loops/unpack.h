@@ -103,7 +103,7 @@ QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row
     for (int i = 0; i < 16; i++) {
         const f32x16 v = as_float ? tile[i] : f32x16_mul(tile[i], scale);
         store_elements(element_at(t->column[as_float ? place + i : unit_lane(place + i)], dtype, row), dtype,
-                has_bias ? with_bias(a, v, bias) : v);
+                       has_bias ? with_bias(a, v, bias) : v);
     }
 }
 
