@@ -1,4 +1,4 @@
-"""What a reader of the C sources may rely on: which folder knows an instruction set, and what a new one has to bring."""
+"""What a reader of the C sources may rely on: which folder knows instruction sets, and what a new one has to bring."""
 
 from __future__ import annotations
 
