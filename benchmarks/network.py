@@ -44,7 +44,7 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qsparseprop.utils.models import resnet18
+from qsparseprop.training.models import resnet18
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 #: Layers that stay dense.

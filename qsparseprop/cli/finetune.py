@@ -1,4 +1,4 @@
-"""``python -m qsparseprop finetune``: arguments, checks and printing; the work is in ``qsparseprop.utils``."""
+"""``python -m qsparseprop finetune``: arguments, checks and printing; the work is in training and benchmarking."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qsparseprop.utils._errors import ConfigurationError
+from qsparseprop.utils.errors import ConfigurationError
 
 from ._arguments import Parser, missing_package, model_name, number_between, prepare_directory, whole_number
 from ._progress import Progress
@@ -195,9 +195,9 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def _compare(arguments: argparse.Namespace, progress: Progress | None) -> int:
     import torch  # noqa: F401 - takes the longest of what follows
 
-    from qsparseprop.utils._locks import locked
-    from qsparseprop.utils.compare import CompareConfig, compare
-    from qsparseprop.utils.compare_report import check_folder, format_table, write_results
+    from qsparseprop.benchmarking.compare import CompareConfig, compare
+    from qsparseprop.benchmarking.compare_report import check_folder, format_table, write_results
+    from qsparseprop.training.locks import locked
 
     config, out = CompareConfig(**_settings(arguments)), arguments.out
     with locked(out):
@@ -216,7 +216,7 @@ def _compare(arguments: argparse.Namespace, progress: Progress | None) -> int:
 
 
 def _train(arguments: argparse.Namespace, progress: Progress | None) -> int:
-    from qsparseprop.utils.training_run import RunConfig, Stopped, format_result, run_training
+    from qsparseprop.training.run import RunConfig, Stopped, format_result, run_training
 
     if progress is not None:
         # the training has bars of its own

@@ -12,19 +12,15 @@ import copy
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ._errors import ConfigurationError
-from ._files import save_tensors
-from .compare_worker import RunHandle, RunSpec, loss_note
-from .dense_modes import DENSE_MODES, MODE_STEPS, time_dense_modes
-from .measurement_utils import environment
-from .setup_run import (
+from qsparseprop.training.files import save_tensors
+from qsparseprop.training.reporter import Reporter, SilentReporter
+from qsparseprop.training.setup_run import (
     PRUNERS,
     TrainingMode,
     make_finetuner,
@@ -33,6 +29,11 @@ from .setup_run import (
     prepare_network,
     prune_model,
 )
+from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.measurement_utils import environment
+
+from .compare_worker import RunHandle, RunSpec, loss_note
+from .dense_modes import DENSE_MODES, MODE_STEPS, time_dense_modes
 
 __all__ = ["RUN_LABELS", "CompareConfig", "ConfigurationError", "Reporter", "compare"]
 
@@ -62,7 +63,7 @@ class CompareConfig:
     Attributes
     ----------
     model : str
-        Network, see `qsparseprop.utils.models.build_model`.
+        Network, see `qsparseprop.training.models.build_model`.
     width : int or None
         Channels of its first stage; ``None`` for the network's own.
     weights : str or None
@@ -70,7 +71,7 @@ class CompareConfig:
     new_head : bool
         Keep the network's own classifier where that of `weights` has another shape.
     data : str
-        Images, see `qsparseprop.utils.data.load_data`.
+        Images, see `qsparseprop.training.data.load_data`.
     normalize : {"data", "imagenet"}
         What the pixels are scaled by.
     sparsity : float
@@ -147,19 +148,6 @@ class CompareConfig:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-class Reporter(Protocol):
-    """Where `compare` tells how far it is."""
-
-    def message(self, text: str) -> None:
-        """Show one or more lines."""
-
-    def stage(self, text: str, until: float) -> None:
-        """Begin a part of the work, at whose end the share `until` of all work is done; the one before has ended."""
-
-    def progress(self, name: str, total: int) -> Callable[[str], None]:
-        """Count `total` steps of the present part; the returned function is called at each, with a note on it."""
-
-
 @dataclass
 class Shared:
     """What several comparisons of one network have in common, so that only the first one has to do it.
@@ -174,17 +162,6 @@ class Shared:
 
     mode_seconds: dict[str, float] = field(default_factory=dict)
     dense: dict[tuple[int, int], tuple[dict[str, torch.Tensor], float]] = field(default_factory=dict)
-
-
-class _Silent:
-    def message(self, text: str) -> None:
-        pass
-
-    def stage(self, text: str, until: float) -> None:
-        pass
-
-    def progress(self, name: str, total: int) -> Callable[[str], None]:
-        return lambda note: None
 
 
 def compare(
@@ -242,7 +219,7 @@ def compare(
         If one of the three processes fails; the message holds its traceback.
     """
     config = config or CompareConfig()
-    reporter = reporter or _Silent()
+    reporter = reporter or SilentReporter()
     began = time.perf_counter()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

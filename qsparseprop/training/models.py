@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._errors import ConfigurationError, refuse_more_than_memory
-from .state_files import read_state_dict, strip_prefix
+from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
+from qsparseprop.utils.state_files import read_state_dict, strip_prefix
+
 from .weights import load_checkpoint
 
 __all__ = [
