@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qsparseprop import nn as sparse_nn
+from qsparseprop._torch_compat import keep_off_fast_path
 from qsparseprop.contents import is_convertible
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
@@ -112,17 +113,6 @@ def _own_parts(module: nn.Module) -> str:
     return ", ".join(name for name in (*module._parameters, *module._modules) if name not in known)
 
 
-def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
-    """Keep torch's encoders from computing, in evaluation, with weights instead of modules that are not dense."""
-    replaced = any(isinstance(m, (SparseModule, sparse_nn.MultiheadAttention)) for m in encoder.modules())
-    if isinstance(encoder, nn.TransformerEncoder):
-        encoder.use_nested_tensor = encoder.use_nested_tensor and not replaced
-        return
-    kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))  # 1 and 2 let it take the fast path
-    encoder.activation_relu_or_gelu = 0 if replaced else next(
-        (i for i, (f, m) in enumerate(kinds, 1) if encoder.activation is f or isinstance(encoder.activation, m)), 0)
-
-
 def _untouched(module: nn.Module) -> nn.Module:
     """A dense layer of the same kind that nobody has set anything on, small and without memory."""
     kind = dense_type(module)
@@ -138,7 +128,8 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
         if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-            _mind_fast_path(parent)
+            kinds = SparseModule, sparse_nn.MultiheadAttention  # whose weights are not dense
+            keep_off_fast_path(parent, any(isinstance(m, kinds) for m in parent.modules()))
     if any(isinstance(m, SparseModule) for m in model.modules()):
         check_before_loading(model)
         guard_merging(model)
