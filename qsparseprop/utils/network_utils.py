@@ -76,15 +76,8 @@ def _owners(model: nn.Module) -> Counter[int]:
 def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
     """Why a layer cannot be replaced, or None."""
     module = found.module
-    kind = type(module).__qualname__
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
-        return f"{kind} is a subclass whose weight does not exist yet"
-    dense_types = tuple(_replacements())
-    if dense_type(module) not in dense_types:
-        own = f"{type(module).__module__}.{kind}" if kind in {t.__name__ for t in dense_types} else kind
-        if isinstance(module, dense_types):
-            return f"{own} is a subclass with a behaviour of its own"
-        return f"nothing sparse replaces {own}"
+    if (reason := _unsupported_kind(module)) is not None:
+        return reason
     if foreign_parametrization(module):
         return "has a parametrization"
     if found.foreign is not None:
@@ -97,7 +90,23 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
         return f"holds {own} beside its weight"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={module.padding_mode!r}"
-    weight, _ = dense_weight(module)
+    return _unsupported_weight(dense_weight(module)[0])
+
+
+def _unsupported_kind(module: nn.Module) -> str | None:
+    kind = type(module).__qualname__
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+        return f"{kind} is a subclass whose weight does not exist yet"
+    dense_types = tuple(_replacements())
+    if dense_type(module) not in dense_types:
+        own = f"{type(module).__module__}.{kind}" if kind in {t.__name__ for t in dense_types} else kind
+        if isinstance(module, dense_types):
+            return f"{own} is a subclass with a behaviour of its own"
+        return f"nothing sparse replaces {own}"
+    return None
+
+
+def _unsupported_weight(weight: Tensor) -> str | None:
     if weight.device.type != "cpu":
         return f"on device {weight.device}"
     if not is_convertible(weight.dtype) or weight.element_size() < 2:
