@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,12 @@ def add_parser(commands: Any) -> None:
     add("--scheme", default="int8", metavar="SCHEME",
         help="how sparse layers compute: int8; float32; settings of QuantConfig such as input=standard,grad=absmax; "
         "dense*: no sparse layers, zeros are held by masks (default: %(default)s)")
+    _add_training(add)
+    parser.set_defaults(run=run, parser=parser, defaults={a.dest: a.default for a in parser._actions})
+
+
+def _add_training(add: Callable[..., Any]) -> None:
+    """How long and how it trains, and where results go."""
     add("--compress-saved", action="store_true",
         help="keep what other layers save for the backward pass in 8 bits or less (with --compare: a fourth run)")
     add("--epochs", type=whole_number(1), default=1, metavar="N",
@@ -113,7 +119,6 @@ def add_parser(commands: Any) -> None:
         "(accuracy against time) of a comparison, which replaces the result of another one and nothing else (default: "
         f"{_OUT}); result.json, log.jsonl and checkpoints of a single training (default: none are kept)")
     add("--quiet", action="store_true", help="print nothing but the table")
-    parser.set_defaults(run=run, parser=parser, defaults={a.dest: a.default for a in parser._actions})
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -300,7 +300,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images ``[batch, in_channels, image_size, image_size]`` to logits ``[batch, num_classes]``."""
-        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        # contiguous: what is added to the tokens, layer by layer, and normalised, lies in memory as they do
+        tokens = (self.patches(x).flatten(2).transpose(1, 2) + self.position).contiguous()
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from qsparseprop._torch_compat import keep_off_fast_path
 from qsparseprop.nn import MultiheadAttention
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
@@ -16,17 +17,6 @@ from qsparseprop.utils.swap_report import SwapDecision
 __all__ = ["put_back_what_is_not_called", "replace_children", "replace_or_refuse"]
 
 
-def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
-    """Keep torch's encoders from computing, in evaluation, with weights instead of modules that are not dense."""
-    replaced = any(isinstance(m, (SparseModule, MultiheadAttention)) for m in encoder.modules())
-    if isinstance(encoder, nn.TransformerEncoder):
-        encoder.use_nested_tensor = encoder.use_nested_tensor and not replaced
-        return
-    kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))  # 1 and 2 let it take the fast path
-    encoder.activation_relu_or_gelu = 0 if replaced else next(
-        (i for i, (f, m) in enumerate(kinds, 1) if encoder.activation is f or isinstance(encoder.activation, m)), 0)
-
-
 def replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
     """Put modules in the places of others, given by their ids, wherever those appear."""
     for parent in list(model.modules()):
@@ -34,7 +24,8 @@ def replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> No
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
         if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-            _mind_fast_path(parent)
+            kinds = SparseModule, MultiheadAttention  # whose weights are not dense
+            keep_off_fast_path(parent, any(isinstance(m, kinds) for m in parent.modules()))
     if any(isinstance(m, SparseModule) for m in model.modules()):
         check_before_loading(model)
         guard_merging(model)
