@@ -7,6 +7,7 @@ import importlib as _importlib
 import importlib.abc as _abc
 import importlib.machinery as _machinery
 import sys as _sys
+import types as _types
 import warnings as _warnings
 
 __all__: list[str] = []
@@ -44,8 +45,9 @@ class _FindMoved(_abc.MetaPathFinder, _abc.Loader):
     def create_module(self, spec: _machinery.ModuleSpec) -> None:
         return None
 
-    def exec_module(self, module: object) -> None:
+    def exec_module(self, module: _types.ModuleType) -> None:
         spec = module.__spec__
+        assert spec is not None
         _warnings.warn(f"{spec.name} is {spec.loader_state} now", DeprecationWarning, stacklevel=2)
         # what the import system gives its caller is what it finds here in the end
         _sys.modules[spec.name] = _importlib.import_module(spec.loader_state)

@@ -142,15 +142,11 @@ def swap_modules_with_sparse(
     sparse = _sparse_layers(model, dense, candidates, run, options, on_layer)
     replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
     together: dict[str, Chain] = {}
-
-    def run_and_tell(model: nn.Module) -> None:
-        run(model)
-        together.update(chains(model))  # before what the run has left is taken back
-
     if fuse:
         fuse_modules(model)
     if sparse:
-        put_back_what_is_not_called(model, dense, sparse, None if run is None else run_and_tell, candidates)
+        again = None if run is None else _telling_chains(run, together)
+        put_back_what_is_not_called(model, dense, sparse, again, candidates)
     if fuse:
         fuse_modules(model)  # those that were put back, too
         report.tell_chains({name: chain.joined for name, chain in together.items()})
@@ -158,6 +154,16 @@ def swap_modules_with_sparse(
     if verbose:
         sys.stdout.write(f"{report}\n")
     return model
+
+
+def _telling_chains(run: Runner, together: dict[str, Chain]) -> Runner:
+    """A run that also tells what was computed together, before what it has left in the model is taken back."""
+
+    def run_and_tell(model: nn.Module) -> None:
+        run(model)
+        together.update(chains(model))
+
+    return run_and_tell
 
 
 def _sparse_layers(
