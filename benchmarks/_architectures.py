@@ -138,7 +138,7 @@ def _transformers(kind: str, config: str, inputs: Callable[[], Any] = _text, **o
 
 def _own(name: str, *shape: int, **options: int) -> Architecture:
     def make() -> nn.Module:
-        from qsparseprop.utils.models import build_model
+        from qsparseprop.training.models import build_model
 
         return build_model(name, **options)
 

@@ -1,4 +1,4 @@
-"""Networks of `results.py` that the package does not have; `build_model` of `qsparseprop.utils.models` finds them."""
+"""Networks of `results.py` that the package does not have; `qsparseprop.training.models.build_model` finds them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qsparseprop.utils.models import VisionTransformer
+from qsparseprop.training.models import VisionTransformer
 
 #: Where `pose` finds the file of weights, and beside it the module that rebuilds the network.
 POSE_FILE = "QSPARSEPROP_POSE_FILE"

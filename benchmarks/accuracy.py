@@ -28,9 +28,9 @@ from _common import Table, say
 from torch import Tensor, nn
 
 from qsparseprop.quantization import QuantConfig
-from qsparseprop.utils.data import ImageData, load_digits_data
+from qsparseprop.training.data import ImageData, load_digits_data
+from qsparseprop.training.models import load_checkpoint, resnet18, resnet20
 from qsparseprop.utils.measurement_utils import environment
-from qsparseprop.utils.models import load_checkpoint, resnet18, resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import (
     collect_masks,

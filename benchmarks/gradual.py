@@ -25,8 +25,8 @@ from _common import huge_pages, precision, say, write_json
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from qsparseprop.training.models import load_checkpoint, resnet20
 from qsparseprop.utils.measurement_utils import environment
-from qsparseprop.utils.models import load_checkpoint, resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import GradualPruner, layerwise_magnitude_prune, make_pruning_permanent
 

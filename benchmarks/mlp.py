@@ -1,15 +1,17 @@
 """Linear layers and their activations: training steps of networks made of them, with and without blocks.
 
 "mlp gelu" and "mlp relu" are the feed-forward part of a transformer (768 -> 3072 -> 768 features at 2,048 rows), "vit"
-is a whole one (four layers of width 384, 64 tokens of each of 64 images). All linear layers but the classifier have the
-given fraction of zeros, at random positions, and are sparse modules in our network: one after the other with torch's
-activations (int8), or in blocks with them, which read packed results (fused). Dense networks run in float32 and
-under bfloat16 autocast, and do not pay for keeping their zeros. The step of "mlp" is forward and backward, that of
-"vit" also loss and update.
+is a whole one (four layers of width 384, 64 tokens of each of 64 images). "gated" is a feed-forward part with a gate,
+``down(silu(gate(x)) * up(x))`` (2,048 features inside), as language models have it. All linear layers but the
+classifier have the given fraction of zeros, at random positions, and are sparse modules in our network: one after the
+other with torch's activations (int8), or in blocks with them, which read packed results (fused). Dense networks run in
+float32 and under bfloat16 autocast, and do not pay for keeping their zeros. The step of "mlp" and "gated" is forward
+and backward, that of "vit" also loss and update.
 
   python benchmarks/mlp.py --json mlp.json
   python benchmarks/mlp.py --only "mlp gelu" --threads 1 --sparsity 0.95
   python benchmarks/mlp.py --no-bf16            on a processor that emulates bfloat16, half a minute a step
+  python benchmarks/mlp.py --profile --only gated vit --threads 1      where our milliseconds go
 """
 
 from __future__ import annotations
@@ -37,15 +39,29 @@ from _common import (
     write_json,
 )
 from _networks import vit
+from _profile import profile_step, show_rows
 from torch import nn
+from torch.profiler import record_function
 
 from qsparseprop.utils.measurement_utils import saved_for_backward_bytes
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
-NETWORKS = ("mlp gelu", "mlp relu", "vit")
+NETWORKS = ("mlp gelu", "mlp relu", "gated", "vit")
 #: Name, group, bfloat16 autocast, blocks.
 SETTINGS = (("fp32", DENSE, False, False), ("bf16", DENSE, True, False), ("int8", "int8", False, False),
             ("fused", "fused", False, True))  # fmt: skip
+
+
+class Gated(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def build(name: str, quick: bool) -> tuple[nn.Module, torch.Tensor]:
@@ -55,6 +71,8 @@ def build(name: str, quick: bool) -> tuple[nn.Module, torch.Tensor]:
     if name == "vit":
         return vit(), torch.randn(2 if quick else 64, 3, 32, 32, generator=generator)
     width, rows = (16, 8) if quick else (768, 2048)
+    if name == "gated":
+        return Gated(width, width * 8 // 3), torch.randn(rows, width, generator=generator)
     activation = nn.GELU() if name == "mlp gelu" else nn.ReLU()
     model = nn.Sequential(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
     return model, torch.randn(rows, width, generator=generator)
@@ -77,9 +95,13 @@ def training_step(
                 return F.cross_entropy(model(x), labels)
 
         def step() -> None:
-            forward().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            with record_function("forward"):
+                loss = forward()
+            with record_function("backward"):
+                loss.backward()
+            with record_function("update"):
+                optimizer.step()
+                optimizer.zero_grad()
     else:
         x = x.requires_grad_()  # as within a network
         grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
@@ -89,13 +111,40 @@ def training_step(
                 return model(x)
 
         def step() -> None:
-            y = forward()
-            y.backward(grad.to(y.dtype))
+            with record_function("forward"):
+                y = forward()
+            with record_function("backward"):
+                y.backward(grad.to(y.dtype))
             model.zero_grad()
             x.grad = None
 
     forward()  # from which layers guess what will become of their results
     return step, saved_for_backward_bytes(forward, model) / 1e6
+
+
+def with_zeros(model: nn.Module, sparsity: float) -> nn.Module:
+    """A copy with zeros in all linear layers but the classifier."""
+    pruned = copy.deepcopy(model)
+    for seed, (layer, module) in enumerate(pruned.named_modules()):
+        if isinstance(module, nn.Linear) and layer != "head":
+            put_zeros(module.weight, sparsity, seed)
+    return pruned
+
+
+def show_profiles(args: argparse.Namespace, networks: Sequence[str]) -> list[dict[str, Any]]:
+    """Profile one setting for each network, thread count and sparsity."""
+    setting, group, bf16, fuse = next(s for s in SETTINGS if s[0] == args.profile)
+    results = []
+    for name, threads, sparsity in itertools.product(networks, args.threads, args.sparsity):
+        torch.set_num_threads(threads)
+        model, x = build(name, args.quick)
+        step, _ = training_step(name, with_zeros(model, sparsity), x, bf16, group != DENSE, fuse, sparsity)
+        ms = race([Competitor(setting, group, step)], args)["ms"][setting]
+        rows = profile_step(step, args.quick)
+        show_rows(f"{name}, {setting}", rows, ms, sparsity, threads)
+        results.append({"network": name, "setting": setting, "threads": threads, "sparsity": sparsity, "step_ms": ms,
+                        "rows_ms": rows})  # fmt: skip
+    return results
 
 
 def compare(args: argparse.Namespace, networks: Sequence[str]) -> list[dict[str, Any]]:
@@ -110,10 +159,7 @@ def compare(args: argparse.Namespace, networks: Sequence[str]) -> list[dict[str,
         table = Table(["zeros", *(s[0] for s in settings), "best dense", "x int8", "x fused",
                        *(f"MB {s[0]}" for s in settings)], 6)  # fmt: skip
         for sparsity in args.sparsity:
-            pruned = copy.deepcopy(model)
-            for seed, (layer, module) in enumerate(pruned.named_modules()):
-                if isinstance(module, nn.Linear) and layer != "head":
-                    put_zeros(module.weight, sparsity, seed)
+            pruned = with_zeros(model, sparsity)
             steps = {n: training_step(name, pruned, x, bf16, group != DENSE, fuse, sparsity)
                      for n, group, bf16, fuse in settings}  # fmt: skip
             result = race([Competitor(n, group, steps[n][0]) for n, group, *_ in settings], args)
@@ -132,9 +178,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=NETWORKS, nargs="+", default=NETWORKS, help="networks (default: all)")
     parser.add_argument("--no-bf16", action="store_true",
                         help="leave out dense bfloat16 (for processors that emulate it)")  # fmt: skip
+    parser.add_argument("--profile", nargs="?", const="fused", metavar="SETTING", choices=[s[0] for s in SETTINGS],
+                        help="instead: time by kind of operator, of this column of the table (default: %(const)s)")
     args, document = start("mlp", parser, argv)
-    document["results"] = compare(args, args.only)
-    remark_noise(document["results"])
+    if args.profile:
+        document["profiles"] = show_profiles(args, args.only)
+    else:
+        document["results"] = compare(args, args.only)
+        remark_noise(document["results"])
     write_json(args.json, document)
 
 

@@ -19,8 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,17 +39,15 @@ from _common import (
     start,
     write_json,
 )
+from _profile import profile_step, show_rows
 from torch import nn
-from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
-from qsparseprop.utils.models import resnet18
+from qsparseprop.training.models import resnet18
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 #: Layers that stay dense.
 KEPT_DENSE = ("conv1", "linear")
-#: Steps that ``--profile`` adds up.
-PROFILED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -200,79 +197,6 @@ def compare(args: argparse.Namespace, networks: Sequence[Network]) -> list[dict[
     return results
 
 
-#: Row of the profile by what an event's name starts with.
-ROWS = {
-    "aten::batch_norm": "BatchNorm",
-    "aten::native_batch_norm": "BatchNorm",
-    "aten::_batch_norm": "BatchNorm",
-    "aten::relu": "ReLU",
-    "aten::clamp_min": "ReLU",
-    "aten::threshold_backward": "ReLU",
-    "aten::max_pool2d": "pooling",
-    "aten::adaptive_avg_pool2d": "pooling",
-    "aten::_adaptive_avg_pool2d": "pooling",
-    "aten::mean": "pooling",
-    "aten::conv": "dense convolution",
-    "aten::linear": "dense Linear",
-    "aten::addmm": "dense Linear",
-    "aten::mm": "dense Linear",
-    "aten::cross_entropy_loss": "loss",
-    "aten::log_softmax": "loss",
-    "aten::_log_softmax": "loss",
-    "aten::nll_loss": "loss",
-    "aten::add": "add",
-    # nodes of the backward pass; the engine's additions of gradients happen outside of them
-    "NativeBatchNormBackward": "BatchNorm",
-    "ReluBackward": "ReLU",
-    "MaxPool2DWithIndicesBackward": "pooling",
-    "MeanBackward": "pooling",
-    "ConvolutionBackward": "dense convolution",
-    "AddmmBackward": "dense Linear",
-    "AddBackward": "add",
-}
-#: Events of a sparse module, and the row for what is in none of its kernels: Python, allocation, casts.
-SPARSE = ("_SparseProduct", "_ConvNormAct", "qsparseprop::")
-SPARSE_REST = "sparse modules, rest"
-REST = "rest"
-
-
-def _row(names: Sequence[str]) -> str:
-    """Row of an event: the outermost operator that has one, but inside of a sparse module the innermost kernel."""
-    if any(name.startswith(SPARSE) for name in names):
-        kernels = (name.removeprefix("qsparseprop::") for name in names if name.startswith("qsparseprop::"))
-        return next((name for name in kernels if not name.startswith("layer_")), SPARSE_REST)
-    return next((row for name in reversed(names) for start, row in ROWS.items() if name.startswith(start)), REST)
-
-
-def _names(event: FunctionEvent) -> Iterator[str]:
-    """Names of an event and of those that it is part of, from the inside out."""
-    current: FunctionEvent | None = event
-    while current is not None:
-        yield current.name
-        current = current.cpu_parent
-
-
-def profile_step(step: Callable[[], None], steps: int) -> dict[str, dict[str, float]]:
-    """Where the milliseconds of a step go.
-
-    Returns
-    -------
-    dict
-        Milliseconds of each row (see `_row`) in the phases "forward", "backward" and "update"; together all the time
-        that the profiler saw.
-    """
-    step()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        for _ in range(steps):
-            step()
-    rows: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(("forward", "backward", "update"), 0.0))
-    for event in recorded.events():
-        *names, phase = _names(event)
-        if phase in ("forward", "backward", "update"):
-            rows["optimizer" if phase == "update" else _row(names)][phase] += event.self_cpu_time_total / 1e3 / steps
-    return dict(rows)
-
-
 def show_profiles(args: argparse.Namespace, networks: Sequence[Network]) -> list[dict[str, Any]]:
     """Profile one setting for each network, thread count and sparsity."""
     setting = next(s for s in (*SETTINGS, FLOAT_SETTING) if s.name == args.profile)
@@ -282,14 +206,8 @@ def show_profiles(args: argparse.Namespace, networks: Sequence[Network]) -> list
         model = sparse_network(network, sparsity)
         step = training_step(network, model, setting, sparsity, args.include_dense)
         ms = race([Competitor(setting.name, setting.group, step)], args)["ms"][setting.name]
-        rows = profile_step(step, 1 if args.quick else PROFILED_STEPS)
-        total = sum(sum(row.values()) for row in rows.values())
-        say(f"\nResNet-18 {network.name}, {setting.name}, {100 * sparsity:g} % zeros, {threads} "
-            f"thread{'s' if threads > 1 else ''}: {ms:.1f} ms a step, {total:.1f} under the profiler, of which in ms\n")
-        table = Table(["", "forward", "backward", "together", "share"], 24)
-        for name, row in sorted(rows.items(), key=lambda item: -sum(item[1].values())):
-            together = sum(row.values())
-            table.row(name, row["forward"], row["backward"], together, f"{100 * together / total:.1f} %")
+        rows = profile_step(step, args.quick)
+        show_rows(f"ResNet-18 {network.name}, {setting.name}", rows, ms, sparsity, threads)
         results.append({"network": network.name, "setting": setting.name, "threads": threads, "sparsity": sparsity,
                         "step_ms": ms, "rows_ms": rows})  # fmt: skip
     return results

@@ -35,11 +35,11 @@ from typing import Any
 import torch
 from _networks import POSE_FILE
 
-from qsparseprop.utils.compare import RUN_LABELS, CompareConfig, Shared, compare
-from qsparseprop.utils.compare_report import write_bars, write_json, write_plot
-from qsparseprop.utils.data import load_data
-from qsparseprop.utils.dense_modes import DENSE_MODES
-from qsparseprop.utils.setup_run import make_finetuner, make_loaders, make_network
+from qsparseprop.benchmarking.compare import RUN_LABELS, CompareConfig, Shared, compare
+from qsparseprop.benchmarking.compare_report import write_bars, write_json, write_plot
+from qsparseprop.benchmarking.dense_modes import DENSE_MODES
+from qsparseprop.training.data import load_data
+from qsparseprop.training.setup_run import make_finetuner, make_loaders, make_network
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

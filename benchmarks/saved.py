@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from _common import Table, make_parser, precision, say, start, write_json
 from torch import nn
 
+from qsparseprop.training.models import resnet18, resnet20
 from qsparseprop.utils.measurement_utils import saved_for_backward_bytes
-from qsparseprop.utils.models import resnet18, resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 from qsparseprop.utils.saved_tensors import compress_saved_tensors

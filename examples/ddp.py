@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from qsparseprop.utils.data import load_digits_data, training_loader
-from qsparseprop.utils.models import CifarResNet
+from qsparseprop.training.data import load_digits_data, training_loader
+from qsparseprop.training.models import CifarResNet
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 

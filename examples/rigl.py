@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.utils.data import evaluation_loader, load_digits_data, training_loader
+from qsparseprop.training.data import evaluation_loader, load_digits_data, training_loader
 from qsparseprop.utils.network_utils import sparsity, swap_modules_with_dense, swap_modules_with_sparse
 
 STEPS, INTERVAL, FRACTION = 440, 20, 0.3

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from qsparseprop.utils.data import load_digits_data
+from qsparseprop.training.data import load_digits_data
 from qsparseprop.utils.network_utils import sparsity, swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 

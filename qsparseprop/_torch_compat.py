@@ -1,6 +1,8 @@
 """What depends on torch beyond its documented interface, each piece with a test that says what broke.
 
-``tests/test_torch_compat.py``.
+The tests are in ``tests/test_torch_compat.py``. Not here: ``DisableTorchFunctionSubclass``, which torch documents in
+spite of its place; a module's own dictionaries (``_parameters``, ``_forward_hooks``), the only way to keep their order;
+and what compiled modules ask (DLPack's table of C functions in ``_kernels/_tensor.pyx``, which they can do without).
 """
 
 from __future__ import annotations
@@ -11,11 +13,121 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame as _frames
+from torch._subclasses import FakeTensor
+from torch.autograd import Variable, forward_ad
+from torch.nn.modules import module as _module
 from torch.optim.swa_utils import AveragedModel
 
+__all__ = [
+    "FakeTensor",
+    "at_the_end_of_backward",
+    "before_averaging",
+    "called_by_parameter",
+    "current_backward",
+    "dispatch_modes",
+    "function_modes",
+    "is_differentiating_forward",
+    "is_jit_tracing",
+    "is_parameter_node",
+    "keep_from_compiling",
+    "keep_off_fast_path",
+    "name_of_node",
+    "others_see_output",
+    "overrides_functions",
+    "refuse_data_pointer",
+    "saved_tensors_hook",
+    "transforms_active",
+    "watcher",
+    "without_dispatch",
+]
+
+#: How many modes see operators (FakeTensorMode, FlopCounterMode, ...) or torch's functions (set_default_device, ...).
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+#: Whether torch.func (vmap, grad, jvp, ...) is at work.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+#: Has a tensor without memory refuse to give a pointer to it.
+refuse_data_pointer: Callable[[Tensor], None] = torch._C._set_throw_on_mutable_data_ptr
+#: A context in which operators do not ask the ``__torch_dispatch__`` of tensors.
+without_dispatch = torch._C._DisableTorchDispatch
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_current_graph_task = torch._C._current_graph_task_id
+_tracing_state = torch._C._get_tracing_state
+_no_torch_function = torch._C._disabled_torch_function_impl
+
+# ---- modes ----
+
+
+def function_modes() -> list[Any]:
+    """The modes that see torch's functions, the outermost first."""
+    return [torch._C._get_function_stack_at(i) for i in range(_function_modes())]
+
+
+def is_differentiating_forward() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace, or the older ONNX exporter, records operators."""
+    return _tracing_state() is not None
+
+
+def overrides_functions(kind: type[Tensor]) -> bool:
+    """Whether a type of tensors does something to torch's functions; parameters do not."""
+    return kind.__torch_function__ is not _no_torch_function
+
+
+# ---- autograd ----
+
+
+def current_backward() -> int | None:
+    """A number of the backward pass that runs in this thread; None where none does."""
+    task = _current_graph_task()
+    return None if task < 0 else task
+
+
+def at_the_end_of_backward(callback: Callable[[], None]) -> None:
+    """Have something called when the backward pass that runs in this thread is done."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+def name_of_node(tensor: Tensor) -> str | None:
+    """Of what made a tensor, as "ReluBackward0"; None for leaves."""
+    node = tensor.grad_fn
+    return None if node is None else node.name()
+
+
+#: Nodes through which a parameter reaches an operator unchanged but for its dtype or shape.
+_VIEWS_AND_CASTS = ("ToCopyBackward", "TBackward", "TransposeBackward", "PermuteBackward", "ViewBackward",
+                    "UnsafeViewBackward", "ReshapeAliasBackward", "ExpandBackward", "CloneBackward")  # fmt: skip
+
+
+def is_parameter_node(node: Any) -> bool:
+    """Whether a node gives the gradient of a leaf, perhaps through casts and changes of shape."""
+    while node is not None and node.name().startswith(_VIEWS_AND_CASTS):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().endswith("AccumulateGrad")
+
+
+# ---- modules ----
+
+
+def others_see_output(module: nn.Module) -> bool:
+    """Whether more than one forward hook is given a module's output."""
+    return len(module._forward_hooks) > 1 or bool(_module._global_forward_hooks)
+
+
+def keep_off_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder, off: bool) -> None:
+    """Keep torch's encoders from computing, in evaluation, with the weights of their modules; or let them again."""
+    if isinstance(encoder, nn.TransformerEncoder):
+        encoder.use_nested_tensor = encoder.use_nested_tensor and not off
+        return
+    kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))  # 1 and 2 let it take the fast path
+    encoder.activation_relu_or_gelu = 0 if off else next(
+        (i for i, (f, m) in enumerate(kinds, 1) if encoder.activation is f or isinstance(encoder.activation, m)), 0)
 
 
 def called_by_parameter() -> bool:
@@ -58,4 +170,10 @@ def watcher() -> Any:
     run must save the same.
     """
     hooks = _top_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def saved_tensors_hook() -> Any:
+    """The innermost hook that would be given a tensor that is saved now, or None; an error where they are forbidden."""
+    hooks = _top_hooks(False)
     return None if hooks is None else hooks[0]

@@ -13,6 +13,8 @@ import torch
 from qsparseprop._kernels import _dispatch
 from qsparseprop._version import __version__
 
+__all__ = ["cpu_model", "get_config", "openmp_runtimes", "show_config", "usable_processors"]
+
 
 def cpu_model() -> str:
     """Name of the processor, as far as the system tells."""

@@ -6,9 +6,9 @@ import functools
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from qsparseprop._kernels._tensor import check_storage
+from qsparseprop._torch_compat import FakeTensor
 
 
 @functools.cache

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from qsparseprop import ops, quantize_ops
 
+__all__ = ["QuantConfig", "QuantizedTensor", "dequantize", "quantize"]
+
 #: Constants c1, c2 of SAWB, clip = c1 sqrt(E x^2) - c2 E|x|, by bit width (Choi et al., arXiv 1807.06964, and what
 #: its authors use for 8 bits).
 SAWB_CONSTANTS = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.68, 12.80), 5: (17.74, 18.64), 8: (31.76, 35.04)}

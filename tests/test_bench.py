@@ -7,12 +7,12 @@ from dataclasses import asdict
 import pytest
 from torch import nn
 
+from qsparseprop.benchmarking import bench as bench_module
+from qsparseprop.benchmarking.bench import BenchConfig, bench, break_even, parse_layer
+from qsparseprop.benchmarking.bench_report import format_table, plot_roofline, plot_speedup
 from qsparseprop.cli import main
 from qsparseprop.config import usable_processors
-from qsparseprop.utils import bench as bench_module
-from qsparseprop.utils._errors import ConfigurationError
-from qsparseprop.utils.bench import BenchConfig, bench, break_even, parse_layer
-from qsparseprop.utils.bench_report import format_table, plot_roofline, plot_speedup
+from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.measurement_utils import Spread
 
 # ---- what follows from a curve ----

@@ -241,11 +241,21 @@ def test_saved(tmp_path):
 
 def test_mlp(tmp_path):
     document, printed = run(tmp_path, "mlp.py", "--threads", "1", "--sparsity", "0.9")
-    assert [r["network"] for r in document["results"]] == ["mlp gelu", "mlp relu", "vit"]
+    assert [r["network"] for r in document["results"]] == ["mlp gelu", "mlp relu", "gated", "vit"]
     for result in document["results"]:
         assert result["network"] in printed
         assert list(result["ms"]) == ["fp32", "bf16", "int8", "fused"]
         assert result["saved_mb"]["fused"] < result["saved_mb"]["int8"]
+
+
+def test_mlp_profile(tmp_path):
+    arguments = ("--threads", "1", "--sparsity", "0.9", "--only", "gated", "vit", "--profile", "int8")
+    document, _ = run(tmp_path, "mlp.py", *arguments)
+    gated, vit = (profile["rows_ms"] for profile in document["profiles"])
+    for rows, names in ((gated, {"gates"}), (vit, {"LayerNorm", "GELU", "attention"})):
+        for name in names | {"quantize_pack", "spmm"}:
+            assert rows[name]["forward"], name
+            assert rows[name]["backward"], name
 
 
 def test_gradual(tmp_path):

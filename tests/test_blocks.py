@@ -14,9 +14,9 @@ from qsparseprop._kernels import _dispatch
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear
 from qsparseprop.nn.deferred import DeferredTensor
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.training.models import resnet20, vit_tiny
 from qsparseprop.utils import network_utils
 from qsparseprop.utils.fusion import chains, fuse_modules, unfuse_modules
-from qsparseprop.utils.models import resnet20, vit_tiny
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 from ._blocks import (

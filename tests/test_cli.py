@@ -176,8 +176,8 @@ def test_help_names_every_option(capsys):
 def test_importing_the_package_loads_no_optional_dependency():
     code = (
         "import sys, torch; before = set(sys.modules)\n"
-        "import qsparseprop, qsparseprop.cli, qsparseprop.utils.compare, qsparseprop.utils.compare_report\n"
-        "import qsparseprop.utils.data\n"
+        "import qsparseprop, qsparseprop.cli, qsparseprop.benchmarking.compare\n"
+        "import qsparseprop.benchmarking.compare_report, qsparseprop.training.data\n"
         "loaded = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(loaded & {'sklearn', 'tqdm', 'matplotlib'}))"
     )
@@ -213,7 +213,7 @@ def _made_up_result(mean_to_median_step):
 
 @pytest.mark.parametrize(("ratio", "warned"), [(1.05, False), (2.0, True)])
 def test_a_busy_machine_is_told_of(ratio, warned, tmp_path):
-    from qsparseprop.utils.compare_report import format_table, write_plot
+    from qsparseprop.benchmarking.compare_report import format_table, write_plot
 
     table = format_table(_made_up_result(ratio))
     assert ("busy" in table) == warned
@@ -228,8 +228,8 @@ def test_pictures_keep_their_captions_inside_and_apart(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    from qsparseprop.utils.compare import RUN_LABELS
-    from qsparseprop.utils.compare_report import write_plot, write_results
+    from qsparseprop.benchmarking.compare import RUN_LABELS
+    from qsparseprop.benchmarking.compare_report import write_plot, write_results
 
     def check(figure, *args, **kwargs):
         figure.draw_without_rendering()
@@ -268,7 +268,7 @@ def without_work(tmp_path, monkeypatch):
     """The command in a folder of its own, with a result that took no work."""
     _needs_the_extra()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qsparseprop.utils.compare.compare", lambda config, reporter: _made_up_result(1.0))
+    monkeypatch.setattr("qsparseprop.benchmarking.compare.compare", lambda config, reporter: _made_up_result(1.0))
     return tmp_path / "qsparseprop-finetune"
 
 
@@ -305,8 +305,8 @@ def test_what_is_no_comparison_is_not_overwritten(name, content, complaint, with
 
 
 def test_one_run_where_plain_fp32_is_the_best_dense_one(monkeypatch):
-    from qsparseprop.utils import compare as module
-    from qsparseprop.utils.dense_modes import DENSE_MODES
+    from qsparseprop.benchmarking import compare as module
+    from qsparseprop.benchmarking.dense_modes import DENSE_MODES
 
     pytest.importorskip("sklearn")
     seconds = {mode.name: float(place + 1) for place, mode in enumerate(DENSE_MODES)}
@@ -327,7 +327,7 @@ def test_one_run_where_plain_fp32_is_the_best_dense_one(monkeypatch):
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
-    from qsparseprop.utils.compare_report import write_json
+    from qsparseprop.benchmarking.compare_report import write_json
 
     path = tmp_path / "result.json"
     write_json({"peak": float("nan"), "losses": [1.5, float("nan")]}, path)

@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch import nn
 
+from qsparseprop.benchmarking.bench import parse_layer
+from qsparseprop.benchmarking.compare import ConfigurationError
 from qsparseprop.cli import main
 from qsparseprop.nn.deferred import conditions
-from qsparseprop.utils import _files
-from qsparseprop.utils.bench import parse_layer
-from qsparseprop.utils.compare import ConfigurationError
-from qsparseprop.utils.data import load_data
-from qsparseprop.utils.finetuner import read_checkpoint
-from qsparseprop.utils.models import build_model, load_checkpoint, resnet20
+from qsparseprop.training import files
+from qsparseprop.training.data import load_data
+from qsparseprop.training.finetuner import read_checkpoint
+from qsparseprop.training.models import build_model, load_checkpoint, resnet20
+from qsparseprop.training.run import RunConfig, run_training
 from qsparseprop.utils.network_utils import sparsity
-from qsparseprop.utils.training_run import RunConfig, run_training
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_weights_are_checked_before_the_images_are_read(npz, tmp_path, monkeypat
     def read(*_):
         raise AssertionError("images were read")
 
-    monkeypatch.setattr("qsparseprop.utils._npz.NpzFile.images", read)
+    monkeypatch.setattr("qsparseprop.training._npz.NpzFile.images", read)
     monkeypatch.chdir(tmp_path)
     torch.save(resnet20(num_classes=7, width=8, in_channels=1).state_dict(), tmp_path / "weights.pt")
     for arguments in (command(npz), command(npz)[:-1]):  # a single training, and the comparison
@@ -283,7 +283,7 @@ def test_a_folder_is_used_by_one_run_at_a_time(npz, tmp_path, capsys):
 
 def test_a_full_disk_is_named_and_loses_nothing(npz, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    save = _files.torch.save
+    save = files.torch.save
     writes = []
 
     def full(content, output):
@@ -293,8 +293,8 @@ def test_a_full_disk_is_named_and_loses_nothing(npz, tmp_path, capsys, monkeypat
         save(content, output)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_files.torch, "save", lambda content, target, *a, **k: full(content, target)
-                      if isinstance(target, _files._Output) else save(content, target, *a, **k))  # fmt: skip
+        patch.setattr(files.torch, "save", lambda content, target, *a, **k: full(content, target)
+                      if isinstance(target, files._Output) else save(content, target, *a, **k))  # fmt: skip
         assert main(command(npz, "--epochs", "3", "--out", out)) == 1
     error = capsys.readouterr().err
     assert re.fullmatch(r"python -m qsparseprop finetune: failed: .*\.pt: No space left on device\n", error)
@@ -404,7 +404,7 @@ def test_help_of_every_command(capsys):
 
 
 def test_masks_hold_in_every_memory_format():
-    from qsparseprop.utils.setup_run import TrainingMode, make_finetuner, prune_model
+    from qsparseprop.training.setup_run import TrainingMode, make_finetuner, prune_model
 
     for channels_last in (False, True):
         torch.manual_seed(0)

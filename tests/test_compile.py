@@ -15,7 +15,7 @@ from qsparseprop import nn as qnn
 from qsparseprop.geometry import conv_geometry, linear_geometry
 from qsparseprop.nn._traced import config_text
 from qsparseprop.quantization import QuantConfig
-from qsparseprop.utils.models import CifarResNet
+from qsparseprop.training.models import CifarResNet
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune
 

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qsparseprop import nn as qnn
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
+from qsparseprop.training.models import resnet20
 from qsparseprop.utils.measurement_utils import layer_cost, model_costs, saved_for_backward_bytes
-from qsparseprop.utils.models import resnet20
 
 # torch mentions that it copies the input of padding="same"
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")

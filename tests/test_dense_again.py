@@ -10,7 +10,7 @@ from torch import nn
 
 from qsparseprop.nn import QuantizedSparseLinear, SparseConv1d
 from qsparseprop.nn._weight import SparseWeight
-from qsparseprop.utils.models import resnet20
+from qsparseprop.training.models import resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_dense, swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 

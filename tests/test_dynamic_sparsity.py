@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 import qsparseprop
 from qsparseprop import nn as qnn
-from qsparseprop.utils.models import resnet20
+from qsparseprop.training.models import resnet20
 from qsparseprop.utils.network_utils import sparsity, swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import GradualPruner, cubic_sparsity, layerwise_magnitude_prune
 

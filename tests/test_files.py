@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from qsparseprop.utils import _files, _locks
-from qsparseprop.utils._errors import ConfigurationError
-from qsparseprop.utils._files import replacing, save_tensors
-from qsparseprop.utils._locks import LOCK, locked
-from qsparseprop.utils.finetuner import Finetuner, read_checkpoint
-from qsparseprop.utils.finetuner.session import JsonLines
+from qsparseprop.training import files, locks
+from qsparseprop.training.files import replacing, save_tensors
+from qsparseprop.training.finetuner import Finetuner, read_checkpoint
+from qsparseprop.training.finetuner.session import JsonLines
+from qsparseprop.training.locks import LOCK, locked
+from qsparseprop.utils.errors import ConfigurationError
 
 from ._helpers import run_python
 
@@ -48,7 +48,7 @@ def fail_after(monkeypatch, count):
         room[descriptor] = left - written
         return written
 
-    monkeypatch.setattr(_files.os, "write", write)
+    monkeypatch.setattr(files.os, "write", write)
 
 
 def test_tensors_are_written_as_torch_writes_them(tmp_path):
@@ -96,7 +96,7 @@ def test_a_log_line_is_written_whole_or_not_at_all(tmp_path):
     assert resource is not None
     code = """
 import resource, signal, sys
-from qsparseprop.utils.finetuner.session import JsonLines
+from qsparseprop.training.finetuner.session import JsonLines
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = JsonLines(sys.argv[1])
 log.write("step", number=1)
@@ -116,7 +116,7 @@ log.close()
 
 HOLD = """
 import sys
-from qsparseprop.utils._locks import locked
+from qsparseprop.training.locks import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -150,7 +150,7 @@ def test_a_folder_is_used_by_one_process_at_a_time(other, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(_locks.fcntl is None, reason="needs locks of the system")
+@pytest.mark.skipif(locks.fcntl is None, reason="needs locks of the system")
 def test_a_lock_ends_with_its_process(other, tmp_path):
     other.kill()
     other.wait()
@@ -179,7 +179,7 @@ def test_threads_keep_each_other_out_and_a_thread_not_itself(tmp_path):
 
 
 def test_without_locks_of_the_system_the_file_is_the_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(_locks, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     with locked(tmp_path):
         assert (tmp_path / LOCK).read_text() == str(os.getpid())
     assert list(tmp_path.iterdir()) == []

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from qsparseprop.utils import setup_run, training_run
-from qsparseprop.utils.finetuner import read_checkpoint
-from qsparseprop.utils.finetuner.fit import FitLoop
-from qsparseprop.utils.models import build_model
+from qsparseprop.training import run as training_run
+from qsparseprop.training import setup_run
+from qsparseprop.training.finetuner import read_checkpoint
+from qsparseprop.training.finetuner.fit import FitLoop
+from qsparseprop.training.models import build_model
+from qsparseprop.training.run import RunConfig, run_training
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
-from qsparseprop.utils.training_run import RunConfig, run_training
 
 #: Width and image size of each model, as small as it goes.
 SIZES = {"resnet18": (4, 8), "resnet20": (4, 8), "vgg11": (4, 32), "mlp": (16, 8), "vit-tiny": (8, 8)}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from qsparseprop.utils.data import evaluation_loader, training_loader
-from qsparseprop.utils.finetuner import Finetuner, History
-from qsparseprop.utils.models import resnet20
+from qsparseprop.training.data import evaluation_loader, training_loader
+from qsparseprop.training.finetuner import Finetuner, History
+from qsparseprop.training.models import resnet20
 
 
 def _problem(count=64):
@@ -157,7 +157,7 @@ def test_a_batch_larger_than_the_set_is_an_error():
 
 def test_digits_are_normalised_split_and_reproducible():
     pytest.importorskip("sklearn")
-    from qsparseprop.utils.data import load_digits_data
+    from qsparseprop.training.data import load_digits_data
 
     data = load_digits_data(size=16, channels=3, seed=1)
     assert data.train_images.shape == (1437, 3, 16, 16)

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qsparseprop
-from qsparseprop.utils.data import evaluation_loader, training_loader
-from qsparseprop.utils.finetuner import (
+from qsparseprop.training.data import evaluation_loader, training_loader
+from qsparseprop.training.finetuner import (
     CheckpointError,
     Finetuner,
     LayerTimer,
@@ -25,7 +25,7 @@ from qsparseprop.utils.finetuner import (
     read_checkpoint,
     write_checkpoint,
 )
-from qsparseprop.utils.models import resnet20
+from qsparseprop.training.models import resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 
@@ -408,8 +408,8 @@ def test_progress_without_tqdm_names_it(monkeypatch):
 SCRIPT = """
 import sys, torch
 from torch import nn
-from qsparseprop.utils.data import training_loader
-from qsparseprop.utils.finetuner import Finetuner
+from qsparseprop.training.data import training_loader
+from qsparseprop.training.finetuner import Finetuner
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -431,9 +431,9 @@ SPARSE_SCRIPT = """
 import io, os, random, signal, sys
 import numpy, torch
 from torch import nn
-from qsparseprop.utils.data import evaluation_loader, training_loader
-from qsparseprop.utils.finetuner import Finetuner, checkpoint
-from qsparseprop.utils.models import resnet20
+from qsparseprop.training.data import evaluation_loader, training_loader
+from qsparseprop.training.finetuner import Finetuner, checkpoint
+from qsparseprop.training.models import resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 

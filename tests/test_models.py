@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qsparseprop.utils._errors import ConfigurationError
-from qsparseprop.utils.models import (
+from qsparseprop.training.models import (
     CifarResNet,
     SubsampleAndPad,
     build_model,
@@ -15,7 +14,8 @@ from qsparseprop.utils.models import (
     resnet20,
     strip_prefix,
 )
-from qsparseprop.utils.setup_run import load_weights
+from qsparseprop.training.setup_run import load_weights
+from qsparseprop.utils.errors import ConfigurationError
 
 
 def _parameter_count(model):

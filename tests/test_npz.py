@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from qsparseprop.utils._errors import ConfigurationError
-from qsparseprop.utils.data import ImageKind, image_kind, load_data
+from qsparseprop.training.data import ImageKind, image_kind, load_data
+from qsparseprop.utils.errors import ConfigurationError
 
 LABELS = np.arange(12) % 3
 

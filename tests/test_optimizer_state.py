@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from qsparseprop.utils.finetuner import CheckpointError, Finetuner
+from qsparseprop.training.finetuner import CheckpointError, Finetuner
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import GradualPruner, layerwise_magnitude_prune, make_pruning_permanent
 

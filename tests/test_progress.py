@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from qsparseprop.benchmarking import dense_modes
+from qsparseprop.benchmarking.dense_modes import DENSE_MODES, MODE_STEPS, time_dense_modes
 from qsparseprop.cli import _progress
-from qsparseprop.utils import dense_modes, measurement_utils
-from qsparseprop.utils.dense_modes import DENSE_MODES, MODE_STEPS, time_dense_modes
+from qsparseprop.utils import measurement_utils
 
 
 class Terminal(io.StringIO):

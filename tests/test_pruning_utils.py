@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from qsparseprop.utils.models import resnet20
+from qsparseprop.training.models import resnet20
 from qsparseprop.utils.pruning_utils import (
     collect_masks,
     global_magnitude_prune,

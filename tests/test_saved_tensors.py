@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qsparseprop.training.models import build_model, resnet20
 from qsparseprop.utils._codec import encode
 from qsparseprop.utils.measurement_utils import saved_for_backward_bytes
-from qsparseprop.utils.models import build_model, resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 from qsparseprop.utils.saved_tensors import CompressedModule, compress_saved_tensors

@@ -17,7 +17,7 @@ from qsparseprop import nn as qnn
 from qsparseprop.nn import accept_dense_state
 from qsparseprop.nn._state import FORMAT
 from qsparseprop.nn._weight import SparseWeight
-from qsparseprop.utils.models import resnet18, resnet20
+from qsparseprop.training.models import resnet18, resnet20
 from qsparseprop.utils.network_utils import swap_modules_for_state, swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from qsparseprop import nn as sparse_nn
 from qsparseprop.cli import main
-from qsparseprop.utils._errors import ConfigurationError
+from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.measurement_utils import measure_peak_rss
 from qsparseprop.utils.state_files import read_state_dict, stored_bytes
 from qsparseprop.utils.state_report import format_weights, weight_infos
@@ -317,7 +317,7 @@ import io, json, random, resource, sys
 import torch
 from torch import nn
 from qsparseprop import nn as sparse_nn
-from qsparseprop.utils._errors import ConfigurationError
+from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.state_files import read_state_dict
 from qsparseprop.utils.state_report import format_weights, weight_infos
 

@@ -1,12 +1,18 @@
 """What the project uses of torch beyond its documented interface."""
 
+import ast
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
+import qsparseprop
+from qsparseprop import _torch_compat as compat
 from qsparseprop._torch_compat import keep_from_compiling, watcher
 from qsparseprop.nn import QuantizedSparseLinear, SparseConv2d, SparseLinear
 
@@ -200,3 +206,190 @@ def test_functions_are_kept_from_compiling():
     assert torch.equal(torch.compile(outer, backend=backend)(x), outer(x))
     assert not frames
     torch._dynamo.reset()
+
+
+def test_the_saved_tensors_hook_that_would_be_called_is_found():
+    assert compat.saved_tensors_hook() is None
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        outer = compat.saved_tensors_hook()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t + 0, lambda t: t):
+            assert compat.saved_tensors_hook() not in (None, outer)
+        assert compat.saved_tensors_hook() is outer
+
+
+def test_modes_over_operators_are_counted():
+    assert compat.dispatch_modes() == 0
+    with FlopCounterMode(display=False):
+        assert compat.dispatch_modes() == 1
+    assert compat.dispatch_modes() == 0
+
+
+def test_modes_over_functions_are_found():
+    assert compat.function_modes() == []
+    with torch.device("cpu") as device:
+        assert [type(mode).__name__ for mode in compat.function_modes()] == ["DeviceContext"], device
+    assert compat.function_modes() == []
+
+
+def test_transforms_of_torch_func_are_noticed():
+    seen = []
+    torch.vmap(lambda x: seen.append(compat.transforms_active()) or x)(torch.ones(2))
+    assert seen == [True]
+    assert not compat.transforms_active()
+
+
+def test_forward_mode_differentiation_is_noticed():
+    assert not compat.is_differentiating_forward()
+    with forward_ad.dual_level():
+        assert compat.is_differentiating_forward()
+    assert not compat.is_differentiating_forward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracing_by_torch_jit_is_noticed():
+    seen = []
+    torch.jit.trace(lambda x: seen.append(compat.is_jit_tracing()) or x + 1, torch.ones(2), check_trace=False)
+    assert seen == [True]
+    assert not compat.is_jit_tracing()
+
+
+class Overriding(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_types_that_override_functions_are_told_from_parameters():
+    assert compat.overrides_functions(Overriding)
+    assert not compat.overrides_functions(nn.Parameter)
+
+
+class Wrapper(torch.Tensor):
+    @staticmethod
+    def __new__(cls, values):
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+        wrapper.values = values
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*(a.values if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+
+
+def test_tensors_without_memory_refuse_to_give_a_pointer():
+    wrapper = Wrapper(torch.ones(3))
+    compat.refuse_data_pointer(wrapper)
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError):
+        wrapper.data_ptr()
+
+
+def test_operators_can_run_on_a_wrapper_itself():
+    wrapper = Wrapper(torch.ones(1, 3))
+    with compat.without_dispatch():
+        torch.ops.aten.squeeze_.default(wrapper)
+    assert wrapper.shape == (3,)
+    assert wrapper.values.shape == (1, 3)
+
+
+def test_fake_tensors_are_known():
+    with torch._subclasses.FakeTensorMode():
+        assert isinstance(torch.empty(3), compat.FakeTensor)
+
+
+def test_a_backward_pass_is_known_and_says_when_it_ends():
+    events = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            events.append(compat.current_backward())
+            compat.at_the_end_of_backward(lambda: events.append("end"))
+            return gradient
+
+    x = torch.ones(2, requires_grad=True)
+    assert compat.current_backward() is None
+    for _ in range(2):
+        x.register_hook(lambda g: events.append("gradient"))
+        Node.apply(x).sum().backward()
+    first, _, _, second, *_, last = events
+    assert isinstance(first, int)
+    assert isinstance(second, int)
+    assert first != second
+    assert events[2] == last == "end"
+
+
+def test_nodes_are_known_by_name():
+    x = torch.ones(3, 2, requires_grad=True)
+    assert compat.name_of_node(x) is None
+    for function, name in ((torch.relu, "ReluBackward"), (lambda x: x.log_softmax(0), "LogSoftmaxBackward"),
+                           (torch.log, "LogBackward"), (lambda x: x.logsumexp(0), "LogsumexpBackward"),
+                           (nn.functional.leaky_relu, "LeakyReluBackward"), (nn.functional.elu, "EluBackward"),
+                           (nn.functional.hardtanh, "HardtanhBackward")):  # fmt: skip
+        assert compat.name_of_node(function(x)).startswith(name)
+
+
+def test_parameters_are_known_through_views_and_casts():
+    x = torch.ones(3, 2, requires_grad=True)
+    for function in (lambda x: x.t(), lambda x: x.to(torch.bfloat16), lambda x: x.view(-1), lambda x: x.clone(),
+                     lambda x: x.transpose(0, 1).reshape(6), lambda x: x.permute(1, 0), lambda x: x.expand(2, 3, 2),
+                     lambda x: x.view(2, 3).t().double()):  # fmt: skip
+        assert compat.is_parameter_node(function(x).grad_fn)
+    assert not compat.is_parameter_node((x * 2).grad_fn)
+    assert not compat.is_parameter_node(None)
+
+
+def test_others_who_see_an_output_are_noticed():
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(lambda *_: None)
+    assert not compat.others_see_output(layer)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert compat.others_see_output(layer)
+    handle.remove()
+    layer.register_forward_hook(lambda *_: None)
+    assert compat.others_see_output(layer)
+
+
+def test_encoders_can_be_kept_off_the_fast_path():
+    """There the encoder computes with the weights of its modules, which are not called."""
+    calls = []
+
+    class Linear(nn.Linear):
+        def forward(self, x):
+            calls.append(1)
+            return super().forward(x)
+
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    layer.linear1 = Linear(8, 16).eval()
+    x = torch.randn(2, 4, 8)
+    with torch.inference_mode():
+        layer(x)
+        assert not calls  # otherwise torch has no such path any more
+        compat.keep_off_fast_path(layer, True)
+        layer(x)
+        assert len(calls) == 1
+        compat.keep_off_fast_path(layer, False)
+        layer(x)
+    assert len(calls) == 1
+
+
+def test_nothing_else_reaches_into_torch():
+    """Except by the module that is tested here, and what is documented in spite of its underscore."""
+    documented = {"torch._C.DisableTorchFunctionSubclass", "torch._foreach_mul_", "torch._utils._rebuild_parameter"}
+    root = Path(qsparseprop.__file__).parent
+    found = set()
+    for path in root.rglob("*.py"):
+        if path.name == "_torch_compat.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                name = ast.unparse(node)
+                inner = name.startswith("torch._") and not name.startswith("torch.__")
+                if inner and not any(d == name or d.startswith(name + ".") for d in documented):
+                    found.add(f"{path.relative_to(root)}: {name}")
+            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torch._"):
+                found.add(f"{path.relative_to(root)}: {node.module}")
+    assert not found

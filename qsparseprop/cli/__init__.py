@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         From argparse: with code 0 after ``--help`` and ``--version``, with code 2 for arguments it does not accept.
     """
     arguments = _build_parser().parse_args(argv)
-    from qsparseprop.utils._errors import ConfigurationError
+    from qsparseprop.utils.errors import ConfigurationError
 
     parser: Parser = arguments.parser
     try:

@@ -70,7 +70,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 def model_name(text: str) -> str:
     """Name of a model, or module:function."""
-    from qsparseprop.utils.models import MODELS
+    from qsparseprop.training.models import MODELS
 
     if text not in MODELS and ":" not in text:
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(MODELS)}, or give "

@@ -1,4 +1,4 @@
-"""``python -m qsparseprop bench``: arguments and printing; the work is in ``qsparseprop.utils.bench``."""
+"""``python -m qsparseprop bench``: arguments and printing; the work is in ``qsparseprop.benchmarking.bench``."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         problem = prepare_directory(arguments.out)
         if problem:
             parser.error(problem)
-    from qsparseprop.utils.bench import BenchConfig, bench
-    from qsparseprop.utils.bench_report import format_table, plot_roofline, plot_speedup
-    from qsparseprop.utils.compare_report import write_json
+    from qsparseprop.benchmarking.bench import BenchConfig, bench
+    from qsparseprop.benchmarking.bench_report import format_table, plot_roofline, plot_speedup
+    from qsparseprop.benchmarking.compare_report import write_json
 
     result = bench(
         BenchConfig(tuple(arguments.layer), arguments.model, tuple(arguments.input), arguments.by_layer,

@@ -1,15 +1,15 @@
-"""``python -m qsparseprop finetune``: arguments, checks and printing; the work is in ``qsparseprop.utils``."""
+"""``python -m qsparseprop finetune``: arguments, checks and printing; the work is in training and benchmarking."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qsparseprop.utils._errors import ConfigurationError
+from qsparseprop.utils.errors import ConfigurationError
 
 from ._arguments import Parser, missing_package, model_name, number_between, prepare_directory, whole_number
 from ._progress import Progress
@@ -88,6 +88,12 @@ def add_parser(commands: Any) -> None:
     add("--scheme", default="int8", metavar="SCHEME",
         help="how sparse layers compute: int8; float32; settings of QuantConfig such as input=standard,grad=absmax; "
         "dense*: no sparse layers, zeros are held by masks (default: %(default)s)")
+    _add_training(add)
+    parser.set_defaults(run=run, parser=parser, defaults={a.dest: a.default for a in parser._actions})
+
+
+def _add_training(add: Callable[..., Any]) -> None:
+    """How long and how it trains, and where results go."""
     add("--compress-saved", action="store_true",
         help="keep what other layers save for the backward pass in 8 bits or less (with --compare: a fourth run)")
     add("--epochs", type=whole_number(1), default=1, metavar="N",
@@ -113,7 +119,6 @@ def add_parser(commands: Any) -> None:
         "(accuracy against time) of a comparison, which replaces the result of another one and nothing else (default: "
         f"{_OUT}); result.json, log.jsonl and checkpoints of a single training (default: none are kept)")
     add("--quiet", action="store_true", help="print nothing but the table")
-    parser.set_defaults(run=run, parser=parser, defaults={a.dest: a.default for a in parser._actions})
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -195,9 +200,9 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def _compare(arguments: argparse.Namespace, progress: Progress | None) -> int:
     import torch  # noqa: F401 - takes the longest of what follows
 
-    from qsparseprop.utils._locks import locked
-    from qsparseprop.utils.compare import CompareConfig, compare
-    from qsparseprop.utils.compare_report import check_folder, format_table, write_results
+    from qsparseprop.benchmarking.compare import CompareConfig, compare
+    from qsparseprop.benchmarking.compare_report import check_folder, format_table, write_results
+    from qsparseprop.training.locks import locked
 
     config, out = CompareConfig(**_settings(arguments)), arguments.out
     with locked(out):
@@ -216,7 +221,7 @@ def _compare(arguments: argparse.Namespace, progress: Progress | None) -> int:
 
 
 def _train(arguments: argparse.Namespace, progress: Progress | None) -> int:
-    from qsparseprop.utils.training_run import RunConfig, Stopped, format_result, run_training
+    from qsparseprop.training.run import RunConfig, Stopped, format_result, run_training
 
     if progress is not None:
         # the training has bars of its own

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.file is None:
         show_config()
         return 0
-    from qsparseprop.utils._errors import ConfigurationError
+    from qsparseprop.utils.errors import ConfigurationError
     from qsparseprop.utils.state_files import read_state_dict
     from qsparseprop.utils.state_report import format_weights, weight_infos
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop import ops
+from qsparseprop._torch_compat import transforms_active
 from qsparseprop.contents import is_convertible
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn._dense import dense_weight
@@ -166,7 +167,7 @@ class SparseModule(SparseWeight):
             raise TypeError(f"{kind} expects a strided tensor, got layout {x.layout}")
         if torch.compiler.is_compiling():
             return
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             raise NotImplementedError(f"{kind} does not go with the transforms of torch.func (vmap, grad, jvp, ...): "
                                       "use autograd, or the dense module that to_dense() gives")
         ops.check_storage(x, "the input")  # before anything reads it

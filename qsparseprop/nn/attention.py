@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["MultiheadAttention"]
+
 
 class MultiheadAttention(nn.Module):
     """What torch.nn.MultiheadAttention computes, with four Linear layers that are called.

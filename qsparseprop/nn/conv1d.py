@@ -6,6 +6,8 @@ from torch import nn
 
 from qsparseprop.nn._conv import SparseConvNd
 
+__all__ = ["QuantizedSparseConv1d", "SparseConv1d"]
+
 
 class SparseConv1d(SparseConvNd):
     """1-D convolution with a sparse weight, in float32.

@@ -6,6 +6,8 @@ from torch import nn
 
 from qsparseprop.nn._conv import SparseConvNd
 
+__all__ = ["QuantizedSparseConv2d", "SparseConv2d"]
+
 
 class SparseConv2d(SparseConvNd):
     """2-D convolution with a sparse weight, in float32.

@@ -6,6 +6,8 @@ from torch import nn
 
 from qsparseprop.nn._conv import SparseConvNd
 
+__all__ = ["QuantizedSparseConv3d", "SparseConv3d"]
+
 
 class SparseConv3d(SparseConvNd):
     """3-D convolution with a sparse weight, in float32.

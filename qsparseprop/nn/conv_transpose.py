@@ -6,6 +6,15 @@ from torch import nn
 
 from qsparseprop.nn._conv_transpose import SparseConvTransposeNd
 
+__all__ = [
+    "QuantizedSparseConvTranspose1d",
+    "QuantizedSparseConvTranspose2d",
+    "QuantizedSparseConvTranspose3d",
+    "SparseConvTranspose1d",
+    "SparseConvTranspose2d",
+    "SparseConvTranspose3d",
+]
+
 
 class SparseConvTranspose1d(SparseConvTransposeNd):
     """1-D transposed convolution with a sparse weight, in float32.

@@ -15,6 +15,8 @@ from qsparseprop.nn.functional import check_finite
 from qsparseprop.quantization import QuantConfig, QuantizedTensor, quantize
 from qsparseprop.reference import symmetric_scale
 
+__all__ = ["FakeQuantConv2d", "FakeQuantLinear"]
+
 _Product = Callable[[Tensor, Tensor], Tensor]
 
 _OPTION_NAMES = {"dithered": ("step",), "luq": ("levels",)}

@@ -15,6 +15,8 @@ from qsparseprop.nn.deferred.layout import linear as linear_layout
 from qsparseprop.nn.functional import NoGradient
 from qsparseprop.quantization import QuantConfig
 
+__all__ = ["QuantizedSparseLinear", "SparseLinear"]
+
 
 class SparseLinear(SparseModule):
     """``y = x @ W.T + b`` with a sparse weight, in float32.

@@ -13,6 +13,8 @@ from qsparseprop.nn._dense import dense_bias, trains_weight
 from qsparseprop.nn.linear import SparseLinear
 from qsparseprop.quantization import QuantConfig
 
+__all__ = ["QuantizedSparseTransposedLinear", "SparseTransposedLinear", "dense_conv1d"]
+
 
 def dense_conv1d() -> type[nn.Module] | None:
     """The class Conv1D of transformers; None where nobody has imported it, so that no model can have one."""

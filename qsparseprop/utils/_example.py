@@ -229,25 +229,33 @@ def _reachable(model: nn.Module) -> _Held:
         elif isinstance(value, torch.jit.ScriptModule):
             tensors.extend(value.buffers())
             tensors.extend(value.parameters())
-        elif isinstance(value, (dict, list, set, deque)):
-            holders.append(value)
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-        elif isinstance(value, (tuple, frozenset)):
-            waiting.extend(value)
-        elif isinstance(value, functools.partial):
-            waiting.extend((value.func, value.args, value.keywords))
-        elif isinstance(value, types.MethodType):
-            waiting.extend((value.__self__, value.__func__))
-        elif isinstance(value, types.FunctionType):
-            waiting.extend((value.__closure__ or (), value.__defaults__, value.__kwdefaults__))
-        elif isinstance(value, types.CellType):
-            with contextlib.suppress(ValueError):  # not filled yet
-                waiting.append(value.cell_contents)
-        elif isinstance(value, weakref.ref):
-            waiting.append(value())
         elif isinstance(value, torch.Generator):
             generators.append(value)
+        else:
+            if isinstance(value, (dict, list, set, deque)):
+                holders.append(value)
+            waiting.extend(_held_by(value))
     return found
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    """What can be reached from a value that is neither a tensor nor a module."""
+    if isinstance(value, types.CellType):
+        try:
+            return [value.cell_contents]
+        except ValueError:  # not filled yet
+            return ()
+    return next((parts(value) for kinds, parts in _PARTS if isinstance(value, kinds)), ())
+
+
+_PARTS: tuple[tuple[Any, Callable[[Any], Iterable[Any]]], ...] = (
+    (dict, lambda v: v.values()),
+    ((list, set, deque, tuple, frozenset), lambda v: v),
+    (functools.partial, lambda v: (v.func, v.args, v.keywords)),
+    (types.MethodType, lambda v: (v.__self__, v.__func__)),
+    (types.FunctionType, lambda v: (v.__closure__ or (), v.__defaults__, v.__kwdefaults__)),
+    (weakref.ref, lambda v: (v(),)),
+)
 
 
 # ---- what a run shows ----

@@ -12,7 +12,7 @@ from torch import nn
 
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.utils.network_utils import _replace_children
+from qsparseprop.utils._places import replace_children
 
 __all__ = ["attach_adapters"]
 
@@ -60,7 +60,7 @@ def attach_adapters(model: nn.Module, attach: Callable[[nn.Module], _Result]) ->
     dense = {name: module.to_dense() for name, module in sparse.items()}
     for name, module in dense.items():
         module._stands_in_for = name  # which copies of it have, too
-    _replace_children(model, {id(module): dense[name] for name, module in sparse.items()})
+    replace_children(model, {id(module): dense[name] for name, module in sparse.items()})
     changed, result = model, None
     try:
         result = attach(model)
@@ -84,7 +84,7 @@ def _put_back(model: nn.Module, sparse: dict[str, SparseModule], dense: dict[str
         for key, parameter in module.named_parameters(recurse=False):
             parameter.requires_grad_(getattr(stand_in, key).requires_grad)
         replacements[id(stand_in)] = module.train(stand_in.training)
-    _replace_children(model, replacements)
+    replace_children(model, replacements)
 
 
 def _same_weights(module: SparseModule, stand_in: nn.Module) -> bool:

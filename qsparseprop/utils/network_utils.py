@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,17 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qsparseprop import nn as sparse_nn
-from qsparseprop.contents import is_convertible
-from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._dense import dense_type, dense_weight, foreign_parametrization
-from qsparseprop.nn._weight import check_before_loading
-from qsparseprop.nn.transposed_linear import dense_conv1d
+from qsparseprop.nn._dense import dense_type
 from qsparseprop.quantization import QuantConfig
-from qsparseprop.utils._carry import carry_attributes, carry_hooks, gradient_hooks, own_hooks
-from qsparseprop.utils._example import Runner, copy_model, make_runner, not_called, record, still_held
+from qsparseprop.utils._candidates import SwapOptions, find_candidates, names_to_skip, sparse_types, untouched
+from qsparseprop.utils._carry import carry_attributes, carry_hooks
+from qsparseprop.utils._example import Runner, copy_model, make_runner, record, still_held
 from qsparseprop.utils._layer_timing import Stopwatch
-from qsparseprop.utils._weights import Weights, weights_of
+from qsparseprop.utils._places import put_back_what_is_not_called, replace_children, replace_or_refuse
+from qsparseprop.utils._weights import weights_of
 from qsparseprop.utils.fusion import Chain, chains, fuse_modules, unfuse_modules
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
@@ -35,23 +32,6 @@ __all__ = [
     "swap_modules_with_sparse",
     "unfold_attention",
 ]
-
-#: dense type -> sparse types, in float32 and quantised
-_REPLACEMENTS: dict[type[nn.Module], tuple[type[SparseModule], type[SparseModule]]] = {
-    kind: (getattr(sparse_nn, f"Sparse{kind.__name__}"), getattr(sparse_nn, f"QuantizedSparse{kind.__name__}"))
-    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-}
-_PROTOTYPES: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: sparse_nn.FakeQuantLinear,
-    nn.Conv2d: sparse_nn.FakeQuantConv2d,
-}
-
-
-def _replacements() -> dict[type[nn.Module], tuple[type[SparseModule], type[SparseModule]]]:
-    """What can be replaced, transformers' layers included where transformers is in use."""
-    conv1d = dense_conv1d()
-    transposed = (sparse_nn.SparseTransposedLinear, sparse_nn.QuantizedSparseTransposedLinear)
-    return _REPLACEMENTS if conv1d is None else {**_REPLACEMENTS, conv1d: transposed}
 
 
 def sparsity(model: nn.Module) -> float:
@@ -67,111 +47,6 @@ def sparsity(model: nn.Module) -> float:
     return sum(w.zeros for w in found) / total if total else 0.0
 
 
-def _owners(model: nn.Module) -> Counter[int]:
-    """How many modules hold each Parameter."""
-    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-
-
-def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
-    """Why a layer cannot be replaced, or None."""
-    module = found.module
-    kind = type(module).__qualname__
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
-        return f"{kind} is a subclass whose weight does not exist yet"
-    dense_types = tuple(_replacements())
-    if dense_type(module) not in dense_types:
-        own = f"{type(module).__module__}.{kind}" if kind in {t.__name__ for t in dense_types} else kind
-        if isinstance(module, dense_types):
-            return f"{own} is a subclass with a behaviour of its own"
-        return f"nothing sparse replaces {own}"
-    if foreign_parametrization(module):
-        return "has a parametrization"
-    if found.foreign is not None:
-        return found.foreign.reason
-    if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
-        return "shares a parameter with another module"
-    if "forward" in vars(module):
-        return "its forward was replaced by another one"
-    if (own := _own_parts(module)):
-        return f"holds {own} beside its weight"
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return f"padding_mode={module.padding_mode!r}"
-    weight, _ = dense_weight(module)
-    if weight.device.type != "cpu":
-        return f"on device {weight.device}"
-    if not is_convertible(weight.dtype) or weight.element_size() < 2:
-        return f"weight of dtype {weight.dtype}"
-    if not torch.isfinite(weight).all():
-        return "weight has NaN or Inf"
-    return None
-
-
-def _own_parts(module: nn.Module) -> str:
-    """Parameters and modules that a layer holds, which its type and prune know nothing of."""
-    known = {"weight", "bias", "weight_orig", "bias_orig", "parametrizations"}
-    return ", ".join(name for name in (*module._parameters, *module._modules) if name not in known)
-
-
-def _mind_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
-    """Keep torch's encoders from computing, in evaluation, with weights instead of modules that are not dense."""
-    replaced = any(isinstance(m, (SparseModule, sparse_nn.MultiheadAttention)) for m in encoder.modules())
-    if isinstance(encoder, nn.TransformerEncoder):
-        encoder.use_nested_tensor = encoder.use_nested_tensor and not replaced
-        return
-    kinds = ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU))  # 1 and 2 let it take the fast path
-    encoder.activation_relu_or_gelu = 0 if replaced else next(
-        (i for i, (f, m) in enumerate(kinds, 1) if encoder.activation is f or isinstance(encoder.activation, m)), 0)
-
-
-def _untouched(module: nn.Module) -> nn.Module:
-    """A dense layer of the same kind that nobody has set anything on, small and without memory."""
-    kind = dense_type(module)
-    sizes = (2, 2) if kind in (nn.Linear, dense_conv1d()) else (2, 2, 1)
-    with torch.device("meta"):
-        return kind(*sizes)
-
-
-def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    """Put modules in the places of others, given by their ids, wherever those appear."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in replacements:
-                parent._modules[name] = replacements[id(child)]
-        if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-            _mind_fast_path(parent)
-    if any(isinstance(m, SparseModule) for m in model.modules()):
-        check_before_loading(model)
-        guard_merging(model)
-
-
-def _put_back_what_is_not_called(
-    model: nn.Module,
-    dense: Mapping[str, nn.Module],
-    sparse: Mapping[str, nn.Module],
-    run: Runner | None,
-    decisions: Mapping[str, SwapDecision],
-) -> None:
-    """Undo the replacement of layers that a model holds, or calls, in their dense form as well.
-
-    Modules that a model has in a Python list or in a function besides their place in it cannot be replaced there. Where
-    there is a `run`, the swapped model itself is run once more, to see what no look at its attributes shows.
-    """
-    replaced = {name: dense[name] for name in sparse}
-    held = still_held(model, replaced)
-    try:
-        unused = [] if run is None else not_called(model, sparse, replaced, run)
-    except Exception as error:
-        _replace_children(model, {id(layer): dense[name] for name, layer in sparse.items()})
-        raise RuntimeError("the model runs on the example as it is, but not with sparse layers, so nothing was "
-                           f"replaced: {error}. If it computes with the weight of a layer, name that layer in "
-                           "skip_modules.") from error  # fmt: skip
-    names = [name for name in sparse if name in held or name in unused]
-    _replace_children(model, {id(sparse[name]): dense[name] for name in names})
-    for name in names:
-        decisions[name].swapped = False
-        decisions[name].reason = "is also in a list, function, kept method or other tensor, where it cannot be replaced"
-
-
 @torch.inference_mode(False)  # what is made in it could not be trained
 def swap_modules_with_sparse(
     model: nn.Module,
@@ -180,6 +55,7 @@ def swap_modules_with_sparse(
     verbose: bool = True,
     prototype: bool = False,
     quantize: bool = True,
+    *,
     skip_modules: Iterable[str | nn.Module] | None = None,
     min_sparsity: float = 0.8,
     include_dense: bool = True,
@@ -205,7 +81,8 @@ def swap_modules_with_sparse(
         targets. A function without parameters runs the model by itself. None goes with ``include_dense=False``, which
         runs nothing.
     inplace : bool
-        Change `model`; otherwise a deep copy.
+        Change `model`; otherwise a deep copy. This and the next three are taken by position as well, in this order;
+        write their names.
     verbose : bool
         Print the table of decisions.
     prototype : bool
@@ -249,112 +126,84 @@ def swap_modules_with_sparse(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not 0.0 <= min_sparsity <= 1.0:
-        raise ValueError(f"min_sparsity must be a fraction between 0 and 1, got {min_sparsity!r}")
-    if qconfig is not None and not quantize:
-        raise ValueError("qconfig only goes with quantize=True")
-    if prototype and not quantize:
-        raise ValueError("prototype=True simulates quantised layers and only goes with quantize=True")
-    if fuse and (prototype or not quantize):
-        raise ValueError("fuse=True only goes with quantize=True, and not with prototype=True")
+    options = SwapOptions(prototype, quantize, min_sparsity, qconfig, fuse)
+    options.check()
     if input_shape is None and include_dense and not prototype:
         raise ValueError("input_shape=None runs nothing and only goes with include_dense=False")
     run = None if input_shape is None else make_runner(model, input_shape)
     if not include_dense:
         run = None
-    named = dict(model.named_modules())
-    skipped: set[int] = set()
-    every_name = dict(model.named_modules(remove_duplicate=False))
-    for item in skip_modules or ():
-        module = item if isinstance(item, nn.Module) else every_name.get(item)
-        if module is None or not any(module is m for m in named.values()):
-            raise ValueError(f"skip_modules names {item!r}, which the model does not have")
-        skipped.update(id(m) for m in module.modules())
+    skipped = names_to_skip(model, skip_modules)
     if not inplace:
-        kept = [name for name, module in named.items() if id(module) in skipped]
         model = copy_model(model)
-        named = dict(model.named_modules())
-        skipped = {id(named[name]) for name in kept}
-
-    report = SwapReport()
-    candidates: dict[str, SwapDecision] = {}
-    owners = _owners(model)
-    for found in weights_of(model):
-        if isinstance(found.module, SparseModule):
-            continue
-        decision = SwapDecision(found.name, type(found.module).__name__, found.shape, None, found.sparsity)
-        report.append(decision)
-        if id(found.module) in skipped:
-            decision.reason = "in skip_modules"
-        elif (why := _unsupported(found, owners)) is not None:
-            decision.reason = why
-        elif found.sparsity < min_sparsity:
-            decision.reason = f"below min_sparsity={min_sparsity:g}"
-        elif found.name == "":
-            decision.reason = "it is the model itself: use from_dense"
-        elif own_hooks(found.module):
-            decision.reason = "has hooks"
-        elif gradient_hooks(found.module):
-            decision.reason = "its parameters have gradient hooks: remove them first (handle.remove())"
-        elif found.zeros == found.total and not found.masked:
-            # a new head, LoRA's B, a residual branch or a ControlNet that starts at zero: it is there to learn
-            decision.reason = "has no nonzero and no mask: it was initialised to zero, not pruned"
-        elif prototype and dense_type(found.module) not in _PROTOTYPES:
-            decision.reason = f"nothing simulates {dense_type(found.module).__name__}"
-        else:
-            candidates[found.name] = decision
-
-    recorded, read = record(model, candidates, run, fuse) if run is not None and candidates else ({}, set())
+    report, candidates = find_candidates(model, skipped, options)
+    named = dict(model.named_modules())
     dense = {name: named[name] for name in candidates}
-    sparse: dict[str, nn.Module] = {}
-    stopwatch = Stopwatch()
-    for name, decision in candidates.items():
-        of = dense_type(dense[name])
-        kind = _PROTOTYPES[of] if prototype else _replacements()[of][quantize]
-        if name in recorded:
-            decision.input_shape = tuple(recorded[name].x.shape)
-        if name in read:
-            decision.reason = "its weight is read outside of its own forward pass"
-            continue
-        if name not in recorded and run is not None and not prototype:
-            decision.reason = "not reached by the example input, so not timed"
-            continue
-        if on_layer is not None:
-            on_layer(name)
-        layer = kind.from_dense(dense[name], qconfig=qconfig)
-        seen = None if prototype else recorded.get(name)
-        if seen is not None and not stopwatch.pays(dense[name], layer, seen, decision, fuse):
-            continue
-        carry_attributes(dense[name], layer, _untouched(dense[name]))
-        decision.swapped = True
-        sparse[name] = layer
-
-    _replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
+    sparse = _sparse_layers(model, dense, candidates, run, options, on_layer)
+    replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
     together: dict[str, Chain] = {}
-
-    def run_and_tell(model: nn.Module) -> None:
-        run(model)
-        together.update(chains(model))  # before what the run has left is taken back
-
     if fuse:
         fuse_modules(model)
     if sparse:
-        _put_back_what_is_not_called(model, dense, sparse, None if run is None else run_and_tell, candidates)
+        again = None if run is None else _telling_chains(run, together)
+        put_back_what_is_not_called(model, dense, sparse, again, candidates)
     if fuse:
         fuse_modules(model)  # those that were put back, too
-        for decision in report.swapped:
-            if decision.name in together and together[decision.name].joined:
-                joined = "together with " + ", ".join(together[decision.name].joined)
-                decision.reason = ", ".join(part for part in (joined, decision.reason) if part)
+        report.tell_chains({name: chain.joined for name, chain in together.items()})
     model.swap_report = report
     if verbose:
         sys.stdout.write(f"{report}\n")
     return model
 
 
+def _telling_chains(run: Runner, together: dict[str, Chain]) -> Runner:
+    """A run that also tells what was computed together, before what it has left in the model is taken back."""
+
+    def run_and_tell(model: nn.Module) -> None:
+        run(model)
+        together.update(chains(model))
+
+    return run_and_tell
+
+
+def _sparse_layers(
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    decisions: Mapping[str, SwapDecision],
+    run: Runner | None,
+    options: SwapOptions,
+    on_layer: Callable[[str], None] | None,
+) -> dict[str, nn.Module]:
+    """Sparse forms of the candidates, by name, without those that are slower at what the run gives them."""
+    recorded, read = record(model, decisions, run, options.fuse) if run is not None and decisions else ({}, set())
+    timed = run is not None and not options.prototype
+    layers: dict[str, nn.Module] = {}
+    stopwatch = Stopwatch()
+    for name, decision in decisions.items():
+        seen = recorded.get(name)
+        if seen is not None:
+            decision.input_shape = tuple(seen.x.shape)
+        if name in read:
+            decision.reason = "its weight is read outside of its own forward pass"
+            continue
+        if seen is None and timed:
+            decision.reason = "not reached by the example input, so not timed"
+            continue
+        if on_layer is not None:
+            on_layer(name)
+        layer = options.make(dense[name])
+        if timed and not stopwatch.pays(dense[name], layer, recorded[name], decision, options.fuse):
+            continue
+        carry_attributes(dense[name], layer, untouched(dense[name]))
+        decision.swapped = True
+        layers[name] = layer
+    return layers
+
+
 def swap_modules_for_state(
     model: nn.Module,
     state_dict: Mapping[str, Any],
+    *,
     quantize: bool = True,
     qconfig: QuantConfig | None = None,
     fuse: bool = False,
@@ -396,30 +245,19 @@ def swap_modules_for_state(
         dense = named.get(name)
         if isinstance(dense, SparseModule):
             continue
-        if dense is None or dense_type(dense) not in _replacements():
+        if dense is None or dense_type(dense) not in sparse_types():
             kind = "does not have it" if dense is None else f"has a {type(dense).__name__} there"
             raise ValueError(f"{name} is a sparse layer in the state, the model {kind}")
         if id(dense) not in replacements:
-            replacements[id(dense)] = _replacements()[dense_type(dense)][quantize].like(dense, qconfig)
+            replacements[id(dense)] = sparse_types()[dense_type(dense)][quantize].like(dense, qconfig)
             replaced[name] = dense
-    _replace_or_refuse(model, replaced, replacements)
+    replace_or_refuse(model, replaced, replacements)
     if fuse:
         fuse_modules(model)
     return model
 
 
-def _replace_or_refuse(
-    model: nn.Module, replaced: Mapping[str, nn.Module], replacements: Mapping[int, nn.Module]
-) -> None:
-    """Replace layers, given by their names, by what `replacements` has for their ids, or change nothing."""
-    _replace_children(model, dict(replacements))
-    if held := still_held(model, replaced):
-        _replace_children(model, {id(replacements[id(layer)]): layer for layer in replaced.values()})
-        raise ValueError(f"the model also holds {', '.join(held)} in a list, function or kept method, where layers "
-                         "cannot be replaced")  # fmt: skip
-
-
-def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module:
+def swap_modules_with_dense(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """Replace the sparse layers of a model by dense ones with the same weights, for export or for comparison.
 
     Parameters
@@ -455,7 +293,7 @@ def swap_modules_with_dense(model: nn.Module, inplace: bool = True) -> nn.Module
         dense = replacements[id(module)] = module.to_dense()
         carry_hooks(module, dense)
         carry_attributes(module, dense, type(module).like(dense, module.qconfig))
-    _replace_or_refuse(model, replaced, replacements)
+    replace_or_refuse(model, replaced, replacements)
     return model
 
 
@@ -480,7 +318,7 @@ def unfold_attention(model: nn.Module) -> nn.Module:
         if plain and module.bias_k is None and not module.add_zero_attn:
             replacements[id(module)] = sparse_nn.MultiheadAttention.from_dense(module)
             replaced[id(module)] = module
-    _replace_children(model, replacements)
+    replace_children(model, replacements)
     held = still_held(model, replaced)
-    _replace_children(model, {id(replacements[key]): replaced[key] for key in held})
+    replace_children(model, {id(replacements[key]): replaced[key] for key in held})
     return model

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from qsparseprop._torch_compat import is_parameter_node, name_of_node, saved_tensors_hook
 from qsparseprop.contents import holds_tensors
 from qsparseprop.nn.deferred.tensor import pending_of
 
@@ -36,9 +37,6 @@ from ._masked_ops import BitDropout, BitHardtanh, BitReLU, ByteMaxPool2d, dense_
 
 __all__ = ["CompressedModule", "SavedBytes", "compress_saved_tensors"]
 
-#: Nodes through which a parameter reaches an operator unchanged but for its dtype or shape.
-_VIEWS_AND_CASTS = ("ToCopyBackward", "TBackward", "TransposeBackward", "PermuteBackward", "ViewBackward",
-                    "UnsafeViewBackward", "ReshapeAliasBackward", "ExpandBackward", "CloneBackward")  # fmt: skip
 #: Results of which an exponential is taken in the backward pass.
 _LOGARITHMS = ("LogSoftmaxBackward", "LogBackward", "LogsumexpBackward")
 #: Results from whose sign the backward pass reads a mask.
@@ -88,12 +86,10 @@ _COUNTING_HOOKS: dict[Any, Any] = {}
 
 def _innermost_compression() -> compress_saved_tensors | None:
     """The compression in whose hands a tensor would be that is saved now, if any."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is None:
-        return None
-    if hooks[0] in _COUNTING_HOOKS:
-        return _COUNTING_HOOKS[hooks[0]]
-    owner = getattr(hooks[0], "__self__", None)
+    hook = saved_tensors_hook()
+    if hook in _COUNTING_HOOKS:
+        return _COUNTING_HOOKS[hook]
+    owner = getattr(hook, "__self__", None)
     return owner if isinstance(owner, compress_saved_tensors) else None
 
 
@@ -235,15 +231,14 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
         """What is kept in place of a tensor that an operator saves."""
         if tensor.layout != torch.strided or not tensor.is_cpu or holds_tensors(tensor):
             return _Untouched(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
-        node = tensor.grad_fn
+        name = name_of_node(tensor)
         parameter = _is_parameter(tensor)
         if not parameter:
             self._count(self._before, tensor)
         packed = None
-        if not parameter and node is not None and tensor.is_floating_point() and tensor.numel() >= self.min_size:
-            name = node.name()
-            if not name.startswith(_LOGARITHMS):
-                packed = self._encode(tensor, keep_sign or name.startswith(_SIGNED_RESULTS) or self._keep_sign)
+        if (not parameter and name is not None and tensor.is_floating_point() and tensor.numel() >= self.min_size
+                and not name.startswith(_LOGARITHMS)):  # fmt: skip
+            packed = self._encode(tensor, keep_sign or name.startswith(_SIGNED_RESULTS) or self._keep_sign)
         if packed is not None:
             for part in packed.entry.codes.tensors:
                 self._keep(part)
@@ -296,10 +291,7 @@ def _is_parameter(tensor: Tensor) -> bool:
     """Whether a tensor is a leaf that requires a gradient, or one seen through casts and changes of shape."""
     if isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
         return True
-    node = tensor.grad_fn
-    while node is not None and node.name().startswith(_VIEWS_AND_CASTS):
-        node = node.next_functions[0][0]
-    return node is not None and node.name().endswith("AccumulateGrad")
+    return is_parameter_node(tensor.grad_fn)
 
 
 # ---- operators that need only a mask ----

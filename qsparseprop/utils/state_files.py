@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ._errors import ConfigurationError
+from .errors import ConfigurationError
 
 __all__ = ["read_state_dict", "stored_bytes", "strip_prefix"]
 

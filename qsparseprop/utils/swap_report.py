@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +58,13 @@ class SwapReport(list):
     def swapped(self) -> list[SwapDecision]:
         """Those that were replaced."""
         return [d for d in self if d.swapped]
+
+    def tell_chains(self, joined: Mapping[str, Sequence[str]]) -> None:
+        """Let the reasons of layers that were replaced say what they were computed together with."""
+        for decision in self.swapped:
+            if names := joined.get(decision.name):
+                together = "together with " + ", ".join(names)
+                decision.reason = ", ".join(part for part in (together, decision.reason) if part)
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """For JSON."""

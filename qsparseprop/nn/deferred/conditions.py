@@ -7,31 +7,32 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch.autograd import forward_ad
 
-from qsparseprop._torch_compat import watcher
+from qsparseprop._torch_compat import (
+    dispatch_modes,
+    function_modes,
+    is_differentiating_forward,
+    is_jit_tracing,
+    transforms_active,
+    watcher,
+)
 
 #: Results of fewer elements are not deferred: what that costs by itself is more than the passes that it saves.
 LEAST_ELEMENTS = 1 << 16
-
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_functorch = torch._C._are_functorch_transforms_active
 
 _stepwise = threading.local()
 
 
 def _watched() -> bool:
     """Whether a mode sees torch's functions, other than one that leaves those of deferred tensors to them."""
-    return any(not getattr(torch._C._get_function_stack_at(i), "leaves_deferred_tensors", False)
-               for i in range(_function_modes()))  # fmt: skip
+    return any(not getattr(mode, "leaves_deferred_tensors", False) for mode in function_modes())
 
 
 def may_defer() -> bool:
     """Whether blocks may form: nobody traces, watches single operators or differentiates in another way."""
     return not (
-        torch.compiler.is_compiling() or _dispatch_modes() or (_function_modes() and _watched())
-        or _functorch() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+        torch.compiler.is_compiling() or dispatch_modes() or _watched() or transforms_active()
+        or is_differentiating_forward() or is_jit_tracing()
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 
+from qsparseprop._torch_compat import at_the_end_of_backward, current_backward
 from qsparseprop.geometry import Geometry
 from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.layout import Layout
@@ -96,8 +96,8 @@ _open = threading.local()  # gradients that are not computed yet, of each backwa
 
 def _compute_at_the_end(gradient: PendingGradient) -> None:
     """See to it that a gradient whose memory others might change later is computed before the backward pass ends."""
-    task = torch._C._current_graph_task_id()
-    if task < 0:  # somebody calls a node by hand
+    task = current_backward()
+    if task is None:  # somebody calls a node by hand
         gradient.plain()
         return
     tasks = _open.__dict__.setdefault("tasks", {})
@@ -106,7 +106,7 @@ def _compute_at_the_end(gradient: PendingGradient) -> None:
         for old in [key for key, others in tasks.items() if not any(ref() for ref in others)]:
             del tasks[old]  # of passes that have failed
         gradients = tasks[task] = []
-        Variable._execution_engine.queue_callback(functools.partial(_compute_open, task))
+        at_the_end_of_backward(functools.partial(_compute_open, task))
     gradients.append(weakref.ref(gradient))
 
 

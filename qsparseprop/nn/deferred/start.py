@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
+from qsparseprop._torch_compat import others_see_output
 from qsparseprop.nn.deferred import conditions
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.layout import Layout, images, linear
@@ -91,8 +91,8 @@ class StartBehind(_Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         """The module's output, deferred, or None."""
-        if len(module._forward_hooks) > 1 or _module._global_forward_hooks:
-            return None  # others have seen the output
+        if others_see_output(module):
+            return None
         return self._begin(output, isinstance(module, nn.Linear), False)
 
 

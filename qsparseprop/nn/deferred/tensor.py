@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from qsparseprop._torch_compat import called_by_parameter, keep_from_compiling, watcher
+from qsparseprop._torch_compat import (
+    called_by_parameter,
+    keep_from_compiling,
+    overrides_functions,
+    refuse_data_pointer,
+    watcher,
+    without_dispatch,
+)
 from qsparseprop.nn._engine import STARTS_BACKWARD, run_backward
 from qsparseprop.nn.deferred.gradient import PendingGradient
 from qsparseprop.nn.deferred.pending import Pending
@@ -47,7 +54,7 @@ class DeferredTensor(Tensor):
         layout = pending.layout
         tensor = Tensor._make_wrapper_subclass(cls, layout.shape, strides=layout.strides, dtype=dtype)
         # whoever reaches for its memory past the dispatcher gets an error
-        torch._C._set_throw_on_mutable_data_ptr(tensor)
+        refuse_data_pointer(tensor)
         tensor._pending = pending
         return tensor
 
@@ -96,7 +103,7 @@ class DeferredTensor(Tensor):
         args, kwargs = tree_map_only(DeferredTensor, values, (args, kwargs or {}))
         result = func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:  # squeeze_ and the like change the tensor itself, too
-            with torch._C._DisableTorchDispatch():
+            with without_dispatch():
                 func(*given, **kwargs)
         for tensor in deferred:
             if result is tensor._pending._values:  # in place: the result is the tensor that was given
@@ -115,8 +122,7 @@ for _method in (DeferredTensor.__torch_function__, DeferredTensor.__torch_dispat
 
 def _wants_to_be_asked(kind: type) -> bool:
     """Whether a type of tensors does something to torch's functions; parameters do not."""
-    return (kind is not Tensor and kind is not DeferredTensor
-            and kind.__torch_function__ is not torch._C._disabled_torch_function_impl)  # fmt: skip
+    return kind is not Tensor and kind is not DeferredTensor and overrides_functions(kind)
 
 
 def _leaf_like(tensor: DeferredTensor) -> DeferredTensor:

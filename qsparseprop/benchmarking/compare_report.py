@@ -1,4 +1,4 @@
-"""The result of `qsparseprop.utils.compare` as a table, as JSON and as a picture."""
+"""The result of `qsparseprop.benchmarking.compare` as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._errors import ConfigurationError
-from ._files import replacing
+from qsparseprop.training.files import replacing
+from qsparseprop.utils.errors import ConfigurationError
+
 from .compare import RUN_LABELS
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def format_table(result: dict[str, Any]) -> str:
     Parameters
     ----------
     result : dict
-        What `qsparseprop.utils.compare.compare` returns.
+        What `qsparseprop.benchmarking.compare.compare` returns.
 
     Returns
     -------

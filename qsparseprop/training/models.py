@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._errors import ConfigurationError, refuse_more_than_memory
-from .state_files import read_state_dict, strip_prefix
+from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
+from qsparseprop.utils.state_files import read_state_dict, strip_prefix
+
 from .weights import load_checkpoint
 
 __all__ = [
@@ -299,7 +300,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images ``[batch, in_channels, image_size, image_size]`` to logits ``[batch, num_classes]``."""
-        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        # contiguous: what is added to the tokens, layer by layer, and normalised, lies in memory as they do
+        tokens = (self.patches(x).flatten(2).transpose(1, 2) + self.position).contiguous()
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 

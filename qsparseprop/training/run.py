@@ -21,14 +21,8 @@ import torch
 from torch import nn
 
 from qsparseprop.nn._base import SparseModule
-
-from ._errors import ConfigurationError
-from ._files import replacing
-from ._locks import locked
-from .compare import Reporter
-from .finetuner import CheckpointError, Finetuner, FitResult, LayerTime, layer_table, read_checkpoint
-from .finetuner.fit import LAST
-from .measurement_utils import (
+from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.measurement_utils import (
     current_rss_mb,
     environment,
     peak_rss_mb,
@@ -36,8 +30,14 @@ from .measurement_utils import (
     reset_peak_rss,
     saved_for_backward_bytes,
 )
-from .network_utils import sparsity, swap_modules_for_state
-from .pruning_utils import GradualPruner
+from qsparseprop.utils.network_utils import sparsity, swap_modules_for_state
+from qsparseprop.utils.pruning_utils import GradualPruner
+
+from .files import replacing
+from .finetuner import CheckpointError, Finetuner, FitResult, LayerTime, layer_table, read_checkpoint
+from .finetuner.fit import LAST
+from .locks import locked
+from .reporter import Reporter
 from .setup_run import (
     PRUNERS,
     TrainingMode,
@@ -406,4 +406,4 @@ def _swap_like(model: nn.Module, state: Mapping[str, torch.Tensor], config: RunC
     if config.scheme == "dense":
         return
     quantize, qconfig = parse_scheme(config.scheme)
-    swap_modules_for_state(model, state, quantize, qconfig, fuse=quantize)
+    swap_modules_for_state(model, state, quantize=quantize, qconfig=qconfig, fuse=quantize)

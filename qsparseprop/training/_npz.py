@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ._errors import ConfigurationError
+from qsparseprop.utils.errors import ConfigurationError
 
 __all__ = ["PARTS", "NpzFile", "count_classes"]
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from ._errors import ConfigurationError, refuse_more_than_memory
+from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
+
 from ._npz import PARTS, NpzFile, count_classes
 
 __all__ = [

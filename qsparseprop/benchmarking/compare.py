@@ -12,19 +12,18 @@ import copy
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
-from ._errors import ConfigurationError
-from ._files import save_tensors
-from .compare_worker import RunHandle, RunSpec, loss_note
-from .dense_modes import DENSE_MODES, MODE_STEPS, time_dense_modes
-from .measurement_utils import environment
-from .setup_run import (
+from qsparseprop.training.files import save_tensors
+from qsparseprop.training.finetuner import Finetuner
+from qsparseprop.training.reporter import Reporter, SilentReporter
+from qsparseprop.training.setup_run import (
     PRUNERS,
     TrainingMode,
     make_finetuner,
@@ -33,6 +32,11 @@ from .setup_run import (
     prepare_network,
     prune_model,
 )
+from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.measurement_utils import environment
+
+from .compare_worker import RunHandle, RunSpec, loss_note
+from .dense_modes import DENSE_MODES, MODE_STEPS, time_dense_modes
 
 __all__ = ["RUN_LABELS", "CompareConfig", "ConfigurationError", "Reporter", "compare"]
 
@@ -62,7 +66,7 @@ class CompareConfig:
     Attributes
     ----------
     model : str
-        Network, see `qsparseprop.utils.models.build_model`.
+        Network, see `qsparseprop.training.models.build_model`.
     width : int or None
         Channels of its first stage; ``None`` for the network's own.
     weights : str or None
@@ -70,7 +74,7 @@ class CompareConfig:
     new_head : bool
         Keep the network's own classifier where that of `weights` has another shape.
     data : str
-        Images, see `qsparseprop.utils.data.load_data`.
+        Images, see `qsparseprop.training.data.load_data`.
     normalize : {"data", "imagenet"}
         What the pixels are scaled by.
     sparsity : float
@@ -147,19 +151,6 @@ class CompareConfig:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-class Reporter(Protocol):
-    """Where `compare` tells how far it is."""
-
-    def message(self, text: str) -> None:
-        """Show one or more lines."""
-
-    def stage(self, text: str, until: float) -> None:
-        """Begin a part of the work, at whose end the share `until` of all work is done; the one before has ended."""
-
-    def progress(self, name: str, total: int) -> Callable[[str], None]:
-        """Count `total` steps of the present part; the returned function is called at each, with a note on it."""
-
-
 @dataclass
 class Shared:
     """What several comparisons of one network have in common, so that only the first one has to do it.
@@ -174,17 +165,6 @@ class Shared:
 
     mode_seconds: dict[str, float] = field(default_factory=dict)
     dense: dict[tuple[int, int], tuple[dict[str, torch.Tensor], float]] = field(default_factory=dict)
-
-
-class _Silent:
-    def message(self, text: str) -> None:
-        pass
-
-    def stage(self, text: str, until: float) -> None:
-        pass
-
-    def progress(self, name: str, total: int) -> Callable[[str], None]:
-        return lambda note: None
 
 
 def compare(
@@ -242,7 +222,7 @@ def compare(
         If one of the three processes fails; the message holds its traceback.
     """
     config = config or CompareConfig()
-    reporter = reporter or _Silent()
+    reporter = reporter or SilentReporter()
     began = time.perf_counter()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -252,32 +232,9 @@ def compare(
     train_loader, test_loader = make_loaders(data, config.batch_size, config.seed)
 
     shared = shared or Shared()
-    if not shared.mode_seconds:
-        reporter.stage(f"trying {len(DENSE_MODES)} ways to train the dense network", _MODES_TRIED)
-        on_step = reporter.progress("dense", MODE_STEPS)
-        shared.mode_seconds = time_dense_modes(model, *next(iter(train_loader)), on_step)
-    mode_seconds = shared.mode_seconds
-    best = min(DENSE_MODES, key=lambda mode: mode_seconds[mode.name])
-    listed = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in mode_seconds.items())
-    reporter.message(f"Dense training, ms a step: {listed}. Best: {best.name}.")
-
-    steps = config.pretrain_epochs * len(train_loader)
-    trainer = make_finetuner(model, best, config.learning_rate, steps)
-    key = (config.seed, config.pretrain_epochs)
-    if key in shared.dense:
-        state, dense_top1 = shared.dense[key]
-        model.load_state_dict(state)
-    else:
-        if config.weights is None:
-            reporter.stage("training dense", _TRAINED)
-            advance = reporter.progress("dense", steps)
-            for epoch in range(1, config.pretrain_epochs + 1):
-                trainer.train(train_loader, on_step=lambda loss: advance(loss_note(loss)))
-                summary = trainer.history.summary(len(train_loader))
-                reporter.message(f"  epoch {epoch}/{config.pretrain_epochs}: {summary}")
-        reporter.stage("measuring the accuracy of the dense network", _TRAINED)
-        dense_top1 = trainer.evaluate(test_loader)
-        shared.dense[key] = copy.deepcopy(model.state_dict()), dense_top1
+    best = _best_dense_mode(model, train_loader, shared, reporter)
+    trainer = make_finetuner(model, best, config.learning_rate, config.pretrain_epochs * len(train_loader))
+    dense_top1 = _train_dense(trainer, train_loader, test_loader, config, shared, reporter)
     reporter.stage("pruning", _PRUNED)
     pruned = prune_model(model, config.prune, config.sparsity)
     pruned_top1 = trainer.evaluate(test_loader)
@@ -286,6 +243,71 @@ def compare(
         f"top-1 {pruned_top1:.1f} %."
     )
 
+    specs = _run_specs(config, best)
+    start = {"model": model.state_dict(), "masks": pruned["masks"], "data": vars(data), "config": asdict(config)}
+    # Where plain fp32 is the best of the dense ones already, a second run of the same would only take longer.
+    different = {name: spec for name, spec in specs.items() if name == "dense_fp32" or spec != specs["dense_fp32"]}
+    measured = _finetune_all(different, start, reporter, config.evaluations)
+    runs = {name: copy.deepcopy(measured[name if name in measured else "dense_fp32"]) for name in specs}
+
+    for name, run in runs.items():
+        run["evaluations"].insert(0, {"step": 0, "train_s": 0.0, "top1": pruned_top1})
+        run["config"] = specs[name].mode.name
+    sparse_ms = runs["qsparseprop"]["step_ms"]
+    return {
+        "sparsity": config.sparsity,
+        "runs": runs,
+        "speedup_vs_dense_fp32": runs["dense_fp32"]["step_ms"] / sparse_ms,
+        "speedup_vs_dense_best": runs["dense_best"]["step_ms"] / sparse_ms,
+        "dense_top1": dense_top1,
+        "pruned_top1": pruned_top1,
+        "dense_modes_step_ms": {name: 1e3 * seconds for name, seconds in shared.mode_seconds.items()},
+        "layer_sparsity": pruned["layers"],
+        "config": asdict(config),
+        "data": {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)},
+        "environment": environment(),
+        "total_s": time.perf_counter() - began,
+    }
+
+
+def _best_dense_mode(model: nn.Module, train_loader: DataLoader, shared: Shared, reporter: Reporter) -> TrainingMode:
+    """The fastest dense way to train, timed if nobody has."""
+    if not shared.mode_seconds:
+        reporter.stage(f"trying {len(DENSE_MODES)} ways to train the dense network", _MODES_TRIED)
+        on_step = reporter.progress("dense", MODE_STEPS)
+        shared.mode_seconds = time_dense_modes(model, *next(iter(train_loader)), on_step)
+    seconds = shared.mode_seconds
+    best = min(DENSE_MODES, key=lambda mode: seconds[mode.name])
+    listed = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in seconds.items())
+    reporter.message(f"Dense training, ms a step: {listed}. Best: {best.name}.")
+    return best
+
+
+def _train_dense(
+    trainer: Finetuner, train_loader: DataLoader, test_loader: DataLoader, config: CompareConfig, shared: Shared,
+    reporter: Reporter
+) -> float:  # fmt: skip
+    """Train the trainer's network dense, or take over what an earlier comparison has trained; its accuracy."""
+    key = (config.seed, config.pretrain_epochs)
+    if key in shared.dense:
+        state, top1 = shared.dense[key]
+        trainer.model.load_state_dict(state)
+        return top1
+    if config.weights is None:
+        reporter.stage("training dense", _TRAINED)
+        advance = reporter.progress("dense", config.pretrain_epochs * len(train_loader))
+        for epoch in range(1, config.pretrain_epochs + 1):
+            trainer.train(train_loader, on_step=lambda loss: advance(loss_note(loss)))
+            summary = trainer.history.summary(len(train_loader))
+            reporter.message(f"  epoch {epoch}/{config.pretrain_epochs}: {summary}")
+    reporter.stage("measuring the accuracy of the dense network", _TRAINED)
+    top1 = trainer.evaluate(test_loader)
+    shared.dense[key] = copy.deepcopy(trainer.model.state_dict()), top1
+    return top1
+
+
+def _run_specs(config: CompareConfig, best: TrainingMode) -> dict[str, RunSpec]:
+    """What is to be run, by name."""
     specs = {
         "dense_fp32": RunSpec(mode=DENSE_MODES[0]),
         "dense_best": RunSpec(mode=best),
@@ -304,30 +326,7 @@ def compare(
         specs["compressed"] = replace(swapped, compress_saved=True)
     if config.blocks == "apart":
         specs["blocks"] = replace(swapped, fuse=True)
-    start = {"model": model.state_dict(), "masks": pruned["masks"], "data": vars(data), "config": asdict(config)}
-    # Where plain fp32 is the best of the dense ones already, a second run of the same would only take longer.
-    different = {name: spec for name, spec in specs.items() if name == "dense_fp32" or spec != specs["dense_fp32"]}
-    measured = _finetune_all(different, start, reporter, config.evaluations)
-    runs = {name: copy.deepcopy(measured[name if name in measured else "dense_fp32"]) for name in specs}
-
-    for name, run in runs.items():
-        run["evaluations"].insert(0, {"step": 0, "train_s": 0.0, "top1": pruned_top1})
-        run["config"] = specs[name].mode.name
-    sparse_ms = runs["qsparseprop"]["step_ms"]
-    return {
-        "sparsity": config.sparsity,
-        "runs": runs,
-        "speedup_vs_dense_fp32": runs["dense_fp32"]["step_ms"] / sparse_ms,
-        "speedup_vs_dense_best": runs["dense_best"]["step_ms"] / sparse_ms,
-        "dense_top1": dense_top1,
-        "pruned_top1": pruned_top1,
-        "dense_modes_step_ms": {name: 1e3 * seconds for name, seconds in mode_seconds.items()},
-        "layer_sparsity": pruned["layers"],
-        "config": asdict(config),
-        "data": {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)},
-        "environment": environment(),
-        "total_s": time.perf_counter() - began,
-    }
+    return specs
 
 
 def _finetune_all(

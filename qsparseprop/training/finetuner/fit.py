@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qsparseprop.utils._files import remove_leftovers
-from qsparseprop.utils._locks import locked
+from qsparseprop.training.files import remove_leftovers
+from qsparseprop.training.locks import locked
 
 from .batches import are_classes, split_batch
 from .checkpoint import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,11 @@ def _finite(value: Any) -> bool:
 
 
 class _Found(Exception):
-    pass
+    """Ends the forward pass; `name` and `sentence` are what `first_bad_layer` gives."""
+
+    def __init__(self, name: str | None, sentence: str) -> None:
+        super().__init__(sentence)
+        self.name, self.sentence = name, sentence
 
 
 def first_bad_layer(model: nn.Module, forward: Callable[[], Any]) -> tuple[str | None, str]:
@@ -40,46 +45,37 @@ def first_bad_layer(model: nn.Module, forward: Callable[[], Any]) -> tuple[str |
     sentence : str
         The same for people, with the reason where it can be seen.
     """
-    found: list[tuple[str | None, str]] = []
-    handles = []
-
-    def before(name: str, module: nn.Module):
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name == "" and not _finite((args, kwargs)):
-                found.append((None, "the input of the model has NaN or Inf"))
-                raise _Found
-            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if tensor.is_floating_point() and not _finite(tensor):
-                    found.append((name, f"{key!r} of {_describe(name, module)} has NaN or Inf"))
-                    raise _Found
-
-        return hook
-
-    def after(name: str, module: nn.Module):
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            # Inner modules report first, so this one made them itself.
-            if not _finite(output):
-                found.append((name, f"the output of {_describe(name, module)} is the first with NaN or Inf"))
-                raise _Found
-
-        return hook
-
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    handles = []
     try:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(before(name, module), prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name, module)))
+            before, after = functools.partial(_look_before, name), functools.partial(_look_after, name)
+            handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
         with torch.no_grad():
             forward()
-    except _Found:
-        pass
+    except _Found as found:
+        return found.name, found.sentence
     finally:
         for handle in handles:
             handle.remove()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-    return found[0] if found else (None, "every layer's output is finite: look at the targets and the loss function")
+    return None, "every layer's output is finite: look at the targets and the loss function"
+
+
+def _look_before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if name == "" and not _finite((args, kwargs)):
+        raise _Found(None, "the input of the model has NaN or Inf")
+    for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if tensor.is_floating_point() and not _finite(tensor):
+            raise _Found(name, f"{key!r} of {_describe(name, module)} has NaN or Inf")
+
+
+def _look_after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not _finite(output):  # inner modules report first, so this one made them itself
+        raise _Found(name, f"the output of {_describe(name, module)} is the first with NaN or Inf")
 
 
 def _describe(name: str, module: nn.Module) -> str:

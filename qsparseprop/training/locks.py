@@ -9,8 +9,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._errors import ConfigurationError
-from ._files import errors_name
+from qsparseprop.utils.errors import ConfigurationError
+
+from .files import errors_name
 
 try:
     import fcntl

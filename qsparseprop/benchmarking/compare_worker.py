@@ -1,4 +1,4 @@
-"""One run of the comparison in its own process, and the parent's handle on it. See `qsparseprop.utils.compare`."""
+"""One run of the comparison in its own process, and the parent's handle on it. See `compare`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from .data import ImageData
-from .measurement_utils import (
+from qsparseprop.training.data import ImageData
+from qsparseprop.training.setup_run import TrainingMode, make_finetuner, make_loaders, make_network, swap_model
+from qsparseprop.utils.measurement_utils import (
     current_rss_mb,
     peak_rss_mb,
     release_free_memory,
     reset_peak_rss,
     saved_for_backward_bytes,
 )
-from .setup_run import TrainingMode, make_finetuner, make_loaders, make_network, swap_model
 
 __all__ = ["RunHandle", "RunSpec", "loss_note"]
 

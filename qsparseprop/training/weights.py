@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from qsparseprop.nn._weight import SparseWeight
-
-from ._errors import ConfigurationError
-from .state_files import read_state_dict
+from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.state_files import read_state_dict
 
 __all__ = ["load_checkpoint", "load_state"]
 

@@ -14,13 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from qsparseprop.quantization import QuantConfig
-
-from ._errors import ConfigurationError, reason_of
-from .data import ImageData, ImageKind, evaluation_loader, image_kind, load_data, training_loader
-from .finetuner import Finetuner
-from .models import build_model
-from .network_utils import swap_modules_with_sparse
-from .pruning_utils import (
+from qsparseprop.utils.errors import ConfigurationError, reason_of
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+from qsparseprop.utils.pruning_utils import (
     collect_masks,
     global_magnitude_prune,
     layer_sparsity,
@@ -29,8 +25,12 @@ from .pruning_utils import (
     make_pruning_permanent,
     prunable_modules,
 )
-from .saved_tensors import compress_saved_tensors
-from .state_files import read_state_dict
+from qsparseprop.utils.saved_tensors import compress_saved_tensors
+from qsparseprop.utils.state_files import read_state_dict
+
+from .data import ImageData, ImageKind, evaluation_loader, image_kind, load_data, training_loader
+from .finetuner import Finetuner
+from .models import build_model
 from .weights import load_state
 
 __all__ = [

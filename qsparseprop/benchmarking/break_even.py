@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .measurement_utils import Spread
+from qsparseprop.utils.measurement_utils import Spread
 
 __all__ = ["BreakEven", "break_even"]
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from qsparseprop import nn as sparse_nn
 from qsparseprop.config import usable_processors
 from qsparseprop.nn.deferred import ordinary
-
-from ._errors import ConfigurationError
-from .break_even import break_even
-from .cost_model import LayerCost, layer_cost, model_costs
-from .measurement_utils import (
+from qsparseprop.training.models import MODELS, build_model
+from qsparseprop.training.setup_run import TrainingMode
+from qsparseprop.utils.cost_model import LayerCost, layer_cost, model_costs
+from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.measurement_utils import (
     Spread,
     environment,
     interleaved_medians,
@@ -30,10 +30,10 @@ from .measurement_utils import (
     machine_memory_bytes,
     ratio_spread,
 )
-from .models import MODELS, build_model
-from .network_utils import swap_modules_with_sparse
-from .pruning_utils import prunable_modules
-from .setup_run import TrainingMode
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
+from qsparseprop.utils.pruning_utils import prunable_modules
+
+from .break_even import break_even
 
 __all__ = ["BenchConfig", "bench", "break_even", "parse_layer"]
 
@@ -60,7 +60,7 @@ class BenchConfig:
     layers : tuple of str
         See `parse_layer`; with no model either, `DEFAULT_LAYERS`.
     model : str or None
-        See `qsparseprop.utils.models.build_model`.
+        See `qsparseprop.training.models.build_model`.
     inputs : tuple of shapes
         One a layer, or that of the model.
     by_layer : bool

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .finetuner import Finetuner
-from .measurement_utils import interleaved_times
-from .setup_run import TrainingMode, make_finetuner
+from qsparseprop.training.finetuner import Finetuner
+from qsparseprop.training.setup_run import TrainingMode, make_finetuner
+from qsparseprop.utils.measurement_utils import interleaved_times
 
 __all__ = ["DENSE_MODES", "MODE_STEPS", "time_dense_modes"]
 

@@ -1,4 +1,4 @@
-"""The result of `qsparseprop.utils.bench` as a table and as pictures.
+"""The result of `qsparseprop.benchmarking.bench` as a table and as pictures.
 
 In the pictures what was measured has one colour, and what was derived from it another; layers have a panel each, so
 that neither needs a legend.
@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._files import replacing
+from qsparseprop.training.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
