@@ -155,7 +155,8 @@ def test_a_tensor_that_its_layer_packs_is_packed_for_others(packings):
 def test_a_change_in_place_ends_the_packed_form():
     model = swapped(conv_net(), (5, 12, 9, 7), grad="absmax").eval()
     other = copy.deepcopy(model)
-    x = torch.randn(5, 12, 9, 7)
+    # in this order results that are read and packed are deferred again and again
+    x = torch.randn(5, 12, 9, 7).to(memory_format=torch.channels_last)
 
     def use(network, h, way):
         network[3](h)  # packs

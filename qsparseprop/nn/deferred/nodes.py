@@ -138,7 +138,7 @@ class _BatchNorm(torch.autograd.Function):
                            ctx.dtype)  # fmt: skip
         # copies: parameters keep their gradients, and these share memory
         gradients = dx, dweight.clone() if need[1] else None, dbias.clone() if need[2] else None
-        return *block_gradients(gradients, link), None
+        return *block_gradients(gradients, dy, link), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -173,7 +173,7 @@ class _Activation(torch.autograd.Function):
             ctx.slopes.fill()
             rows = gradient_rows(dy, ctx.layout, ctx.dtype)
         dx = _deferred(PendingGradient(ctx.layout, rows, saved, ctx.activation), ctx.dtype)
-        return *block_gradients((dx,), link), None, None
+        return *block_gradients((dx,), dy, link), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:

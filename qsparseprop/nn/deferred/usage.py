@@ -38,13 +38,15 @@ class Usage:
         Of a layer's product: whether the layer has taken its input packed.
     """
 
-    __slots__ = ("_branches", "_calls", "_depth", "_followed", "_last", "absorbed", "fed", "packed", "read", "summed")
+    __slots__ = ("_branches", "_by_rows", "_calls", "_depth", "_followed", "_last", "absorbed", "fed", "packed", "read",
+                 "summed")  # fmt: skip
 
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
         self._branches: dict[Operation, Usage] = {}
         self._followed: set[Operation] = set()
         self._calls = 0
+        self._by_rows = True
         self._last = (False,) * 4
         self.absorbed = self.packed = self.summed = self.read = self.fed = False
 
@@ -56,12 +58,22 @@ class Usage:
             found = Usage(self._depth + 1)
             if self._depth < LONGEST and len(self._branches) < MOST_BRANCHES:
                 self._branches[operation] = found
-        return found.begin()
+        return found.begin(self._by_rows)
 
-    def begin(self) -> Usage:
-        """A new tensor is made."""
+    def begin(self, by_rows: bool, borrowed: bool = False) -> Usage:
+        """A new tensor is made.
+
+        Parameters
+        ----------
+        by_rows : bool
+            Whether it is a view of its rows; otherwise who reads the values pays for a copy in another order.
+        borrowed : bool
+            Whether its rows are those of an ordinary tensor, which pays then for being taken up as well.
+        """
         if not self._values_only:
-            self._last = (self.absorbed, self.packed, self.summed, self.read)
+            read = self.read or (borrowed and not self._by_rows and self._read_behind())
+            self._last = (self.absorbed, self.packed, self.summed, read)
+        self._by_rows = by_rows
         self.absorbed = self.packed = self.summed = self.read = self.fed = False
         self._followed.clear()
         self._calls += 1
@@ -69,7 +81,7 @@ class Usage:
 
     @property
     def plain(self) -> bool:
-        """Whether only the values were wanted, so that there is nothing to defer.
+        """Whether only the values were wanted, so that deferring saves nothing, or less than it costs.
 
         Where somebody sees what autograd saves, this may not depend on a guess.
         """
@@ -78,12 +90,18 @@ class Usage:
     @property
     def _values_only(self) -> bool:
         absorbed, packed, summed, read = self._last
-        return read and not (absorbed or packed or summed) and self._calls % RETRY != 0
+        worth = self._by_rows and (absorbed or packed or summed)
+        return read and not worth and self._calls % RETRY != 0
 
     @property
     def keeps_values(self) -> bool:
         """Whether the values were wanted beside the packed form."""
         return self._last[2] or self._last[3]
+
+    def _read_behind(self) -> bool:
+        """Whether the values of something that followed were read."""
+        return any(branch.read or branch._read_behind() for operation, branch in self._branches.items()
+                   if operation in self._followed)  # fmt: skip
 
     def chain(self) -> list[Operation]:
         """What was recorded, one operation after the other; the longest of several chains."""
