@@ -195,7 +195,7 @@ def test_inputs_that_change_after_they_were_read():
     """A normalisation of a tensor that belongs to somebody else has read it when it returns."""
     reader, norm = sparse(nn.Conv2d(12, 8, 1)), settle(nn.BatchNorm2d(12))
     fuse_modules(nn.Sequential(norm, reader))
-    x = torch.randn(5, 12, 9, 7)
+    x = torch.randn(5, 12, 9, 7).to(memory_format=torch.channels_last)
     expected = copy.deepcopy(norm).double()(x.double()).relu()
     y = torch.relu(norm(x))
     x.zero_()

@@ -6,6 +6,7 @@ sparse layer that reads it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pending: Pending) -> Tensor:
+        ctx.set_materialize_grads(False)
         return DeferredTensor(pending, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if type(dy) is not DeferredTensor:
             return dy, None
         return dy._pending.plain(), None
@@ -64,7 +66,9 @@ class _Hook:
         if usage is None:
             usage = self._usages[trains] = Usage()
         layout = _layout_of(x, features_last)
-        if layout is None or usage.begin(layout.by_rows, borrowed).plain:
+        if layout is None or (borrowed and not layout.by_rows):  # a copy in another order costs what is saved
+            return None
+        if usage.begin(layout.by_rows, borrowed).plain:
             return None
         pending = Pending(layout.rows(x.detach()), layout, usage, borrowed)
         if trains and x.requires_grad:
@@ -82,7 +86,13 @@ def _layout_of(x: Tensor, features_last: bool) -> Layout | None:
         found = [linear(shape)]
     else:
         found = [images(shape, contiguous) for contiguous in (True, False)[: x.ndim - 2]]
-    return next((layout for layout in found if layout.strides == x.stride()), None)
+    strides = _that_count(shape, x.stride())
+    return next((layout for layout in found if _that_count(shape, layout.strides) == strides), None)
+
+
+def _that_count(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Strides of dimensions that are walked: those of others may change when a tensor is saved and given back."""
+    return [stride for n, stride in zip(shape, strides, strict=True) if n > 1]
 
 
 class StartBehind(_Hook):
@@ -92,6 +102,8 @@ class StartBehind(_Hook):
         """The module's output, deferred, or None."""
         if forward_hooks(module) > 1 or not _is_dense(module, PRODUCTS):
             return None
+        if isinstance(output, Tensor) and output._is_view():
+            return None  # as linear layers give for images: hooks and changes in place treat views otherwise
         return self._begin(output, isinstance(module, nn.Linear), False)
 
 

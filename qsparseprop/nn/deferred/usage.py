@@ -34,12 +34,14 @@ class Usage:
         Whether it was a summand of another chain.
     read : bool
         Whether anybody else has seen its values.
+    keeps_values : bool
+        Whether the values were wanted the last time, beside the packed form.
     fed : bool
         Of a layer's product: whether the layer has taken its input packed.
     """
 
-    __slots__ = ("_branches", "_by_rows", "_calls", "_depth", "_followed", "_last", "absorbed", "fed", "packed", "read",
-                 "summed")  # fmt: skip
+    __slots__ = ("_branches", "_by_rows", "_calls", "_depth", "_followed", "_values_only", "absorbed", "fed",
+                 "keeps_values", "packed", "read", "summed")  # fmt: skip
 
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
@@ -47,7 +49,7 @@ class Usage:
         self._followed: set[Operation] = set()
         self._calls = 0
         self._by_rows = True
-        self._last = (False,) * 4
+        self._values_only = self.keeps_values = False
         self.absorbed = self.packed = self.summed = self.read = self.fed = False
 
     def branch(self, operation: Operation) -> Usage:
@@ -68,11 +70,15 @@ class Usage:
         by_rows : bool
             Whether it is a view of its rows; otherwise who reads the values pays for a copy in another order.
         borrowed : bool
-            Whether its rows are those of an ordinary tensor, which pays then for being taken up as well.
+            Whether its rows are those of an ordinary tensor, so that nothing is saved before the chain ends.
         """
-        if not self._values_only:
-            read = self.read or (borrowed and not self._by_rows and self._read_behind())
-            self._last = (self.absorbed, self.packed, self.summed, read)
+        if not self._values_only or self._calls % RETRY == 0:  # otherwise nothing could be learned from the last one
+            self.keeps_values = self.summed or self.read
+            packed, read = self.packed or self.summed, self.read
+            if borrowed:
+                self._values_only = (read or self._read_behind()) and not (packed or self._packed_behind())
+            else:
+                self._values_only = read and not (packed or self.absorbed)
         self._by_rows = by_rows
         self.absorbed = self.packed = self.summed = self.read = self.fed = False
         self._followed.clear()
@@ -85,23 +91,18 @@ class Usage:
 
         Where somebody sees what autograd saves, this may not depend on a guess.
         """
-        return self._values_only and watcher() is None
+        return self._values_only and self._calls % RETRY != 0 and watcher() is None
 
-    @property
-    def _values_only(self) -> bool:
-        absorbed, packed, summed, read = self._last
-        worth = self._by_rows and (absorbed or packed or summed)
-        return read and not worth and self._calls % RETRY != 0
-
-    @property
-    def keeps_values(self) -> bool:
-        """Whether the values were wanted beside the packed form."""
-        return self._last[2] or self._last[3]
+    def _behind(self) -> Iterable[Usage]:
+        return (branch for operation, branch in self._branches.items() if operation in self._followed)
 
     def _read_behind(self) -> bool:
         """Whether the values of something that followed were read."""
-        return any(branch.read or branch._read_behind() for operation, branch in self._branches.items()
-                   if operation in self._followed)  # fmt: skip
+        return any(branch.read or branch._read_behind() for branch in self._behind())
+
+    def _packed_behind(self) -> bool:
+        """Whether something that followed was packed, or taken up by another chain."""
+        return any(branch.packed or branch.summed or branch._packed_behind() for branch in self._behind())
 
     def chain(self) -> list[Operation]:
         """What was recorded, one operation after the other; the longest of several chains."""
