@@ -27,6 +27,8 @@ __all__ = [
     "called_by_parameter",
     "current_backward",
     "dispatch_modes",
+    "forward_hooks",
+    "forward_pre_hooks",
     "function_modes",
     "is_differentiating_forward",
     "is_jit_tracing",
@@ -34,7 +36,6 @@ __all__ = [
     "keep_from_compiling",
     "keep_off_fast_path",
     "name_of_node",
-    "others_see_output",
     "overrides_functions",
     "refuse_data_pointer",
     "saved_tensors_hook",
@@ -115,9 +116,14 @@ def is_parameter_node(node: Any) -> bool:
 # ---- modules ----
 
 
-def others_see_output(module: nn.Module) -> bool:
-    """Whether more than one forward hook is given a module's output."""
-    return len(module._forward_hooks) > 1 or bool(_module._global_forward_hooks)
+def forward_hooks(module: nn.Module) -> int:
+    """How many hooks are given a module's output, after it has run."""
+    return len(module._forward_hooks) + len(_module._global_forward_hooks)
+
+
+def forward_pre_hooks(module: nn.Module) -> int:
+    """How many hooks are given a module's input, before it runs."""
+    return len(module._forward_pre_hooks) + len(_module._global_forward_pre_hooks)
 
 
 def keep_off_fast_path(encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder, off: bool) -> None:

@@ -135,7 +135,8 @@ def test_normalisation_behind_other_layers_is_torchs(settings, layer, training, 
     x = (x.to(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
     twin = x.detach().double().requires_grad_()
     y, expected = chain(x), exact(twin)
-    assert is_deferred(y)
+    # a tensor of the model's own is taken up where its memory is already as blocks read it
+    assert is_deferred(y) == (layer == "convolution" or channels_last)
     assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     assert relative(y, expected) < 1e-6
     dy = torch.randn_like(expected)

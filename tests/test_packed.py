@@ -155,7 +155,8 @@ def test_a_tensor_that_its_layer_packs_is_packed_for_others(packings):
 def test_a_change_in_place_ends_the_packed_form():
     model = swapped(conv_net(), (5, 12, 9, 7), grad="absmax").eval()
     other = copy.deepcopy(model)
-    x = torch.randn(5, 12, 9, 7)
+    # in this order results that are read and packed are deferred again and again
+    x = torch.randn(5, 12, 9, 7).to(memory_format=torch.channels_last)
 
     def use(network, h, way):
         network[3](h)  # packs
@@ -194,7 +195,7 @@ def test_inputs_that_change_after_they_were_read():
     """A normalisation of a tensor that belongs to somebody else has read it when it returns."""
     reader, norm = sparse(nn.Conv2d(12, 8, 1)), settle(nn.BatchNorm2d(12))
     fuse_modules(nn.Sequential(norm, reader))
-    x = torch.randn(5, 12, 9, 7)
+    x = torch.randn(5, 12, 9, 7).to(memory_format=torch.channels_last)
     expected = copy.deepcopy(norm).double()(x.double()).relu()
     y = torch.relu(norm(x))
     x.zero_()

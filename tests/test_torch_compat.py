@@ -342,15 +342,17 @@ def test_parameters_are_known_through_views_and_casts():
     assert not compat.is_parameter_node(None)
 
 
-def test_others_who_see_an_output_are_noticed():
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_on_a_module_and_on_all_are_counted(kind):
     layer = nn.Linear(2, 2)
-    layer.register_forward_hook(lambda *_: None)
-    assert not compat.others_see_output(layer)
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert compat.others_see_output(layer)
+    count = getattr(compat, f"{kind}_hooks")
+    assert count(layer) == 0
+    getattr(layer, f"register_{kind}_hook")(lambda *_: None)
+    assert count(layer) == 1
+    handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *_: None)
+    assert count(layer) == 2
     handle.remove()
-    layer.register_forward_hook(lambda *_: None)
-    assert compat.others_see_output(layer)
+    assert count(layer) == 1
 
 
 def test_encoders_can_be_kept_off_the_fast_path():

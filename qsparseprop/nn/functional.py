@@ -95,12 +95,14 @@ def packed_forward_pass(
     plan: Plan,
     qconfig: QuantConfig,
     dtype: torch.dtype,
+    channels_last: bool,
 ) -> Tensor:
-    """The channels_last product with an input that is packed already; see `ops.packed_forward`."""
+    """The product with an input that is packed already; see `ops.packed_forward`."""
     g, values = plan.geometry, plain(values)
     return ops.shortcut("packed_forward", *packed, values, bias)(
         *packed, values, bias, plan.forward, g.input_grid.numbers, g.output_views,
-        (batch, g.output_grid.planes, *g.output_size), dtype, qconfig.weight_clip(values, plan.entries), True,
+        (batch, g.output_grid.planes, *g.output_size), dtype, qconfig.weight_clip(values, plan.entries),
+        channels_last,
     )  # fmt: skip
 
 
@@ -288,14 +290,15 @@ def link_to_inputs() -> Tensor:
     return torch.empty(0)
 
 
-def block_gradients(gradients: tuple[Tensor | None, ...], link: Tensor) -> tuple[Tensor | None, ...]:
+def block_gradients(gradients: tuple[Tensor | None, ...], dy: Tensor, link: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of a block, made without a graph, which refuse to be differentiated where that is wanted.
 
-    They depend on the inputs even where the gradient that was given does not; `link` is that of `link_to_inputs`.
+    They depend on the gradient that was given, and on the inputs even where that does not; `link` is that of
+    `link_to_inputs`.
     """
     if not torch.is_grad_enabled():  # no create_graph=True
         return gradients
-    return NoSecondDerivative.apply(link, None, *gradients)
+    return NoSecondDerivative.apply(dy, link, *gradients)
 
 
 def refuse_forward_mode() -> None:

@@ -12,6 +12,7 @@ from qsparseprop.reference.epilogues import (
     epilogue_range,
     epilogue_sums,
 )
+from qsparseprop.reference.layout import transpose
 from qsparseprop.reference.masks import keep_masked, relu_mask, relu_mask_
 from qsparseprop.reference.normalisation import norm_factors, norm_statistics
 from qsparseprop.reference.products import pack, quantize_pack, quantize_weight, sddmm, spmm
@@ -56,4 +57,5 @@ __all__ = [
     "spmm",
     "stochastic_round",
     "symmetric_scale",
+    "transpose",
 ]

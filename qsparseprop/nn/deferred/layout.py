@@ -6,7 +6,11 @@ import functools
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from qsparseprop import transpose_ops  # noqa: F401 -- registers the operator
+from qsparseprop.ops import shortcut
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,18 @@ class Layout:
 
     def tensor(self, rows: Tensor) -> Tensor:
         """The tensor, a view of its rows where that is possible."""
-        tensor = self.view(rows)
-        return tensor if self.by_rows else tensor.contiguous()
+        if self.by_rows:
+            return self.view(rows)
+        n, c, *size = self.shape
+        return shortcut("transpose", rows)(rows, n, math.prod(size), c).view(self.shape)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Rows of a tensor of the same shape and any strides, a view where that is possible."""
         if self.channels_first:
+            if not self.by_rows and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.bfloat16):
+                n, c, *size = self.shape
+                turned = shortcut("transpose", tensor)(tensor, n, c, math.prod(size))
+                return turned.view(-1, c)
             tensor = tensor.movedim(1, -1)
         return tensor.reshape(-1, self.shape[1 if self.channels_first else -1]).contiguous()
 

@@ -138,7 +138,7 @@ class _BatchNorm(torch.autograd.Function):
                            ctx.dtype)  # fmt: skip
         # copies: parameters keep their gradients, and these share memory
         gradients = dx, dweight.clone() if need[1] else None, dbias.clone() if need[2] else None
-        return *block_gradients(gradients, link), None
+        return *block_gradients(gradients, dy, link), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -173,7 +173,7 @@ class _Activation(torch.autograd.Function):
             ctx.slopes.fill()
             rows = gradient_rows(dy, ctx.layout, ctx.dtype)
         dx = _deferred(PendingGradient(ctx.layout, rows, saved, ctx.activation), ctx.dtype)
-        return *block_gradients((dx,), link), None, None
+        return *block_gradients((dx,), dy, link), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -199,12 +199,13 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         ctx.save_for_backward(scale)
+        ctx.set_materialize_grads(False)
         return result(_map(source._pending, scale, shift), source.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         (scale,) = saved_tensors(ctx)
-        if scale is None:
+        if scale is None or dy is None:
             return dy, None, None
         if type(dy) is DeferredTensor:
             dy = dy._pending.plain()
@@ -235,10 +236,11 @@ class _Addition(torch.autograd.Function):
         pending = _add(source._pending, other)
         if in_place:
             ctx.mark_dirty(source)
+        ctx.set_materialize_grads(False)
         return _give(pending, source, in_place)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return dy, dy, None
 
     @staticmethod

@@ -150,11 +150,10 @@ class Pending:
         new._activation = activation
         if self._of_codes is not None and self._of_codes[1] is IDENTITY:
             new._of_codes = self._of_codes[0], activation
-        if save:
-            new._slopes = Slopes(self._rows, self._affine, activation)
+        slopes = new._slopes = Slopes(self._rows, self._affine, activation) if save else None
         if self._borrowed:
             new.compute()
-        return new, new._slopes
+        return new, slopes
 
     def mapped(self, scale: Tensor | None, shift: Tensor | None) -> Pending:
         """With what is settled multiplied, or shifted, by a number for each channel; other tensors' memory is read now.
@@ -210,7 +209,9 @@ class Pending:
     def _become(self, rows: Tensor) -> None:
         """The values are known: nothing is left to be done."""
         self._shared = self._shared and rows is self._rows
-        self._rows, self._affine, self._ends, self._activation = rows, NO_AFFINE, None, IDENTITY
+        if self._activation is not IDENTITY:
+            self._ends = None
+        self._rows, self._affine, self._activation = rows, NO_AFFINE, IDENTITY
         self._codes = self._slopes = None
 
     def _settle(self) -> None:

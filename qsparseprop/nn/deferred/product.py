@@ -78,7 +78,7 @@ class _Product(torch.autograd.Function):
         link, values, *kept = saved_tensors(ctx)
         with without_graph():
             gradients = _gradients(ctx, dy, values, kept)
-        return *block_gradients(gradients, link), None
+        return *block_gradients(gradients, dy, link), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -89,28 +89,34 @@ _apply = direct_apply(_Product)
 
 
 def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, tuple[Any, ...], Any]:
-    """The product as rows; tensors and the rest of what its backward pass needs of the input."""
+    """The product as images; tensors and the rest of what its backward pass needs of the input."""
     plan, qconfig, packed = call.plan, call.qconfig, call.packed
+    channels_last = call.layout.by_rows or not call.plain_result
     if qconfig.check_finite:
         if call.plain is not None:
             check_finite(call.plain, "the input")
         check_finite(values, "the weight")
     if packed is None:
-        z, *parts = forward_pass(call.plain, values, bias, plan, qconfig, call.dtype, True)
+        z, *parts = forward_pass(call.plain, values, bias, plan, qconfig, call.dtype, channels_last)
         if qconfig.grad_weight == "int8" and (pending := pending_of(x)) is not None:
             pending.keep_packed(PackedInput(*parts, plan.geometry, qconfig.input, qconfig.granularity))
         kept, rest = tuple(parts), None
     else:
-        z = packed_forward_pass(packed.parts, call.images[0], values, bias, plan, qconfig, call.dtype)
+        z = packed_forward_pass(packed.parts, call.images[0], values, bias, plan, qconfig, call.dtype,
+                                channels_last)
         kept, rest = packed.parts, None
         if packed.source is not None:
             kept, rest = packed.source.tensors, packed.source.rest
     call.packed = call.plain = None
-    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), kept, rest
+    return z, kept, rest
 
 
 def _start(z: Tensor, call: _Call) -> Tensor:
-    pending = Pending(z, call.layout, call.usage)
+    layout = call.layout
+    if call.plain_result and not layout.by_rows:  # written in the order that is wanted
+        call.usage.read = True
+        return z.view(layout.shape).detach()  # no view: it may be changed in place
+    pending = Pending(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), layout, call.usage)
     return pending.plain() if call.plain_result else DeferredTensor(pending, call.dtype)
 
 
@@ -195,20 +201,19 @@ def deferred_product(
         Of the result, float32 or bfloat16.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        usage = Usage()
-        trains, plain_result = records_gradients(), math.prod(layout(True).images) < conditions.LEAST_ELEMENTS
+        usage, trains, out = Usage(), records_gradients(), layout(x.ndim == 4 and is_channels_last(x))
+        plain_result = math.prod(out.images) < conditions.LEAST_ELEMENTS
         if not plain_result:
             usage = layer.__dict__.setdefault("_usages", {}).setdefault(trains, usage)
-            plain_result = usage.begin().plain
+            plain_result = usage.begin(out.by_rows).plain
         if plain_result and pending_of(x) is None:
             usage.read = True
             return None
         qconfig = layer._qconfig
         packed, plain, geometry, channels_last = _prepare(x, images, geometry, qconfig)
-        declared = is_channels_last(x) if x.ndim == 4 else False
         usage.fed = packed is not None
-        call = _Call(layer._plan(geometry, groups), qconfig, dtype, layout(declared), images, usage, packed, plain,
-                     channels_last, plain_result)
+        call = _Call(layer._plan(geometry, groups), qconfig, dtype, out, images, usage, packed, plain, channels_last,
+                     plain_result)
         weight, bias = layer.weight, layer.bias
         if trains and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             return _apply(x, weight, bias, call)[0]

@@ -6,12 +6,13 @@ sparse layer that reads it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsparseprop._torch_compat import others_see_output
+from qsparseprop._torch_compat import forward_hooks, forward_pre_hooks
 from qsparseprop.nn.deferred import conditions
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.layout import Layout, images, linear
@@ -29,10 +30,11 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pending: Pending) -> Tensor:
+        ctx.set_materialize_grads(False)
         return DeferredTensor(pending, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if type(dy) is not DeferredTensor:
             return dy, None
         return dy._pending.plain(), None
@@ -63,9 +65,10 @@ class _Hook:
         usage = self._usages.get(trains)
         if usage is None:
             usage = self._usages[trains] = Usage()
-        usage.begin()
         layout = _layout_of(x, features_last)
-        if layout is None or usage.plain:
+        if layout is None or (borrowed and not layout.by_rows):  # a copy in another order costs what is saved
+            return None
+        if usage.begin(layout.by_rows, borrowed).plain:
             return None
         pending = Pending(layout.rows(x.detach()), layout, usage, borrowed)
         if trains and x.requires_grad:
@@ -83,7 +86,13 @@ def _layout_of(x: Tensor, features_last: bool) -> Layout | None:
         found = [linear(shape)]
     else:
         found = [images(shape, contiguous) for contiguous in (True, False)[: x.ndim - 2]]
-    return next((layout for layout in found if layout.strides == x.stride()), None)
+    strides = _that_count(shape, x.stride())
+    return next((layout for layout in found if _that_count(shape, layout.strides) == strides), None)
+
+
+def _that_count(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Strides of dimensions that are walked: those of others may change when a tensor is saved and given back."""
+    return [stride for n, stride in zip(shape, strides, strict=True) if n > 1]
 
 
 class StartBehind(_Hook):
@@ -91,8 +100,10 @@ class StartBehind(_Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         """The module's output, deferred, or None."""
-        if others_see_output(module):
+        if forward_hooks(module) > 1 or not _is_dense(module, PRODUCTS):
             return None
+        if isinstance(output, Tensor) and output._is_view():
+            return None  # as linear layers give for images: hooks and changes in place treat views otherwise
         return self._begin(output, isinstance(module, nn.Linear), False)
 
 
@@ -101,7 +112,8 @@ class StartBefore(_Hook):
 
     def __call__(self, module: nn.Module, args: Any) -> tuple[Any, ...] | None:
         """The module's arguments with its input deferred, or None."""
-        if len(args) != 1:
+        # Its memory is that of the model's tensor, and its history begins anew: only batch_norm may see it.
+        if len(args) != 1 or forward_pre_hooks(module) > 1 or forward_hooks(module) or not _is_dense(module, NORMS):
             return None
         x = self._begin(args[0], False, True)
         return None if x is None else (x,)
@@ -109,12 +121,17 @@ class StartBefore(_Hook):
 
 def start_chains(module: nn.Module) -> None:
     """Let a dense layer or a batch normalisation start chains, if it is of a kind that can."""
-    if is_starting(module) or "forward" in vars(module):
+    if is_starting(module):
         return
-    if type(module) in PRODUCTS:
+    if _is_dense(module, PRODUCTS):
         module.register_forward_hook(StartBehind())
-    elif type(module) in NORMS:
+    elif _is_dense(module, NORMS):
         module.register_forward_pre_hook(StartBefore())
+
+
+def _is_dense(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module computes what torch's of that kind computes; users exchange classes and methods at any time."""
+    return type(module) in kinds and "forward" not in vars(module)
 
 
 def is_start(hook: Any) -> bool:

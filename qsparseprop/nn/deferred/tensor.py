@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,8 @@ class DeferredTensor(Tensor):
             deferred.append(tensor)
             return tensor._pending.plain()
 
+        if func._schema.is_mutable and not torch.is_inference_mode_enabled():
+            _check_written(func, args, kwargs or {})
         given = args
         args, kwargs = tree_map_only(DeferredTensor, values, (args, kwargs or {}))
         result = func(*args, **kwargs)
@@ -109,6 +111,17 @@ class DeferredTensor(Tensor):
             if result is tensor._pending._values:  # in place: the result is the tensor that was given
                 return tensor
         return result
+
+
+def _check_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what torch refuses where it counts a tensor's versions, which it does not in a ``__torch_dispatch__``."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            for tensor in given if isinstance(given, (list, tuple)) else (given,):
+                if type(tensor) is DeferredTensor and tensor.is_inference():
+                    raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed: take "
+                                       "a clone() of it first")  # fmt: skip
 
 
 def _refuse_other_memory() -> None:

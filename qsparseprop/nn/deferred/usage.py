@@ -34,18 +34,22 @@ class Usage:
         Whether it was a summand of another chain.
     read : bool
         Whether anybody else has seen its values.
+    keeps_values : bool
+        Whether the values were wanted the last time, beside the packed form.
     fed : bool
         Of a layer's product: whether the layer has taken its input packed.
     """
 
-    __slots__ = ("_branches", "_calls", "_depth", "_followed", "_last", "absorbed", "fed", "packed", "read", "summed")
+    __slots__ = ("_branches", "_by_rows", "_calls", "_depth", "_followed", "_values_only", "absorbed", "fed",
+                 "keeps_values", "packed", "read", "summed")  # fmt: skip
 
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
         self._branches: dict[Operation, Usage] = {}
         self._followed: set[Operation] = set()
         self._calls = 0
-        self._last = (False,) * 4
+        self._by_rows = True
+        self._values_only = self.keeps_values = False
         self.absorbed = self.packed = self.summed = self.read = self.fed = False
 
     def branch(self, operation: Operation) -> Usage:
@@ -56,12 +60,26 @@ class Usage:
             found = Usage(self._depth + 1)
             if self._depth < LONGEST and len(self._branches) < MOST_BRANCHES:
                 self._branches[operation] = found
-        return found.begin()
+        return found.begin(self._by_rows)
 
-    def begin(self) -> Usage:
-        """A new tensor is made."""
-        if not self._values_only:
-            self._last = (self.absorbed, self.packed, self.summed, self.read)
+    def begin(self, by_rows: bool, borrowed: bool = False) -> Usage:
+        """A new tensor is made.
+
+        Parameters
+        ----------
+        by_rows : bool
+            Whether it is a view of its rows; otherwise who reads the values pays for a copy in another order.
+        borrowed : bool
+            Whether its rows are those of an ordinary tensor, so that nothing is saved before the chain ends.
+        """
+        if not self._values_only or self._calls % RETRY == 0:  # otherwise nothing could be learned from the last one
+            self.keeps_values = self.summed or self.read
+            packed, read = self.packed or self.summed, self.read
+            if borrowed:
+                self._values_only = (read or self._read_behind()) and not (packed or self._packed_behind())
+            else:
+                self._values_only = read and not (packed or self.absorbed)
+        self._by_rows = by_rows
         self.absorbed = self.packed = self.summed = self.read = self.fed = False
         self._followed.clear()
         self._calls += 1
@@ -69,21 +87,22 @@ class Usage:
 
     @property
     def plain(self) -> bool:
-        """Whether only the values were wanted, so that there is nothing to defer.
+        """Whether only the values were wanted, so that deferring saves nothing, or less than it costs.
 
         Where somebody sees what autograd saves, this may not depend on a guess.
         """
-        return self._values_only and watcher() is None
+        return self._values_only and self._calls % RETRY != 0 and watcher() is None
 
-    @property
-    def _values_only(self) -> bool:
-        absorbed, packed, summed, read = self._last
-        return read and not (absorbed or packed or summed) and self._calls % RETRY != 0
+    def _behind(self) -> Iterable[Usage]:
+        return (branch for operation, branch in self._branches.items() if operation in self._followed)
 
-    @property
-    def keeps_values(self) -> bool:
-        """Whether the values were wanted beside the packed form."""
-        return self._last[2] or self._last[3]
+    def _read_behind(self) -> bool:
+        """Whether the values of something that followed were read."""
+        return any(branch.read or branch._read_behind() for branch in self._behind())
+
+    def _packed_behind(self) -> bool:
+        """Whether something that followed was packed, or taken up by another chain."""
+        return any(branch.packed or branch.summed or branch._packed_behind() for branch in self._behind())
 
     def chain(self) -> list[Operation]:
         """What was recorded, one operation after the other; the longest of several chains."""

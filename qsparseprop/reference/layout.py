@@ -1,0 +1,10 @@
+"""How matrices lie in memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def transpose(x: Tensor, images: int, rows: int, columns: int) -> Tensor:
+    """See `qsparseprop.transpose_ops.transpose`."""
+    return x.reshape(images, rows, columns).transpose(1, 2).contiguous()
