@@ -40,8 +40,9 @@ from torch import Tensor
 
 from qsparseprop import ops
 from qsparseprop._kernels import _dispatch, _statistics
-from qsparseprop.geometry import Geometry, conv_geometry, linear_geometry, prefer_batch_innermost
-from qsparseprop.pattern import dense_pattern, make_plan
+from qsparseprop.layout.geometry import Geometry, conv_geometry, linear_geometry, prefer_batch_innermost
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import make_plan
 
 #: Seconds that one measurement of a peak takes, and how often it is done; the best counts.
 PEAK_SECONDS, PEAK_REPEATS = 0.02, 5

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame as _frames
+from torch.autograd import profiler
 from torch.optim.swa_utils import AveragedModel
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -59,3 +60,28 @@ def watcher() -> Any:
     """
     hooks = _top_hooks(True)
     return None if hooks is None else hooks[0]
+
+
+#: How many dispatch modes are on.
+dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def profiler_is_on() -> bool:
+    """Whether a profiler records the operators of any thread."""
+    return profiler._is_profiler_enabled
+
+
+def refusing_derivatives(overload: Any, message: str) -> Callable[..., Any]:
+    """The autograd kernel of an operator that writes into its arguments: it refuses those that want a gradient.
+
+    It cannot wait for the backward pass: torch would go on with the history of what was written over, or take the
+    gradient for zero.
+    """
+
+    def refusing(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise NotImplementedError(message)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return refusing

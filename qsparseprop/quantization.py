@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from qsparseprop import ops, quantize_ops
+from qsparseprop import ops
 
 #: Constants c1, c2 of SAWB, clip = c1 sqrt(E x^2) - c2 E|x|, by bit width (Choi et al., arXiv 1807.06964, and what
 #: its authors use for 8 bits).
@@ -177,7 +177,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values that the codes stand for, float32 or bfloat16."""
-        return quantize_ops.dequantize(self.codes, self.scale, self.zero_point, self.dim, self.group_size, dtype)
+        return ops.dequantize(self.codes, self.scale, self.zero_point, self.dim, self.group_size, dtype)
 
     def zero_fraction(self) -> float:
         """Share of the elements whose code stands for zero; what a dithered gradient could skip."""
@@ -247,7 +247,7 @@ def quantize(
     seed = None
     if scheme in ops.RANDOM_SCHEMES:
         seed = torch.empty((), dtype=torch.int64).random_(generator=generator)
-    codes, scale, zero = quantize_ops.quantize(x.detach(), scheme, bits, dim, group_size, not unsigned, seed, values)
+    codes, scale, zero = ops.quantize(x.detach(), scheme, bits, dim, group_size, not unsigned, seed, values)
     return QuantizedTensor(codes, scale, zero, scheme, bits, dim, group_size)
 
 

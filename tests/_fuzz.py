@@ -11,10 +11,12 @@ import sys
 
 import torch
 
-from qsparseprop import epilogue_ops, norm_ops, ops, quantize_ops, transposed_ops
+from qsparseprop import ops
 from qsparseprop._kernels import _dispatch, _epilogue, _matmul, _norm, _pack, _quantize, _statistics
-from qsparseprop.geometry import all_lanes, conv_geometry, linear_geometry
-from qsparseprop.pattern import dense_pattern, make_plan
+from qsparseprop.layout.geometry import all_lanes, conv_geometry, linear_geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import make_plan
+from qsparseprop.ops import epilogues, layers, normalisation, products, quantization, transposed
 
 PAGE = mmap.PAGESIZE
 LARGEST = 1 << 24  # bytes; what asks for more counts as refused
@@ -161,9 +163,9 @@ def valid_transposed():
             for dtype in (torch.float32, torch.bfloat16):
                 forward = [x.to(dtype), values, bias, list(plan.backward), grids[0], *views, list(dy.shape), scheme,
                            dtype, dtype == torch.bfloat16, [], None, scheme == "standard", True]  # fmt: skip
-                _, planes, scale, _ = transposed_ops.transposed_forward(*forward)
-                yield transposed_ops.transposed_forward, forward
-                yield transposed_ops.transposed_backward, [
+                _, planes, scale, _ = ops.transposed_forward(*forward)
+                yield ops.transposed_forward, forward
+                yield ops.transposed_backward, [
                     dy.to(dtype), values, planes, scale, list(plan.forward), *grids, *views, list(x.shape),
                     scheme and "stochastic", torch.tensor(1), [True, True, True], dtype,
                     dtype == torch.bfloat16]  # fmt: skip
@@ -180,29 +182,29 @@ def valid_quantizations():
                 tensor = x.bfloat16() if (len(scheme) + (group or 0)) % 2 else x
                 bits = 8 if scheme == "luq" else random.choice([2, 5, 8])
                 q = [tensor, scheme, bits, dim, group, scheme != "standard", torch.tensor(5), options.get(scheme, [])]
-                yield quantize_ops.quantize, q
-                codes, scale, zero = quantize_ops.quantize(*q)
+                yield ops.quantize, q
+                codes, scale, zero = ops.quantize(*q)
                 for dtype in (torch.float32, torch.bfloat16):
-                    yield quantize_ops.dequantize, [codes, scale, zero, dim, group, dtype]
+                    yield ops.dequantize, [codes, scale, zero, dim, group, dtype]
 
 
 def valid_epilogues(x, activation, one, factor, packing, seed, all_parts):
     """Arguments of what follows a product, with all parts or with few."""
     forward = [x, *([x, one, one] if all_parts else [None] * 3), *activation]
-    kept, saved = epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, activation[0])
-    epilogue_ops.epilogue(*forward, one, one, kept, saved)
+    kept, saved = ops.codes_like(x), ops.saved_like(x, activation[0])
+    ops.epilogue(*forward, one, one, kept, saved)
     filled = [one, one, kept, saved] if all_parts else [None, None, None, saved]
-    yield epilogue_ops.epilogue, [*forward, *filled]
-    yield epilogue_ops.epilogue_range, forward
-    yield epilogue_ops.epilogue_pack, [*forward, *filled, *packing, "absmax", all_parts, all_parts]
-    yield epilogue_ops.epilogue_pack, [kept, None, *forward[2:], None, None, None, None, *packing, "standard",
+    yield ops.epilogue, [*forward, *filled]
+    yield ops.epilogue_range, forward
+    yield ops.epilogue_pack, [*forward, *filled, *packing, "absmax", all_parts, all_parts]
+    yield ops.epilogue_pack, [kept, None, *forward[2:], None, None, None, None, *packing, "standard",
                                        all_parts, False]  # fmt: skip
-    yield epilogue_ops.activation_range, [packing[1], *activation]
+    yield ops.activation_range, [packing[1], *activation]
     gradient = [x, kept if all_parts else None, saved, *activation]
     factors = [factor if all_parts else None, all_parts]
-    yield epilogue_ops.epilogue_sums, gradient
-    yield epilogue_ops.epilogue_grad, [*gradient, *factors]
-    yield epilogue_ops.epilogue_grad_pack, [*gradient, *factors, *packing, "stochastic", seed, all_parts]
+    yield ops.epilogue_sums, gradient
+    yield ops.epilogue_grad, [*gradient, *factors]
+    yield ops.epilogue_grad_pack, [*gradient, *factors, *packing, "stochastic", seed, all_parts]
 
 
 def valid_rows():
@@ -220,9 +222,9 @@ def valid_rows():
         for tensor in (x, x.bfloat16()):
             statistics = [tensor, one, one, one.clone(), one.clone(), 0.1, 1e-5]
             for training in (True, False):
-                yield norm_ops.norm_statistics, [*statistics, training, True]
-                *_, doubles = norm_ops.norm_statistics(*statistics, training, True)
-                yield norm_ops.norm_factors, [torch.rand(channels, 3).double(), doubles, one, rows, training]
+                yield ops.norm_statistics, [*statistics, training, True]
+                *_, doubles = ops.norm_statistics(*statistics, training, True)
+                yield ops.norm_factors, [torch.rand(channels, 3).double(), doubles, one, rows, training]
             for per_channel in (True, False):
                 packing = [list(images), ranges if per_channel else ranges[:1].clone(), grid, views, lanes]
                 for activation in (["identity", []], ["clamp", [0.0, 6.0]], ["leaky_relu", [0.1]], ["silu", []],
@@ -310,10 +312,10 @@ def main():
     torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)
-    for module in (ops, quantize_ops, norm_ops, epilogue_ops, transposed_ops, _matmul, _pack, _quantize, _norm,
-                   _epilogue, _statistics):  # fmt: skip
+    families = products, layers, transposed, quantization, normalisation, epilogues
+    for module in (*families, _matmul, _pack, _quantize, _norm, _epilogue, _statistics):
         module.torch = GuardedTorch()
-    for module in (ops, epilogue_ops):
+    for module in (products, quantization, epilogues):
         module.empty = guarded_empty
     valid, others = [*valid_calls(), *valid_transposed()], [*valid_quantizations(), *valid_rows()]
     refused = accepted = 0

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qsparseprop import nn as qnn
-from qsparseprop import ops, reference
-from qsparseprop.geometry import all_lanes
+from qsparseprop import ops
+from qsparseprop.layout.geometry import all_lanes
 from qsparseprop.nn._base import SparseModule
+from qsparseprop.ops import reference
 from qsparseprop.quantization import QuantConfig
 
 from ._helpers import (
@@ -183,7 +184,7 @@ def check_quantised(case: LayerCase, x: Tensor, qconfig: QuantConfig | None = No
 
 
 def check_reference(layer: SparseModule, dense: nn.Module, x: Tensor, plan) -> None:
-    """A quantised layer gives the bits of `qsparseprop.reference` for its lists, with one thread and with two."""
+    """A quantised layer gives the bits of `qsparseprop.ops.reference` for its lists, with one thread and with two."""
     g, config = plan.geometry, layer.qconfig
     dy = output_like(dense, x, 1)
     values = layer.weight.detach()

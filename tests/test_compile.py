@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsparseprop import epilogue_ops, mask_ops, norm_ops, ops, quantize_ops, transposed_ops
 from qsparseprop import nn as qnn
-from qsparseprop.geometry import conv_geometry, linear_geometry
+from qsparseprop import ops
+from qsparseprop.layout.geometry import conv_geometry, linear_geometry
 from qsparseprop.nn._traced import config_text
+from qsparseprop.ops import layers, products
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.models import CifarResNet
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
@@ -293,12 +294,14 @@ def recorded_calls(qconfig: QuantConfig | None) -> dict[str, tuple]:
 
         return call
 
-    ops.shortcut = inner
+    for module in (products, layers):
+        module.shortcut = inner
     try:
         with Record():
             layer(X.clone().requires_grad_()).square().sum().backward()
     finally:
-        ops.shortcut = direct
+        for module in (products, layers):
+            module.shortcut = direct
     return calls
 
 
@@ -347,10 +350,10 @@ def _transposed_calls() -> list[tuple]:
                                  ("absmax", False, False)):  # fmt: skip
         forward_arguments = (x, values, bias, list(plan.backward), grids[0], *views, dy.shape, scheme,
                              torch.float32, True, [], None, floats, save)  # fmt: skip
-        _, planes, scale, _ = transposed_ops.transposed_forward(*forward_arguments)
+        _, planes, scale, _ = ops.transposed_forward(*forward_arguments)
         transposed += [
-            (transposed_ops.transposed_forward, forward_arguments),
-            (transposed_ops.transposed_backward, (
+            (ops.transposed_forward, forward_arguments),
+            (ops.transposed_backward, (
                 dy, values, planes if save else None, scale if save else None, list(plan.forward), *grids, *views,
                 x.shape, "symmetric" if scheme else None, None, [True, save, True], torch.float32, True)),
         ]  # fmt: skip
@@ -364,23 +367,23 @@ def _epilogue_calls() -> list[tuple]:
     packing = ((6, 20, 1, 1), ends, geometry.input_grid.numbers, geometry.input_views, geometry.input_grid.lanes(6))
     for activation in (("identity", []), ("clamp", [0.0, 6.0]), ("silu", [])):
         forward, bare = (x, x, one, one, *activation), (x, None, None, None, *activation)
-        codes, saved = epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, activation[0])
+        codes, saved = ops.codes_like(x), ops.saved_like(x, activation[0])
         filled = one, one, codes, saved
-        epilogue_ops.epilogue(*forward, *filled)
+        ops.epilogue(*forward, *filled)
         calls += [
-            (epilogue_ops.epilogue, (*forward, *filled)), (epilogue_ops.epilogue, (*bare, None, None, None, None)),
-            (epilogue_ops.epilogue_range, forward), (epilogue_ops.epilogue_range, bare),
-            (epilogue_ops.activation_range, (ends, *activation)),
-            (epilogue_ops.epilogue_pack, (*forward, *filled, *packing, "absmax", True, True)),
-            (epilogue_ops.epilogue_pack, (*bare, None, None, None, saved, *packing, "standard", False, False)),
-            (epilogue_ops.epilogue_pack, (codes, *bare[1:], None, None, None, None, *packing, "absmax", True, False)),
-            (epilogue_ops.epilogue_sums, (x, codes, saved, *activation)),
-            (epilogue_ops.epilogue_sums, (x, None, saved, *activation)),
-            (epilogue_ops.epilogue_grad, (x, codes, saved, *activation, factor, True)),
-            (epilogue_ops.epilogue_grad, (x, None, saved, *activation, None, False)),
-            (epilogue_ops.epilogue_grad_pack, (x, codes, saved, *activation, factor, True, *packing, "symmetric", None,
+            (ops.epilogue, (*forward, *filled)), (ops.epilogue, (*bare, None, None, None, None)),
+            (ops.epilogue_range, forward), (ops.epilogue_range, bare),
+            (ops.activation_range, (ends, *activation)),
+            (ops.epilogue_pack, (*forward, *filled, *packing, "absmax", True, True)),
+            (ops.epilogue_pack, (*bare, None, None, None, saved, *packing, "standard", False, False)),
+            (ops.epilogue_pack, (codes, *bare[1:], None, None, None, None, *packing, "absmax", True, False)),
+            (ops.epilogue_sums, (x, codes, saved, *activation)),
+            (ops.epilogue_sums, (x, None, saved, *activation)),
+            (ops.epilogue_grad, (x, codes, saved, *activation, factor, True)),
+            (ops.epilogue_grad, (x, None, saved, *activation, None, False)),
+            (ops.epilogue_grad_pack, (x, codes, saved, *activation, factor, True, *packing, "symmetric", None,
                                                True)),
-            (epilogue_ops.epilogue_grad_pack, (x, None, saved, *activation, None, False, *packing, "stochastic",
+            (ops.epilogue_grad_pack, (x, None, saved, *activation, None, False, *packing, "stochastic",
                                                torch.tensor(1), False)),
         ]  # fmt: skip
     return calls
@@ -389,7 +392,7 @@ def _epilogue_calls() -> list[tuple]:
 def _other_calls() -> list[tuple]:
     """Operators that are no part of a plain layer, and arguments of them."""
     x, one = torch.randn(6, 20), torch.rand(20)
-    packed = quantize_ops.quantize(x, "standard", 8, None, 7, False, None, [])
+    packed = ops.quantize(x, "standard", 8, None, 7, False, None, [])
     layer = qnn.QuantizedSparseConv2d.from_dense(set_weight(nn.Conv2d(20, 5, 1), 0.4, 0))
     geometry = conv_geometry(20, 5, (2, 1), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 3, False)
     plan = layer._plan(geometry, 1)
@@ -409,15 +412,15 @@ def _other_calls() -> list[tuple]:
         (ops.packed_forward, forward),
         (ops.packed_forward, (*forward, torch.rand(5), [0.0, 6.0])),
         (ops.packed_backward, backward),
-        *((norm_ops.norm_statistics, (x, one, None, one.clone(), one + 1, 0.1, 1e-5, training, True))
+        *((ops.norm_statistics, (x, one, None, one.clone(), one + 1, 0.1, 1e-5, training, True))
           for training in (True, False)),
-        (norm_ops.norm_factors, (torch.rand(20, 3).double(), torch.rand(7, 20).double(), one, 6, True)),
-        (quantize_ops.quantize, (x, "standard", 8, None, 7, False, None, [])),
-        (quantize_ops.quantize, (x, "absmax", 8, 1, None, True, None, [])),
-        (quantize_ops.dequantize, (*packed, None, 7, torch.bfloat16)),
-        (mask_ops.relu_mask, (x,)),
-        (mask_ops.relu_mask_, (x.clone(),)),
-        (mask_ops.keep_masked, (x, torch.zeros(8, dtype=torch.int16))),
+        (ops.norm_factors, (torch.rand(20, 3).double(), torch.rand(7, 20).double(), one, 6, True)),
+        (ops.quantize, (x, "standard", 8, None, 7, False, None, [])),
+        (ops.quantize, (x, "absmax", 8, 1, None, True, None, [])),
+        (ops.dequantize, (*packed, None, 7, torch.bfloat16)),
+        (ops.relu_mask, (x,)),
+        (ops.relu_mask_, (x.clone(),)),
+        (ops.keep_masked, (x, torch.zeros(8, dtype=torch.int16))),
     ]
 
 

@@ -13,10 +13,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
-from qsparseprop import epilogue_ops, mask_ops, ops, quantize_ops
 from qsparseprop import nn as qnn
-from qsparseprop.geometry import linear_geometry, linear_numbers
-from qsparseprop.pattern import check_pattern
+from qsparseprop import ops
+from qsparseprop.layout.geometry import linear_geometry, linear_numbers
+from qsparseprop.layout.pattern import check_pattern
+from qsparseprop.ops import _registration
 from qsparseprop.quantization import QuantConfig, dequantize, quantize
 from qsparseprop.utils.fusion import fuse_modules
 from qsparseprop.utils.saved_tensors import compress_saved_tensors
@@ -75,7 +76,7 @@ def test_plain_tensors():
                    x.expand(10**6, 4, 3), torch.empty(0), torch.empty(3, 0, 2), x.bfloat16()):  # fmt: skip
         assert ops.are_plain(tensor)
     assert ops.are_plain(x, None, x)
-    assert ops.shortcut("pack", x, None) is ops._direct["pack"]
+    assert ops.shortcut("pack", x, None) is _registration._direct["pack"]
 
 
 def test_tensors_that_are_not_plain():
@@ -252,7 +253,7 @@ def test_operators_have_no_derivatives():
 def test_operators_that_write_into_their_arguments_have_no_derivatives():
     """Torch kept the history of what was written over, and gave gradients of 1 in place of those of a ReLU."""
     x = torch.randn(2, 3, requires_grad=True)
-    one, codes, saved = torch.ones(3), epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, "silu")
+    one, codes, saved = torch.ones(3), ops.codes_like(x), ops.saved_like(x, "silu")
     codes.zero_()
     middle = x * 1
     for call in (
@@ -405,9 +406,9 @@ def test_batch_normalisations_of_blocks_whose_memory_is_gone(place, training):
 def operator_calls():
     x, matrix = torch.randn(2, 3, 4, 5), torch.randn(6, 20)
     one = torch.ones(20)
-    _, bits = mask_ops.relu_mask(x)
-    codes, scale, zero = quantize_ops.quantize(x, "absmax", 8, None, None, True, None, [])
-    kept, slopes = epilogue_ops.codes_like(matrix), epilogue_ops.saved_like(matrix, "silu")
+    _, bits = ops.relu_mask(x)
+    codes, scale, zero = ops.quantize(x, "absmax", 8, None, None, True, None, [])
+    kept, slopes = ops.codes_like(matrix), ops.saved_like(matrix, "silu")
     epilogue = [matrix, matrix, one, one, "silu", [], one, one, kept, slopes]
     grid, views = linear_geometry(20, 20).input_grid, linear_geometry(20, 20).input_views
     packing = [[6, 20, 1, 1], torch.ones(20, 2), grid.numbers, views, grid.lanes(6)]

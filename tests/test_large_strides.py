@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from qsparseprop import ops, reference
-from qsparseprop.geometry import conv_geometry
+from qsparseprop import ops
+from qsparseprop.layout.geometry import conv_geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import make_plan
 from qsparseprop.nn import QuantizedSparseConv1d, QuantizedSparseConv2d, SparseConv1d, SparseConv2d
-from qsparseprop.pattern import dense_pattern, make_plan
+from qsparseprop.ops import reference
 
 from ._helpers import FLOAT_SUM, generator, random_mask, relative_error, set_weight
 from .test_conv2d import check_float, check_quantised

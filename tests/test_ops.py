@@ -1,4 +1,4 @@
-"""The compiled operators, on every instruction set, against `qsparseprop.reference`."""
+"""The compiled operators, on every instruction set, against `qsparseprop.ops.reference`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsparseprop import ops, reference
+from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
-from qsparseprop.geometry import UNIT, conv_geometry, linear_geometry
-from qsparseprop.pattern import dense_pattern, make_plan
-from qsparseprop.reference import products
+from qsparseprop.layout.geometry import UNIT, conv_geometry, linear_geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import make_plan
+from qsparseprop.ops import reference, schemes
+from qsparseprop.ops.reference import products
 
 from ._helpers import (
     LAYOUTS,
@@ -213,10 +215,10 @@ def test_quantisation_error_is_within_its_guarantee(isa, scheme, kind):
     # the scale is as small as the range allows
     if scheme == "standard":
         span = x.max().clamp(min=0).double() - x.min().clamp(max=0).double()
-        assert scale == pytest.approx(max(span.item() / 255, reference.MIN_SCALE), rel=1e-5)
+        assert scale == pytest.approx(max(span.item() / 255, schemes.MIN_SCALE), rel=1e-5)
     else:
         levels = 255 if scheme == "absmax" and x.min() >= 0 else 127
-        assert scale == pytest.approx(max(x.abs().max().item() / levels, reference.MIN_SCALE), rel=1e-5)
+        assert scale == pytest.approx(max(x.abs().max().item() / levels, schemes.MIN_SCALE), rel=1e-5)
     assert codes[x == 0].eq(zero).all(), "zero must stay zero"
 
 

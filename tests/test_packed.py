@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop import ops
-from qsparseprop.geometry import conv_geometry
+from qsparseprop.layout.geometry import conv_geometry
 from qsparseprop.nn.deferred import product
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from qsparseprop import ops
 from qsparseprop.contents import is_convertible
-from qsparseprop.geometry import Geometry
+from qsparseprop.layout.geometry import Geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import Plan, PlanCache
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
 from qsparseprop.nn._traced import config_text, traced_product
@@ -21,7 +23,6 @@ from qsparseprop.nn.deferred import DeferredTensor, deferred_product, may_defer
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.usage import Operation, longest
 from qsparseprop.nn.functional import sparse_product
-from qsparseprop.pattern import Plan, PlanCache, dense_pattern
 from qsparseprop.quantization import QuantConfig
 
 #: What the kernels read and write; other dtypes are converted.

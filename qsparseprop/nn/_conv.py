@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from qsparseprop.geometry import batch_magnitude, conv_geometry, prefer_batch_innermost
+from qsparseprop.layout.geometry import batch_magnitude, conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.nn.deferred import ordinary

@@ -16,10 +16,10 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from qsparseprop.geometry import Geometry, conv_geometry
+from qsparseprop.layout.geometry import Geometry, conv_geometry
+from qsparseprop.layout.plan import GatherList, Plan, shared_plan_cache
 from qsparseprop.nn._interop import refuse_onnx
 from qsparseprop.nn.functional import backward_pass, check_finite, forward_pass, value_gradient
-from qsparseprop.pattern import GatherList, Plan, shared_plan_cache
 from qsparseprop.quantization import QuantConfig
 
 _library = torch.library.Library("qsparseprop", "FRAGMENT")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop._torch_compat import before_averaging
+from qsparseprop.layout.pattern import pattern_stamp, row_indices, tensor_version
 from qsparseprop.nn._interop import (
     check_deletion,
     check_owners,
@@ -23,7 +24,6 @@ from qsparseprop.nn._state import FORMAT, check_format, read_state
 from qsparseprop.nn._values import SparseValues, as_values
 from qsparseprop.nn.functional import NoGradient
 from qsparseprop.ops import are_plain, check_storage
-from qsparseprop.pattern import pattern_stamp, row_indices, tensor_version
 
 _PATTERN = ("crow_indices", "col_indices")
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparseprop import ops, transposed_ops  # noqa: F401 -- the latter registers operators
-from qsparseprop.geometry import Geometry
+from qsparseprop import ops
+from qsparseprop.layout.geometry import Geometry
+from qsparseprop.layout.plan import Plan
 from qsparseprop.nn._values import plain
-from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
 
@@ -105,7 +105,7 @@ def packed_forward_pass(
 
 
 def output_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
-    """How the input of a layer is packed: the arguments of `epilogue_ops.epilogue_pack` from `ranges` to `per_channel`.
+    """How the input of a layer is packed: the arguments of `ops.epilogue_pack` from `ranges` to `per_channel`.
 
     `ranges` (channels, 2) are the least and the greatest element of each channel.
     """
@@ -116,7 +116,7 @@ def output_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: Quan
 
 
 def gradient_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
-    """The same of the gradient of its output: arguments of `epilogue_ops.epilogue_grad_pack` from `ranges` on.
+    """The same of the gradient of its output: arguments of `ops.epilogue_grad_pack` from `ranges` on.
 
     `ranges` (channels, 2) are of the same magnitude below and above.
     """

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qsparseprop.geometry import Geometry, linear_geometry, linear_numbers
+from qsparseprop.layout.geometry import Geometry, linear_geometry, linear_numbers
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.nn.deferred import ordinary

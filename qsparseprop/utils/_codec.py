@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsparseprop import ops, quantize_ops  # noqa: F401 - registers the operators
+from qsparseprop import ops
 
 __all__ = ["SCHEMES", "Codes", "encode"]
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from qsparseprop import ops
-from qsparseprop.mask_ops import dense_layout
+from qsparseprop.ops.masks import dense_layout
 
 __all__ = ["BitDropout", "BitHardtanh", "BitReLU", "ByteMaxPool2d", "dense_layout"]
 
 
-#: What the kernels of `mask_ops` take.
+#: What the kernels of `ops.masks` take.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from qsparseprop.geometry import Geometry
+from qsparseprop.layout.geometry import Geometry
 from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.passes import Activation
@@ -30,7 +30,7 @@ class PendingGradient:
         What the activation has saved.
     activation : Activation
     codes, factor : Tensor or None
-        Of a batch normalisation, see `norm_ops.norm_factors`.
+        Of a batch normalisation, see `ops.norm_factors`.
     ranges : Tensor or None
         Bounds for each channel, of the same magnitude below and above.
     total : Tensor or None

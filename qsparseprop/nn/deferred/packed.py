@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qsparseprop.geometry import Geometry
+from qsparseprop.layout.geometry import Geometry
 from qsparseprop.nn.deferred import passes
 from qsparseprop.quantization import QuantConfig
 

@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qsparseprop import epilogue_ops, norm_ops  # noqa: F401 -- the latter registers operators
-from qsparseprop.geometry import Geometry
+from qsparseprop import ops
+from qsparseprop.layout.geometry import Geometry
 from qsparseprop.nn.functional import gradient_packing, output_packing
 from qsparseprop.ops import shortcut
 from qsparseprop.quantization import QuantConfig
 
 
 class Activation(NamedTuple):
-    """An activation as the kernels know it, see `qsparseprop.epilogue_ops`."""
+    """An activation as the kernels know it, see `qsparseprop.ops.epilogues`."""
 
     name: str
     options: tuple[float, ...] = ()
@@ -40,14 +40,14 @@ NO_AFFINE = Affine()
 
 def saved_like(rows: Tensor, activation: Activation) -> Tensor | None:
     """A buffer for what the activation's gradient needs, not filled."""
-    return epilogue_ops.saved_like(rows, activation.name)
+    return ops.saved_like(rows, activation.name)
 
 
 def statistics(
     rows: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, momentum: float, eps: float, training: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of a batch normalisation, see `norm_ops.norm_statistics`; running statistics are updated."""
+    """Of a batch normalisation, see `ops.norm_statistics`; running statistics are updated."""
     return shortcut("norm_statistics", rows, weight, bias, running_mean, running_var)(
         rows, weight, bias, running_mean, running_var, momentum, eps, training, save
     )
@@ -56,7 +56,7 @@ def statistics(
 def factors(
     sums: Tensor, statistics: Tensor, weight: Tensor | None, count: int, batch_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of its gradient, see `norm_ops.norm_factors`."""
+    """Of its gradient, see `ops.norm_factors`."""
     return shortcut("norm_factors", sums, statistics, weight)(sums, statistics, weight, count, batch_statistics)
 
 
@@ -69,7 +69,7 @@ def apply(
     codes: Tensor | None = None,
     saved: Tensor | None = None,
 ) -> Tensor:
-    """``activation(affine(rows) + residual)``, see `epilogue_ops.epilogue`.
+    """``activation(affine(rows) + residual)``, see `ops.epilogue`.
 
     `codes`, which take the rows in 8 bits by `coding`, and `saved` are filled where they are given.
     """
@@ -112,14 +112,14 @@ def pack_codes(
 
 
 def sums(dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: Activation) -> Tensor:
-    """Of each channel the sums of g and g * code and the greatest magnitude of g, see `epilogue_ops.epilogue_sums`."""
+    """Of each channel the sums of g and g * code and the greatest magnitude of g, see `ops.epilogue_sums`."""
     return shortcut("epilogue_sums", dy, codes, saved)(dy, codes, saved, *activation)
 
 
 def gradient(
     dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: Activation, factor: Tensor | None
 ) -> Tensor:
-    """See `epilogue_ops.epilogue_grad`."""
+    """See `ops.epilogue_grad`."""
     return shortcut("epilogue_grad", dy, codes, saved)(dy, codes, saved, *activation, factor, False)[0]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparseprop import epilogue_ops
+from qsparseprop import ops
 from qsparseprop._torch_compat import watcher
-from qsparseprop.geometry import Geometry
+from qsparseprop.layout.geometry import Geometry
 from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_input
@@ -30,7 +30,7 @@ class Codes:
     codes : Tensor
         uint8, (rows, channels).
     coding : Affine
-        What makes codes of the input, see `epilogue_ops.epilogue`.
+        What makes codes of the input, see `ops.epilogue`.
     decoding : Affine
         What makes the normalised input of codes.
     """
@@ -40,7 +40,7 @@ class Codes:
     def __init__(self, rows: Tensor, coding: Affine, decoding: Affine) -> None:
         self._rows: Tensor | None = rows
         self.coding, self.decoding = coding, decoding
-        self.codes = epilogue_ops.codes_like(rows)
+        self.codes = ops.codes_like(rows)
 
     @property
     def wanted(self) -> Tensor | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qsparseprop.geometry import Geometry, embedded
+from qsparseprop.layout.geometry import Geometry, embedded
+from qsparseprop.layout.plan import Plan
 from qsparseprop.nn.deferred import conditions
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.nodes import gradient_of, gradient_rows
@@ -34,7 +35,6 @@ from qsparseprop.nn.functional import (
     without_graph,
 )
 from qsparseprop.ops import is_channels_last, saved_tensors
-from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Operators of what follows a product: ``activation(x * scale + shift + residual)``, every part optional.
 
-They continue ``qsparseprop.ops``: registered with ``torch.library``, without knowledge of modules. All tensors are
-matrices (rows, channels), which is how a channels_last tensor looks (a row is a pixel) and a linear layer's result.
+All tensors are matrices (rows, channels), which is how a channels_last tensor looks (a row is a pixel) and a linear
+layer's result.
 
 An activation is a name and a list of options:
 
@@ -33,8 +33,8 @@ from torch import Tensor
 
 from qsparseprop._kernels import _epilogue
 from qsparseprop._kernels._memory import empty
-from qsparseprop.ops import RANDOM_SCHEMES, operator
-from qsparseprop.reference import mix_seed
+from qsparseprop.ops._registration import operator
+from qsparseprop.ops.schemes import RANDOM_SCHEMES, mix_seed
 
 #: Names of the activations.
 ACTIVATIONS = _epilogue.ACTIVATIONS

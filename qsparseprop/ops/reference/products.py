@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop.reference.quantization import mix_seed, quantize_values, symmetric_scale
+from qsparseprop.ops.reference.quantization import quantize_values
+from qsparseprop.ops.schemes import mix_seed, symmetric_scale
 
 
 def _lanes(grid: Sequence[int], view: Sequence[int], images: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Operators of transposed layers: those of a layer with the same weight, walked the other way round.
 
-They continue ``qsparseprop.ops``. A transposed convolution computes what the convolution with the same weight has as
+A transposed convolution computes what the convolution with the same weight has as
 its input gradient; its own input gradient is the convolution's output, and in the weight gradient the two operands
 change places. So all lists and layouts are those of the convolution.
 """
@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop.geometry import all_lanes, buffer_lanes
-from qsparseprop.ops import _multiply, _packed, _scales, is_channels_last, operator, shortcut
+from qsparseprop.layout.geometry import all_lanes, buffer_lanes
+from qsparseprop.ops._registration import operator, shortcut
+from qsparseprop.ops.layers import is_channels_last
+from qsparseprop.ops.products import _multiply, _packed, _scales
 
 
 def _empty_out(shape, dtype, like, channels_last):

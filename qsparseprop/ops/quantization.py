@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop import ops
 from qsparseprop._kernels import _quantize
 from qsparseprop._kernels._memory import empty
-from qsparseprop.reference import mix_seed
+from qsparseprop.ops._registration import operator
+from qsparseprop.ops.schemes import RANDOM_SCHEMES, mix_seed
 
 
 def line_sizes(shape: Sequence[int], dim: int | None, group_size: int | None) -> tuple[int, int, int]:
@@ -41,7 +41,7 @@ def _scales(x: Tensor, dim: int | None, group_size: int | None) -> int:
     return channels or -(-x.numel() // group)
 
 
-@ops.operator(
+@operator(
     "quantize(Tensor x, str scheme, int bits, int? dim, int? group_size, bool around_zero, Tensor? seed, "
     "float[] options) -> (Tensor, Tensor, Tensor)",
     lambda x, scheme, bits, dim, group_size, around_zero, seed, options: (
@@ -69,7 +69,7 @@ def quantize(
     scale, zero_point : Tensor
         float32 and int32, one element for each group, element of `dim`, or one.
     """
-    if scheme in ops.RANDOM_SCHEMES and seed is None:
+    if scheme in RANDOM_SCHEMES and seed is None:
         raise ValueError(f"the scheme {scheme!r} needs a seed")
     if scheme == "standard" and around_zero:
         raise ValueError("codes of the scheme 'standard' have a zero point and cannot be around zero")
@@ -84,7 +84,7 @@ def quantize(
     return codes, scale, zero_point
 
 
-@ops.operator(
+@operator(
     "dequantize(Tensor codes, Tensor scale, Tensor zero_point, int? dim, int? group_size, ScalarType dtype=float) "
     "-> Tensor",
     lambda codes, scale, zero_point, dim, group_size, dtype=torch.float32: codes.new_empty(codes.shape, dtype=dtype),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop.reference.masks import bits, words
+from qsparseprop.ops.reference.masks import bits, words
 
 
 def _exp_minus(t: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def epilogue(
     codes: Tensor | None,
     saved: Tensor | None,
 ) -> Tensor:
-    """See `qsparseprop.epilogue_ops.epilogue`."""
+    """See `qsparseprop.ops.epilogues.epilogue`."""
     if codes is not None:
         codes.copy_((x.to(torch.float32) * code_scale + code_shift).round().clamp(-128, 127) + 128)
     y, kept = _activate(_before(x, residual, scale, shift), activation, options)
@@ -93,7 +93,7 @@ def epilogue(
 
 
 def activation_range(ranges: Tensor, activation: str, options: Sequence[float]) -> Tensor:
-    """See `qsparseprop.epilogue_ops.activation_range`: in float64, where it is least by itself."""
+    """See `qsparseprop.ops.epilogues.activation_range`: in float64, where it is least by itself."""
     least_at = {"silu": -1.2784645, "hardswish": -1.5, "gelu": -0.7517916, "gelu_tanh": -0.7524614}
     at = torch.tensor(0.0 if activation == "leaky_relu" and options[0] < 0 else least_at.get(activation, -torch.inf))
     low, high = ranges.double().unbind(1)
@@ -111,7 +111,7 @@ def epilogue_range(
     activation: str,
     options: Sequence[float],
 ) -> Tensor:
-    """See `qsparseprop.epilogue_ops.epilogue_range`."""
+    """See `qsparseprop.ops.epilogues.epilogue_range`."""
     before = _before(x, residual, scale, shift)
     if activation == "clamp":
         before = before.clamp(*options)
@@ -133,7 +133,7 @@ def _gradient(dy: Tensor, saved: Tensor | None, activation: str, options: Sequen
 def epilogue_sums(
     dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: str, options: Sequence[float]
 ) -> Tensor:
-    """See `qsparseprop.epilogue_ops.epilogue_sums`."""
+    """See `qsparseprop.ops.epilogues.epilogue_sums`."""
     g = _gradient(dy, saved, activation, options).to(torch.float64)
     dot = torch.zeros(g.shape[1], dtype=torch.float64) if codes is None else (g * codes).sum(0)
     most = torch.where(g.isfinite().all(0), g.abs().amax(0), torch.nan)
@@ -149,7 +149,7 @@ def epilogue_grad(
     factor: Tensor | None,
     want_g: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `qsparseprop.epilogue_ops.epilogue_grad`."""
+    """See `qsparseprop.ops.epilogues.epilogue_grad`."""
     g = _gradient(dy, saved, activation, options)
     dx = g
     if factor is not None:

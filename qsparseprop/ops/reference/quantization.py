@@ -7,16 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MIN_SCALE = 2.0**-111
+from qsparseprop.ops.schemes import mix_seed, symmetric_scale
+
 _MASK = 0xFFFFFFFFFFFFFFFF
-
-
-def mix_seed(seed: int) -> int:
-    """Spread a seed over 64 bits (finaliser of splitmix64)."""
-    z = (seed + 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
 
 
 def _signed(x: int) -> int:
@@ -54,12 +47,6 @@ def limited_inverse(scale: Tensor, absmax: Tensor, most: int) -> Tensor:
     while absmax * inverse > most:
         inverse = torch.nextafter(inverse, torch.zeros(()))
     return inverse
-
-
-def symmetric_scale(absmax: Tensor, levels: float) -> Tensor:
-    """Scale that maps [-absmax, absmax] to [-levels, levels]: at least 2**-111, so that 2**16 / scale is finite."""
-    scale = absmax / levels
-    return torch.where(scale < MIN_SCALE, MIN_SCALE, scale)
 
 
 def round_to_power(value: Tensor, seed: int, index: Tensor) -> Tensor:
@@ -166,7 +153,7 @@ def quantize(
     seed: Tensor | None,
     options: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `qsparseprop.quantize_ops.quantize`."""
+    """See `qsparseprop.ops.quantization.quantize`."""
     flat = x.to(torch.float32).reshape(-1)
     parts = _parts(x.shape, dim, group_size)
     mixed = 0 if seed is None else mix_seed(int(seed))
@@ -186,7 +173,7 @@ def dequantize(
     group_size: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """See `qsparseprop.quantize_ops.dequantize`."""
+    """See `qsparseprop.ops.quantization.dequantize`."""
     out = torch.empty(codes.numel(), dtype=torch.float32)
     for i, index in enumerate(_parts(codes.shape, dim, group_size)):
         out[index] = (codes.reshape(-1)[index].to(torch.int32) - zero_point[i]).to(torch.float32) * scale[i]

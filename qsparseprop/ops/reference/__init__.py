@@ -5,32 +5,28 @@ operations. A layer's two operators, and those that pack on the way, only call o
 repeated. Written to be read, not to be fast.
 """
 
-from qsparseprop.reference.epilogues import (
+from qsparseprop.ops.reference.epilogues import (
     activation_range,
     epilogue,
     epilogue_grad,
     epilogue_range,
     epilogue_sums,
 )
-from qsparseprop.reference.masks import keep_masked, relu_mask, relu_mask_
-from qsparseprop.reference.normalisation import norm_factors, norm_statistics
-from qsparseprop.reference.products import pack, quantize_pack, quantize_weight, sddmm, spmm
-from qsparseprop.reference.quantization import (
-    MIN_SCALE,
+from qsparseprop.ops.reference.masks import keep_masked, relu_mask, relu_mask_
+from qsparseprop.ops.reference.normalisation import norm_factors, norm_statistics
+from qsparseprop.ops.reference.products import pack, quantize_pack, quantize_weight, sddmm, spmm
+from qsparseprop.ops.reference.quantization import (
     dequantize,
     limited_inverse,
-    mix_seed,
     quantize,
     quantize_values,
     random_bits,
     round_to_power,
     sawb_clip,
     stochastic_round,
-    symmetric_scale,
 )
 
 __all__ = [
-    "MIN_SCALE",
     "activation_range",
     "dequantize",
     "epilogue",
@@ -39,7 +35,6 @@ __all__ = [
     "epilogue_sums",
     "keep_masked",
     "limited_inverse",
-    "mix_seed",
     "norm_factors",
     "norm_statistics",
     "pack",
@@ -55,5 +50,4 @@ __all__ = [
     "sddmm",
     "spmm",
     "stochastic_round",
-    "symmetric_scale",
 ]
