@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields
 
@@ -114,13 +115,27 @@ class QuantConfig:
 
     @property
     def input_options(self) -> tuple[float, ...]:
-        """Options of the input's scheme as `qsparseprop.ops.quantize_pack` takes them."""
+        """Options of the input's scheme, see `qsparseprop.ops.Scheme`."""
         return (*self.sawb, float(self.sawb_nonzeros)) if self.input == "sawb" else ()
 
     @property
     def grad_options(self) -> tuple[float, ...]:
-        """Options of the gradient's scheme as `qsparseprop.ops.quantize_pack` takes them."""
+        """Options of the gradient's scheme, see `qsparseprop.ops.Scheme`."""
         return {"dithered": (float(self.dither_step),), "luq": (float(self.luq_levels),)}.get(self.grad, ())
+
+    @functools.cached_property
+    def input_scheme(self) -> ops.Scheme:
+        """The input's scheme as the operators take it."""
+        return ops.Scheme(self.input, self.input_options, self.granularity == "channel")
+
+    @functools.cached_property
+    def grad_scheme(self) -> ops.Scheme:
+        """The gradient's scheme as the operators take it: its codes are around 128, whatever the signs."""
+        name = "symmetric" if self.grad == "absmax" else self.grad
+        return ops.Scheme(name, self.grad_options, self.granularity == "channel")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # without what is only remembered
 
     def weight_clip(self, values: Tensor, entries: int) -> Tensor | None:
         """Magnitude that the largest code of a weight stands for.

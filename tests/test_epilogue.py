@@ -200,8 +200,7 @@ def as_images(rows, shape):
 def test_packing_on_the_way_is_packing_afterwards(isa, shape, kind, dtype, activation, parts, per_channel, keep, save,
                                                    scheme):  # fmt: skip
     geometry, shape = geometry_of(kind, shape)
-    grid, views = geometry.input_grid, geometry.input_views
-    lanes = grid.lanes(shape[0])
+    layout, scheme = geometry.input_layout, ops.Scheme(scheme, (), per_channel)
     arguments, codes = inputs((shape[0] * shape[2] * shape[3], shape[1]), dtype, parts, 2.0)
     # packed is what there is before it is rounded to dtype
     wide = [None if t is None else t.float() for t in arguments]
@@ -210,13 +209,13 @@ def test_packing_on_the_way_is_packing_afterwards(isa, shape, kind, dtype, activ
     if not per_channel:
         ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
     kept = buffers(arguments[0], activation[0], codes[0], save)
-    y, *packed = ops.epilogue_pack(*arguments, *activation, *codes, *kept, shape, ranges, grid.numbers, views,
-                                            lanes, scheme, per_channel, keep)  # fmt: skip
+    parts = arguments[:2], ops.Affine(*arguments[2:]), ops.Activation(*activation)
+    y, packed = ops.epilogue_pack(*parts[0], *parts[1:], ops.Kept(*codes, *kept), ranges, layout, scheme, keep)
     wanted, *wanted_kept = evaluate(arguments, *activation, *codes, save)
-    same([y], [wanted if keep else torch.empty(0, dtype=dtype)])
+    same([y], [wanted if keep else None])
     same(kept, wanted_kept)
-    same(packed, ops.quantize_pack(as_images(exact, shape), grid.numbers, views, lanes, scheme, None,
-                                                per_channel))  # fmt: skip
+    same(packed, ops.quantize_pack(as_images(exact, shape), layout, scheme))
+    same(packed, reference.epilogue_pack(*parts[0], *parts[1:], ops.Kept(), ranges, layout, scheme, keep)[1])
 
 
 @settings(max_examples=40)
@@ -229,9 +228,9 @@ def test_packing_from_codes_is_packing_from_their_numbers(isa, shape, kind, acti
     ranges = ops.epilogue_range(codes.float(), None, scale, shift, *activation)
     if not per_channel:
         ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
-    rest = (None, scale, shift, *activation, None, None, None, None, shape, ranges, geometry.input_grid.numbers,
-            geometry.input_views, geometry.input_grid.lanes(shape[0]), scheme, per_channel, False)  # fmt: skip
-    same(ops.epilogue_pack(codes, *rest)[1:], ops.epilogue_pack(codes.float(), *rest)[1:])
+    rest = (None, ops.Affine(scale, shift), ops.Activation(*activation), ops.Kept(), ranges, geometry.input_layout,
+            ops.Scheme(scheme, (), per_channel), False)  # fmt: skip
+    same(ops.epilogue_pack(codes, *rest)[1], ops.epilogue_pack(codes.float(), *rest)[1])
 
 
 @settings(max_examples=40)
@@ -241,21 +240,21 @@ def test_packing_from_codes_is_packing_from_their_numbers(isa, shape, kind, acti
 def test_packing_the_gradient_on_the_way(isa, shape, kind, dtype, activation, parts, factors, per_channel, want_g,
                                          scheme):  # fmt: skip
     geometry, shape = geometry_of(kind, shape)
-    grid, views = geometry.input_grid, geometry.input_views
+    layout, scheme = geometry.input_layout, ops.Scheme(scheme, (), per_channel)
     size = (shape[0] * shape[2] * shape[3], shape[1])
     arguments, code_parameters = inputs(size, dtype, parts)
     _, *kept = evaluate(arguments, *activation, *code_parameters, True)
     dy, factor = torch.randn(size).to(dtype), torch.randn(3, shape[1]) if factors else None
     exact, g = ops.epilogue_grad(dy.float(), *kept, *activation, factor, True)
     most = exact.abs().amax(0) if per_channel else exact.abs().amax()[None]
-    lanes, seed = grid.lanes(shape[0]), torch.tensor(5)
-    *packed, own_g = ops.epilogue_grad_pack(
-        dy, *kept, *activation, factor, want_g, shape, torch.stack([-most, most], 1), grid.numbers, views, lanes,
-        scheme, seed, per_channel,
-    )  # fmt: skip
-    same(packed, ops.quantize_pack(as_images(exact, shape), grid.numbers, views, lanes, scheme, seed, per_channel))
+    seed = torch.tensor(5)
+    arguments = (dy, *kept, ops.Activation(*activation), factor, torch.stack([-most, most], 1), layout, scheme, seed,
+                 want_g)  # fmt: skip
+    packed, own_g = ops.epilogue_grad_pack(*arguments)
+    same(packed, ops.quantize_pack(as_images(exact, shape), layout, scheme, seed))
+    same(packed, reference.epilogue_grad_pack(*arguments)[0])
     if not want_g:
-        assert own_g.numel() == 0
+        assert own_g is None
     elif kind not in ("1x1", "3x3 stride 2"):  # which may leave pixels out
         same([own_g], [g.to(dtype)])
 
@@ -369,15 +368,14 @@ def test_bad_tensors_are_refused():
 
 def test_bad_packing_is_refused():
     x, one, codes = torch.randn(8, 5), torch.ones(5), torch.zeros(8, 5, dtype=torch.uint8)
-    geometry, shape = geometry_of("1x1", (2, 5, 2, 2))
-    numbers = (geometry.input_grid.numbers, geometry.input_views, geometry.input_grid.lanes(2))
+    geometry, _ = geometry_of("1x1", (2, 5, 2, 2))
+    layout = geometry.input_layout
     relu, ranges = ("clamp", [0.0, math.inf]), torch.zeros(5, 2)
 
-    def pack(x, residual, code_scale, save, keep, shape=shape, scheme="absmax", ranges=ranges, activation=relu):
-        return ops.epilogue_pack(
-            x, residual, one, one, *activation, code_scale, code_scale, *buffers(x, activation[0], code_scale, save),
-            shape, ranges, *numbers, scheme, True, keep,
-        )  # fmt: skip
+    def pack(x, residual, code_scale, save, keep, scheme="absmax", ranges=ranges, activation=relu):
+        kept = ops.Kept(code_scale, code_scale, *buffers(x, activation[0], code_scale, save))
+        return ops.epilogue_pack(x, residual, ops.Affine(one, one), ops.Activation(*activation), kept, ranges, layout,
+                                 ops.Scheme(scheme, (), True), keep)  # fmt: skip
 
     for activation in (relu, ("silu", [])):
         for residual, code_scale, save in ((codes, None, False), (None, one, False), (None, None, True)):
@@ -392,12 +390,12 @@ def test_bad_packing_is_refused():
     for scheme in ("sawb", "stochastic", "luq", "dithered"):
         with pytest.raises(ValueError, match=f"the scheme '{scheme}' cannot be combined"):
             pack(x, None, None, False, False, scheme=scheme)
-    with pytest.raises(ValueError, match="the images must have"):
-        pack(x, None, None, False, False, shape=(1, 5, 2, 2))
+    with pytest.raises(ValueError, match="rows must be those of whole images"):
+        pack(x[:7], None, None, False, False)
     with pytest.raises(ValueError, match="ranges must have at least 10"):
         pack(x, None, None, False, False, ranges=ranges[:4].clone())
-    arguments = (x, None, None, "identity", [], None, False, shape, ranges, *numbers)
+    arguments = (x, None, None, ops.Activation("identity"), None, ranges, layout)
     with pytest.raises(ValueError, match="the scheme 'standard' cannot be combined"):
-        ops.epilogue_grad_pack(*arguments, "standard", None, True)
+        ops.epilogue_grad_pack(*arguments, ops.Scheme("standard", (), True), None, False)
     with pytest.raises(ValueError, match="needs a seed"):
-        ops.epilogue_grad_pack(*arguments, "stochastic", None, True)
+        ops.epilogue_grad_pack(*arguments, ops.Scheme("stochastic", (), True), None, False)

@@ -201,8 +201,7 @@ def test_one_seed_gives_the_same_bits_everywhere():
         size = tuple(t.shape[2:])
         g = (conv_geometry(t.shape[1], 8, size, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), t.shape[0], False)
              if size != (1, 1) else linear_geometry(t.shape[1], 8))  # fmt: skip
-        lanes = g.input_grid.lanes(t.shape[0])
-        return ops.quantize_pack(t, g.input_grid.numbers, g.input_views, lanes, scheme, seed, per_channel)
+        return ops.quantize_pack(t, g.input_layout, ops.Scheme(scheme, (), per_channel), seed)
 
     def results(scheme, number):
         seed = torch.tensor(number)

@@ -80,6 +80,49 @@ cdef void read_scheme(str name, object options, int bits, bint around_zero, qsp_
         out.levels = options[0]
 
 
+cdef class Scheme:
+    """How a tensor is quantised to 8 bits, checked once.
+
+    Parameters
+    ----------
+    name : {"absmax", "symmetric", "standard", "sawb", "stochastic", "dithered", "luq"}
+        "absmax" is "symmetric" (around 128), or unsigned (around 0) where no element is negative; so is "sawb".
+    options : sequence of float
+        None, or for "sawb" its two constants and whether (1 or 0) to look at nonzeros only, for "dithered" the step in
+        standard deviations, for "luq" the number of powers of two.
+    per_channel : bool
+        One scale and zero point for each channel.
+
+    Raises
+    ------
+    ValueError
+        For another name, or options that do not go with it.
+    """
+
+    def __cinit__(self, str name not None, options=(), bint per_channel=False):
+        self.name, self.options, self.per_channel = name, tuple(options), per_channel
+        read_scheme(name, self.options, 8, False, &self.c)
+
+    @property
+    def random(self):
+        """Whether it rounds at random, and wants a seed."""
+        return self.c.kind in (QSP_STOCHASTIC, QSP_DITHERED, QSP_LUQ)
+
+    def __eq__(self, other):
+        if not isinstance(other, Scheme):
+            return NotImplemented
+        return (self.name, self.options, self.per_channel) == (other.name, other.options, other.per_channel)
+
+    def __hash__(self):
+        return hash((self.name, self.options, self.per_channel))
+
+    def __repr__(self):
+        return f"Scheme({self.name!r}, {self.options}, per_channel={self.per_channel})"
+
+    def __reduce__(self):
+        return Scheme, (self.name, self.options, self.per_channel)
+
+
 cdef int64_t _memory_order(object x, int without, int64_t *size, int64_t *stride) except -1:
     """Dimensions of `x` but `without`, from the smallest stride on; those that follow each other without a gap as one.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop.layout.geometry import Geometry
 from qsparseprop.layout.pattern import check_pattern, row_indices, tensor_version
 
@@ -18,38 +19,33 @@ GROUP = 4  # nonzeros that the kernels take at a time; rows are padded to it
 KEPT_PLANS = 8
 
 
-class GatherList(NamedTuple):
-    """Rows of slots, each row padded to whole groups of four; int32 throughout.
+class Plan(NamedTuple):
+    """A pattern on a geometry: all that a layer's kernels have to know besides its tensors.
 
     Attributes
     ----------
-    group_ptr : Tensor
-        (rows + 1,) first group of each row.
-    offset : Tensor
-        (slots,) lanes from the start of a block.
-    index : Tensor
-        (slots,) which value a slot holds, -1 for padding.
-    plane : Tensor
-        (slots,) plane that the offset lies in.
+    geometry : Geometry
+    forward, backward : GatherList
+        The list of the forward pass and of the weight gradient, from input to output; and that of the input gradient,
+        the other way round.
+    groups : int
+        Of the convolution.
+    entries : int
+        Of the dense weight.
     """
-
-    group_ptr: Tensor
-    offset: Tensor
-    index: Tensor
-    plane: Tensor
-
-
-class Plan(NamedTuple):
-    """A pattern on a geometry: the list of the forward pass and weight gradient, and that of the input gradient."""
 
     geometry: Geometry
     forward: GatherList
     backward: GatherList
-    entries: int = 1  # of the dense weight
+    groups: int
+    entries: int
 
 
-def _gather_list(rows: int, row: Tensor, plane: Tensor, offset: Tensor, order: Tensor) -> GatherList:
+def _gather_list(
+    row: Tensor, plane: Tensor, offset: Tensor, order: Tensor, source: PlaneLayout, target: PlaneLayout
+) -> GatherList:
     """List whose row r holds, padded, the nonzeros `order[row == r]`; `row` ascends."""
+    rows = target.planes
     count = torch.bincount(row, minlength=rows)
     groups = (count + GROUP - 1) // GROUP
     group_ptr = torch.zeros(rows + 1, dtype=torch.int64)
@@ -58,9 +54,9 @@ def _gather_list(rows: int, row: Tensor, plane: Tensor, offset: Tensor, order: T
     place = torch.arange(slot_row.numel()) - GROUP * group_ptr[slot_row]
     start = count.cumsum(0) - count
     # padding reads where the row's last nonzero reads: memory that is in the cache, times zero
-    source = order[start[slot_row] + torch.minimum(place, count[slot_row] - 1)]
-    index = torch.where(place < count[slot_row], source, -1)
-    return GatherList(*(t.to(torch.int32) for t in (group_ptr, offset[source], index, plane[source])))
+    slot = order[start[slot_row] + torch.minimum(place, count[slot_row] - 1)]
+    index = torch.where(place < count[slot_row], slot, -1)
+    return GatherList(*(t.to(torch.int32) for t in (group_ptr, offset[slot], index, plane[slot])), source, target)
 
 
 def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int = 1) -> Plan:
@@ -80,12 +76,12 @@ def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, gro
     channel = col // taps + row // max(rows // groups, 1) * (geometry.in_channels // groups)
     shift = torch.tensor(geometry.tap_shift)[tap]
     plane = torch.tensor(geometry.tap_phase)[tap] * geometry.in_channels + channel
-    x, y = geometry.input_grid, geometry.output_grid
+    x, y, layouts = geometry.input_grid, geometry.output_grid, (geometry.input_layout, geometry.output_layout)
     nonzeros = torch.arange(col.numel())
-    forward = _gather_list(rows, row, plane, plane * x.pitch + x.front + shift, nonzeros)
+    forward = _gather_list(row, plane, plane * x.pitch + x.front + shift, nonzeros, *layouts)
     order = torch.argsort(plane, stable=True)
-    backward = _gather_list(x.planes, plane[order], row, row * y.pitch + y.front - shift, order)
-    return Plan(geometry, forward, backward, rows * (geometry.in_channels // groups) * taps)
+    backward = _gather_list(plane[order], row, row * y.pitch + y.front - shift, order, *layouts[::-1])
+    return Plan(geometry, forward, backward, groups, rows * (geometry.in_channels // groups) * taps)
 
 
 class PlanCache:

@@ -216,10 +216,11 @@ class SparseModule(SparseWeight):
         self._check_input(x)
         return True
 
-    def _multiply(self, x: Tensor, plan: Plan, shape: Sequence[int] | None = None) -> Tensor:
+    def _product(self, x: Tensor, plan: Plan, shape: Sequence[int] | None = None) -> Tensor:
         """The product for an input of four dimensions, or of two, see `sparse_product`."""
         x, out_dtype, dtype = self._dtypes(x)
-        y = sparse_product(x, self.weight, self.bias, plan, self._qconfig, out_dtype, shape)
+        pattern = self.crow_indices, self.col_indices
+        y = sparse_product(x, self.weight, self.bias, plan, pattern, self._qconfig, out_dtype, shape)
         return y if y.dtype == dtype else y.to(dtype)
 
     def _trace(self, x: Tensor, numbers: Sequence[int], groups: int) -> Tensor:

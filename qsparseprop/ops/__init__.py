@@ -1,13 +1,20 @@
 """The operators: what the compiled kernels do, as functions of tensors, without knowledge of modules.
 
-This is the contract between the modules and the kernels. Every operator is registered with ``torch.library`` (schema,
-shapes for tracing, CPU implementation); ``qsparseprop.ops.reference`` has the same functions in plain torch, for tests.
+This is the contract between the modules and the kernels. What takes plain tensors and numbers is registered with
+``torch.library`` (schema, shapes for tracing, CPU implementation); what takes a plan, or a part of one, is a function:
+graphs and whoever else sees operators see the one that a layer is, see ``qsparseprop.nn``.
+``qsparseprop.ops.reference`` has all of them in plain torch, for tests.
 """
 
+from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._kernels._tensor import are_plain, check_storage
-from qsparseprop.ops._registration import saved_tensors, shortcut
+from qsparseprop.ops._registration import Operator, in_memory, operator, saved_tensors
 from qsparseprop.ops.epilogues import (
     ACTIVATIONS,
+    Activation,
+    Affine,
+    Kept,
     activation_range,
     codes_like,
     epilogue,
@@ -18,18 +25,37 @@ from qsparseprop.ops.epilogues import (
     epilogue_sums,
     saved_like,
 )
-from qsparseprop.ops.layers import is_channels_last, layer_backward, layer_forward, packed_backward, packed_forward
+from qsparseprop.ops.layers import Quantisation, is_channels_last, layer_backward, layer_forward, packed_backward
 from qsparseprop.ops.masks import keep_masked, relu_mask, relu_mask_
 from qsparseprop.ops.normalisation import norm_factors, norm_statistics
-from qsparseprop.ops.products import pack, quantize_pack, quantize_weight, sddmm, spmm
+from qsparseprop.ops.products import (
+    Packed,
+    Weights,
+    gather_weight,
+    multiply,
+    pack,
+    quantize_pack,
+    quantize_weight,
+    sddmm,
+    spmm,
+)
 from qsparseprop.ops.quantization import dequantize, quantize
 from qsparseprop.ops.schemes import RANDOM_SCHEMES, SCHEMES, draw_seed
-from qsparseprop.ops.transposed import transposed_backward, transposed_forward
 
 __all__ = [
     "ACTIVATIONS",
     "RANDOM_SCHEMES",
     "SCHEMES",
+    "Activation",
+    "Affine",
+    "GatherList",
+    "Kept",
+    "Operator",
+    "Packed",
+    "PlaneLayout",
+    "Quantisation",
+    "Scheme",
+    "Weights",
     "activation_range",
     "are_plain",
     "check_storage",
@@ -42,15 +68,18 @@ __all__ = [
     "epilogue_pack",
     "epilogue_range",
     "epilogue_sums",
+    "gather_weight",
+    "in_memory",
     "is_channels_last",
     "keep_masked",
     "layer_backward",
     "layer_forward",
+    "multiply",
     "norm_factors",
     "norm_statistics",
+    "operator",
     "pack",
     "packed_backward",
-    "packed_forward",
     "quantize",
     "quantize_pack",
     "quantize_weight",
@@ -59,8 +88,5 @@ __all__ = [
     "saved_like",
     "saved_tensors",
     "sddmm",
-    "shortcut",
     "spmm",
-    "transposed_backward",
-    "transposed_forward",
 ]

@@ -4,39 +4,86 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from qsparseprop._kernels._tensor import are_plain, check_storage
 from qsparseprop._torch_compat import dispatch_modes, profiler_is_on, refusing_derivatives
 
 _library = torch.library.Library("qsparseprop", "DEF")
 
-#: The implementations behind the operators.
-_direct: dict[str, Callable] = {}
 
+class Operator:
+    """An operator, to be called past torch's dispatcher, which costs as much as the kernels of a small layer.
 
-def shortcut(name: str, *tensors: Tensor | None) -> Callable:
-    """An operator for internal use, without the dispatcher, which costs as much as the kernels of a small layer.
+    The dispatcher stays where somebody watches, a profiler or a dispatch mode, and where it has something to do: a
+    tensor is a subclass, a negative view, wrapped, or without its memory (see `are_plain`).
 
-    The dispatcher stays where somebody watches, a profiler or a dispatch mode, and where it has something to do: one of
-    the tensors that come from outside is a subclass, a negative view, wrapped, or without its memory (see `are_plain`).
-    Operators call others, of which they are made, without tensors: then only a profiler matters.
+    Attributes
+    ----------
+    function : callable
+        The implementation.
+    overload : torch.OpOverload
+        What is registered.
     """
-    if profiler_is_on() or (tensors and (dispatch_modes() or not are_plain(*tensors))):
-        return getattr(torch.ops.qsparseprop, name).default
-    return _direct[name]
+
+    __slots__ = ("function", "overload")
+
+    def __init__(self, function: Callable, overload: torch._ops.OpOverload) -> None:
+        self.function, self.overload = function, overload
+
+    def chosen(self, *args: Any) -> Callable:
+        """What is called with these arguments."""
+        watched = profiler_is_on() or dispatch_modes() or not are_plain(*args)
+        return self.overload if watched else self.function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.chosen(*args)(*args)
+
+
+def recorded(function: Callable) -> Callable:
+    """A function that a profiler sees by its name, as it sees operators."""
+    name = f"qsparseprop::{function.__name__}"
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not profiler_is_on():
+            return function(*args, **kwargs)
+        with record_function(name):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Refuse tensors whose storage was made smaller than they are."""
+    for name, tensor in tensors.items():
+        check_storage(tensor, name)
+
+
+def in_memory(tensor: Tensor | None, name: str) -> Tensor | None:
+    """A tensor that comes from outside as the kernels can read it, without a history where it had to be copied.
+
+    Copied are views with the negative bit, subclasses, and tensors that only say that they are zero.
+
+    Raises
+    ------
+    ValueError
+        If its storage was made smaller than it is.
+    """
+    if are_plain(tensor):
+        return tensor
+    check_storage(tensor, name)
+    return tensor.detach().clone().as_subclass(Tensor)
 
 
 def saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What an autograd.Function saved, for those who read it by torch, which reads freed memory."""
-    tensors = ctx.saved_tensors  # once: hooks make them anew
-    for tensor in tensors:
-        check_storage(tensor, "a tensor that was saved for the backward pass")
-    return tensors
+    """What an autograd.Function saved, which may have been freed meanwhile, or replaced by hooks."""
+    return tuple([in_memory(tensor, "a tensor that was saved for the backward pass") for tensor in ctx.saved_tensors])
 
 
 def _checked(function: Callable) -> Callable:
@@ -48,9 +95,6 @@ def _checked(function: Callable) -> Callable:
         for name, argument in zip(names, args, strict=False):
             if isinstance(argument, Tensor):
                 check_storage(argument, name)
-            elif isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
-                for i, tensor in enumerate(argument):
-                    check_storage(tensor, f"{name}[{i}]")
         return function(*args)
 
     return checked
@@ -64,7 +108,14 @@ def _refuse_derivative(ctx: Any, *gradients: Tensor | None) -> None:
     raise NotImplementedError(_NO_DERIVATIVE)
 
 
-def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+def operator(
+    schema: str,
+    fake: Callable,
+    *,
+    tags: Sequence[torch.Tag] = (),
+    backward: Callable = _refuse_derivative,
+    setup_context: Callable | None = None,
+) -> Callable[[Callable], Operator]:
     """Register a function as the CPU implementation of an operator.
 
     Parameters
@@ -73,20 +124,22 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         Its name and arguments, as `torch.library.define` takes them.
     fake : callable
         Gives the shapes and dtypes of the results.
+    tags : sequence of torch.Tag
+    backward, setup_context : callable
+        As for `torch.library.register_autograd`; without them the operator has no derivative, and says so.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Callable) -> Operator:
         name = schema.partition("(")[0]
-        _direct[name] = function
-        _library.define(schema)
+        _library.define(schema, tags=tuple(tags))
         _library.impl(name, _checked(function), "CPU")
         torch.library.register_fake(f"qsparseprop::{name}", fake, lib=_library)
         overload = getattr(torch.ops.qsparseprop, name).default
         if overload._schema.is_mutable:
             _library.impl(name, refusing_derivatives(overload, _NO_DERIVATIVE), "Autograd", with_keyset=True)
         else:
-            torch.library.register_autograd(f"qsparseprop::{name}", _refuse_derivative, lib=_library)
+            torch.library.register_autograd(f"qsparseprop::{name}", backward, setup_context=setup_context, lib=_library)
         overload.__doc__ = function.__doc__
-        return overload
+        return Operator(function, overload)
 
     return register

@@ -11,7 +11,7 @@ from torch import Tensor
 from qsparseprop._kernels import _quantize
 from qsparseprop._kernels._memory import empty
 from qsparseprop.ops._registration import operator
-from qsparseprop.ops.schemes import RANDOM_SCHEMES, mix_seed
+from qsparseprop.ops.schemes import seed_bits
 
 
 def line_sizes(shape: Sequence[int], dim: int | None, group_size: int | None) -> tuple[int, int, int]:
@@ -69,8 +69,7 @@ def quantize(
     scale, zero_point : Tensor
         float32 and int32, one element for each group, element of `dim`, or one.
     """
-    if scheme in RANDOM_SCHEMES and seed is None:
-        raise ValueError(f"the scheme {scheme!r} needs a seed")
+    bits_of_seed = seed_bits(scheme, seed)
     if scheme == "standard" and around_zero:
         raise ValueError("codes of the scheme 'standard' have a zero point and cannot be around zero")
     sizes = line_sizes(x.shape, dim, group_size)
@@ -80,7 +79,7 @@ def quantize(
     zero_point = torch.empty(scale.shape, dtype=torch.int32)
     if scale.numel():
         _quantize.quantize(x, codes, scale, zero_point, *sizes, scheme, bits, options,
-                           0 if seed is None else mix_seed(int(seed)), torch.get_num_threads())  # fmt: skip
+                           bits_of_seed, torch.get_num_threads())  # fmt: skip
     return codes, scale, zero_point
 
 

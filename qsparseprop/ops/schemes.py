@@ -23,6 +23,21 @@ def draw_seed() -> Tensor:
     return torch.empty((), dtype=torch.int64).random_()
 
 
+def seed_bits(scheme: str, seed: Tensor | None) -> int:
+    """A seed as the kernels take it, 0 where there is none.
+
+    Raises
+    ------
+    ValueError
+        If the scheme needs one.
+    """
+    if seed is None:
+        if scheme in RANDOM_SCHEMES:
+            raise ValueError(f"the scheme {scheme!r} needs a seed")
+        return 0
+    return mix_seed(int(seed))
+
+
 def mix_seed(seed: int) -> int:
     """Spread a seed over 64 bits (finaliser of splitmix64)."""
     z = (seed + 0x9E3779B97F4A7C15) & _MASK
