@@ -342,8 +342,8 @@ def measure_rounding(x: Tensor, geometry: Geometry, isa: str, args: argparse.Nam
     results = []
     for per_channel in (False, True):
         schemes = {
-            scheme: on_isa(isa, lambda s=ops.Scheme(scheme, (), per_channel): ops.quantize_pack(x, layout, s, seed))
-            for scheme in ("absmax", "stochastic", "dithered", "luq")
+            scheme.name: on_isa(isa, lambda s=scheme: ops.quantize_pack(x, layout, s, seed))
+            for scheme in (ops.Scheme(name, (), per_channel) for name in ("absmax", "stochastic", "dithered", "luq"))
         }  # fmt: skip
         result = race([Competitor(name, name, call) for name, call in schemes.items()], args)
         relative = {s: ms / result["ms"]["absmax"] for s, ms in result["ms"].items()}

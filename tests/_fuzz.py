@@ -113,8 +113,8 @@ def spmm(operand, weights, rows, source, target, images, bias, dtype, channels_l
              channels_last)  # fmt: skip
 
 
-def multiply(operand, values, rows, source, target, images, bias, dtype):
-    ops.multiply(ops.Packed(*operand), values, gather_list(rows, source, target), images, bias, None, dtype)
+def multiply(operand, values, rows, source, target, out, bias):
+    ops.multiply(ops.Packed(*operand), values, gather_list(rows, source, target), out, bias)
 
 
 def sddmm(operand, gradient, rows, source, target, images, nonzeros):
@@ -176,18 +176,18 @@ def valid_calls():
         for codes in (True, False):
             for rows, tensor in ((plan.forward, x), (plan.backward, dy)):
                 where = [tensors_of(rows), numbers_of(rows.source), numbers_of(rows.target)]
-                own_bias = bias if tensor is x else None
+                own_bias, out = bias if tensor is x else None, torch.empty(rows.target.shape(images))
                 if codes:
                     yield quantize_weight, [values, *where, None, None]
                     folded = ops.quantize_pack(tensor, rows.source, ops.Scheme("standard", [], True))
                     yield quantize_weight, [values, *where, *folded[1:]]
-                    yield multiply, [list(folded), values, *where, images, own_bias, torch.float32]
+                    yield multiply, [list(folded), values, *where, out, own_bias]
                     packed, weights = ops.quantize_pack(tensor, rows.source, ops.Scheme("absmax")), ops.quantize_weight(
                         values, rows)  # fmt: skip
                 else:
                     yield gather_weight, [values, *where]
                     packed, weights = ops.pack(tensor, rows.source), ops.gather_weight(values, rows)
-                yield multiply, [list(packed), values, *where, images, own_bias, torch.bfloat16]
+                yield multiply, [list(packed), values, *where, out.bfloat16(), own_bias]
                 for channels_last in (False, True):
                     yield spmm, [list(packed), list(weights), *where, images, own_bias, torch.float32, channels_last]
             if codes:

@@ -355,7 +355,7 @@ def test_limits_need_a_bias():
     conv = sparse(nn.Conv2d(6, 8, 3, padding=1))
     plan = conv._plan(conv_geometry(6, 8, (5, 5), (3, 3), (1, 1), (1,) * 4, (1, 1), 2, False), 1)
     packed = ops.quantize_pack(torch.randn(2, 6, 5, 5), plan.geometry.input_layout, ops.Scheme("absmax"))
-    first = (packed, conv.weight.detach(), plan.forward, 2)
+    first = (packed, conv.weight.detach(), plan.forward, torch.empty(2, 8, 5, 5))
     for bias, limits in ((None, [0.0, 1.0]), (torch.zeros(8), [1.0])):
         with pytest.raises(ValueError, match="limits must be two numbers, and need a bias"):
             ops.multiply(*first, bias, limits=limits)

@@ -21,7 +21,7 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_weight,
 )
 from qsparseprop._kernels._plan cimport GatherList, PlaneLayout
-from qsparseprop._kernels._tensor cimport image_pointer, numel, optional_pointer, pointer
+from qsparseprop._kernels._tensor cimport image_pointer, numel, optional_pointer, pointer, strides_t
 
 cdef enum:
     # multiply-adds below which starting threads costs more than it gives
@@ -104,7 +104,7 @@ def quantized_spmm(values, GatherList rows not None, x_scale, x_zero_point, clip
 
 
 cdef void _spmm_part(const qsp_kernels *kernels, const qsp_spmm *a, const qsp_view *view, int64_t units,
-                         int64_t task, bint codes) noexcept nogil:
+                     int64_t task, bint codes) noexcept nogil:
     """One unit of a view and one part of its rows; views of fewer than `units` units have tasks without work."""
     cdef int64_t unit = task // a.row_chunks, row = view.plane
     cdef qsp_spmm one
@@ -133,18 +133,17 @@ cdef int64_t _run_spmm(qsp_spmm *given, GatherList rows, bint codes, object plan
     cdef qsp_spmm a = given[0]
     cdef const qsp_spmm *args = &a
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t shape[4]
-    cdef int64_t stride[4]
+    cdef strides_t where
     cdef int64_t count = rows.target.count, i, units = 0, work = 0, tasks, task
     cdef object scratch = None
     a.grid = rows.source.grid
-    a.out = image_pointer(out, shape, stride, &a.dtype, "out")
-    a.images = rows.target.check_shape(shape, "out")
+    a.out = image_pointer(out, &where, &a.dtype, "out")
+    a.images = rows.target.check_shape(where.size, "out")
     a.bias = <const float *> optional_pointer(bias, _float32, rows.rows, "bias")
     a.planes = pointer(planes, _uint8 if codes else _float32, rows.source.lane_count(a.images), "planes")
-    if a.images * shape[2] * shape[3] == 0:
+    if a.images * where.size[2] * where.size[3] == 0:
         return 0
-    cdef bytes held = rows.target.place(a.images, stride)
+    cdef bytes held = rows.target.place(a.images, where.step)
     cdef const qsp_view *each = <const qsp_view *> PyBytes_AS_STRING(held)
     for i in range(count):
         units = max(units, qsp_count_units(&a.grid, &each[i], a.images))
@@ -199,8 +198,8 @@ cdef object _take_scratch(int64_t size):
 def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None, int64_t images, out, int threads):
     """out[index[slot]] = sum_lane dy[row, lane] * planes[offset[slot] + lane] for the slots of every row.
 
-    `planes` and `dy` are both uint8 (`dy` around 128, scales given) or both float32: packed in the source and the target
-    of the list, of so many images.
+    `planes` and `dy` are both uint8 (`dy` around 128, scales given) or both float32: packed in the source and the
+    target of the list, of so many images.
     """
     cdef bint codes = planes.dtype is _uint8
     cdef qsp_sddmm a

@@ -20,7 +20,7 @@ from qsparseprop._kernels._dispatch cimport (
 )
 from qsparseprop._kernels._plan cimport PlaneLayout
 from qsparseprop._kernels._statistics cimport Scheme, find_statistics
-from qsparseprop._kernels._tensor cimport image_pointer, numel, pointer
+from qsparseprop._kernels._tensor cimport image_pointer, numel, pointer, strides_t
 
 cdef enum:
     PLANES_PER_TASK = 64
@@ -74,21 +74,20 @@ cdef int64_t _pack_planes(qsp_pack *a, PlaneLayout layout, const int64_t *stride
     return 0
 
 
-cdef void *_read_tensor(qsp_pack *a, object x, PlaneLayout layout, int64_t *stride) except? NULL:
-    """A tensor of that layout, with its images and strides."""
-    cdef int64_t shape[4]
-    cdef void *data = image_pointer(x, shape, stride, &a.dtype, "x")
-    a.images, a.grid = layout.check_shape(shape, "x"), layout.grid
+cdef void *_read_tensor(qsp_pack *a, object x, PlaneLayout layout, strides_t *where) except? NULL:
+    """A tensor of that layout, with its images, shape and strides."""
+    cdef void *data = image_pointer(x, where, &a.dtype, "x")
+    a.images, a.grid = layout.check_shape(where.size, "x"), layout.grid
     return data
 
 
 def pack(x, planes, PlaneLayout layout not None, int threads):
     """Write `x` (images, channels, height, width), float32 or bfloat16, into `planes` (float32)."""
     cdef qsp_pack a
-    cdef int64_t stride[4]
+    cdef strides_t where
     memset(&a, 0, sizeof(a))
-    a.tensor = _read_tensor(&a, x, layout, stride)
-    _pack_planes(&a, layout, stride, planes, _float32, False, max(threads, 1))
+    a.tensor = _read_tensor(&a, x, layout, &where)
+    _pack_planes(&a, layout, where.step, planes, _float32, False, max(threads, 1))
 
 
 cdef bint find_scales(qsp_pack *a, const qsp_range *ranges, const qsp_moments *moments, int64_t channels,
@@ -129,14 +128,14 @@ def quantize_pack(x, planes, scale, zero_point, PlaneLayout layout not None, Sch
     cdef qsp_moments m
     cdef qsp_range *ranges = &r
     cdef qsp_moments *moments = &m
-    cdef int64_t stride[4]
+    cdef strides_t where
     cdef int64_t channels, count
     cdef float inverse
     cdef bytes scratch
     memset(&a, 0, sizeof(a))
     a.scheme = scheme.c
     threads = max(threads, 1)
-    a.tensor = _read_tensor(&a, x, layout, stride)
+    a.tensor = _read_tensor(&a, x, layout, &where)
     channels, count = 1, 1
     if scheme.per_channel:
         channels, count = layout.channels, a.grid.planes
@@ -150,10 +149,10 @@ def quantize_pack(x, planes, scale, zero_point, PlaneLayout layout not None, Sch
         a.inverse = <float *> (ranges + channels)
     else:
         a.inverse = &inverse
-    find_statistics(x, a.tensor, a.dtype, scheme.per_channel, &a.scheme, ranges, moments, threads)
+    find_statistics(&where, a.tensor, a.dtype, scheme.per_channel, &a.scheme, ranges, moments, threads)
     a.zero_point, a.stride, a.seed = zero_p, scheme.per_channel, seed
     finite = find_scales(&a, ranges, moments, channels, count, scale_p, zero_p)
-    _pack_planes(&a, layout, stride, planes, _uint8, True, threads)
+    _pack_planes(&a, layout, where.step, planes, _uint8, True, threads)
     if not finite:
         blank_planes(&a, planes, scale_p, scheme.per_channel)
 

@@ -42,11 +42,13 @@ ctypedef struct pixels_t:
 cdef class PlaneLayout:
     """Where the elements of (images, channels, height, width) tensors lie in planes of lanes.
 
+    Of images of one pixel the tensors may be (images, channels).
+
     Parameters
     ----------
     grid : sequence of int
-        Eight numbers: images of a block; lanes from one image, row and column to the next; planes of a block; lanes from
-        plane to plane, before a plane's first one, and from block to block.
+        Eight numbers: images of a block; lanes from one image, row and column to the next; planes of a block; lanes
+        from plane to plane, before a plane's first one, and from block to block.
     views : sequence of int
         Nine numbers a view: its first plane, channels, lane of the first pixel, rows, columns; of the tensor the first
         row and column, and the steps from one to the next. Views are of all planes, one after the other; those that
@@ -148,7 +150,8 @@ cdef class PlaneLayout:
         """Check the shape of a tensor; returns its images."""
         if (not 0 <= shape[0] < LIMIT or shape[1] != self.channels or shape[2] != self.image[0]
                 or shape[3] != self.image[1]):
-            raise ValueError(f"{name} must be of shape (images, {self.channels}, {self.image[0]}, {self.image[1]}), got "
+            wanted = ", ".join(map(str, (self.channels, *self.image)))
+            raise ValueError(f"{name} must be of shape (images, {wanted}), got "
                              f"({shape[0]}, {shape[1]}, {shape[2]}, {shape[3]})")
         return shape[0]
 

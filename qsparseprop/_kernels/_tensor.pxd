@@ -10,6 +10,16 @@ from libc.stdint cimport int64_t, uintptr_t
 from qsparseprop._kernels._dispatch cimport QSP_BF16, QSP_F32
 
 
+cdef enum:
+    MOST_DIMS = 8
+
+ctypedef struct strides_t:
+    # shape and strides of a tensor
+    int64_t dims
+    int64_t size[MOST_DIMS]
+    int64_t step[MOST_DIMS]
+
+
 cdef extern from "memory.h" nogil:
     void qsp_prefer_huge_pages(void *start, int64_t size)
 
@@ -17,7 +27,8 @@ cdef extern from "memory.h" nogil:
 cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL
-cdef void *image_pointer(object tensor, int64_t *shape, int64_t *stride, int *dtype, str name) except? NULL
+cdef void *image_pointer(object tensor, strides_t *where, int *dtype, str name) except? NULL
+cdef int64_t read_strides(object tensor, strides_t *where) except -1
 cdef void *exact_pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *matrix(object x, int *dtype, int64_t *rows, int64_t *channels, str name) except? NULL
 cdef void *matrix_of(void *data, object x, int64_t *rows, int64_t *channels, str name) except? NULL

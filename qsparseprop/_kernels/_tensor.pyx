@@ -188,25 +188,40 @@ cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL:
     return _checked_data(tensor, name)
 
 
-cdef void *image_pointer(object tensor, int64_t *shape, int64_t *stride, int *dtype, str name) except? NULL:
-    """The same of a tensor of four dimensions, and its shape and strides."""
+cdef void *image_pointer(object tensor, strides_t *where, int *dtype, str name) except? NULL:
+    """The same of a tensor of four dimensions, with its shape and strides; one of two is seen as images of a pixel."""
     cdef qsp_dltensor t
     cdef int64_t i, step = 1
     cdef void *data
-    if (_describe(tensor, &t) and t.ndim == 4
+    if (_describe(tensor, &t) and (t.ndim == 4 or t.ndim == 2)
             and (_dtype_code(&t) == FLOAT32_CODE or _dtype_code(&t) == BFLOAT16_CODE)):
         dtype[0] = QSP_F32 if _dtype_code(&t) == FLOAT32_CODE else QSP_BF16
-        for i in range(3, -1, -1):
-            shape[i], stride[i] = t.shape[i], t.strides[i] if t.strides != NULL else step
+        where.dims = t.ndim
+        for i in range(t.ndim - 1, -1, -1):
+            where.size[i], where.step[i] = t.shape[i], t.strides[i] if t.strides != NULL else step
             step *= t.shape[i]
-        return <char *> t.data + t.byte_offset
-    data = strided_pointer(tensor, dtype, name)
-    if tensor.ndim != 4:
-        raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
-    sizes, steps = tensor.shape, tensor.stride()
-    for i in range(4):
-        shape[i], stride[i] = sizes[i], steps[i]
+        data = <char *> t.data + t.byte_offset
+    else:
+        data = strided_pointer(tensor, dtype, name)
+        read_strides(tensor, where)
+        if where.dims != 4 and where.dims != 2:
+            raise ValueError(f"{name} must have 4 dimensions, or 2, got shape {tuple(tensor.shape)}")
+    if where.dims == 2:
+        where.dims = 4
+        where.size[2] = where.size[3] = where.step[2] = where.step[3] = 1
     return data
+
+
+cdef int64_t read_strides(object tensor, strides_t *where) except -1:
+    """Shape and strides of a tensor."""
+    cdef int64_t i
+    sizes, steps = tensor.shape, tensor.stride()
+    if len(sizes) > MOST_DIMS:
+        raise ValueError(f"at most {MOST_DIMS} dimensions, got shape {tuple(sizes)}")
+    where.dims = len(sizes)
+    for i in range(where.dims):
+        where.size[i], where.step[i] = sizes[i], steps[i]
+    return 0
 
 
 cdef void *exact_pointer(object tensor, object dtype, int64_t size, str name) except? NULL:

@@ -99,28 +99,27 @@ class _SparseProduct(torch.autograd.Function):
         if qconfig is not None and qconfig.check_finite:
             check_finite(x, "the input")
             check_finite(values, "the weight")
-        images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
         # of rows, in whatever shape, torch's results are contiguous
         channels_last = False if shape is not None and len(shape) == 3 else None
-        if _is_watched(x, values, bias):
-            ops.check_storage(values, "the weight")
-            out, *packed = sparse_layer.overload(images, plain(values), bias, *call.as_graphs_take_it(), dtype)
+        own = plain(values)
+        if _is_watched(x, own, bias):
+            ops.check_storage(own, "the weight")
+            images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
+            out, *packed = sparse_layer.overload(images, own, bias, *call.as_graphs_take_it(), dtype)
             out = out if channels_last is None else out.contiguous()
+            if x.ndim == 2:
+                out = out.view(out.shape[:2]).detach()
         else:
-            out, packed = forward_pass(images, values, bias, plan, qconfig, dtype, channels_last, save)
+            out, packed = forward_pass(x, own, bias, plan, qconfig, dtype, channels_last, save)
         if save and ctx.needs_input_grad[1]:
             ctx.save_for_backward(values, *packed)
         elif ctx.needs_input_grad[0]:
             ctx.save_for_backward(values)
-        ctx.call = call
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.in_shape, ctx.out_shape = images.shape, out.shape
+        ctx.call, ctx.x_shape, ctx.out_shape = call, x.shape, out.shape
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        if images is x and shape is None:
-            return out
         # detached: as those of torch's layers, results are no views, which in-place operations treat otherwise
-        return out.view(out.shape[:2] if shape is None else shape).detach()
+        return out if shape is None else out.view(shape).detach()
 
     @staticmethod
     def backward(ctx, dy: Tensor | None):
@@ -136,11 +135,10 @@ class _SparseProduct(torch.autograd.Function):
             values = plain(weight)
             with without_graph():
                 dx, dvalues, dbias = _gradients(ctx, _in_shape(dy, ctx.out_shape), values, packed, grads)
-                if grads[0] and dx.shape != ctx.x_shape:
-                    dx = dx.view(ctx.x_shape)
         else:
             ops.check_storage(dy, "the gradient of the output")
-            dbias = dy.detach().reshape(ctx.out_shape).sum((0, 2, 3), dtype=torch.float32)
+            dy_rows = dy.detach().reshape(ctx.out_shape)
+            dbias = dy_rows.sum(0 if dy_rows.ndim == 2 else (0, 2, 3), dtype=torch.float32)
         gradients = (
             dx if grads[0] else None,
             value_gradient(dvalues, values) if grads[1] else None,
@@ -160,8 +158,10 @@ def _gradients(ctx, dy: Tensor, values: Tensor, packed: list[Tensor], grads: Seq
     """Of the input, the values and the bias, as far as they are wanted."""
     call = ctx.call
     if _is_watched(dy, values, *packed):
-        return sparse_layer_backward.overload(dy, values, *(packed or (None, None, None)), *call.as_graphs_take_it(),
-                                              ctx.in_shape, grads, ctx.x_dtype)  # fmt: skip
+        images, shape = (dy, ctx.x_shape) if dy.ndim == 4 else (dy.view(*dy.shape, 1, 1), (*ctx.x_shape, 1, 1))
+        dx, *others = sparse_layer_backward.overload(images, values, *(packed or (None, None, None)),
+                                                     *call.as_graphs_take_it(), shape, grads, ctx.x_dtype)  # fmt: skip
+        return dx.view(ctx.x_shape) if grads[0] else None, *others
     return backward_pass(dy, values, ops.Packed(*packed) if packed else None, call.plan, call.qconfig, grads,
                          ctx.x_dtype)  # fmt: skip
 

@@ -31,6 +31,7 @@ from qsparseprop.ops.normalisation import norm_factors, norm_statistics
 from qsparseprop.ops.products import (
     Packed,
     Weights,
+    empty_result,
     gather_weight,
     multiply,
     pack,
@@ -62,6 +63,7 @@ __all__ = [
     "codes_like",
     "dequantize",
     "draw_seed",
+    "empty_result",
     "epilogue",
     "epilogue_grad",
     "epilogue_grad_pack",

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels._plan import PlaneLayout
+from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.layout.plan import Plan
 from qsparseprop.ops._registration import recorded
-from qsparseprop.ops.products import Packed, multiply, pack, quantize_pack, sddmm
+from qsparseprop.ops.products import Packed, empty_result, multiply, pack, quantize_pack, sddmm
 
 
 class Quantisation(NamedTuple):
@@ -46,6 +46,13 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and not x.is_contiguous()
 
 
+def _result_like(x: Tensor, rows: GatherList, dtype: torch.dtype, channels_last: bool | None) -> Tensor:
+    """A tensor for the result of a product with x, of as many dimensions."""
+    if x.ndim == 2:
+        return torch.empty((x.shape[0], rows.target.channels), dtype=dtype)
+    return empty_result(rows, x.shape[0], dtype, is_channels_last(x) if channels_last is None else channels_last)
+
+
 def _packed_by(x: Tensor, layout: PlaneLayout, scheme: Scheme | None, seed: Tensor | None) -> Packed:
     return pack(x, layout) if scheme is None else quantize_pack(x, layout, scheme, seed)
 
@@ -66,7 +73,8 @@ def layer_forward(
     Parameters
     ----------
     x, values, bias : Tensor
-        (images, in_channels, height, width), (nonzeros,), (out_channels,) or None.
+        (images, in_channels, height, width), or (images, in_channels) for images of one pixel; (nonzeros,);
+        (out_channels,) or None.
     plan : Plan
     quantisation : Quantisation
         Of the input; scales of channels are folded into the weights before these are quantised.
@@ -80,7 +88,7 @@ def layer_forward(
     Returns
     -------
     out : Tensor
-        (images, out_channels, out_height, out_width), of `dtype`.
+        (images, out_channels, out_height, out_width), or (images, out_channels), as x, of `dtype`.
     packed : Packed or None
         The input: in float32 where the weight gradient is, or without a scheme.
     """
@@ -91,9 +99,7 @@ def layer_forward(
         bias = _bias_of_phases(bias, rows.rows)
         if scheme is not None and scheme.per_channel:
             _give_own_fronts(packed, plan, images)
-    if channels_last is None:
-        channels_last = is_channels_last(x)
-    out = multiply(packed, values, rows, images, bias, quantisation.clip, dtype, channels_last)
+    out = multiply(packed, values, rows, _result_like(x, rows, dtype, channels_last), bias, quantisation.clip)
     if not save:
         return out, None
     if scheme is not None and quantisation.in_floats:
@@ -144,7 +150,7 @@ def layer_backward(
     Parameters
     ----------
     dy, values : Tensor
-        (images, out_channels, height, width), (nonzeros,).
+        (images, out_channels, height, width), or (images, out_channels) for images of one pixel; (nonzeros,).
     packed : Packed or None
         Of `layer_forward`; only read for the weight gradient, which is computed in float32 if it is.
     plan : Plan
@@ -172,15 +178,15 @@ def layer_backward(
     if grads[0] or (grads[1] and not in_floats):
         gradient = _packed_by(dy, rows.source, scheme, seed)
     if grads[0]:
-        if channels_last is None:
-            channels_last = is_channels_last(dy)
-        dx = multiply(gradient, values, rows, images, None, clip, x_dtype, channels_last)
+        dx = multiply(gradient, values, rows, _result_like(dy, rows, x_dtype, channels_last), None, clip)
     if grads[1]:
         if in_floats and (gradient is None or scheme is not None):
             gradient = pack(dy, rows.source)
         operands = (gradient, packed) if transposed else (packed, gradient)
         dvalues = sddmm(*operands, plan.forward, images, values.shape[0])
-    return dx, dvalues, dy.sum((0, 2, 3), dtype=torch.float32) if grads[2] else None
+    if not grads[2]:
+        return dx, dvalues, None
+    return dx, dvalues, dy.sum(0 if dy.ndim == 2 else (0, 2, 3), dtype=torch.float32)
 
 
 def _is_in_floats(packed: Packed | None) -> bool:
@@ -222,7 +228,8 @@ def packed_backward(
     """
     dx = dvalues = None
     if grads[0]:
-        dx = multiply(dy, values, plan.backward, images, None, clip, x_dtype, channels_last)
+        out = empty_result(plan.backward, images, x_dtype, channels_last)
+        dx = multiply(dy, values, plan.backward, out, None, clip)
     if grads[1]:
         dvalues = sddmm(packed, dy, plan.forward, images, values.shape[0])
     return dx, dvalues

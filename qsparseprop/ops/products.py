@@ -18,7 +18,7 @@ from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._torch_compat import profiler_is_on
-from qsparseprop.ops._registration import check_tensors, recorded
+from qsparseprop.ops._registration import check_tensors, recorded, seen_as
 from qsparseprop.ops.schemes import seed_bits
 
 
@@ -137,13 +137,15 @@ def gather_weight(values: Tensor, rows: GatherList) -> Weights:
     return Weights(slots)
 
 
-def _result(rows: GatherList, images: int, bias: Tensor | None, dtype: torch.dtype, channels_last: bool,
-            limits: Sequence[float]) -> Tensor:  # fmt: skip
-    """The tensor for the result of a product, zero where that does not reach."""
-    if limits and (len(limits) != 2 or bias is None):
-        raise ValueError(f"limits must be two numbers, and need a bias; got {list(limits)}")
+def empty_result(rows: GatherList, images: int, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """A tensor for a product of a list, (images, channels, height, width): zero where that does not reach."""
     out = empty(rows.target.shape(images), dtype, channels_last)
     return out if rows.target.complete else out.zero_()
+
+
+def _check_limits(limits: Sequence[float], bias: Tensor | None) -> None:
+    if limits and (len(limits) != 2 or bias is None):
+        raise ValueError(f"limits must be two numbers, and need a bias; got {list(limits)}")
 
 
 @recorded
@@ -182,51 +184,69 @@ def spmm(
     Tensor
         (images, channels, height, width) of the list's target, of `dtype`.
     """
-    out = _result(rows, images, bias, dtype, channels_last, limits)
-    planes, x_scale, x_zero = operand
-    _matmul.spmm(planes, *weights, x_scale, x_zero, rows, bias, out, torch.get_num_threads(), *limits)
+    _check_limits(limits, bias)
+    out = empty_result(rows, images, dtype, channels_last)
+    _matmul.spmm(operand.planes, *weights, *operand[1:], rows, bias, out, torch.get_num_threads(), *limits)
     return out
+
+
+def _spmm(operand: Packed, weights: Weights, rows: GatherList, out: Tensor, bias: Tensor | None, threads: int,
+          *limits: float) -> None:  # fmt: skip
+    """`spmm` into a tensor that is there, as a profiler sees it."""
+    with seen_as("spmm"):
+        _matmul.spmm(operand.planes, *weights, *operand[1:], rows, bias, out, threads, *limits)
 
 
 def multiply(
     operand: Packed,
     values: Tensor,
     rows: GatherList,
-    images: int,
+    out: Tensor,
     bias: Tensor | None = None,
     clip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
     limits: Sequence[float] = (),
 ) -> Tensor:
     """Quantise the weight, as the scales of the operand want it, and multiply; without scales in float32.
 
     Parameters
     ----------
+    operand : Packed
+        In the list's source; its codes may have one scale, or one for each plane.
     values : Tensor
         Floating point, (nonzeros,).
+    rows : GatherList
+    out : Tensor
+        float32 or bfloat16, (images, channels, height, width), or (images, channels) where images are one pixel; it is
+        filled where the list's target has views.
     bias : Tensor, optional
         Floating point, (rows,).
     clip : Tensor, optional
         As for `quantize_weight`.
-    operand, rows, images, dtype, channels_last, limits
-        As for `spmm`; the operand may have a scale for each plane.
+    limits : sequence of float
+        As for `spmm`.
+
+    Returns
+    -------
+    Tensor
+        `out`.
     """
+    _check_limits(limits, bias)
     if values.dtype is not torch.float32:
         values = values.to(torch.float32)
     if bias is not None and bias.dtype is not torch.float32:
         bias = bias.to(torch.float32)
     planes, scale, zero_point = operand
+    threads = torch.get_num_threads()
     if scale is None:
-        return spmm(operand, gather_weight(values, rows), rows, images, bias, dtype, channels_last, limits)
-    if profiler_is_on():  # which is to see both
+        _spmm(operand, gather_weight(values, rows), rows, out, bias, threads, *limits)
+    elif profiler_is_on():  # which is to see both
         if scale.numel() == 1:
             weights = quantize_weight(values, rows, None, None, clip)
         else:
             weights, operand = quantize_weight(values, rows, scale, zero_point, clip), Packed(planes)
-        return spmm(operand, weights, rows, images, bias, dtype, channels_last, limits)
-    out = _result(rows, images, bias, dtype, channels_last, limits)
-    _matmul.quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, torch.get_num_threads(), *limits)
+        _spmm(operand, weights, rows, out, bias, threads, *limits)
+    else:
+        _matmul.quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, threads, *limits)
     return out
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels._plan import PlaneLayout
+from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.layout.plan import Plan
 from qsparseprop.ops.layers import Quantisation
@@ -26,6 +26,11 @@ def _around_128(scheme: Scheme) -> Scheme:
 def _last(x: Tensor, channels_last: bool | None) -> bool:
     """Whether a result is channels_last."""
     return x.stride(1) == 1 and not x.is_contiguous() if channels_last is None else channels_last
+
+
+def _result(rows: GatherList, images: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(rows.target.shape(images), dtype=dtype, memory_format=memory_format)
 
 
 def layer_forward(
@@ -50,7 +55,7 @@ def layer_forward(
             blocks = packed.planes[: -(-len(x) // grid.images) * grid.block].view(-1, grid.block)
             for plane in range(grid.planes):
                 blocks[:, plane * grid.pitch : plane * grid.pitch + grid.front] = packed.zero_point[plane].item()
-    out = multiply(packed, values, rows, len(x), bias, clip, dtype, _last(x, channels_last))
+    out = multiply(packed, values, rows, _result(rows, len(x), dtype, _last(x, channels_last)), bias, clip)
     if not save:
         return out, None
     if scheme is None or in_floats:
@@ -79,7 +84,7 @@ def layer_backward(
     dx = dvalues = None
     gradient = _packed(dy, rows.source, scheme, seed)
     if grads[0]:
-        dx = multiply(gradient, values, rows, len(dy), None, clip, x_dtype, _last(dy, channels_last))
+        dx = multiply(gradient, values, rows, _result(rows, len(dy), x_dtype, _last(dy, channels_last)), None, clip)
     if grads[1]:
         if packed.planes.dtype == torch.float32:
             gradient = pack(dy, rows.source)
@@ -100,5 +105,7 @@ def packed_backward(
     channels_last: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `qsparseprop.ops.packed_backward`."""
-    dx = multiply(dy, values, plan.backward, images, None, clip, x_dtype, channels_last) if grads[0] else None
+    dx = None
+    if grads[0]:
+        dx = multiply(dy, values, plan.backward, _result(plan.backward, images, x_dtype, channels_last), None, clip)
     return dx, sddmm(packed, dy, plan.forward, images, len(values)) if grads[1] else None

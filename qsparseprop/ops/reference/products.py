@@ -166,11 +166,9 @@ def multiply(
     operand: Packed,
     values: Tensor,
     rows: GatherList,
-    images: int,
+    out: Tensor,
     bias: Tensor | None = None,
     clip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
     limits: Sequence[float] = (),
 ) -> Tensor:
     """See `qsparseprop.ops.multiply`."""
@@ -182,7 +180,7 @@ def multiply(
     else:
         weights, operand = quantize_weight(values, rows, *operand[1:], clip), Packed(operand.planes)
     bias = None if bias is None else bias.to(torch.float32)
-    return spmm(operand, weights, rows, images, bias, dtype, channels_last, limits)
+    return out.copy_(spmm(operand, weights, rows, len(out), bias, out.dtype, False, limits).view(out.shape))
 
 
 def _whole_view(layout: PlaneLayout) -> Sequence[int]:
