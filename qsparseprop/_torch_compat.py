@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame as _frames
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 from torch.optim.swa_utils import AveragedModel
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -60,6 +60,11 @@ def watcher() -> Any:
     """
     hooks = _top_hooks(True)
     return None if hooks is None else hooks[0]
+
+
+def forward_mode_is_on() -> bool:
+    """Whether tangents of forward-mode differentiation are carried along."""
+    return forward_ad._current_level >= 0
 
 
 #: How many dispatch modes are on.

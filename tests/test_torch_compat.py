@@ -5,9 +5,17 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
-from qsparseprop._torch_compat import keep_from_compiling, watcher
+from qsparseprop._torch_compat import (
+    dispatch_modes,
+    forward_mode_is_on,
+    keep_from_compiling,
+    profiler_is_on,
+    watcher,
+)
 from qsparseprop.nn import QuantizedSparseLinear, SparseConv2d, SparseLinear
 
 from ._helpers import set_weight
@@ -200,3 +208,45 @@ def test_functions_are_kept_from_compiling():
     assert torch.equal(torch.compile(outer, backend=backend)(x), outer(x))
     assert not frames
     torch._dynamo.reset()
+
+
+# ---- who watches operators ----
+
+
+def test_dispatch_modes_are_seen():
+    """Without it FlopCounterMode, FakeTensorMode and the like would not see the operators of layers."""
+    assert not dispatch_modes()
+    with FlopCounterMode(display=False):
+        assert dispatch_modes() == 1
+    assert not dispatch_modes()
+
+
+def test_profilers_are_seen():
+    """Without it kernels would not appear in a profile by name."""
+    assert not profiler_is_on()
+    with torch.profiler.profile():
+        assert profiler_is_on()
+    assert not profiler_is_on()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of torch's own
+def test_forward_mode_is_seen():
+    """Without it a layer would lose tangents under no_grad, in place of refusing them."""
+    assert not forward_mode_is_on()
+    with forward_ad.dual_level():
+        assert forward_mode_is_on()
+        layer = SparseLinear.from_dense(set_weight(nn.Linear(6, 5), 0.4, 0))
+        dual = forward_ad.make_dual(torch.randn(3, 6), torch.randn(3, 6))
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            layer(dual)
+    assert not forward_mode_is_on()
+
+
+def test_operators_that_write_refuse_gradients_by_torchs_autograd_keys():
+    """Without it torch would keep the history of what was written over."""
+    x = torch.randn(20, requires_grad=True) * 1
+    with pytest.raises(NotImplementedError, match="have no derivatives"):
+        torch.ops.qsparseprop.relu_mask_(x)
+    with torch.no_grad():
+        torch.ops.qsparseprop.relu_mask_(x)
+    assert (x >= 0).all()

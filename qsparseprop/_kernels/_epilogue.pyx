@@ -9,7 +9,7 @@ import torch
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, isfinite, isnan
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
@@ -27,7 +27,7 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_kernels,
     qsp_pack,
 )
-from qsparseprop._kernels._pack cimport pack_ranged
+from qsparseprop._kernels._pack cimport pack_ranged, read_seed
 from qsparseprop._kernels._plan cimport PlaneLayout
 from qsparseprop._kernels._rows cimport chunk_rows, reduced_rows, team
 from qsparseprop._kernels._statistics cimport Scheme
@@ -244,7 +244,7 @@ def activation_range(ranges, str activation, options):
 
 
 def epilogue_pack(x, residual, out, scale, shift, str activation, options, code_scale, code_shift, codes, saved, ranges,
-                  planes, plane_scale, zero_point, PlaneLayout layout not None, Scheme scheme not None, int threads):
+                  PlaneLayout layout not None, Scheme scheme not None, int threads):
     """What `epilogue` does, the result packed as `quantize_pack` does; `out` may be None.
 
     `ranges` are bounds of the result, float32 (channels, 2), or (1, 2) where the channels share a scale: least and
@@ -257,7 +257,7 @@ def epilogue_pack(x, residual, out, scale, shift, str activation, options, code_
     _read_results(&a, rows, x, out, code_scale, code_shift, codes, saved, &act)
     memset(&p, 0, sizeof(p))
     p.dtype, p.epilogue = a.dtype, &a
-    pack_ranged(&p, rows, a.channels, ranges, planes, plane_scale, zero_point, layout, scheme, threads)
+    return pack_ranged(&p, rows, a.channels, ranges, layout, scheme, threads)
 
 
 cdef int64_t _read_gradient(qsp_epilogue_grad *a, object dy, object codes, object saved, str name,
@@ -322,8 +322,8 @@ def epilogue_grad(dy, codes, saved, str activation, options, factor, dx, g, int 
         kernels.epilogue_grad(args, k * chunk, min(rows, (k + 1) * chunk))
 
 
-def epilogue_grad_pack(dy, codes, saved, str activation, options, factor, g, ranges, planes, plane_scale, zero_point,
-                       PlaneLayout layout not None, Scheme scheme not None, uint64_t seed, int threads):
+def epilogue_grad_pack(dy, codes, saved, str activation, options, factor, g, ranges, PlaneLayout layout not None,
+                       Scheme scheme not None, seed, int threads):
     """What `epilogue_grad` does, dx packed as `quantize_pack` does; for `ranges` see `epilogue_pack`."""
     cdef qsp_epilogue_grad a
     cdef qsp_pack p
@@ -331,5 +331,5 @@ def epilogue_grad_pack(dy, codes, saved, str activation, options, factor, g, ran
     a.factor = <const float *> exact_pointer(factor, _float32, 3 * a.channels, "factor")
     a.g = same_matrix(g, dy, "g")
     memset(&p, 0, sizeof(p))
-    p.dtype, p.gradient, p.seed = a.dtype, &a, seed
-    pack_ranged(&p, rows, a.channels, ranges, planes, plane_scale, zero_point, layout, scheme, threads)
+    p.dtype, p.gradient, p.seed = a.dtype, &a, read_seed(seed, scheme)
+    return pack_ranged(&p, rows, a.channels, ranges, layout, scheme, threads)

@@ -195,8 +195,10 @@ cdef object _take_scratch(int64_t size):
     return torch.empty(size, dtype=_int64)
 
 
-def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None, int64_t images, out, int threads):
-    """out[index[slot]] = sum_lane dy[row, lane] * planes[offset[slot] + lane] for the slots of every row.
+def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None, int64_t images, int64_t values,
+          int threads):
+    """out[index[slot]] = sum_lane dy[row, lane] * planes[offset[slot] + lane] for the slots of every row: float32, with
+    so many values.
 
     `planes` and `dy` are both uint8 (`dy` around 128, scales given) or both float32: packed in the source and the
     target of the list, of so many images.
@@ -205,15 +207,15 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None,
     cdef qsp_sddmm a
     cdef const qsp_kernels *kernels = active_kernels()
     cdef PlaneLayout target = rows.target
-    cdef int64_t units, end, values, chunks, chunk, lanes
+    cdef int64_t units, end, chunks, chunk, lanes
     memset(&a, 0, sizeof(a))
     threads = max(threads, 1)
     a.grid, a.dy_grid, a.list = rows.source.grid, target.grid, rows.list
     a.index, a.plane, a.images = rows.index, rows.plane, images
-    values = numel(out)
-    a.out = <float *> pointer(out, _float32, 0, "out") if values else NULL
     if rows.last_index >= values:
         raise ValueError(f"index must lie in [-1, {values}), got {rows.last_index}")
+    out = torch.empty(values, dtype=_float32)
+    a.out = <float *> pointer(out, _float32, values, "out") if values else NULL
     lanes = target.lanes(images)  # which refuses numbers that are too large
     end = target.whole_view(&a.view)
     if a.view.channels != rows.rows:
@@ -237,7 +239,7 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None,
     if values:
         memset(a.out, 0, values * sizeof(float))  # also what no slot names
     if rows.slots == 0 or images == 0:
-        return
+        return out
     scratch = _take_scratch(rows.slots + rows.rows)
     a.sums = pointer(scratch, _int64, rows.slots + rows.rows, "scratch")
     units = qsp_count_units(&a.dy_grid, &a.view, a.images)
@@ -253,6 +255,7 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None,
         for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic", use_threads_if=threads > 1):
             kernels.sddmm_f32(args, chunk)
     _spare_scratch.append(scratch)
+    return out
 
 
 cdef int64_t _per_channel(object tensor, int64_t channels, str name) except -1:

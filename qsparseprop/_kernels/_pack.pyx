@@ -2,6 +2,8 @@
 
 import torch
 
+from qsparseprop._kernels._memory import empty
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
 from libc.math cimport NAN, isfinite
@@ -33,6 +35,7 @@ cdef extern from "simd/scale.h" nogil:
 
 cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
+cdef object _int64 = torch.int64
 cdef object _uint8 = torch.uint8
 
 cdef void _pack_part(const qsp_kernels *kernels, const qsp_pack *a, const qsp_view *views, int64_t count, int64_t view,
@@ -81,13 +84,29 @@ cdef void *_read_tensor(qsp_pack *a, object x, PlaneLayout layout, strides_t *wh
     return data
 
 
-def pack(x, planes, PlaneLayout layout not None, int threads):
-    """Write `x` (images, channels, height, width), float32 or bfloat16, into `planes` (float32)."""
+def pack(x, PlaneLayout layout not None, int threads):
+    """The planes of `x` (images, channels, height, width), float32 or bfloat16: float32."""
     cdef qsp_pack a
     cdef strides_t where
     memset(&a, 0, sizeof(a))
     a.tensor = _read_tensor(&a, x, layout, &where)
+    planes = empty((layout.lane_count(a.images),), _float32)
     _pack_planes(&a, layout, where.step, planes, _float32, False, max(threads, 1))
+    return planes
+
+
+cdef uint64_t read_seed(object seed, Scheme scheme) except? 0:
+    """A seed, spread over 64 bits (finaliser of splitmix64); 0 where there is none."""
+    cdef uint64_t z
+    if seed is None:
+        if scheme.random:
+            raise ValueError(f"the scheme {scheme.name!r} needs a seed")
+        return 0
+    z = <uint64_t> (<const int64_t *> pointer(seed, _int64, 1, "seed"))[0]
+    z += <uint64_t> 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * <uint64_t> 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * <uint64_t> 0x94D049BB133111EB
+    return z ^ (z >> 31)
 
 
 cdef bint find_scales(qsp_pack *a, const qsp_range *ranges, const qsp_moments *moments, int64_t channels,
@@ -115,13 +134,12 @@ cdef void blank_planes(const qsp_pack *a, object planes, const float *scales, bi
                        a.grid.pitch - a.grid.front)
 
 
-def quantize_pack(x, planes, scale, zero_point, PlaneLayout layout not None, Scheme scheme not None, uint64_t seed,
-                  int threads):
-    """Quantise `x` and write its codes into `planes` (uint8), its scale and zero point into tensors of one element.
+def quantize_pack(x, PlaneLayout layout not None, Scheme scheme not None, seed, int threads):
+    """Quantise `x`: its codes in planes (uint8), and scale and zero point, tensors of one element.
 
     Symmetric schemes are around 128; "absmax" and "sawb" turn to 0..255 around 0 where no element is negative.
-    "standard" maps [min, max] to 0..255. With a scale for each channel, `scale` and `zero_point` have one element for
-    each plane.
+    "standard" maps [min, max] to 0..255. With a scale for each channel, scale and zero point have one element for each
+    plane. `seed` is None, or an int64 scalar.
     """
     cdef qsp_pack a
     cdef qsp_range r
@@ -136,9 +154,12 @@ def quantize_pack(x, planes, scale, zero_point, PlaneLayout layout not None, Sch
     a.scheme = scheme.c
     threads = max(threads, 1)
     a.tensor = _read_tensor(&a, x, layout, &where)
+    a.seed = read_seed(seed, scheme)
     channels, count = 1, 1
     if scheme.per_channel:
         channels, count = layout.channels, a.grid.planes
+    planes = empty((layout.lane_count(a.images),), _uint8)
+    scale, zero_point = torch.empty(count, dtype=_float32), torch.empty(count, dtype=_int32)
     cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
     if scheme.per_channel:
@@ -150,15 +171,16 @@ def quantize_pack(x, planes, scale, zero_point, PlaneLayout layout not None, Sch
     else:
         a.inverse = &inverse
     find_statistics(&where, a.tensor, a.dtype, scheme.per_channel, &a.scheme, ranges, moments, threads)
-    a.zero_point, a.stride, a.seed = zero_p, scheme.per_channel, seed
+    a.zero_point, a.stride = zero_p, scheme.per_channel
     finite = find_scales(&a, ranges, moments, channels, count, scale_p, zero_p)
     _pack_planes(&a, layout, where.step, planes, _uint8, True, threads)
     if not finite:
         blank_planes(&a, planes, scale_p, scheme.per_channel)
+    return planes, scale, zero_point
 
 
-cdef object pack_ranged(qsp_pack *a, int64_t rows, int64_t channels, object ranges, object planes, object plane_scale,
-                        object zero_point, PlaneLayout layout, Scheme scheme, int threads):
+cdef tuple pack_ranged(qsp_pack *a, int64_t rows, int64_t channels, object ranges, PlaneLayout layout, Scheme scheme,
+                       int threads):
     """Pack what is computed on the way, rows of channels, of known ranges (least, greatest): float32, (channels, 2)."""
     cdef qsp_moments moments
     cdef qsp_range *found
@@ -178,7 +200,9 @@ cdef object pack_ranged(qsp_pack *a, int64_t rows, int64_t channels, object rang
                          f"{layout.channels} channels, at least 2, got {rows} rows of {channels} channels")
     a.grid, a.images = layout.grid, rows // pixels
     count = a.grid.planes if scheme.per_channel else 1
-    cdef float *scale_p = <float *> pointer(plane_scale, _float32, count, "plane_scale")
+    planes = empty((layout.lane_count(a.images),), _uint8)
+    scale, zero_point = torch.empty(count, dtype=_float32), torch.empty(count, dtype=_int32)
+    cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
     cdef bytes scratch = PyBytes_FromStringAndSize(NULL, each * sizeof(qsp_range) + count * sizeof(float))
     found = <qsp_range *> PyBytes_AS_STRING(scratch)
@@ -195,3 +219,4 @@ cdef object pack_ranged(qsp_pack *a, int64_t rows, int64_t channels, object rang
     _pack_planes(a, layout, stride, planes, _uint8, True, max(threads, 1))
     if not finite:
         blank_planes(a, planes, scale_p, scheme.per_channel)
+    return planes, scale, zero_point

@@ -284,7 +284,8 @@ cdef char *_channel_states(_channels *a, const strides_t *x, bint per_channel, i
     return states
 
 
-cdef void channel_ranges(const strides_t *x, const void *data, int dtype, int need, qsp_range *out, int threads) except *:
+cdef void channel_ranges(const strides_t *x, const void *data, int dtype, int need, qsp_range *out,
+                         int threads) except *:
     """Range of each channel of `x`, zero taken in."""
     cdef _channels a
     cdef int64_t c, i, part, places
@@ -307,8 +308,8 @@ cdef void channel_ranges(const strides_t *x, const void *data, int dtype, int ne
     free(states)
 
 
-cdef void channel_moments(const strides_t *x, const void *data, int dtype, bint per_channel, bint magnitudes, qsp_range *ranges,
-                          qsp_moments *moments, int threads) except *:
+cdef void channel_moments(const strides_t *x, const void *data, int dtype, bint per_channel, bint magnitudes,
+                          qsp_range *ranges, qsp_moments *moments, int threads) except *:
     """Moments and ranges (zero taken in, without the maxima) of `x` or of its channels."""
     cdef _channels a
     cdef int64_t c, part, first

@@ -84,6 +84,11 @@ def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, gro
     return Plan(geometry, forward, backward, groups, rows * (geometry.in_channels // groups) * taps)
 
 
+def _stamp(crow: Tensor, col: Tensor) -> tuple[int, ...]:
+    """What changes with a pattern's place in memory or its contents."""
+    return (crow.data_ptr(), tensor_version(crow), crow.numel(), col.data_ptr(), tensor_version(col), col.numel())
+
+
 class PlanCache:
     """The plans of one pattern, for the input sizes that it was last used at.
 
@@ -103,6 +108,15 @@ class PlanCache:
 
     def __len__(self) -> int:
         return len(self._plans)
+
+    def find(self, crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int) -> Plan | None:
+        """The plan of a pattern on a geometry if it is there; those of another pattern are forgotten."""
+        held = self._tensors
+        if (self._stamp != _stamp(crow_indices, col_indices)
+                or (held is not None and (held[0] is not crow_indices or held[1] is not col_indices))):  # fmt: skip
+            self._plans.clear()
+            return None
+        return self._plans.get((geometry, groups))
 
     def get(
         self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], geometry: Geometry, groups: int
@@ -125,15 +139,11 @@ class PlanCache:
             See `check_pattern`.
         """
         crow, col = crow_indices, col_indices
-        stamp = (crow.data_ptr(), tensor_version(crow), crow.numel(), col.data_ptr(), tensor_version(col), col.numel())
-        held = self._tensors
-        same = self._stamp == stamp and (held is None or (held[0] is crow and held[1] is col))
-        if not same:
-            check_pattern(crow, col, shape)
-            self._plans = OrderedDict()
-            self._tensors, self._stamp = (crow, col) if self._hold else None, stamp
-        plan = self._plans.get((geometry, groups))
+        plan = self.find(crow, col, geometry, groups)
         if plan is None:
+            if not self._plans:
+                check_pattern(crow, col, shape)
+                self._tensors, self._stamp = (crow, col) if self._hold else None, _stamp(crow, col)
             plan = self._plans[geometry, groups] = make_plan(crow, col, geometry, groups)
             if len(self._plans) > KEPT_PLANS:
                 self._plans.popitem(last=False)

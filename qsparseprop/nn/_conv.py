@@ -217,7 +217,7 @@ class SparseConvNd(SparseModule):
         else:
             geometry = conv_geometry(*layout, batch, batch_innermost, self.transposed)
             shape = None if dims == 2 else (batch, self.out_channels, *out_size)
-            y = self._product(images, self._plan(geometry, self.groups), shape)
+            y = self._product(images, geometry, self.groups, shape)
         return y if x.ndim == dims + 2 else y[0]
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop import ops
-from qsparseprop._torch_compat import dispatch_modes
+from qsparseprop._torch_compat import dispatch_modes, forward_mode_is_on
 from qsparseprop.layout.plan import Plan
 from qsparseprop.nn._passes import as_dtype, backward_pass, check_finite, forward_pass, value_gradient
 from qsparseprop.nn._traced import config_text, sparse_layer, sparse_layer_backward
@@ -63,24 +63,25 @@ class ProductCall(NamedTuple):
 
     Attributes
     ----------
+    values : Tensor
+        The weight as a plain tensor, see `plain`.
     plan : Plan
     pattern : tuple of Tensor
-        crow_indices and col_indices, which the plan is made of.
+        What the plan was made of: crow_indices and col_indices.
     qconfig : QuantConfig or None
+        Without one the computation is in float32.
     dtype : torch.dtype
-        Of the result.
-    save : bool
-        Whether the packed input is wanted for the weight gradient.
+        Of the result, float32 or bfloat16.
     shape : sequence of int or None
         Of the result, in place of that of its images.
     """
 
+    values: Tensor
     plan: Plan
     pattern: tuple[Tensor, Tensor]
     qconfig: QuantConfig | None
     dtype: torch.dtype
-    save: bool
-    shape: Sequence[int] | None
+    shape: Sequence[int] | None = None
 
     def as_graphs_take_it(self) -> tuple[Any, ...]:
         """Pattern, geometry, groups and QuantConfig, as `traced.sparse_layer` takes them."""
@@ -92,34 +93,42 @@ def _is_watched(*tensors: Tensor | None) -> bool:
     return bool(dispatch_modes()) or not ops.are_plain(*tensors)
 
 
+def _compute(x: Tensor, bias: Tensor | None, call: ProductCall, save: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The product, and the packed input where it is to be saved."""
+    values, plan, _, qconfig, dtype, shape = call
+    if qconfig is not None and qconfig.check_finite:
+        check_finite(x, "the input")
+        check_finite(values, "the weight")
+    # of rows, in whatever shape, torch's results are contiguous
+    channels_last = False if shape is not None and len(shape) == 3 else None
+    if not _is_watched(x, values, bias):
+        return forward_pass(x, values, bias, plan, qconfig, dtype, channels_last, save)
+    ops.check_storage(values, "the weight")
+    images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
+    out, *packed = sparse_layer.overload(images, values, bias, *call.as_graphs_take_it(), dtype)
+    if channels_last is not None:
+        out = out.contiguous()
+    return out if x.ndim == 4 else out.view(out.shape[:2]).detach(), packed
+
+
+def _in_its_shape(out: Tensor, call: ProductCall) -> Tensor:
+    # detached: as those of torch's layers, results are no views, which in-place operations treat otherwise
+    return out if call.shape is None else out.view(call.shape).detach()
+
+
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, bias: Tensor | None, call: ProductCall) -> Tensor:
-        plan, _, qconfig, dtype, save, shape = call
-        if qconfig is not None and qconfig.check_finite:
-            check_finite(x, "the input")
-            check_finite(values, "the weight")
-        # of rows, in whatever shape, torch's results are contiguous
-        channels_last = False if shape is not None and len(shape) == 3 else None
-        own = plain(values)
-        if _is_watched(x, own, bias):
-            ops.check_storage(own, "the weight")
-            images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
-            out, *packed = sparse_layer.overload(images, own, bias, *call.as_graphs_take_it(), dtype)
-            out = out if channels_last is None else out.contiguous()
-            if x.ndim == 2:
-                out = out.view(out.shape[:2]).detach()
-        else:
-            out, packed = forward_pass(x, own, bias, plan, qconfig, dtype, channels_last, save)
-        if save and ctx.needs_input_grad[1]:
-            ctx.save_for_backward(values, *packed)
-        elif ctx.needs_input_grad[0]:
-            ctx.save_for_backward(values)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, call: ProductCall) -> Tensor:
+        needs_x, needs_values, *_ = ctx.needs_input_grad
+        out, packed = _compute(x, bias, call, needs_values)
+        if needs_values:
+            ctx.save_for_backward(weight, *packed)
+        elif needs_x:
+            ctx.save_for_backward(weight)
         ctx.call, ctx.x_shape, ctx.out_shape = call, x.shape, out.shape
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        # detached: as those of torch's layers, results are no views, which in-place operations treat otherwise
-        return out if shape is None else out.view(shape).detach()
+        return _in_its_shape(out, call)
 
     @staticmethod
     def backward(ctx, dy: Tensor | None):
@@ -208,16 +217,7 @@ def refuse_forward_mode() -> None:
                               "that swap_modules_with_dense gives")
 
 
-def sparse_product(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    pattern: tuple[Tensor, Tensor],
-    qconfig: QuantConfig | None = None,
-    dtype: torch.dtype | None = None,
-    shape: Sequence[int] | None = None,
-) -> Tensor:
+def sparse_product(x: Tensor, weight: Tensor, bias: Tensor | None, call: ProductCall) -> Tensor:
     """Product of a sparse weight with an input, as a convolution whose geometry is in the plan.
 
     Parameters
@@ -225,34 +225,24 @@ def sparse_product(
     x : Tensor
         (images, channels, height, width), float32 or bfloat16, any strides; or (images, channels), which stands for
         images of one pixel.
-    values : Tensor
+    weight : Tensor
         (nonzeros,) in the order of the pattern that the plan was made of.
     bias : Tensor, optional
         (out_channels,).
-    plan : Plan
-    pattern : tuple of Tensor
-        What the plan was made of: crow_indices and col_indices.
-    qconfig : QuantConfig, optional
-        Without one the computation is in float32.
-    dtype : torch.dtype, optional
-        Of the result, float32 or bfloat16; x's without one.
-    shape : sequence of int, optional
-        Of the result, in place of that of its images.
+    call : ProductCall
 
     Returns
     -------
     Tensor
-        (images, out_channels, out_height, out_width), channels_last where x is; or (images, out_channels); or `shape`.
-        Differentiable once with respect to `x`, `values` and `bias`.
+        (images, out_channels, out_height, out_width), channels_last where x is; or (images, out_channels); or the shape
+        that `call` names. Differentiable once with respect to `x`, `weight` and `bias`.
 
     Raises
     ------
     NotImplementedError
         From the derivative of a derivative, and from forward-mode differentiation.
     """
-    if torch.is_grad_enabled() and not records_gradients():
-        with torch.no_grad():
-            return sparse_product(x, values, bias, plan, pattern, qconfig, dtype, shape)
-    save = torch.is_grad_enabled() and values.requires_grad
-    call = ProductCall(plan, pattern, qconfig, x.dtype if dtype is None else dtype, save, shape)
-    return _apply(x, values, bias, call)
+    if not records_gradients() and not forward_mode_is_on():
+        with without_graph():
+            return _in_its_shape(_compute(x, bias, call, False)[0], call)
+    return _apply(x, weight, bias, call)

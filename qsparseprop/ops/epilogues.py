@@ -37,8 +37,7 @@ from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.ops._registration import check_tensors, operator, recorded
-from qsparseprop.ops.products import Packed, empty_packed
-from qsparseprop.ops.schemes import seed_bits
+from qsparseprop.ops.products import Packed
 
 #: Names of the activations.
 ACTIVATIONS = _epilogue.ACTIVATIONS
@@ -240,15 +239,9 @@ def epilogue_pack(
     """
     check_tensors(x=x, residual=residual, ranges=ranges, **affine._asdict(), **kept._asdict())
     out = empty(tuple(x.shape), x.dtype) if keep else None
-    packed = empty_packed(layout, _images(x, layout), scheme)
-    _epilogue.epilogue_pack(x, residual, out, *affine, *activation, *kept, ranges, *packed, layout, scheme,
-                            torch.get_num_threads())  # fmt: skip
-    return out, packed
-
-
-def _images(rows: Tensor, layout: PlaneLayout) -> int:
-    """How many images have so many rows; the kernels check that they are whole."""
-    return len(rows) // max(layout.image[0] * layout.image[1], 1)
+    packed = _epilogue.epilogue_pack(x, residual, out, *affine, *activation, *kept, ranges, layout, scheme,
+                                     torch.get_num_threads())  # fmt: skip
+    return out, Packed(*packed)
 
 
 @operator(
@@ -344,9 +337,7 @@ def epilogue_grad_pack(
         Of `epilogue_grad`; None if not wanted.
     """
     check_tensors(dy=dy, codes=codes, saved=saved, factor=factor, ranges=ranges, seed=seed)
-    bits = seed_bits(scheme.name, seed)
-    packed = empty_packed(layout, _images(dy, layout), scheme)
     g = empty(tuple(dy.shape), dy.dtype) if want_g else None
-    _epilogue.epilogue_grad_pack(dy, codes, saved, *activation, factor, g, ranges, *packed, layout, scheme, bits,
-                                 torch.get_num_threads())  # fmt: skip
-    return packed, g
+    packed = _epilogue.epilogue_grad_pack(dy, codes, saved, *activation, factor, g, ranges, layout, scheme, seed,
+                                          torch.get_num_threads())  # fmt: skip
+    return Packed(*packed), g

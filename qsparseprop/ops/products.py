@@ -19,7 +19,6 @@ from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._torch_compat import profiler_is_on
 from qsparseprop.ops._registration import check_tensors, recorded, seen_as
-from qsparseprop.ops.schemes import seed_bits
 
 
 class Packed(NamedTuple):
@@ -55,13 +54,6 @@ class Weights(NamedTuple):
     total: Tensor | None = None
 
 
-def empty_packed(layout: PlaneLayout, images: int, scheme: Scheme) -> Packed:
-    """Codes, scale and zero point to be filled."""
-    scales = layout.planes if scheme.per_channel else 1
-    return Packed(empty((layout.lanes(images),), torch.uint8), torch.empty(scales, dtype=torch.float32),
-                  torch.empty(scales, dtype=torch.int32))  # fmt: skip
-
-
 @recorded
 def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
     """Quantise a tensor to 8 bits and lay it out as planes of lanes.
@@ -85,18 +77,13 @@ def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor |
     TypeError, ValueError
         For another dtype, device or shape, or without a seed that is needed.
     """
-    bits = seed_bits(scheme.name, seed)
-    packed = empty_packed(layout, len(x), scheme)
-    _pack.quantize_pack(x, *packed, layout, scheme, bits, torch.get_num_threads())
-    return packed
+    return Packed(*_pack.quantize_pack(x, layout, scheme, seed, torch.get_num_threads()))
 
 
 @recorded
 def pack(x: Tensor, layout: PlaneLayout) -> Packed:
     """Lay a tensor out as planes of lanes without quantising it: in float32, gaps hold zero."""
-    planes = empty((layout.lanes(len(x)),), torch.float32)
-    _pack.pack(x, planes, layout, torch.get_num_threads())
-    return Packed(planes)
+    return Packed(_pack.pack(x, layout, torch.get_num_threads()))
 
 
 @recorded
@@ -268,7 +255,5 @@ def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonz
     Tensor
         float32, (nonzeros,).
     """
-    out = torch.empty(nonzeros, dtype=torch.float32)
-    _matmul.sddmm(operand.planes, gradient.planes, operand.scale, operand.zero_point, gradient.scale, rows, images, out,
-                  torch.get_num_threads())  # fmt: skip
-    return out
+    return _matmul.sddmm(operand.planes, gradient.planes, operand.scale, operand.zero_point, gradient.scale, rows,
+                         images, nonzeros, torch.get_num_threads())  # fmt: skip

@@ -207,9 +207,9 @@ def deferred_product(
         packed, plain, geometry, channels_last = _prepare(x, images, geometry, qconfig)
         declared = is_channels_last(x) if x.ndim == 4 else False
         usage.fed = packed is not None
+        weight, _, bias = layer._operands()
         call = _Call(layer._plan(geometry, groups), qconfig, dtype, layout(declared), images, usage, packed, plain,
                      channels_last, plain_result)
-        weight, bias = layer.weight, layer.bias
         if trains and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             return _apply(x, weight, bias, call)[0]
         return _start(_compute(x, weight, bias, call)[0], call)
