@@ -381,7 +381,7 @@ def main():
     families = products, layers, quantization, normalisation, epilogues
     for module in (*families, _plan, _matmul, _pack, _quantize, _norm, _epilogue, _statistics):
         module.torch = GuardedTorch()
-    for module in (products, quantization, epilogues, _pack):
+    for module in (products, layers, quantization, epilogues, _pack):
         module.empty = guarded_empty
     valid, others = [*valid_calls(), *valid_transposed()], [*valid_quantizations(), *valid_rows()]
     refused = accepted = 0

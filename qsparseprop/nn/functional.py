@@ -146,8 +146,7 @@ class _SparseProduct(torch.autograd.Function):
                 dx, dvalues, dbias = _gradients(ctx, _in_shape(dy, ctx.out_shape), values, packed, grads)
         else:
             ops.check_storage(dy, "the gradient of the output")
-            dy_rows = dy.detach().reshape(ctx.out_shape)
-            dbias = dy_rows.sum(0 if dy_rows.ndim == 2 else (0, 2, 3), dtype=torch.float32)
+            dbias = ops.bias_gradient(dy.detach().reshape(ctx.out_shape))
         gradients = (
             dx if grads[0] else None,
             value_gradient(dvalues, values) if grads[1] else None,

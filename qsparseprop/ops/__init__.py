@@ -25,7 +25,14 @@ from qsparseprop.ops.epilogues import (
     epilogue_sums,
     saved_like,
 )
-from qsparseprop.ops.layers import Quantisation, is_channels_last, layer_backward, layer_forward, packed_backward
+from qsparseprop.ops.layers import (
+    Quantisation,
+    bias_gradient,
+    is_channels_last,
+    layer_backward,
+    layer_forward,
+    packed_backward,
+)
 from qsparseprop.ops.masks import keep_masked, relu_mask, relu_mask_
 from qsparseprop.ops.normalisation import norm_factors, norm_statistics
 from qsparseprop.ops.products import (
@@ -59,6 +66,7 @@ __all__ = [
     "Weights",
     "activation_range",
     "are_plain",
+    "bias_gradient",
     "check_storage",
     "codes_like",
     "dequantize",

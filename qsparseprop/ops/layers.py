@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.layout.plan import Plan
@@ -49,7 +50,7 @@ def is_channels_last(x: Tensor) -> bool:
 def _result_like(x: Tensor, rows: GatherList, dtype: torch.dtype, channels_last: bool | None) -> Tensor:
     """A tensor for the result of a product with x, of as many dimensions."""
     if x.ndim == 2:
-        return torch.empty((x.shape[0], rows.target.channels), dtype=dtype)
+        return empty((x.shape[0], rows.target.channels), dtype)
     return empty_result(rows, x.shape[0], dtype, is_channels_last(x) if channels_last is None else channels_last)
 
 
@@ -184,9 +185,13 @@ def layer_backward(
             gradient = pack(dy, rows.source)
         operands = (gradient, packed) if transposed else (packed, gradient)
         dvalues = sddmm(*operands, plan.forward, images, values.shape[0])
-    if not grads[2]:
-        return dx, dvalues, None
-    return dx, dvalues, dy.sum(0 if dy.ndim == 2 else (0, 2, 3), dtype=torch.float32)
+    return dx, dvalues, bias_gradient(dy) if grads[2] else None
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """The sum of a gradient over all but its channels, float32."""
+    dims = 0 if dy.ndim == 2 else (0, 2, 3)
+    return dy.sum(dims) if dy.dtype is torch.float32 else dy.sum(dims, dtype=torch.float32)
 
 
 def _is_in_floats(packed: Packed | None) -> bool:
