@@ -40,8 +40,9 @@ from torch import Tensor
 
 from qsparseprop import ops
 from qsparseprop._kernels import _dispatch, _statistics
-from qsparseprop.geometry import Geometry, conv_geometry, linear_geometry, prefer_batch_innermost
-from qsparseprop.pattern import dense_pattern, make_plan
+from qsparseprop.layout.geometry import Geometry, conv_geometry, linear_geometry, prefer_batch_innermost
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import make_plan
 
 #: Seconds that one measurement of a peak takes, and how often it is done; the best counts.
 PEAK_SECONDS, PEAK_REPEATS = 0.02, 5
@@ -228,19 +229,20 @@ def level_of(footprint: int) -> str:
 
 def packing(x: Tensor, geometry: Geometry) -> list[Work]:
     """Kernels that read a layer's input: its range, and its codes in planes."""
-    grid, views = geometry.input_grid, geometry.input_views
-    lanes = grid.lanes(x.shape[0])
-    seed = torch.tensor(1)
-    size = 4 * x.numel()
+    layout, seed = geometry.input_layout, torch.tensor(1)
+    lanes, size = layout.lanes(x.shape[0]), 4 * x.numel()
+    absmax, channels, stochastic, dithered = (
+        ops.Scheme("absmax"), ops.Scheme("absmax", (), True), ops.Scheme("stochastic"), ops.Scheme("dithered")
+    )  # fmt: skip
     return [
         Work("range", lambda: _statistics.tensor_range(x, torch.get_num_threads()), size, "read", size),
-        Work("quantize_pack absmax", lambda: ops.quantize_pack(x, grid.numbers, views, lanes, "absmax", None),
+        Work("quantize_pack absmax", lambda: ops.quantize_pack(x, layout, absmax),
              2 * size + lanes, "read", size + lanes),
-        Work("quantize_pack stochastic", lambda: ops.quantize_pack(x, grid.numbers, views, lanes, "stochastic", seed),
+        Work("quantize_pack stochastic", lambda: ops.quantize_pack(x, layout, stochastic, seed),
              2 * size + lanes, "read", size + lanes),
-        Work("quantize_pack dithered", lambda: ops.quantize_pack(x, grid.numbers, views, lanes, "dithered", seed),
+        Work("quantize_pack dithered", lambda: ops.quantize_pack(x, layout, dithered, seed),
              3 * size + lanes, "read", size + lanes),
-        Work("quantize_pack channels", lambda: ops.quantize_pack(x, grid.numbers, views, lanes, "absmax", None, True),
+        Work("quantize_pack channels", lambda: ops.quantize_pack(x, layout, channels),
              2 * size + lanes, "read", size + lanes),
     ]  # fmt: skip
 
@@ -258,33 +260,25 @@ def layer_kernels(shape: Shape, sparsity: float, channels_last: bool) -> list[Wo
     x = torch.randn(shape.batch, shape.inputs, *[shape.size or 1] * 2).to(memory_format=memory_format)
     dy = torch.randn(shape.batch, shape.outputs, *g.output_size).to(memory_format=memory_format)
     macs = values.numel() * dy.numel() / shape.outputs
-    x_lanes, dy_lanes = g.input_grid.lanes(shape.batch), g.output_grid.lanes(shape.batch)
 
     def kernels(quantized: bool) -> list[Work]:
         if quantized:
-            xq, sx, zx = ops.quantize_pack(x, g.input_grid.numbers, g.input_views, x_lanes, "absmax", None)
-            dq, sd, zd = ops.quantize_pack(dy, g.output_grid.numbers, g.output_views, dy_lanes, "absmax", None)
-            lists = [ops.quantize_weight(values, r.index, r.group_ptr) for r in (plan.forward, plan.backward)]
+            xq = ops.quantize_pack(x, g.input_layout, ops.Scheme("absmax"))
+            dq = ops.quantize_pack(dy, g.output_layout, ops.Scheme("absmax"))
+            w, wt = (ops.quantize_weight(values, rows) for rows in (plan.forward, plan.backward))
         else:
-            xq, sx, zx = ops.pack(x, g.input_grid.numbers, g.input_views, x_lanes), None, None
-            dq, sd, zd = ops.pack(dy, g.output_grid.numbers, g.output_views, dy_lanes), None, None
-            padded = torch.cat([values, values.new_zeros(1)])
-            lists = [(padded[r.index], None, None) for r in (plan.forward, plan.backward)]
-        (w, sw, tw), (wt, swt, twt) = lists
-        f, b = plan.forward, plan.backward
-        last = memory_format is torch.channels_last
+            xq, dq = ops.pack(x, g.input_layout), ops.pack(dy, g.output_layout)
+            w, wt = (ops.gather_weight(values, rows) for rows in (plan.forward, plan.backward))
+        batch, last = shape.batch, memory_format is torch.channels_last
 
         def forward() -> Tensor:
-            return ops.spmm(xq, w, f.group_ptr, f.offset, sw, tw, sx, zx, None, g.input_grid.numbers, g.output_views,
-                            dy.shape, last, False)  # fmt: skip
+            return ops.spmm(xq, w, plan.forward, batch, channels_last=last)
 
         def input_gradient() -> Tensor:
-            return ops.spmm(dq, wt, b.group_ptr, b.offset, swt, twt, sd, zd, None, g.output_grid.numbers,
-                            g.input_views, x.shape, last, not g.covers_input)  # fmt: skip
+            return ops.spmm(dq, wt, plan.backward, batch, channels_last=last)
 
         def weight_gradient() -> Tensor:
-            return ops.sddmm(xq, dq, f.group_ptr, f.offset, f.index, f.plane, sx, zx, sd, g.input_grid.numbers,
-                             g.output_grid.numbers, g.output_views, dy.shape, values.numel())  # fmt: skip
+            return ops.sddmm(xq, dq, plan.forward, batch, values.numel())
 
         kind = "int8" if quantized else "float"
         label = "int8" if quantized else "fp32"
@@ -294,10 +288,10 @@ def layer_kernels(shape: Shape, sparsity: float, channels_last: bool) -> list[Wo
             Work(f"{label} sddmm", weight_gradient, macs, kind),
         ]
 
-    slots = plan.forward.index.numel()
+    slots = plan.forward.slots
     weight_bytes = 4 * values.numel() + 4 * slots + slots
-    quantize = Work("quantize_weight", lambda: ops.quantize_weight(values, plan.forward.index, plan.forward.group_ptr),
-                    weight_bytes, "read", weight_bytes)  # fmt: skip
+    quantize = Work("quantize_weight", lambda: ops.quantize_weight(values, plan.forward), weight_bytes, "read",
+                    weight_bytes)  # fmt: skip
     return [*kernels(True), *kernels(False), quantize, *packing(x, g)]
 
 
@@ -342,16 +336,14 @@ def measure(title: str, works: Sequence[Work], isas: Sequence[str], peaks: dict[
 
 def measure_rounding(x: Tensor, geometry: Geometry, isa: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Race the schemes of gradients on one instruction set; print what each costs compared with rounding to nearest."""
-    grid, views = geometry.input_grid, geometry.input_views
-    lanes, seed = grid.lanes(x.shape[0]), torch.tensor(1)
+    layout, seed = geometry.input_layout, torch.tensor(1)
     say(f"\nquantize_pack with {isa}, schemes in turn, time relative to rounding to nearest (absmax)\n")
     table = Table(["scale of", "stochastic", "dithered", "luq"])
     results = []
     for per_channel in (False, True):
         schemes = {
-            scheme: on_isa(isa, lambda s=scheme, c=per_channel: ops.quantize_pack(x, grid.numbers, views, lanes, s,
-                                                                                 seed, c))
-            for scheme in ("absmax", "stochastic", "dithered", "luq")
+            scheme.name: on_isa(isa, lambda s=scheme: ops.quantize_pack(x, layout, s, seed))
+            for scheme in (ops.Scheme(name, (), per_channel) for name in ("absmax", "stochastic", "dithered", "luq"))
         }  # fmt: skip
         result = race([Competitor(name, name, call) for name, call in schemes.items()], args)
         relative = {s: ms / result["ms"]["absmax"] for s, ms in result["ms"].items()}

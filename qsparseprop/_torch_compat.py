@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame as _frames
 from torch._subclasses import FakeTensor
-from torch.autograd import Variable, forward_ad
+from torch.autograd import Variable, forward_ad, profiler
 from torch.nn.modules import module as _module
 from torch.optim.swa_utils import AveragedModel
 
@@ -37,7 +37,9 @@ __all__ = [
     "keep_off_fast_path",
     "name_of_node",
     "overrides_functions",
+    "profiler_is_on",
     "refuse_data_pointer",
+    "refusing_derivatives",
     "saved_tensors_hook",
     "transforms_active",
     "watcher",
@@ -183,3 +185,24 @@ def saved_tensors_hook() -> Any:
     """The innermost hook that would be given a tensor that is saved now, or None; an error where they are forbidden."""
     hooks = _top_hooks(False)
     return None if hooks is None else hooks[0]
+
+
+def profiler_is_on() -> bool:
+    """Whether a profiler records the operators of any thread."""
+    return profiler._is_profiler_enabled
+
+
+def refusing_derivatives(overload: Any, message: str) -> Callable[..., Any]:
+    """The autograd kernel of an operator that writes into its arguments: it refuses those that want a gradient.
+
+    It cannot wait for the backward pass: torch would go on with the history of what was written over, or take the
+    gradient for zero.
+    """
+
+    def refusing(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise NotImplementedError(message)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return refusing

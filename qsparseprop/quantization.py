@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from qsparseprop import ops, quantize_ops
+from qsparseprop import ops
 
 __all__ = ["QuantConfig", "QuantizedTensor", "dequantize", "quantize"]
 
@@ -116,13 +117,27 @@ class QuantConfig:
 
     @property
     def input_options(self) -> tuple[float, ...]:
-        """Options of the input's scheme as `qsparseprop.ops.quantize_pack` takes them."""
+        """Options of the input's scheme, see `qsparseprop.ops.Scheme`."""
         return (*self.sawb, float(self.sawb_nonzeros)) if self.input == "sawb" else ()
 
     @property
     def grad_options(self) -> tuple[float, ...]:
-        """Options of the gradient's scheme as `qsparseprop.ops.quantize_pack` takes them."""
+        """Options of the gradient's scheme, see `qsparseprop.ops.Scheme`."""
         return {"dithered": (float(self.dither_step),), "luq": (float(self.luq_levels),)}.get(self.grad, ())
+
+    @functools.cached_property
+    def input_scheme(self) -> ops.Scheme:
+        """The input's scheme as the operators take it."""
+        return ops.Scheme(self.input, self.input_options, self.granularity == "channel")
+
+    @functools.cached_property
+    def grad_scheme(self) -> ops.Scheme:
+        """The gradient's scheme as the operators take it: its codes are around 128, whatever the signs."""
+        name = "symmetric" if self.grad == "absmax" else self.grad
+        return ops.Scheme(name, self.grad_options, self.granularity == "channel")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # without what is only remembered
 
     def weight_clip(self, values: Tensor, entries: int) -> Tensor | None:
         """Magnitude that the largest code of a weight stands for.
@@ -179,7 +194,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values that the codes stand for, float32 or bfloat16."""
-        return quantize_ops.dequantize(self.codes, self.scale, self.zero_point, self.dim, self.group_size, dtype)
+        return ops.dequantize(self.codes, self.scale, self.zero_point, self.dim, self.group_size, dtype)
 
     def zero_fraction(self) -> float:
         """Share of the elements whose code stands for zero; what a dithered gradient could skip."""
@@ -249,7 +264,7 @@ def quantize(
     seed = None
     if scheme in ops.RANDOM_SCHEMES:
         seed = torch.empty((), dtype=torch.int64).random_(generator=generator)
-    codes, scale, zero = quantize_ops.quantize(x.detach(), scheme, bits, dim, group_size, not unsigned, seed, values)
+    codes, scale, zero = ops.quantize(x.detach(), scheme, bits, dim, group_size, not unsigned, seed, values)
     return QuantizedTensor(codes, scale, zero, scheme, bits, dim, group_size)
 
 

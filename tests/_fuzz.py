@@ -11,10 +11,12 @@ import sys
 
 import torch
 
-from qsparseprop import epilogue_ops, norm_ops, ops, quantize_ops, transposed_ops
-from qsparseprop._kernels import _dispatch, _epilogue, _matmul, _norm, _pack, _quantize, _statistics
-from qsparseprop.geometry import all_lanes, conv_geometry, linear_geometry
-from qsparseprop.pattern import dense_pattern, make_plan
+from qsparseprop import ops
+from qsparseprop._kernels import _dispatch, _epilogue, _matmul, _norm, _pack, _plan, _quantize, _statistics
+from qsparseprop.layout.geometry import conv_geometry, linear_geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import Plan, make_plan
+from qsparseprop.ops import epilogues, layers, normalisation, products, quantization
 
 PAGE = mmap.PAGESIZE
 LARGEST = 1 << 24  # bytes; what asks for more counts as refused
@@ -78,6 +80,74 @@ class GuardedTorch:
         return guarded(shape[0] if len(shape) == 1 else shape, dtype, memory_format)
 
 
+# ---- the operators, made of numbers and tensors that can be corrupted ----
+
+
+def gather_list(rows, source, target):
+    """Of lists of the arguments of `GatherList` and twice of `PlaneLayout`."""
+    return ops.GatherList(*rows, ops.PlaneLayout(*source), ops.PlaneLayout(*target))
+
+
+def scheme_of(scheme, per_channel):
+    return None if scheme is None else ops.Scheme(scheme, [], per_channel)
+
+
+def pack(x, layout):
+    ops.pack(x, ops.PlaneLayout(*layout))
+
+
+def quantize_pack(x, layout, scheme, per_channel, seed):
+    ops.quantize_pack(x, ops.PlaneLayout(*layout), scheme_of(scheme, per_channel), seed)
+
+
+def quantize_weight(values, rows, source, target, factor, zero_point):
+    ops.quantize_weight(values, gather_list(rows, source, target), factor, zero_point)
+
+
+def gather_weight(values, rows, source, target):
+    ops.gather_weight(values, gather_list(rows, source, target))
+
+
+def spmm(operand, weights, rows, source, target, images, bias, dtype, channels_last):
+    ops.spmm(ops.Packed(*operand), ops.Weights(*weights), gather_list(rows, source, target), images, bias, dtype,
+             channels_last)  # fmt: skip
+
+
+def multiply(operand, values, rows, source, target, out, bias):
+    ops.multiply(ops.Packed(*operand), values, gather_list(rows, source, target), out, bias)
+
+
+def sddmm(operand, gradient, rows, source, target, images, nonzeros):
+    ops.sddmm(ops.Packed(*operand), ops.Packed(*gradient), gather_list(rows, source, target), images, nonzeros)
+
+
+class Passes:
+    """Both passes of a layer; the geometry itself is never corrupted."""
+
+    def __init__(self, geometry):
+        self.geometry = geometry
+
+    def plan(self, rows, columns, source, target):
+        return Plan(self.geometry, gather_list(rows, source, target), gather_list(columns, target, source), 1, 1)
+
+    def forward(self, x, values, bias, rows, columns, source, target, scheme, per_channel, in_floats, dtype, save):
+        given = ops.Quantisation(scheme_of(scheme, per_channel), None, None, in_floats)
+        return ops.layer_forward(x, values, bias, self.plan(rows, columns, source, target), given, dtype, None, save)
+
+    def backward(self, dy, values, packed, rows, columns, source, target, scheme, per_channel, seed, grads, dtype):
+        given = ops.Quantisation(scheme_of(scheme, per_channel), None, seed)
+        plan = self.plan(rows, columns, source, target)
+        return ops.layer_backward(dy, values, ops.Packed(*packed), plan, given, grads, dtype)
+
+
+def numbers_of(layout):
+    return [list(layout.numbers), list(layout.views), list(layout.image)]
+
+
+def tensors_of(rows):
+    return [rows.group_ptr, rows.offset, rows.index, rows.plane]
+
+
 def valid_calls():
     for number in range(6):
         if number == 0:
@@ -90,58 +160,48 @@ def valid_calls():
             batch, groups = (5, 37, 3, 18)[number - 1], 1 + (number == 2)
             shape = (batch, 4, *size)
             g = conv_geometry(4, 18, size, kernel, stride, (1, 1, 1, 1), (1, 1), batch, inner)
-        outputs = g.output_grid.planes if number else 30
-        taps = len(g.tap_shift)
-        mask = torch.rand(outputs, shape[1] // groups * taps) < 0.3
+        outputs, images = g.output_grid.planes, shape[0]
+        mask = torch.rand(outputs, shape[1] // groups * len(g.tap_shift)) < 0.3
         plan = make_plan(*dense_pattern(mask)[:2], g, groups)
         values = torch.randn(int(mask.sum()))
-        x, dy = torch.randn(shape), torch.randn(shape[0], outputs, *g.output_image)
-        x_lanes, y_lanes = g.input_grid.lanes(shape[0]), g.output_grid.lanes(shape[0])
-        seed = torch.tensor(1)
-        grid, dy_grid = list(g.input_grid.numbers), list(g.output_grid.numbers)
-        in_views, out_views = list(g.input_views), list(g.output_views)
+        x, dy = torch.randn(shape), torch.randn(images, outputs, *g.output_image)
+        seed, bias = torch.tensor(1), torch.randn(outputs)
+        source, target = numbers_of(g.input_layout), numbers_of(g.output_layout)
+        lists = [tensors_of(plan.forward), tensors_of(plan.backward), source, target]
         for tensor in (x, x.contiguous(memory_format=torch.channels_last), x.bfloat16()):
-            yield ops.pack, [tensor, grid, in_views, x_lanes]
+            yield pack, [tensor, source]
             for scheme in ("absmax", "standard", "stochastic"):
                 for per_channel in (False, True):
-                    yield ops.quantize_pack, [tensor, grid, in_views, x_lanes, scheme, seed, per_channel]
+                    yield quantize_pack, [tensor, source, scheme, per_channel, seed]
         for codes in (True, False):
-            for rows, from_, to, views, tensor, out_shape, lanes in (
-                (plan.forward, grid, in_views, out_views, x, dy.shape, x_lanes),
-                (plan.backward, dy_grid, out_views, in_views, dy, x.shape, y_lanes),
-            ):
+            for rows, tensor in ((plan.forward, x), (plan.backward, dy)):
+                where = [tensors_of(rows), numbers_of(rows.source), numbers_of(rows.target)]
+                own_bias, out = bias if tensor is x else None, torch.empty(rows.target.shape(images))
                 if codes:
-                    yield ops.quantize_weight, [values, rows.index, rows.group_ptr]
-                    planes, s, z = ops.quantize_pack(tensor, from_, to, lanes, "standard", None, True)
-                    yield ops.quantize_weight, [values, rows.index, rows.group_ptr, rows.plane, s, z]
-                    planes, s, z = ops.quantize_pack(tensor, from_, to, lanes, "absmax", None)
-                    weights, scale, total = ops.quantize_weight(values, rows.index, rows.group_ptr)
+                    yield quantize_weight, [values, *where, None, None]
+                    folded = ops.quantize_pack(tensor, rows.source, ops.Scheme("standard", [], True))
+                    yield quantize_weight, [values, *where, *folded[1:]]
+                    yield multiply, [list(folded), values, *where, out, own_bias]
+                    packed, weights = ops.quantize_pack(tensor, rows.source, ops.Scheme("absmax")), ops.quantize_weight(
+                        values, rows)  # fmt: skip
                 else:
-                    planes, s, z = ops.pack(tensor, from_, to, lanes), None, None
-                    weights, scale, total = torch.randn(rows.index.numel()), None, None
-                bias = torch.randn(out_shape[1]) if tensor is x else None
+                    yield gather_weight, [values, *where]
+                    packed, weights = ops.pack(tensor, rows.source), ops.gather_weight(values, rows)
+                yield multiply, [list(packed), values, *where, out.bfloat16(), own_bias]
                 for channels_last in (False, True):
-                    yield ops.spmm, [planes, weights, rows.group_ptr, rows.offset, scale, total, s, z, bias, from_,
-                                     views, list(out_shape), channels_last, True]  # fmt: skip
+                    yield spmm, [list(packed), list(weights), *where, images, own_bias, torch.float32, channels_last]
             if codes:
-                px, sx, zx = ops.quantize_pack(x, grid, in_views, x_lanes, "absmax", None)
-                py, sy, _ = ops.quantize_pack(dy, dy_grid, out_views, y_lanes, "stochastic", seed)
+                px = ops.quantize_pack(x, g.input_layout, ops.Scheme("absmax"))
+                py = ops.quantize_pack(dy, g.output_layout, ops.Scheme("stochastic"), seed)
             else:
-                px, sx, zx = ops.pack(x, grid, in_views, x_lanes), None, None
-                py, sy = ops.pack(dy, dy_grid, out_views, y_lanes), None
-            scheme, none = ("absmax", None) if codes else (None, torch.empty(0))
+                px, py = ops.pack(x, g.input_layout), ops.pack(dy, g.output_layout)
+            scheme = "absmax" if codes else None
             for dtype in (torch.float32, torch.bfloat16):
-                yield ops.layer_forward, [x.to(dtype), values, bias, list(plan.forward), grid, in_views, out_views,
-                                          list(dy.shape), scheme, None, dtype, dtype == torch.bfloat16]
-                yield ops.layer_backward, [dy.to(dtype), values, px, sx if codes else none,
-                                           zx if codes else none.int(), list(plan.forward), list(plan.backward), grid,
-                                           dy_grid, in_views, out_views, list(x.shape), False,
-                                           scheme and "stochastic", seed, [True, True, True], dtype,
-                                           dtype == torch.bfloat16]  # fmt: skip
-            rows = plan.forward
-            one, one_shape = all_lanes(out_views, list(dy.shape), dy_grid)
-            yield ops.sddmm, [px, py, rows.group_ptr, rows.offset, rows.index, rows.plane, sx, zx, sy, grid, dy_grid,
-                              list(one), list(one_shape), values.numel()]  # fmt: skip
+                yield Passes(g).forward, [x.to(dtype), values, bias, *lists, scheme, dtype == torch.bfloat16, False,
+                                          dtype, True]  # fmt: skip
+                yield Passes(g).backward, [dy.to(dtype), values, list(px), *lists, scheme and "stochastic",
+                                           dtype == torch.bfloat16, seed, [True, True, True], dtype]  # fmt: skip
+            yield sddmm, [list(px), list(py), lists[0], source, target, images, values.numel()]
 
 
 def volumes(transposed=False):
@@ -155,18 +215,17 @@ def valid_transposed():
         plan = make_plan(*dense_pattern(torch.rand(rows, columns * len(g.tap_shift)) < 0.3)[:2], g, 1)
         values, bias = torch.randn(plan.forward.index.amax() + 1), torch.randn(columns)
         x, dy = torch.randn(batch, rows, *g.output_image), torch.randn(batch, columns, *g.input_image)
-        grids = [list(g.output_grid.numbers), list(g.input_grid.numbers)]
-        views = [list(g.output_views), list(g.input_views)]
+        lists = [tensors_of(plan.forward), tensors_of(plan.backward), numbers_of(g.input_layout),
+                 numbers_of(g.output_layout)]  # fmt: skip
+        passes = Passes(g)
         for scheme in (None, "absmax", "standard"):
             for dtype in (torch.float32, torch.bfloat16):
-                forward = [x.to(dtype), values, bias, list(plan.backward), grids[0], *views, list(dy.shape), scheme,
-                           dtype, dtype == torch.bfloat16, [], None, scheme == "standard", True]  # fmt: skip
-                _, planes, scale, _ = transposed_ops.transposed_forward(*forward)
-                yield transposed_ops.transposed_forward, forward
-                yield transposed_ops.transposed_backward, [
-                    dy.to(dtype), values, planes, scale, list(plan.forward), *grids, *views, list(x.shape),
-                    scheme and "stochastic", torch.tensor(1), [True, True, True], dtype,
-                    dtype == torch.bfloat16]  # fmt: skip
+                forward = [x.to(dtype), values, bias, *lists, scheme, dtype == torch.bfloat16, scheme == "standard",
+                           dtype, True]  # fmt: skip
+                _, packed = passes.forward(*forward)
+                yield passes.forward, forward
+                yield passes.backward, [dy.to(dtype), values, list(packed), *lists, scheme and "stochastic",
+                                        dtype == torch.bfloat16, torch.tensor(1), [True] * 3, dtype]  # fmt: skip
 
 
 def valid_quantizations():
@@ -180,29 +239,39 @@ def valid_quantizations():
                 tensor = x.bfloat16() if (len(scheme) + (group or 0)) % 2 else x
                 bits = 8 if scheme == "luq" else random.choice([2, 5, 8])
                 q = [tensor, scheme, bits, dim, group, scheme != "standard", torch.tensor(5), options.get(scheme, [])]
-                yield quantize_ops.quantize, q
-                codes, scale, zero = quantize_ops.quantize(*q)
+                yield ops.quantize, q
+                codes, scale, zero = ops.quantize(*q)
                 for dtype in (torch.float32, torch.bfloat16):
-                    yield quantize_ops.dequantize, [codes, scale, zero, dim, group, dtype]
+                    yield ops.dequantize, [codes, scale, zero, dim, group, dtype]
+
+
+def epilogue_pack(x, residual, affine, activation, kept, ranges, layout, scheme, per_channel, keep):
+    ops.epilogue_pack(x, residual, ops.Affine(*affine), ops.Activation(*activation), ops.Kept(*kept), ranges,
+                      ops.PlaneLayout(*layout), scheme_of(scheme, per_channel), keep)  # fmt: skip
+
+
+def epilogue_grad_pack(dy, codes, saved, activation, factor, ranges, layout, scheme, per_channel, seed, want_g):
+    ops.epilogue_grad_pack(dy, codes, saved, ops.Activation(*activation), factor, ranges, ops.PlaneLayout(*layout),
+                           scheme_of(scheme, per_channel), seed, want_g)  # fmt: skip
 
 
 def valid_epilogues(x, activation, one, factor, packing, seed, all_parts):
     """Arguments of what follows a product, with all parts or with few."""
     forward = [x, *([x, one, one] if all_parts else [None] * 3), *activation]
-    kept, saved = epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, activation[0])
-    epilogue_ops.epilogue(*forward, one, one, kept, saved)
+    kept, saved = ops.codes_like(x), ops.saved_like(x, activation[0])
+    ops.epilogue(*forward, one, one, kept, saved)
     filled = [one, one, kept, saved] if all_parts else [None, None, None, saved]
-    yield epilogue_ops.epilogue, [*forward, *filled]
-    yield epilogue_ops.epilogue_range, forward
-    yield epilogue_ops.epilogue_pack, [*forward, *filled, *packing, "absmax", all_parts, all_parts]
-    yield epilogue_ops.epilogue_pack, [kept, None, *forward[2:], None, None, None, None, *packing, "standard",
-                                       all_parts, False]  # fmt: skip
-    yield epilogue_ops.activation_range, [packing[1], *activation]
-    gradient = [x, kept if all_parts else None, saved, *activation]
-    factors = [factor if all_parts else None, all_parts]
-    yield epilogue_ops.epilogue_sums, gradient
-    yield epilogue_ops.epilogue_grad, [*gradient, *factors]
-    yield epilogue_ops.epilogue_grad_pack, [*gradient, *factors, *packing, "stochastic", seed, all_parts]
+    residual, affine = forward[1], forward[2:4]
+    yield ops.epilogue, [*forward, *filled]
+    yield ops.epilogue_range, forward
+    yield epilogue_pack, [x, residual, affine, activation, filled, *packing, "absmax", all_parts, all_parts]
+    yield epilogue_pack, [kept, None, affine, activation, [None] * 4, *packing, "standard", all_parts, False]
+    yield ops.activation_range, [packing[0], *activation]
+    gradient = [x, kept if all_parts else None, saved]
+    factor = factor if all_parts else None
+    yield ops.epilogue_sums, [*gradient, *activation]
+    yield ops.epilogue_grad, [*gradient, *activation, factor, all_parts]
+    yield epilogue_grad_pack, [*gradient, activation, factor, *packing, "stochastic", all_parts, seed, all_parts]
 
 
 def valid_rows():
@@ -212,19 +281,18 @@ def valid_rows():
         (4, conv_geometry(4, 7, (6, 5), (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 5, False), (5, 4, 6, 5)),
         (18, conv_geometry(18, 7, (3, 4), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 37, True), (37, 18, 3, 4)),
     ):  # fmt: skip
-        grid, views = list(geometry.input_grid.numbers), list(geometry.input_views)
-        lanes, seed = geometry.input_grid.lanes(images[0]), torch.tensor(3)
+        layout, seed = numbers_of(geometry.input_layout), torch.tensor(3)
         rows = images[0] * images[2] * images[3]
         x, one, factor = torch.randn(rows, channels), torch.rand(channels) + 0.5, torch.randn(3, channels)
         ranges = torch.stack([-4 * one, 4 * one], 1)
         for tensor in (x, x.bfloat16()):
             statistics = [tensor, one, one, one.clone(), one.clone(), 0.1, 1e-5]
             for training in (True, False):
-                yield norm_ops.norm_statistics, [*statistics, training, True]
-                *_, doubles = norm_ops.norm_statistics(*statistics, training, True)
-                yield norm_ops.norm_factors, [torch.rand(channels, 3).double(), doubles, one, rows, training]
+                yield ops.norm_statistics, [*statistics, training, True]
+                *_, doubles = ops.norm_statistics(*statistics, training, True)
+                yield ops.norm_factors, [torch.rand(channels, 3).double(), doubles, one, rows, training]
             for per_channel in (True, False):
-                packing = [list(images), ranges if per_channel else ranges[:1].clone(), grid, views, lanes]
+                packing = [ranges if per_channel else ranges[:1].clone(), layout]
                 for activation in (["identity", []], ["clamp", [0.0, 6.0]], ["leaky_relu", [0.1]], ["silu", []],
                                    ["hardswish", []], ["gelu", []]):  # fmt: skip
                     yield from valid_epilogues(tensor, activation, one, factor, packing, seed, per_channel)
@@ -251,7 +319,7 @@ def corrupt(argument):
         return [random.choice(FLOATS) for _ in range(random.randrange(4))]
     if isinstance(argument, list) and isinstance(argument[0], float) and random.random() < 0.3:
         return random.choice([argument[:-1], argument + argument])
-    if isinstance(argument, list) and not isinstance(argument[0], int):
+    if isinstance(argument, list) and not isinstance(argument[0], int):  # of what operators are made of, one part
         place = random.randrange(len(argument))
         return [corrupt(a) if i == place else a for i, a in enumerate(argument)]
     if isinstance(argument, list):
@@ -310,10 +378,10 @@ def main():
     torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)
-    for module in (ops, quantize_ops, norm_ops, epilogue_ops, transposed_ops, _matmul, _pack, _quantize, _norm,
-                   _epilogue, _statistics):  # fmt: skip
+    families = products, layers, quantization, normalisation, epilogues
+    for module in (*families, _plan, _matmul, _pack, _quantize, _norm, _epilogue, _statistics):
         module.torch = GuardedTorch()
-    for module in (ops, epilogue_ops):
+    for module in (products, layers, quantization, epilogues, _pack):
         module.empty = guarded_empty
     valid, others = [*valid_calls(), *valid_transposed()], [*valid_quantizations(), *valid_rows()]
     refused = accepted = 0

@@ -19,8 +19,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from qsparseprop import mask_ops, quantize_ops
 from qsparseprop import nn as qnn
+from qsparseprop import ops
 from qsparseprop.nn.deferred import conditions
 from qsparseprop.quantization import QuantConfig, dequantize, quantize
 from qsparseprop.utils.saved_tensors import compress_saved_tensors
@@ -247,8 +247,8 @@ def in_transform(name, module, x):
 def operator_calls():
     """Operators that take whole tensors, with what of their arguments is no tensor."""
     x = torch.randn(6, 5, 4, 3)
-    _, bits = mask_ops.relu_mask(x)
-    codes, scale, zero = quantize_ops.quantize(x, "absmax", 8, None, None, True, None, [])
+    _, bits = ops.relu_mask(x)
+    codes, scale, zero = ops.quantize(x, "absmax", 8, None, None, True, None, [])
     yield (lambda x: torch.ops.qsparseprop.relu_mask(x)[0]), [x]
     yield torch.ops.qsparseprop.keep_masked, [x, bits]
     yield torch.ops.qsparseprop.quantize, [x, "absmax", 8, None, None, True, None, []]

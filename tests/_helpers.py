@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import qsparseprop
 from qsparseprop import nn as qnn
-from qsparseprop import reference
-from qsparseprop.geometry import Geometry, conv_geometry
-from qsparseprop.pattern import Plan, dense_pattern, make_plan
+from qsparseprop.layout.geometry import Geometry, conv_geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import Plan, make_plan
+from qsparseprop.ops import reference, schemes
 
 #: Sums of integers are exact, so only the few float operations after them differ from float64.
 ROUNDING = 2e-6
@@ -150,7 +151,7 @@ def saved_for_backward(call: Callable[[], Tensor], module: nn.Module) -> list[Te
 
 
 def _inverse(absmax: Tensor, levels: float) -> tuple[Tensor, Tensor]:
-    scale = (absmax / levels).clamp(min=reference.MIN_SCALE)
+    scale = (absmax / levels).clamp(min=schemes.MIN_SCALE)
     return scale, 1 / scale
 
 
@@ -181,9 +182,9 @@ def dequantized(x: Tensor, scheme: str, seed: Tensor | None = None, per_channel:
     """
     x = x.detach().to(torch.float32)
     if x.numel() == 0:
-        return x.double(), torch.full((x.shape[1] if per_channel else 1,), reference.MIN_SCALE)
+        return x.double(), torch.full((x.shape[1] if per_channel else 1,), schemes.MIN_SCALE)
     order = torch.arange(x.numel()).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-    mixed = 0 if seed is None else reference.mix_seed(int(seed))
+    mixed = 0 if seed is None else schemes.mix_seed(int(seed))
     parts = zip(x.split(1, 1), order.split(1, 1), strict=True) if per_channel else [(x, order)]
     codes, scales = zip(*(_quantized(part, scheme, mixed, numbers) for part, numbers in parts), strict=True)
     scale = torch.stack(scales)

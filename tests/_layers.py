@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qsparseprop import nn as qnn
-from qsparseprop import ops, reference
-from qsparseprop.geometry import all_lanes
+from qsparseprop import ops
 from qsparseprop.nn._base import SparseModule
+from qsparseprop.ops import reference
 from qsparseprop.quantization import QuantConfig
 
 from ._helpers import (
@@ -183,44 +183,32 @@ def check_quantised(case: LayerCase, x: Tensor, qconfig: QuantConfig | None = No
 
 
 def check_reference(layer: SparseModule, dense: nn.Module, x: Tensor, plan) -> None:
-    """A quantised layer gives the bits of `qsparseprop.reference` for its lists, with one thread and with two."""
+    """A quantised layer gives the bits of `qsparseprop.ops.reference` for its lists, with one thread and with two."""
     g, config = plan.geometry, layer.qconfig
     dy = output_like(dense, x, 1)
     values = layer.weight.detach()
-    source, sink = (g.input_grid, g.input_views), (g.output_grid, g.output_views)
-    rows, columns = plan.forward, plan.backward
-    if g.transposed:
-        source, sink, rows, columns = sink, source, columns, rows
+    rows, columns = (plan.backward, plan.forward) if g.transposed else (plan.forward, plan.backward)
 
-    def packed(t: Tensor, side: tuple, scheme: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        grid, views = side
-        return reference.quantize_pack(image(t), grid.numbers, views, grid.lanes(len(t)), scheme, seed, True)
+    def packed(t: Tensor, layout: ops.PlaneLayout, scheme: str, seed: Tensor | None = None) -> ops.Packed:
+        return reference.quantize_pack(image(t), layout, ops.Scheme(scheme, (), True), seed)
 
-    def product(operand: tuple, lists, bias: Tensor | None, side: tuple, views: tuple, shape: tuple) -> Tensor:
-        planes, scale, zero = operand
-        group_ptr, offset, index, plane = lists
-        codes, weight_scale, total = reference.quantize_weight(values, index, group_ptr, plane, scale, zero)
+    def product(operand: ops.Packed, lists: ops.GatherList, bias: Tensor | None, images: int) -> Tensor:
+        weights = reference.quantize_weight(values, lists, *operand[1:])
         if bias is not None:
-            bias = bias.repeat((len(group_ptr) - 1) // len(bias))
-        return reference.spmm(planes, codes, group_ptr, offset, weight_scale, total, None, None, bias,
-                              side[0].numbers, views, shape, False, True)  # fmt: skip
+            bias = bias.repeat(lists.rows // len(bias))
+        return reference.spmm(ops.Packed(operand.planes), weights, lists, images, bias)
 
     torch.manual_seed(0)
-    dy_codes = packed(dy, sink, config.grad, ops.draw_seed())
-    x_codes = packed(x, source, config.input)
+    dy_codes = packed(dy, columns.source, config.grad, ops.draw_seed())
+    x_codes = packed(x, rows.source, config.input)
     if g.transposed:  # taps read the front of their own plane
-        grid = source[0]
+        grid = g.output_grid
         x_codes[0].as_strided((-(-len(x) // grid.images), grid.planes, grid.front), (grid.block, grid.pitch, 1)).copy_(
             x_codes[2].view(-1, 1))  # fmt: skip
-    y = product(x_codes, rows, layer.bias, source, sink[1], image(dy).shape).view(dy.shape)
-    dx = product(dy_codes, columns, None, sink, source[1], image(x).shape).view(x.shape)
-    if g.transposed:
-        inner, (outer, outer_scale, _), shape = dy_codes, packed(x, source, "symmetric"), image(x).shape
-    else:
-        inner, (outer, outer_scale, _), shape = x_codes, dy_codes, image(dy).shape
-    views, shape = all_lanes(g.output_views, shape, g.output_grid.numbers)
-    dw = reference.sddmm(inner[0], outer, *plan.forward, *inner[1:], outer_scale, g.input_grid.numbers,
-                         g.output_grid.numbers, views, shape, len(values))  # fmt: skip
+    y = product(x_codes, rows, layer.bias, len(x)).view(dy.shape)
+    dx = product(dy_codes, columns, None, len(x)).view(x.shape)
+    inner, outer = (dy_codes, packed(x, rows.source, "symmetric")) if g.transposed else (x_codes, dy_codes)
+    dw = reference.sddmm(inner, outer, plan.forward, len(x), len(values))
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for actual, wanted in zip(run(layer, x, dy), (y, dx, dw), strict=False):

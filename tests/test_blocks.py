@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsparseprop import epilogue_ops, ops, reference
+from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear
 from qsparseprop.nn.deferred import DeferredTensor
+from qsparseprop.ops import reference
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.training.models import resnet20, vit_tiny
 from qsparseprop.utils import network_utils
@@ -261,7 +262,7 @@ def test_gradients_have_no_bias():
         linear.weight.sign_()  # in 8 bits without an error
     x, dy = torch.randn(70, 24), torch.randn(70, 40)
     z = linear(x).detach()
-    slopes = epilogue_ops.saved_like(z, "gelu")
+    slopes = ops.saved_like(z, "gelu")
     reference.epilogue(z, None, None, None, "gelu", [], None, None, None, slopes)
     dz = reference.epilogue_grad(dy, None, slopes, "gelu", [], None, False)[0].double()
     fuse_modules(nn.Sequential(linear))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qsparseprop import _kernels, geometry, pattern
+from qsparseprop.layout import _kernels, geometry, pattern
 from qsparseprop._kernels import _dispatch
 
 MODULES = sorted(Path(_kernels.__path__[0]).glob("*" + EXTENSION_SUFFIXES[0]))

@@ -191,9 +191,9 @@ def test_the_program_shows_something_before_it_imports_torch():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert process.stdout.split() == ["False", "QuantConfig", "True"]
     # everybody else has the operators at once: exported programs need them
-    code = "import qsparseprop, torch; print(torch.ops.qsparseprop.quantize_pack)"
+    code = "import qsparseprop, torch; print(torch.ops.qsparseprop.quantize)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert process.stdout.strip() == "qsparseprop.quantize_pack"
+    assert process.stdout.strip() == "qsparseprop.quantize"
 
 
 def _made_up_result(mean_to_median_step):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsparseprop import epilogue_ops, mask_ops, norm_ops, ops, quantize_ops, transposed_ops
 from qsparseprop import nn as qnn
-from qsparseprop.geometry import conv_geometry, linear_geometry
-from qsparseprop.nn._traced import config_text
+from qsparseprop import ops
+from qsparseprop.layout.geometry import conv_geometry
+from qsparseprop.nn._traced import config_text, sparse_layer, sparse_layer_backward
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.training.models import CifarResNet
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
@@ -271,7 +271,7 @@ CONV = set_weight(nn.Conv2d(4, 6, 3, padding=1), 0.4, 0)
 
 
 def recorded_calls(qconfig: QuantConfig | None) -> dict[str, tuple]:
-    """Arguments of every operator in a forward and backward pass, as the kernels get them."""
+    """Arguments of every operator in a forward and backward pass, as a dispatch mode sees them."""
     calls: dict[str, tuple] = {}
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -282,23 +282,8 @@ def recorded_calls(qconfig: QuantConfig | None) -> dict[str, tuple]:
 
     cls = qnn.SparseConv2d if qconfig is None else qnn.QuantizedSparseConv2d
     layer = cls.from_dense(CONV, qconfig=qconfig)
-    direct = ops.shortcut  # how a layer's operator calls those that it consists of
-
-    def inner(name: str, *tensor):
-        overload = getattr(torch.ops.qsparseprop, name).default
-
-        def call(*args, **kwargs):
-            calls.setdefault(name, (overload, args, kwargs))
-            return direct(name, *tensor)(*args, **kwargs)
-
-        return call
-
-    ops.shortcut = inner
-    try:
-        with Record():
-            layer(X.clone().requires_grad_()).square().sum().backward()
-    finally:
-        ops.shortcut = direct
+    with Record():
+        layer(X.clone().requires_grad_()).square().sum().backward()
     return calls
 
 
@@ -314,7 +299,7 @@ SCHEMES = [None, QuantConfig(), QuantConfig(input="standard", granularity="chann
 @pytest.mark.parametrize("qconfig", SCHEMES, ids=str)
 def test_opcheck_of_the_operators_in_a_layer(qconfig):
     calls = recorded_calls(qconfig)
-    assert {"layer_forward", "layer_backward", "spmm", "sddmm"} <= set(calls)
+    assert set(calls) == {"sparse_layer", "sparse_layer_backward"}
     for function, args, kwargs in calls.values():
         torch.library.opcheck(function, tuple(_arguments(a) for a in args), _arguments(kwargs) or None,
                               test_utils=["test_schema", "test_faketensor", "test_autograd_registration"])  # fmt: skip
@@ -336,23 +321,20 @@ def test_opcheck_of_the_operator_for_graphs(qconfig, trained):
 
 
 def _transposed_calls() -> list[tuple]:
-    """Operators of transposed layers, and arguments of them."""
+    """Transposed layers as graphs see them."""
     transposed = []
     layer = qnn.QuantizedSparseConvTranspose2d.from_dense(set_weight(nn.ConvTranspose2d(4, 6, 2, 2), 0.4, 0))
     g = conv_geometry(6, 4, (4, 6), (2, 2), (2, 2), (0, 0, 0, 0), (1, 1), 3, False, True)
-    plan, values, bias = layer._plan(g, 1), layer.weight.detach(), layer.bias.detach()
-    grids, views = (g.output_grid.numbers, g.input_grid.numbers), (g.output_views, g.input_views)
+    values, bias = layer.weight.detach(), layer.bias.detach()
     x, dy = torch.randn(3, 4, 2, 3), torch.randn(3, 6, 4, 6)
-    for scheme, save, floats in ((None, True, False), ("absmax", True, False), ("standard", True, True),
-                                 ("absmax", False, False)):  # fmt: skip
-        forward_arguments = (x, values, bias, list(plan.backward), grids[0], *views, dy.shape, scheme,
-                             torch.float32, True, [], None, floats, save)  # fmt: skip
-        _, planes, scale, _ = transposed_ops.transposed_forward(*forward_arguments)
+    quantised = QuantConfig(grad="absmax")
+    floats = QuantConfig(input="standard", grad="absmax", grad_weight="float32")
+    for config, save in ((None, True), (quantised, True), (floats, True), (quantised, False)):
+        rest = (layer.crow_indices, layer.col_indices, g.numbers, 1, config_text(config))
+        packed = sparse_layer(x, values, bias, *rest, torch.float32)[1:] if save else (None, None, None)
         transposed += [
-            (transposed_ops.transposed_forward, forward_arguments),
-            (transposed_ops.transposed_backward, (
-                dy, values, planes if save else None, scale if save else None, list(plan.forward), *grids, *views,
-                x.shape, "symmetric" if scheme else None, None, [True, save, True], torch.float32, True)),
+            (sparse_layer, (x, values, bias, *rest, torch.float32)),
+            (sparse_layer_backward, (dy, values, *packed, *rest, x.shape, [True, save, True], torch.float32)),
         ]  # fmt: skip
     return transposed
 
@@ -360,28 +342,20 @@ def _transposed_calls() -> list[tuple]:
 def _epilogue_calls() -> list[tuple]:
     """What follows a product, with all parts and with few."""
     x, one, factor = torch.randn(6, 20), torch.rand(20), torch.randn(3, 20)
-    geometry, ends, calls = linear_geometry(20, 20), torch.stack([-torch.ones(20), torch.ones(20)], 1), []
-    packing = ((6, 20, 1, 1), ends, geometry.input_grid.numbers, geometry.input_views, geometry.input_grid.lanes(6))
+    ends, calls = torch.stack([-torch.ones(20), torch.ones(20)], 1), []
     for activation in (("identity", []), ("clamp", [0.0, 6.0]), ("silu", [])):
         forward, bare = (x, x, one, one, *activation), (x, None, None, None, *activation)
-        codes, saved = epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, activation[0])
+        codes, saved = ops.codes_like(x), ops.saved_like(x, activation[0])
         filled = one, one, codes, saved
-        epilogue_ops.epilogue(*forward, *filled)
+        ops.epilogue(*forward, *filled)
         calls += [
-            (epilogue_ops.epilogue, (*forward, *filled)), (epilogue_ops.epilogue, (*bare, None, None, None, None)),
-            (epilogue_ops.epilogue_range, forward), (epilogue_ops.epilogue_range, bare),
-            (epilogue_ops.activation_range, (ends, *activation)),
-            (epilogue_ops.epilogue_pack, (*forward, *filled, *packing, "absmax", True, True)),
-            (epilogue_ops.epilogue_pack, (*bare, None, None, None, saved, *packing, "standard", False, False)),
-            (epilogue_ops.epilogue_pack, (codes, *bare[1:], None, None, None, None, *packing, "absmax", True, False)),
-            (epilogue_ops.epilogue_sums, (x, codes, saved, *activation)),
-            (epilogue_ops.epilogue_sums, (x, None, saved, *activation)),
-            (epilogue_ops.epilogue_grad, (x, codes, saved, *activation, factor, True)),
-            (epilogue_ops.epilogue_grad, (x, None, saved, *activation, None, False)),
-            (epilogue_ops.epilogue_grad_pack, (x, codes, saved, *activation, factor, True, *packing, "symmetric", None,
-                                               True)),
-            (epilogue_ops.epilogue_grad_pack, (x, None, saved, *activation, None, False, *packing, "stochastic",
-                                               torch.tensor(1), False)),
+            (ops.epilogue, (*forward, *filled)), (ops.epilogue, (*bare, None, None, None, None)),
+            (ops.epilogue_range, forward), (ops.epilogue_range, bare),
+            (ops.activation_range, (ends, *activation)),
+            (ops.epilogue_sums, (x, codes, saved, *activation)),
+            (ops.epilogue_sums, (x, None, saved, *activation)),
+            (ops.epilogue_grad, (x, codes, saved, *activation, factor, True)),
+            (ops.epilogue_grad, (x, None, saved, *activation, None, False)),
         ]  # fmt: skip
     return calls
 
@@ -389,41 +363,25 @@ def _epilogue_calls() -> list[tuple]:
 def _other_calls() -> list[tuple]:
     """Operators that are no part of a plain layer, and arguments of them."""
     x, one = torch.randn(6, 20), torch.rand(20)
-    packed = quantize_ops.quantize(x, "standard", 8, None, 7, False, None, [])
-    layer = qnn.QuantizedSparseConv2d.from_dense(set_weight(nn.Conv2d(20, 5, 1), 0.4, 0))
-    geometry = conv_geometry(20, 5, (2, 1), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 3, False)
-    plan = layer._plan(geometry, 1)
-    grid, dy_grid = geometry.input_grid.numbers, geometry.output_grid.numbers
-    views, images = geometry.input_views, (3, 20, 2, 1)
-    planes = ops.quantize_pack(torch.randn(images), grid, views, geometry.input_grid.lanes(3), "absmax", None, True)
-    dy = ops.quantize_pack(torch.randn(3, 5, 2, 1), dy_grid, geometry.output_views, geometry.output_grid.lanes(3),
-                           "symmetric", None, True)  # fmt: skip
-    values, bias = layer.weight.detach(), torch.rand(5)
-    shape = (3, 5, 2, 1)
-    forward = (*planes, values, bias, list(plan.forward), grid, geometry.output_views, shape, torch.float32, None, True)
-    backward = (*dy, values, *planes, list(plan.forward), list(plan.backward), grid, dy_grid, views,
-                geometry.output_views, images, shape, True, [True, True], torch.float32, None, True)  # fmt: skip
+    packed = ops.quantize(x, "standard", 8, None, 7, False, None, [])
     return [
         *_epilogue_calls(),
         *_transposed_calls(),
-        (ops.packed_forward, forward),
-        (ops.packed_forward, (*forward, torch.rand(5), [0.0, 6.0])),
-        (ops.packed_backward, backward),
-        *((norm_ops.norm_statistics, (x, one, None, one.clone(), one + 1, 0.1, 1e-5, training, True))
+        *((ops.norm_statistics, (x, one, None, one.clone(), one + 1, 0.1, 1e-5, training, True))
           for training in (True, False)),
-        (norm_ops.norm_factors, (torch.rand(20, 3).double(), torch.rand(7, 20).double(), one, 6, True)),
-        (quantize_ops.quantize, (x, "standard", 8, None, 7, False, None, [])),
-        (quantize_ops.quantize, (x, "absmax", 8, 1, None, True, None, [])),
-        (quantize_ops.dequantize, (*packed, None, 7, torch.bfloat16)),
-        (mask_ops.relu_mask, (x,)),
-        (mask_ops.relu_mask_, (x.clone(),)),
-        (mask_ops.keep_masked, (x, torch.zeros(8, dtype=torch.int16))),
+        (ops.norm_factors, (torch.rand(20, 3).double(), torch.rand(7, 20).double(), one, 6, True)),
+        (ops.quantize, (x, "standard", 8, None, 7, False, None, [])),
+        (ops.quantize, (x, "absmax", 8, 1, None, True, None, [])),
+        (ops.dequantize, (*packed, None, 7, torch.bfloat16)),
+        (ops.relu_mask, (x,)),
+        (ops.relu_mask_, (x.clone(),)),
+        (ops.keep_masked, (x, torch.zeros(8, dtype=torch.int16))),
     ]
 
 
 def test_opcheck_of_other_operators():
     for function, arguments in _other_calls():
-        torch.library.opcheck(function, arguments)
+        torch.library.opcheck(function.overload, arguments)
 
 
 @pytest.mark.parametrize(
@@ -441,5 +399,5 @@ def test_every_operator_is_checked():
     names = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("qsparseprop::")}  # fmt: skip
     seen = set(recorded_calls(None)) | set(recorded_calls(QuantConfig()))
-    seen |= {function._schema.name.partition("::")[2] for function, _ in _other_calls()}
+    seen |= {function.overload._schema.name.partition("::")[2] for function, _ in _other_calls()}
     assert names - seen <= {"sparse_layer", "sparse_layer_backward"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qsparseprop import nn as qnn
-from qsparseprop.geometry import conv_geometry
+from qsparseprop.layout.geometry import conv_geometry
 from qsparseprop.quantization import QuantConfig
 
 from ._helpers import (

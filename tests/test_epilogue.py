@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from qsparseprop import epilogue_ops, ops, reference
+from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
-from qsparseprop.geometry import conv_geometry, linear_geometry
+from qsparseprop.layout.geometry import conv_geometry, linear_geometry
+from qsparseprop.ops import reference
 
 ACTIVATIONS = [
     ("identity", []), ("clamp", [0.0, math.inf]), ("clamp", [0.0, 6.0]), ("clamp", [-0.5, 0.25]),
@@ -50,11 +51,11 @@ def inputs(shape, dtype, parts, spread=1.0):
 
 def buffers(x, activation, code_scale, save):
     """What `epilogue` fills: codes and what is saved, those that there are."""
-    return (None if code_scale is None else epilogue_ops.codes_like(x),
-            epilogue_ops.saved_like(x, activation) if save else None)  # fmt: skip
+    return (None if code_scale is None else ops.codes_like(x),
+            ops.saved_like(x, activation) if save else None)  # fmt: skip
 
 
-def evaluate(arguments, name, options, code_scale=None, code_shift=None, save=False, module=epilogue_ops):
+def evaluate(arguments, name, options, code_scale=None, code_shift=None, save=False, module=ops):
     """The result, and what was filled."""
     codes, saved = buffers(arguments[0], name, code_scale, save)
     return module.epilogue(*arguments, name, options, code_scale, code_shift, codes, saved), codes, saved
@@ -86,9 +87,9 @@ def test_gradient_is_the_reference(isa, shape, dtype, activation, parts, factors
     _, *kept = evaluate(arguments, *activation, *code_parameters, True)
     dy = (torch.randn(shape) * spread).to(dtype)
     factor = torch.randn(3, shape[1]) if factors else None
-    same(epilogue_ops.epilogue_grad(dy, *kept, *activation, factor, want_g),
+    same(ops.epilogue_grad(dy, *kept, *activation, factor, want_g),
          reference.epilogue_grad(dy, *kept, *activation, factor, want_g))  # fmt: skip
-    sums, wanted = epilogue_ops.epilogue_sums(dy, *kept, *activation), reference.epilogue_sums(dy, *kept, *activation)
+    sums, wanted = ops.epilogue_sums(dy, *kept, *activation), reference.epilogue_sums(dy, *kept, *activation)
     torch.testing.assert_close(sums[:, 0], wanted[:, 0], rtol=1e-5, atol=1e-4 * spread)
     torch.testing.assert_close(sums[:, 1], wanted[:, 1], rtol=1e-5, atol=3e-2 * spread)
     assert torch.equal(sums[:, 2], wanted[:, 2])
@@ -98,7 +99,7 @@ def test_gradient_is_the_reference(isa, shape, dtype, activation, parts, factors
 @given(shape=SHAPES, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, spread=SPREADS)
 def test_range_is_the_reference_and_holds_the_result(isa, shape, dtype, activation, parts, spread):
     arguments, _ = inputs(shape, dtype, parts, spread)
-    ranges = epilogue_ops.epilogue_range(*arguments, *activation)
+    ranges = ops.epilogue_range(*arguments, *activation)
     assert torch.equal(ranges, reference.epilogue_range(*arguments, *activation))
     exact = [None if t is None else t.float() for t in arguments]
     y, _, _ = evaluate(exact, *activation)
@@ -114,7 +115,7 @@ def test_range_is_the_reference_and_holds_the_result(isa, shape, dtype, activati
        activation=ACTIVATION)  # fmt: skip
 def test_ranges_of_activations(isa, ends, activation):
     ranges = torch.tensor(ends).sort(1)[0]
-    found = epilogue_ops.activation_range(ranges, *activation)
+    found = ops.activation_range(ranges, *activation)
     assert torch.equal(found, reference.activation_range(ranges, *activation))
     between = ranges[:, :1] + torch.linspace(0, 1, 101) * (ranges[:, 1:] - ranges[:, :1])
     y = FUNCTIONS[activation[0]](between.double(), *activation[1])
@@ -126,11 +127,11 @@ def test_ranges_of_activations(isa, ends, activation):
 def test_ranges_that_are_not_numbers():
     ranges = torch.tensor([[math.nan, math.nan], [0.0, 1.0], [-1.0, math.inf]])
     for activation in ACTIVATIONS:
-        found = epilogue_ops.activation_range(ranges, *activation)
+        found = ops.activation_range(ranges, *activation)
         assert found[0].isnan().all()
         assert found[1].isfinite().all()
         assert found[2].isfinite().all() == (activation[0] == "clamp" and activation[1][1] < math.inf)
-    one = epilogue_ops.activation_range(torch.tensor([[-2.0, 3.0]]), "leaky_relu", [-2.0])
+    one = ops.activation_range(torch.tensor([[-2.0, 3.0]]), "leaky_relu", [-2.0])
     assert torch.equal(one, torch.tensor([[0.0, 4.0]]))
 
 
@@ -145,7 +146,7 @@ def test_values_and_slopes_are_those_of_torch(isa, activation):
     wanted = FUNCTIONS[name](exact, *options)
     (slope,) = torch.autograd.grad(wanted.sum(), exact)
     assert ((y[0] - wanted).abs() <= 5e-7 * wanted.abs().maximum(x.abs()).clamp(min=1)).all()
-    mine = epilogue_ops.epilogue_grad(torch.ones_like(x)[None], None, saved, name, options, None, False)[0][0]
+    mine = ops.epilogue_grad(torch.ones_like(x)[None], None, saved, name, options, None, False)[0][0]
     # half a step, and the rounding of float32
     assert (mine - slope).abs().max() <= (STEPS[name] / 2 + 1e-6 if name in STEPS else 1e-7)
     if name in STEPS:  # what is cut off or passes has no error
@@ -160,7 +161,7 @@ def test_what_is_not_finite_is_as_in_torch(isa, activation):
     x = torch.tensor([[math.nan, math.inf, -math.inf, 1.0, -1.0]]).repeat(1, 4)
     y, _, _ = evaluate([x, None, None, None], name, options, save=True)
     torch.testing.assert_close(y, FUNCTIONS[name](x.double(), *options).float(), equal_nan=True)
-    ranges = epilogue_ops.epilogue_range(torch.cat([x.abs(), x]), None, None, None, name, options)
+    ranges = ops.epilogue_range(torch.cat([x.abs(), x]), None, None, None, name, options)
     assert ranges[0].isnan().all()
     assert ranges[3:5].isfinite().all()
     limited = name == "clamp" and options[1] < math.inf
@@ -170,7 +171,7 @@ def test_what_is_not_finite_is_as_in_torch(isa, activation):
     dy[3, 1], dy[200, 18], dy[5, 7] = math.nan, math.inf, -math.inf
     before = dy.nan_to_num().clamp(0.1, 0.9)
     _, _, saved = evaluate([before, None, None, None], name, options, save=True)
-    sums = epilogue_ops.epilogue_sums(dy, None, saved, name, options)
+    sums = ops.epilogue_sums(dy, None, saved, name, options)
     bad = [1, 7, 18] if (name, options) not in (("clamp", [1.0, 1.0]), ("clamp", [-0.5, 0.25])) else []
     assert sums[bad, 2].isnan().all()
     assert sums[[c for c in range(20) if c not in (1, 7, 18)]].isfinite().all()
@@ -199,8 +200,7 @@ def as_images(rows, shape):
 def test_packing_on_the_way_is_packing_afterwards(isa, shape, kind, dtype, activation, parts, per_channel, keep, save,
                                                    scheme):  # fmt: skip
     geometry, shape = geometry_of(kind, shape)
-    grid, views = geometry.input_grid, geometry.input_views
-    lanes = grid.lanes(shape[0])
+    layout, scheme = geometry.input_layout, ops.Scheme(scheme, (), per_channel)
     arguments, codes = inputs((shape[0] * shape[2] * shape[3], shape[1]), dtype, parts, 2.0)
     # packed is what there is before it is rounded to dtype
     wide = [None if t is None else t.float() for t in arguments]
@@ -209,13 +209,13 @@ def test_packing_on_the_way_is_packing_afterwards(isa, shape, kind, dtype, activ
     if not per_channel:
         ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
     kept = buffers(arguments[0], activation[0], codes[0], save)
-    y, *packed = epilogue_ops.epilogue_pack(*arguments, *activation, *codes, *kept, shape, ranges, grid.numbers, views,
-                                            lanes, scheme, per_channel, keep)  # fmt: skip
+    parts = arguments[:2], ops.Affine(*arguments[2:]), ops.Activation(*activation)
+    y, packed = ops.epilogue_pack(*parts[0], *parts[1:], ops.Kept(*codes, *kept), ranges, layout, scheme, keep)
     wanted, *wanted_kept = evaluate(arguments, *activation, *codes, save)
-    same([y], [wanted if keep else torch.empty(0, dtype=dtype)])
+    same([y], [wanted if keep else None])
     same(kept, wanted_kept)
-    same(packed, ops.quantize_pack(as_images(exact, shape), grid.numbers, views, lanes, scheme, None,
-                                                per_channel))  # fmt: skip
+    same(packed, ops.quantize_pack(as_images(exact, shape), layout, scheme))
+    same(packed, reference.epilogue_pack(*parts[0], *parts[1:], ops.Kept(), ranges, layout, scheme, keep)[1])
 
 
 @settings(max_examples=40)
@@ -225,12 +225,12 @@ def test_packing_from_codes_is_packing_from_their_numbers(isa, shape, kind, acti
     geometry, shape = geometry_of(kind, shape)
     codes = torch.randint(0, 256, (shape[0] * shape[2] * shape[3], shape[1]), dtype=torch.uint8)
     scale, shift = (torch.randn(shape[1]) / 64, torch.randn(shape[1])) if affine else (None, None)
-    ranges = epilogue_ops.epilogue_range(codes.float(), None, scale, shift, *activation)
+    ranges = ops.epilogue_range(codes.float(), None, scale, shift, *activation)
     if not per_channel:
         ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
-    rest = (None, scale, shift, *activation, None, None, None, None, shape, ranges, geometry.input_grid.numbers,
-            geometry.input_views, geometry.input_grid.lanes(shape[0]), scheme, per_channel, False)  # fmt: skip
-    same(epilogue_ops.epilogue_pack(codes, *rest)[1:], epilogue_ops.epilogue_pack(codes.float(), *rest)[1:])
+    rest = (None, ops.Affine(scale, shift), ops.Activation(*activation), ops.Kept(), ranges, geometry.input_layout,
+            ops.Scheme(scheme, (), per_channel), False)  # fmt: skip
+    same(ops.epilogue_pack(codes, *rest)[1], ops.epilogue_pack(codes.float(), *rest)[1])
 
 
 @settings(max_examples=40)
@@ -240,21 +240,21 @@ def test_packing_from_codes_is_packing_from_their_numbers(isa, shape, kind, acti
 def test_packing_the_gradient_on_the_way(isa, shape, kind, dtype, activation, parts, factors, per_channel, want_g,
                                          scheme):  # fmt: skip
     geometry, shape = geometry_of(kind, shape)
-    grid, views = geometry.input_grid, geometry.input_views
+    layout, scheme = geometry.input_layout, ops.Scheme(scheme, (), per_channel)
     size = (shape[0] * shape[2] * shape[3], shape[1])
     arguments, code_parameters = inputs(size, dtype, parts)
     _, *kept = evaluate(arguments, *activation, *code_parameters, True)
     dy, factor = torch.randn(size).to(dtype), torch.randn(3, shape[1]) if factors else None
-    exact, g = epilogue_ops.epilogue_grad(dy.float(), *kept, *activation, factor, True)
+    exact, g = ops.epilogue_grad(dy.float(), *kept, *activation, factor, True)
     most = exact.abs().amax(0) if per_channel else exact.abs().amax()[None]
-    lanes, seed = grid.lanes(shape[0]), torch.tensor(5)
-    *packed, own_g = epilogue_ops.epilogue_grad_pack(
-        dy, *kept, *activation, factor, want_g, shape, torch.stack([-most, most], 1), grid.numbers, views, lanes,
-        scheme, seed, per_channel,
-    )  # fmt: skip
-    same(packed, ops.quantize_pack(as_images(exact, shape), grid.numbers, views, lanes, scheme, seed, per_channel))
+    seed = torch.tensor(5)
+    arguments = (dy, *kept, ops.Activation(*activation), factor, torch.stack([-most, most], 1), layout, scheme, seed,
+                 want_g)  # fmt: skip
+    packed, own_g = ops.epilogue_grad_pack(*arguments)
+    same(packed, ops.quantize_pack(as_images(exact, shape), layout, scheme, seed))
+    same(packed, reference.epilogue_grad_pack(*arguments)[0])
     if not want_g:
-        assert own_g.numel() == 0
+        assert own_g is None
     elif kind not in ("1x1", "3x3 stride 2"):  # which may leave pixels out
         same([own_g], [g.to(dtype)])
 
@@ -274,9 +274,9 @@ def test_all_threads_and_instruction_sets_agree():
                 for name, options in ACTIVATIONS:
                     arguments = [x, residual, vectors[0], vectors[1]]
                     y, codes, saved = evaluate(arguments, name, options, vectors[2], vectors[3], True)
-                    result += [y, codes, saved, epilogue_ops.epilogue_range(*arguments, name, options),
-                               epilogue_ops.epilogue_sums(dy, codes, saved, name, options),
-                               *epilogue_ops.epilogue_grad(dy, codes, saved, name, options, factor, True)]  # fmt: skip
+                    result += [y, codes, saved, ops.epilogue_range(*arguments, name, options),
+                               ops.epilogue_sums(dy, codes, saved, name, options),
+                               *ops.epilogue_grad(dy, codes, saved, name, options, factor, True)]  # fmt: skip
                 results.append(result)
     finally:
         _dispatch.set_isa(before)
@@ -290,10 +290,10 @@ def test_no_rows(activation):
     x, none = torch.empty(0, 5), (None, None)
     y, codes, saved = evaluate([x, None, *none], *activation, torch.ones(5), torch.ones(5), True)
     assert (y.shape, codes.shape) == ((0, 5), (0, 5))
-    assert torch.equal(epilogue_ops.epilogue_sums(x, codes, saved, *activation), torch.zeros(5, 3).double())
-    assert epilogue_ops.epilogue_grad(x, codes, saved, *activation, None, True)[1].shape == (0, 5)
+    assert torch.equal(ops.epilogue_sums(x, codes, saved, *activation), torch.zeros(5, 3).double())
+    assert ops.epilogue_grad(x, codes, saved, *activation, None, True)[1].shape == (0, 5)
     with pytest.raises(ValueError, match="the range of no elements"):
-        epilogue_ops.epilogue_range(x, None, *none, *activation)
+        ops.epilogue_range(x, None, *none, *activation)
 
 
 def test_bad_activations_are_refused():
@@ -307,11 +307,11 @@ def test_bad_activations_are_refused():
         ("leaky_relu", [1e39], "must be finite"),
     ):  # fmt: skip
         for call in (
-            lambda a: epilogue_ops.epilogue(x, *none, *a, None, None, None, None),
-            lambda a: epilogue_ops.epilogue_range(x, *none, *a),
-            lambda a: epilogue_ops.epilogue_sums(x, None, None, *a),
-            lambda a: epilogue_ops.epilogue_grad(x, None, None, *a, None, False),
-            lambda a: epilogue_ops.activation_range(torch.zeros(5, 2), *a),
+            lambda a: ops.epilogue(x, *none, *a, None, None, None, None),
+            lambda a: ops.epilogue_range(x, *none, *a),
+            lambda a: ops.epilogue_sums(x, None, None, *a),
+            lambda a: ops.epilogue_grad(x, None, None, *a, None, False),
+            lambda a: ops.activation_range(torch.zeros(5, 2), *a),
         ):
             with pytest.raises(ValueError, match=message):
                 call((name, options))
@@ -339,10 +339,10 @@ def test_bad_tensors_are_refused():
     ]  # fmt: skip
     for place, bad, kind, message in wrong:
         with pytest.raises(kind, match=message):
-            epilogue_ops.epilogue(*[bad if i == place else a for i, a in enumerate(good)])
+            ops.epilogue(*[bad if i == place else a for i, a in enumerate(good)])
     with pytest.raises(ValueError, match="the activation 'identity' needs nothing to be saved"):
-        epilogue_ops.epilogue(*good[:4], "identity", [], None, None, None, bits)
-    epilogue_ops.epilogue(*good)
+        ops.epilogue(*good[:4], "identity", [], None, None, None, bits)
+    ops.epilogue(*good)
     for arguments, kind, message in (
         ((x, codes[:3].clone(), bits, *relu), ValueError, "codes must have at least 20"),
         ((x, torch.cat([codes, codes]), bits, *relu), ValueError, "codes must have 20 elements, got 40"),
@@ -355,28 +355,27 @@ def test_bad_tensors_are_refused():
         ((x.double(), codes, bits, *relu), TypeError, "dy must be"),
     ):
         with pytest.raises(kind, match=message):
-            epilogue_ops.epilogue_sums(*arguments)
+            ops.epilogue_sums(*arguments)
         with pytest.raises(kind, match=message):
-            epilogue_ops.epilogue_grad(*arguments, None, False)
+            ops.epilogue_grad(*arguments, None, False)
     for factor in (torch.ones(2, 5), torch.ones(4, 5)):
         with pytest.raises(ValueError, match="factor must have"):
-            epilogue_ops.epilogue_grad(x, codes, bits, *relu, factor, False)
+            ops.epilogue_grad(x, codes, bits, *relu, factor, False)
     for bad in (torch.zeros(5), torch.zeros(5, 3), torch.zeros(5, 2).double(), torch.zeros(2, 5).t()):
         with pytest.raises((TypeError, ValueError), match="ranges must be"):
-            epilogue_ops.activation_range(bad, *relu)
+            ops.activation_range(bad, *relu)
 
 
 def test_bad_packing_is_refused():
     x, one, codes = torch.randn(8, 5), torch.ones(5), torch.zeros(8, 5, dtype=torch.uint8)
-    geometry, shape = geometry_of("1x1", (2, 5, 2, 2))
-    numbers = (geometry.input_grid.numbers, geometry.input_views, geometry.input_grid.lanes(2))
+    geometry, _ = geometry_of("1x1", (2, 5, 2, 2))
+    layout = geometry.input_layout
     relu, ranges = ("clamp", [0.0, math.inf]), torch.zeros(5, 2)
 
-    def pack(x, residual, code_scale, save, keep, shape=shape, scheme="absmax", ranges=ranges, activation=relu):
-        return epilogue_ops.epilogue_pack(
-            x, residual, one, one, *activation, code_scale, code_scale, *buffers(x, activation[0], code_scale, save),
-            shape, ranges, *numbers, scheme, True, keep,
-        )  # fmt: skip
+    def pack(x, residual, code_scale, save, keep, scheme="absmax", ranges=ranges, activation=relu):
+        kept = ops.Kept(code_scale, code_scale, *buffers(x, activation[0], code_scale, save))
+        return ops.epilogue_pack(x, residual, ops.Affine(one, one), ops.Activation(*activation), kept, ranges, layout,
+                                 ops.Scheme(scheme, (), True), keep)  # fmt: skip
 
     for activation in (relu, ("silu", [])):
         for residual, code_scale, save in ((codes, None, False), (None, one, False), (None, None, True)):
@@ -384,19 +383,19 @@ def test_bad_packing_is_refused():
                 pack(codes, residual, code_scale, save, False, activation=activation)
         with pytest.raises(TypeError, match="x must be of dtype"):
             pack(codes, None, None, False, True, activation=activation)
-    for call in (lambda: epilogue_ops.epilogue(codes, None, one, one, *relu, None, None, None, None),
-                 lambda: epilogue_ops.epilogue_range(codes, None, one, one, *relu)):  # fmt: skip
+    for call in (lambda: ops.epilogue(codes, None, one, one, *relu, None, None, None, None),
+                 lambda: ops.epilogue_range(codes, None, one, one, *relu)):  # fmt: skip
         with pytest.raises(TypeError, match="x must be of dtype"):
             call()
     for scheme in ("sawb", "stochastic", "luq", "dithered"):
         with pytest.raises(ValueError, match=f"the scheme '{scheme}' cannot be combined"):
             pack(x, None, None, False, False, scheme=scheme)
-    with pytest.raises(ValueError, match="the images must have"):
-        pack(x, None, None, False, False, shape=(1, 5, 2, 2))
+    with pytest.raises(ValueError, match="rows must be those of whole images"):
+        pack(x[:7], None, None, False, False)
     with pytest.raises(ValueError, match="ranges must have at least 10"):
         pack(x, None, None, False, False, ranges=ranges[:4].clone())
-    arguments = (x, None, None, "identity", [], None, False, shape, ranges, *numbers)
+    arguments = (x, None, None, ops.Activation("identity"), None, ranges, layout)
     with pytest.raises(ValueError, match="the scheme 'standard' cannot be combined"):
-        epilogue_ops.epilogue_grad_pack(*arguments, "standard", None, True)
+        ops.epilogue_grad_pack(*arguments, ops.Scheme("standard", (), True), None, False)
     with pytest.raises(ValueError, match="needs a seed"):
-        epilogue_ops.epilogue_grad_pack(*arguments, "stochastic", None, True)
+        ops.epilogue_grad_pack(*arguments, ops.Scheme("stochastic", (), True), None, False)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsparseprop.geometry import UNIT, Geometry, Grid, conv_geometry, linear_geometry
-from qsparseprop.pattern import dense_pattern, make_plan
+from qsparseprop.layout.geometry import UNIT, Geometry, Grid, conv_geometry, linear_geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import make_plan
 
 from ._helpers import conv_cases
 

@@ -4,6 +4,7 @@ What is right is what a dense layer does with the same values; what cannot be ri
 """
 
 import copy
+import inspect
 import sys
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
-from qsparseprop import epilogue_ops, mask_ops, ops, quantize_ops
 from qsparseprop import nn as qnn
-from qsparseprop.geometry import linear_geometry, linear_numbers
-from qsparseprop.pattern import check_pattern
+from qsparseprop import ops
+from qsparseprop.layout.geometry import linear_geometry, linear_numbers
+from qsparseprop.layout.pattern import check_pattern, dense_pattern
+from qsparseprop.layout.plan import make_plan
 from qsparseprop.quantization import QuantConfig, dequantize, quantize
 from qsparseprop.utils.fusion import fuse_modules
 from qsparseprop.utils.saved_tensors import compress_saved_tensors
@@ -75,7 +77,7 @@ def test_plain_tensors():
                    x.expand(10**6, 4, 3), torch.empty(0), torch.empty(3, 0, 2), x.bfloat16()):  # fmt: skip
         assert ops.are_plain(tensor)
     assert ops.are_plain(x, None, x)
-    assert ops.shortcut("pack", x, None) is ops._direct["pack"]
+    assert ops.relu_mask.chosen(x, None) is ops.relu_mask.function
 
 
 def test_tensors_that_are_not_plain():
@@ -86,7 +88,7 @@ def test_tensors_that_are_not_plain():
                    fake, freed(x), freed(x, 8), x.as_subclass(type("Own", (torch.Tensor,), {}))):  # fmt: skip
         assert not ops.are_plain(tensor)
         assert not ops.are_plain(x, tensor)
-        assert ops.shortcut("pack", x, tensor) is torch.ops.qsparseprop.pack.default
+        assert ops.relu_mask.chosen(x, tensor) is torch.ops.qsparseprop.relu_mask.default
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -252,7 +254,7 @@ def test_operators_have_no_derivatives():
 def test_operators_that_write_into_their_arguments_have_no_derivatives():
     """Torch kept the history of what was written over, and gave gradients of 1 in place of those of a ReLU."""
     x = torch.randn(2, 3, requires_grad=True)
-    one, codes, saved = torch.ones(3), epilogue_ops.codes_like(x), epilogue_ops.saved_like(x, "silu")
+    one, codes, saved = torch.ones(3), ops.codes_like(x), ops.saved_like(x, "silu")
     codes.zero_()
     middle = x * 1
     for call in (
@@ -405,33 +407,53 @@ def test_batch_normalisations_of_blocks_whose_memory_is_gone(place, training):
 def operator_calls():
     x, matrix = torch.randn(2, 3, 4, 5), torch.randn(6, 20)
     one = torch.ones(20)
-    _, bits = mask_ops.relu_mask(x)
-    codes, scale, zero = quantize_ops.quantize(x, "absmax", 8, None, None, True, None, [])
-    kept, slopes = epilogue_ops.codes_like(matrix), epilogue_ops.saved_like(matrix, "silu")
+    _, bits = ops.relu_mask(x)
+    codes, scale, zero = ops.quantize(x, "absmax", 8, None, None, True, None, [])
+    kept, slopes = ops.codes_like(matrix), ops.saved_like(matrix, "silu")
     epilogue = [matrix, matrix, one, one, "silu", [], one, one, kept, slopes]
-    grid, views = linear_geometry(20, 20).input_grid, linear_geometry(20, 20).input_views
-    packing = [[6, 20, 1, 1], torch.ones(20, 2), grid.numbers, views, grid.lanes(6)]
+    ranges, factor = torch.ones(20, 2), torch.ones(3, 20)
     return {
         "relu_mask": [x], "relu_mask_": [x], "keep_masked": [x, bits],
         "quantize": [x, "absmax", 8, None, None, True, None, []], "dequantize": [codes, scale, zero, None, None],
         "norm_statistics": [matrix, one, one.clone(), one.clone(), one + 1, 0.1, 1e-5, True, True],
         "norm_factors": [torch.ones(20, 3).double(), torch.ones(7, 20).double(), one, 6, True],
-        "epilogue": epilogue, "epilogue_pack": [*epilogue, *packing, "absmax", True, True],
+        "epilogue": epilogue, "epilogue_pack": [*epilogue, ranges],
         "epilogue_range": [matrix, matrix, one, one, "silu", []], "activation_range": [torch.ones(20, 2), "silu", []],
         "epilogue_sums": [matrix, kept, slopes, "silu", []],
         "epilogue_grad": [matrix, kept, slopes, "silu", [], torch.ones(3, 20), True],
-        "epilogue_grad_pack": [matrix, kept, slopes, "silu", [], torch.ones(3, 20), True, *packing, "stochastic",
-                               torch.tensor(1), True],
-        "quantize_weight": [one, torch.zeros(4, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)],
+        "epilogue_grad_pack": [matrix, kept, slopes, factor, ranges, torch.tensor(1)],
+        "quantize_weight": [one, one.clone(), one.int(), one[:1].clone()],
     }  # fmt: skip
+
+
+def _epilogue_pack(x, residual, scale, shift, activation, options, code_scale, code_shift, codes, saved, ranges):
+    ops.epilogue_pack(x, residual, ops.Affine(scale, shift), ops.Activation(activation, options),
+                      ops.Kept(code_scale, code_shift, codes, saved), ranges, linear_geometry(20, 20).input_layout,
+                      ops.Scheme("absmax", (), True), True)  # fmt: skip
+
+
+def _epilogue_grad_pack(dy, codes, saved, factor, ranges, seed):
+    layout, scheme = linear_geometry(20, 20).input_layout, ops.Scheme("stochastic", (), True)
+    ops.epilogue_grad_pack(dy, codes, saved, ops.Activation("silu"), factor, ranges, layout, scheme, seed, True)
+
+
+def _quantize_weight(values, factor, zero_point, clip):
+    rows = make_plan(*dense_pattern(torch.eye(20) > 0)[:2], linear_geometry(20, 20)).forward
+    ops.quantize_weight(values, rows, factor, zero_point, clip)
+
+
+#: Those that take plans, and parts of them.
+FUNCTIONS = {"epilogue_pack": _epilogue_pack, "epilogue_grad_pack": _epilogue_grad_pack,
+             "quantize_weight": _quantize_weight}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", operator_calls())
 def test_operators_refuse_every_tensor_without_memory(name):
     arguments = operator_calls()[name]
-    op = getattr(torch.ops.qsparseprop, name)
+    op = FUNCTIONS.get(name) or getattr(torch.ops.qsparseprop, name)
     op(*arguments)
-    parameters = [a.name for a in op.default._schema.arguments]
+    parameters = [*inspect.signature(op).parameters] if name in FUNCTIONS else [
+        a.name for a in op.default._schema.arguments]  # fmt: skip
     for place, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
             for size in (0, 1):

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from qsparseprop import ops, reference
-from qsparseprop.geometry import conv_geometry
+from qsparseprop import ops
+from qsparseprop.layout.geometry import conv_geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import make_plan
 from qsparseprop.nn import QuantizedSparseConv1d, QuantizedSparseConv2d, SparseConv1d, SparseConv2d
-from qsparseprop.pattern import dense_pattern, make_plan
+from qsparseprop.ops import reference
 
 from ._helpers import FLOAT_SUM, generator, random_mask, relative_error, set_weight
 from .test_conv2d import check_float, check_quantised
@@ -61,35 +63,29 @@ def test_the_kernels_are_the_reference(isa):
     values = torch.randn(int(mask.sum()))
     x, dy = torch.randn(3, 3, 36, 18), torch.randn(3, 20, 4, 2)
     packed = []
-    for t, grid, views in ((x, g.input_grid, g.input_views), (dy, g.output_grid, g.output_views)):
-        arguments = (t, grid.numbers, views, grid.lanes(3), "symmetric", None, True)
-        packed.append(ops.quantize_pack(*arguments))
-        for a, b in zip(packed[-1], reference.quantize_pack(*arguments), strict=True):
+    scheme = ops.Scheme("symmetric", (), True)
+    for t, layout in ((x, g.input_layout), (dy, g.output_layout)):
+        packed.append(ops.quantize_pack(t, layout, scheme))
+        for a, b in zip(packed[-1], reference.quantize_pack(t, layout, scheme), strict=True):
             assert torch.equal(a, b)
-    (planes, scale, zero), (dy_planes, dy_scale, dy_zero) = packed
-    group_ptr, offset, index, plane = plan.backward
-    codes, weight_scale, total = ops.quantize_weight(values, index, group_ptr, plane, dy_scale, dy_zero)
-    arguments = (dy_planes, codes, group_ptr, offset, weight_scale, total, None, None, None, g.output_grid.numbers,
-                 g.input_views, x.shape, False, False)  # fmt: skip
+    weights = ops.quantize_weight(values, plan.backward, *packed[1][1:])
+    arguments = (ops.Packed(packed[1].planes), weights, plan.backward, 3)
     assert torch.equal(ops.spmm(*arguments), reference.spmm(*arguments))
-    arguments = (planes, dy_planes, *plan.forward, scale, zero, dy_scale, g.input_grid.numbers, g.output_grid.numbers,
-                 g.output_views, dy.shape, values.numel())  # fmt: skip
+    arguments = (*packed, plan.forward, 3, values.numel())
     assert torch.equal(ops.sddmm(*arguments), reference.sddmm(*arguments))
 
 
-def test_what_is_remembered_of_views_is_that_of_these_views():
-    """Views are found again by the identity of their tuple: other tuples take the place of dead ones in memory."""
+def test_views_of_a_layout_are_those_that_it_was_given():
+    """Whatever was given to the ones before, whose memory they may have."""
     g = conv_geometry(2, 3, (6, 6), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, False)
     x = torch.randn(1, 2, 6, 6)
-    direct = ops.shortcut("pack")
     for i in range(1500):
         views = [*g.input_views]
         views[3:7] = 1 + i % 4, 1 + i // 4 % 4, i % 3, i // 3 % 3
-        arguments = (x, g.input_grid.numbers, tuple(views), g.input_grid.lanes(1))
+        layout = ops.PlaneLayout(g.input_grid.numbers, tuple(views), (6, 6))
+        planes = ops.pack(x, layout).planes
         if i % 50 == 0 or i > 1450:
-            assert torch.equal(direct(*arguments), reference.pack(*arguments))
-        else:
-            direct(*arguments)
+            assert torch.equal(planes, reference.pack(x, layout).planes)
 
 
 @pytest.mark.parametrize(("cls", "dense"), [(SparseConv1d, nn.Conv1d), (QuantizedSparseConv1d, nn.Conv1d)])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qsparseprop import mask_ops, reference
+from qsparseprop import ops
+from qsparseprop.ops import reference
 
 from ._helpers import generator, laid_out
 
@@ -25,23 +26,23 @@ def test_they_are_the_reference(isa, shape, layout, dtype):
     assert torch.equal(kept, expected)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        ours, bits = mask_ops.relu_mask(x)
+        ours, bits = ops.relu_mask(x)
         assert torch.equal(bits, mask)
         assert ours.stride() == torch.empty_like(x).stride()
         torch.testing.assert_close(ours, y, rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(mask_ops.keep_masked(dy, bits), kept)
+        assert torch.equal(ops.keep_masked(dy, bits), kept)
         changed = x.clone()
-        assert torch.equal(mask_ops.relu_mask_(changed), mask)
+        assert torch.equal(ops.relu_mask_(changed), mask)
         torch.testing.assert_close(changed, y, rtol=0, atol=0, equal_nan=True)
 
 
 def test_nonsense_is_refused():
     x = torch.randn(40)
     with pytest.raises(ValueError, match="neither gaps nor overlaps"):
-        mask_ops.relu_mask(x[::2])
+        ops.relu_mask(x[::2])
     with pytest.raises(TypeError, match=r"float32 or torch\.bfloat16"):
-        mask_ops.relu_mask(x.double())
+        ops.relu_mask(x.double())
     with pytest.raises(ValueError, match="mask must have at least 3 elements"):
-        mask_ops.keep_masked(x, torch.zeros(2, dtype=torch.int16))
+        ops.keep_masked(x, torch.zeros(2, dtype=torch.int16))
     with pytest.raises(TypeError, match="mask must be of dtype"):
-        mask_ops.keep_masked(x, torch.zeros(3, dtype=torch.int32))
+        ops.keep_masked(x, torch.zeros(3, dtype=torch.int32))

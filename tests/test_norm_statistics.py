@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from qsparseprop import norm_ops, reference
+from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
+from qsparseprop.ops import reference
 
 SHAPES = st.tuples(st.integers(2, 80), st.one_of(st.integers(1, 70), st.just(128)))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -35,7 +36,7 @@ def test_statistics_are_those_of_the_reference(isa, shape, dtype, there, trainin
     there = there if training else (*there[:2], True, True)
     x, parameters = (torch.randn(shape) * 2 + offset).to(dtype), vectors(shape[1], there)
     others = copy.deepcopy(parameters)
-    singles, ends, doubles = norm_ops.norm_statistics(x, *parameters, momentum, 1e-5, training, save)
+    singles, ends, doubles = ops.norm_statistics(x, *parameters, momentum, 1e-5, training, save)
     wanted, _, wanted_doubles = reference.norm_statistics(x, *others, momentum, 1e-5, training, save)
     close(doubles, wanted_doubles, rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(parameters, others, strict=True):
@@ -62,7 +63,7 @@ def test_statistics_are_those_of_torch(shape, there, training):
     x = torch.randn(shape) * 2 + 1
     weight, bias, mean, var = vectors(shape[1], there)
     running = [None if t is None else t.clone() for t in (mean, var)]
-    singles, _, _ = norm_ops.norm_statistics(x, weight, bias, *running, 0.3, 1e-4, training, False)
+    singles, _, _ = ops.norm_statistics(x, weight, bias, *running, 0.3, 1e-4, training, False)
     exact = [None if t is None else t.double() for t in (mean, var, weight, bias)]
     y = functional.batch_norm(x.double(), *exact, training, 0.3, 1e-4)
     close(x * singles[0] + singles[1], y.float(), rtol=1e-4, atol=1e-4)
@@ -73,7 +74,7 @@ def test_statistics_are_those_of_torch(shape, there, training):
 
 def test_statistics_of_many_rows_lose_no_digits():
     x, running = torch.randn(100_000, 3) + 1e4, [torch.zeros(3), torch.zeros(3)]
-    _, _, doubles = norm_ops.norm_statistics(x, None, None, *running, 1.0, 1e-30, True, False)
+    _, _, doubles = ops.norm_statistics(x, None, None, *running, 1.0, 1e-30, True, False)
     close(doubles[0], x.double().mean(0), rtol=1e-7, atol=0)
     close(doubles[1], x.double().var(0, correction=0), rtol=1e-5, atol=0)
     close(running[1].double(), x.double().var(0), rtol=1e-5, atol=0)
@@ -84,14 +85,14 @@ def test_statistics_of_many_rows_lose_no_digits():
 def test_what_is_not_finite_has_no_range(bad, training):
     x, one = torch.randn(300, 3), torch.ones(3)
     x[7, 1] = bad
-    _, ends, _ = norm_ops.norm_statistics(x, None, None, one, one.clone(), 0.1, 1e-5, training, True)
+    _, ends, _ = ops.norm_statistics(x, None, None, one, one.clone(), 0.1, 1e-5, training, True)
     assert ends[1].isnan().all()
     assert ends[::2].isfinite().all()
 
 
 def test_a_constant_channel():
     x = torch.full((9, 2), 3.0)
-    singles, _, doubles = norm_ops.norm_statistics(x, None, None, None, None, 0.1, 1e-5, True, True)
+    singles, _, doubles = ops.norm_statistics(x, None, None, None, None, 0.1, 1e-5, True, True)
     assert torch.equal(doubles[5], torch.ones(2).double())
     assert torch.equal(singles[2:4], torch.tensor([[1.0, 1.0], [-131.0, -131.0]]))
 
@@ -100,12 +101,12 @@ def test_a_constant_channel():
 def test_no_rows_change_nothing(training):
     mean, var = torch.randn(3), torch.rand(3)
     before = mean.clone(), var.clone()
-    singles, _, doubles = norm_ops.norm_statistics(torch.empty(0, 3), None, None, mean, var, 0.1, 1e-5, training, True)
+    singles, _, doubles = ops.norm_statistics(torch.empty(0, 3), None, None, mean, var, 0.1, 1e-5, training, True)
     assert singles.isfinite().all()
     assert doubles.isfinite().all()
     assert torch.equal(mean, before[0])
     assert torch.equal(var, before[1])
-    factors, _, gradients = norm_ops.norm_factors(torch.zeros(3, 3).double(), doubles, None, 0, training)
+    factors, _, gradients = ops.norm_factors(torch.zeros(3, 3).double(), doubles, None, 0, training)
     assert factors.isfinite().all()
     assert torch.equal(gradients, torch.zeros(3, 3))
 
@@ -126,16 +127,16 @@ def test_bad_statistics_are_refused_before_anything_changes():
     for place, bad, kind, message in wrong:
         arguments = [bad if i == place else a for i, a in enumerate(good)]
         with pytest.raises(kind, match=message):
-            norm_ops.norm_statistics(*arguments)
+            ops.norm_statistics(*arguments)
     for place in (3, 4):
         arguments = [None if i == place else a for i, a in enumerate(good)]
         with pytest.raises(ValueError, match="running_mean and running_var must be given together"):
-            norm_ops.norm_statistics(*arguments)
+            ops.norm_statistics(*arguments)
     with pytest.raises(ValueError, match="without batch statistics running_mean and running_var must be given"):
-        norm_ops.norm_statistics(x, one, one, None, None, 0.1, 1e-5, False, True)
+        ops.norm_statistics(x, one, one, None, None, 0.1, 1e-5, False, True)
     for eps, training in ((0.0, True), (-1e-9, True), (-1e-9, False), (math.nan, False)):
         with pytest.raises(ValueError, match="eps must be positive"):
-            norm_ops.norm_statistics(*good[:6], eps, training, True)
+            ops.norm_statistics(*good[:6], eps, training, True)
     assert torch.equal(mean, torch.zeros(5))
     assert torch.equal(var, torch.ones(5))
 
@@ -151,7 +152,7 @@ def test_factors_are_those_of_the_reference(channels, count, weighted, batch, ba
     if bad is not None:
         sums[-1, bad] = (math.nan, math.inf, math.nan)[bad]
     weight = torch.randn(channels) if weighted else None
-    mine = norm_ops.norm_factors(sums, statistics, weight, count, batch)
+    mine = ops.norm_factors(sums, statistics, weight, count, batch)
     wanted = reference.norm_factors(sums, statistics, weight, count, batch)
     for found, expected in zip(mine, wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -167,18 +168,18 @@ def test_the_two_together_are_the_gradient_of_torch(training, dtype):
     first = torch.randn(rows, channels)
     first[0], first[1] = -4, 4  # so that the range of x is that of its codes
     weight, bias, mean, var = vectors(channels, [True] * 4)
-    _, _, doubles = norm_ops.norm_statistics(first, weight, bias, mean, var, 0.0, 1e-5, training, True)
+    _, _, doubles = ops.norm_statistics(first, weight, bias, mean, var, 0.0, 1e-5, training, True)
     step, least = doubles[5], doubles[6]
     codes = ((first.double() - least) / step).round()
     x = (codes * step + least).float()
-    singles, _, doubles = norm_ops.norm_statistics(x, weight, bias, mean, var, 0.0, 1e-5, training, True)
+    singles, _, doubles = ops.norm_statistics(x, weight, bias, mean, var, 0.0, 1e-5, training, True)
     assert torch.equal(codes, (x * singles[2] + singles[3]).round().double() + 128)
     g = torch.randn(rows, channels).to(dtype)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     functional.batch_norm(leaves[0], mean.double(), var.double(), *leaves[1:], training, 0.0, 1e-5).backward(g.double())
     exact = g.double()
     sums = torch.stack([exact.sum(0), (exact * codes).sum(0), exact.abs().amax(0)], 1)
-    f, ranges, gradients = norm_ops.norm_factors(sums, doubles, weight, rows, training)
+    f, ranges, gradients = ops.norm_factors(sums, doubles, weight, rows, training)
     dx = g.float() * f[0] + (codes.float() * f[1] + f[2])
     close(dx, leaves[0].grad.float(), rtol=1e-4, atol=1e-5)
     close(gradients[0], leaves[1].grad.float(), rtol=1e-4, atol=1e-3)
@@ -203,7 +204,7 @@ def test_bad_factors_are_refused():
         ((sums, statistics, one, -1, True), ValueError, "must not be negative"),
     ):
         with pytest.raises(kind, match=message):
-            norm_ops.norm_factors(*arguments)
+            ops.norm_factors(*arguments)
 
 
 def test_all_threads_and_instruction_sets_agree():
@@ -215,7 +216,7 @@ def test_all_threads_and_instruction_sets_agree():
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 running = [torch.zeros(70), torch.ones(70)]
-                results.append([*norm_ops.norm_statistics(x, None, None, *running, 0.1, 1e-5, True, True), *running])
+                results.append([*ops.norm_statistics(x, None, None, *running, 0.1, 1e-5, True, True), *running])
     finally:
         _dispatch.set_isa(before)
     for result in results[1:]:

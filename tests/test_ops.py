@@ -1,7 +1,8 @@
-"""The compiled operators, on every instruction set, against `qsparseprop.reference`."""
+"""The compiled operators, on every instruction set, against `qsparseprop.ops.reference`."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -14,11 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsparseprop import ops, reference
+from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
-from qsparseprop.geometry import UNIT, conv_geometry, linear_geometry
-from qsparseprop.pattern import dense_pattern, make_plan
-from qsparseprop.reference import products
+from qsparseprop.layout.geometry import UNIT, conv_geometry, linear_geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import Plan, make_plan
+from qsparseprop.nn._traced import config_text
+from qsparseprop.ops import reference, schemes
+from qsparseprop.ops.reference import products
+from qsparseprop.quantization import QuantConfig
 
 from ._helpers import (
     LAYOUTS,
@@ -77,10 +82,13 @@ def seed_for(scheme, seed=0):
 
 
 def sides(case):
-    """Layout of the input and of the output: grid, views, shape of the tensor."""
+    """Layout of the input and of the output, and the shape of the tensor."""
     g = case.geometry()
-    return ((g.input_grid, g.input_views, case.shape),
-            (g.output_grid, g.output_views, (case.shape[0], case.out_channels, *g.output_size)))
+    return (g.input_layout, case.shape), (g.output_layout, (case.shape[0], case.out_channels, *g.output_size))
+
+
+def scheme_of(name, per_channel=False):
+    return ops.Scheme(name, (), per_channel)
 
 
 # ---- packing ----
@@ -91,14 +99,14 @@ def sides(case):
        per_channel=st.booleans())  # fmt: skip
 @settings(max_examples=250)
 def test_quantize_pack_is_the_reference(isa, case, side, scheme, kind, layout, dtype, seed, per_channel):
-    grid, views, shape = sides(case)[side]
+    layout, shape = sides(case)[side]
     x = laid_out(random_values(shape, kind, case.seed).to(dtype), layout)
     if per_channel and kind == "normal":
         x = x.clone() if layout == "expanded" else x
         x[:, ::2] = x[:, ::2].abs()  # around 0 or 128 by channel
-    arguments = (x, grid.numbers, views, grid.lanes(shape[0]), scheme, seed_for(scheme, seed), per_channel)
+    arguments = (x, layout, scheme_of(scheme, per_channel), seed_for(scheme, seed))
     planes, scale, zero_point = ops.quantize_pack(*arguments)
-    assert scale.shape == zero_point.shape == (grid.planes if per_channel else 1,)
+    assert scale.shape == zero_point.shape == (layout.planes if per_channel else 1,)
     assert_same((planes, scale, zero_point), reference.quantize_pack(*arguments))
 
 
@@ -107,13 +115,14 @@ def test_quantize_pack_is_the_reference(isa, case, side, scheme, kind, layout, d
 def test_gaps_stand_for_zero(isa, case, side, scheme):
     """They are what a convolution pads with, those behind the last plane included."""
     hypothesis.assume(case.shape[0])
-    grid, views, shape = sides(case)[side]
+    layout, shape = sides(case)[side]
     x = random_values(shape, "skewed", case.seed)
-    planes, _, zero = ops.quantize_pack(x, grid.numbers, views, grid.lanes(shape[0]), scheme, seed_for(scheme))
+    planes, _, zero = ops.quantize_pack(x, layout, scheme_of(scheme), seed_for(scheme))
     gap = torch.ones(planes.shape, dtype=torch.bool)
-    for view, _ in products._views(views):
-        lanes = products._lanes(grid.numbers, view, shape[0]) + grid.front
-        gap[(lanes + (view[0] + torch.arange(view[1]))[:, None, None, None] * grid.pitch).view(-1)] = False
+    pitch, front = layout.numbers[5:7]
+    for view, _ in products._views(layout.views):
+        lanes = products._lanes(layout.numbers, view, shape[0]) + front
+        gap[(lanes + (view[0] + torch.arange(view[1]))[:, None, None, None] * pitch).view(-1)] = False
     gap[-UNIT:] = False  # no tap leads there, only whole units do
     assert (planes[gap] == zero).all()
 
@@ -121,21 +130,19 @@ def test_gaps_stand_for_zero(isa, case, side, scheme):
 @given(case=CASES, side=st.booleans(), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=80)
 def test_pack_is_the_reference(isa, case, side, layout, dtype):
-    grid, views, shape = sides(case)[side]
+    layout, shape = sides(case)[side]
     x = laid_out(random_values(shape, "normal", case.seed).to(dtype), layout)
-    arguments = (x, grid.numbers, views, grid.lanes(shape[0]))
-    assert_same(ops.pack(*arguments), reference.pack(*arguments))
+    assert_same(ops.pack(x, layout).planes, reference.pack(x, layout).planes)
 
 
 @given(case=CASES, side=st.booleans(), scheme=st.sampled_from(SCHEMES), layout=st.sampled_from(LAYOUTS), seed=SEEDS)
 @settings(max_examples=60)
 def test_strides_do_not_change_codes(isa, case, side, scheme, layout, seed):
-    grid, views, shape = sides(case)[side]
+    layout, shape = sides(case)[side]
     x = laid_out(random_values(shape, "normal", case.seed), layout)
-    rest = (grid.numbers, views, grid.lanes(shape[0]))
-    seed = seed_for(scheme, seed)
-    assert_same(ops.quantize_pack(x, *rest, scheme, seed), ops.quantize_pack(x.contiguous(), *rest, scheme, seed))
-    assert_same(ops.pack(x, *rest), ops.pack(x.contiguous(), *rest))
+    rest = (layout, scheme_of(scheme), seed_for(scheme, seed))
+    assert_same(ops.quantize_pack(x, *rest), ops.quantize_pack(x.contiguous(), *rest))
+    assert_same(ops.pack(x, layout).planes, ops.pack(x.contiguous(), layout).planes)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -147,7 +154,7 @@ def test_channels_with_threads_are_the_reference(isa, scheme, memory_format):
     x = torch.randn(shape, generator=generator(3)).mul_(torch.logspace(-9, 9, 37)[:, None, None])
     x[:, 5], x[:, 7], x[3, 11, 2, 2], x[0, 36, 0, 0] = 0, x[:, 7].abs(), float("nan"), float("inf")
     x = x.contiguous(memory_format=memory_format)
-    arguments = (x, g.input_grid.numbers, g.input_views, g.input_grid.lanes(9), scheme, seed_for(scheme, 4), True)
+    arguments = (x, g.input_layout, scheme_of(scheme, True), seed_for(scheme, 4))
     expected = reference.quantize_pack(*arguments)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -162,17 +169,14 @@ def test_a_million_elements_are_the_reference(isa, scheme):
     g = conv_geometry(64, 64, shape[2:], (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), shape[0], False)
     x = torch.rand(shape, generator=generator(1)) * 2 - 1
     x[0, 0, 0, 0] = -1.0
-    lanes, seed = g.input_grid.lanes(shape[0]), seed_for(scheme, 2**40 + 7)
-    arguments = (x, g.input_grid.numbers, g.input_views, lanes, scheme, seed)
+    arguments = (x, g.input_layout, scheme_of(scheme), seed_for(scheme, 2**40 + 7))
     assert_same(ops.quantize_pack(*arguments), reference.quantize_pack(*arguments))
 
 
 def quantize(x, scheme, seed=None):
     """Codes of a 1-D tensor, scale and zero point."""
     g = linear_geometry(x.numel(), 1)
-    planes, scale, zero = ops.quantize_pack(
-        x.view(1, -1, 1, 1), g.input_grid.numbers, g.input_views, g.input_grid.lanes(1), scheme, seed
-    )
+    planes, scale, zero = ops.quantize_pack(x.view(1, -1, 1, 1), g.input_layout, scheme_of(scheme), seed)
     return planes[g.input_grid.front :: g.input_grid.pitch][: x.numel()].clone(), scale.item(), zero.item()
 
 
@@ -213,10 +217,10 @@ def test_quantisation_error_is_within_its_guarantee(isa, scheme, kind):
     # the scale is as small as the range allows
     if scheme == "standard":
         span = x.max().clamp(min=0).double() - x.min().clamp(max=0).double()
-        assert scale == pytest.approx(max(span.item() / 255, reference.MIN_SCALE), rel=1e-5)
+        assert scale == pytest.approx(max(span.item() / 255, schemes.MIN_SCALE), rel=1e-5)
     else:
         levels = 255 if scheme == "absmax" and x.min() >= 0 else 127
-        assert scale == pytest.approx(max(x.abs().max().item() / levels, reference.MIN_SCALE), rel=1e-5)
+        assert scale == pytest.approx(max(x.abs().max().item() / levels, schemes.MIN_SCALE), rel=1e-5)
     assert codes[x == 0].eq(zero).all(), "zero must stay zero"
 
 
@@ -247,11 +251,11 @@ def test_minus_128_never_appears(isa, count, scale, seed):
        place=st.integers(0, 10**6), kind=st.sampled_from(["normal", "positive", "zero"]))  # fmt: skip
 @settings(max_examples=20)
 def test_one_bad_element_anywhere_makes_the_scale_not_finite(isa, bad, scheme, case, layout, dtype, place, kind):
-    grid, views, shape = sides(case)[0]
+    layout, shape = sides(case)[0]
     x = random_values(shape, kind, case.seed).to(dtype)
     x.view(-1)[0 if layout == "expanded" else place % x.numel()] = bad
     x = laid_out(x, layout)
-    arguments = (x, grid.numbers, views, grid.lanes(shape[0]), scheme, seed_for(scheme))
+    arguments = (x, layout, scheme_of(scheme), seed_for(scheme))
     planes, scale, zero = ops.quantize_pack(*arguments)
     assert not torch.isfinite(scale).any()
     assert_same((planes, scale, zero), reference.quantize_pack(*arguments))
@@ -316,7 +320,8 @@ def test_calls_are_unrelated(isa):
 def test_weights_with_folded_scales_are_the_reference(isa, case, kind, factors, zeros):
     plan, values = case.plan()
     values = values * {"small": 1e-41, "large": 1e37, "zero": 0.0, "bad": float("nan")}.get(kind, 1.0)
-    for rows, planes in ((plan.forward, case.shape[1] * 9), (plan.backward, case.out_channels)):
+    for rows in (plan.forward, plan.backward):
+        planes = rows.source.planes
         factor = torch.rand(planes, generator=generator(case.seed)) + 0.01
         factor *= {"small": 1e-33, "large": 1e38, "zero": 0.0}.get(factors, 1.0)
         if factors == "bad":
@@ -324,7 +329,7 @@ def test_weights_with_folded_scales_are_the_reference(isa, case, kind, factors, 
         zero = torch.tensor([0, 128, 77], dtype=torch.int32).repeat(planes)[:planes]
         zero = {"none": None, "one": zero[:1], "same": zero[:1].expand(planes).contiguous(), "mixed": zero}[zeros]
         factor = factor[:1] if factors == "one" else factor
-        arguments = (values, rows.index, rows.group_ptr, rows.plane, factor, zero)
+        arguments = (values, rows, factor, zero)
         codes, scale, total = ops.quantize_weight(*arguments)
         assert_same((codes, scale, total), reference.quantize_weight(*arguments))
         assert codes.numel() == 0 or codes.min() >= -127
@@ -346,7 +351,7 @@ def test_quantize_weight_is_the_reference(isa, case, kind):
     else:
         values = values * {"small": 1e-41, "large": 1e37, "zero": 0.0}.get(kind, 1.0)
     for rows in (plan.forward, plan.backward):
-        arguments = (values, rows.index, rows.group_ptr)
+        arguments = (values, rows)
         codes, scale, total = ops.quantize_weight(*arguments)
         assert_same((codes, scale, total), reference.quantize_weight(*arguments))
         assert codes.numel() == 0 or codes.min() >= -127
@@ -373,39 +378,32 @@ def test_long_rows_of_weights(isa):
     for r, n in enumerate(counts):
         index[4 * ptr[r] : 4 * ptr[r] + n] = torch.arange(start, start + n, dtype=torch.int32)
         start += n
-    values = torch.randn(start)
+    values, g = torch.randn(start), linear_geometry(1, len(counts))
+    rows = ops.GatherList(ptr, torch.zeros_like(index), index, torch.zeros_like(index), g.input_layout, g.output_layout)
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        assert_same(ops.quantize_weight(values, index, ptr), reference.quantize_weight(values, index, ptr))
+        assert_same(ops.quantize_weight(values, rows), reference.quantize_weight(values, rows))
 
 
 # ---- products ----
 
 
 def weights_of(values, rows, codes):
-    if codes:
-        return ops.quantize_weight(values, rows.index, rows.group_ptr)
-    return torch.cat([values, values.new_zeros(1)])[rows.index.long()], None, None
+    return ops.quantize_weight(values, rows) if codes else ops.gather_weight(values, rows)
 
 
-def operand(x, grid, views, scheme, seed=0):
-    lanes = grid.lanes(x.shape[0])
+def operand(x, layout, scheme, seed=0):
     if scheme is None:
-        return ops.pack(x, grid.numbers, views, lanes), None, None
-    return ops.quantize_pack(x, grid.numbers, views, lanes, scheme, seed_for(scheme, seed))
+        return ops.pack(x, layout)
+    return ops.quantize_pack(x, layout, scheme_of(scheme), seed_for(scheme, seed))
 
 
-def spmm_arguments(case, scheme, backward, channels_last=False, bias=None, kind="normal"):
+def spmm_arguments(case, scheme, backward, bias=None, kind="normal"):
+    """Operand, weights, list, images and bias."""
     plan, values = case.plan()
-    g = plan.geometry
-    (in_grid, in_views, in_shape), (out_grid, out_views, out_shape) = sides(case)
-    if backward:
-        in_grid, in_views, in_shape, out_views, out_shape = out_grid, out_views, out_shape, in_views, in_shape
     rows = plan.backward if backward else plan.forward
-    planes, x_scale, zero = operand(random_values(in_shape, kind, case.seed), in_grid, in_views, scheme)
-    weights, scale, total = weights_of(values, rows, scheme is not None)
-    return (planes, weights, rows.group_ptr, rows.offset, scale, total, x_scale, zero, bias, in_grid.numbers, out_views,
-            out_shape, channels_last, backward and not g.covers_input)
+    x = random_values(rows.source.shape(case.shape[0]), kind, case.seed)
+    return operand(x, rows.source, scheme), weights_of(values, rows, scheme is not None), rows, case.shape[0], bias
 
 
 @given(case=CASES, backward=st.booleans(), scheme=st.sampled_from(SCHEMES), channels_last=st.booleans(),
@@ -413,16 +411,16 @@ def spmm_arguments(case, scheme, backward, channels_last=False, bias=None, kind=
 @settings(max_examples=150)
 def test_spmm_on_codes_is_the_reference(isa, case, backward, scheme, channels_last, kind, dtype):
     bias = torch.randn(case.out_channels) if case.bias and not backward else None
-    arguments = spmm_arguments(case, scheme, backward, channels_last, bias, kind)
-    out = ops.spmm(*arguments, dtype)
+    arguments = (*spmm_arguments(case, scheme, backward, bias, kind), dtype, channels_last)
+    out = ops.spmm(*arguments)
     assert out.dtype == dtype
     if bias is None:
-        assert_same(out, reference.spmm(*arguments, dtype))
+        assert_same(out, reference.spmm(*arguments))
     else:  # whether product and bias are rounded together is the kernels' own business
         tolerance = 1e-6 if dtype == torch.float32 else 2**-7
-        torch.testing.assert_close(out, reference.spmm(*arguments, dtype), rtol=tolerance, atol=1e-6)
-        without = (*arguments[:8], None, *arguments[9:])
-        assert_same(ops.spmm(*without, dtype), reference.spmm(*without, dtype))
+        torch.testing.assert_close(out, reference.spmm(*arguments), rtol=tolerance, atol=1e-6)
+        without = (*arguments[:4], None, *arguments[5:])
+        assert_same(ops.spmm(*without), reference.spmm(*without))
     assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
@@ -430,23 +428,21 @@ def test_spmm_on_codes_is_the_reference(isa, case, backward, scheme, channels_la
 @settings(max_examples=80)
 def test_spmm_on_floats_is_close_to_float64(isa, case, backward, channels_last):
     bias = torch.randn(case.out_channels) if case.bias and not backward else None
-    arguments = spmm_arguments(case, None, backward, channels_last, bias)
+    arguments = (*spmm_arguments(case, None, backward, bias), torch.float32, channels_last)
     out = ops.spmm(*arguments)
-    planes, weights, *rest = arguments
-    magnitude = reference.spmm(planes.abs(), weights.abs(), *rest[:6], None, *rest[7:]).double()
+    (planes, *_), (slots, *_), rows, images, *_ = arguments
+    magnitude = reference.spmm(ops.Packed(planes.abs()), ops.Weights(slots.abs()), rows, images).double()
     assert ((out.double() - reference.spmm(*arguments)).abs() <= 3e-6 * magnitude + 1e-6).all()
 
 
 def sddmm_arguments(case, input_scheme, grad_scheme, kind="normal"):
     plan, values = case.plan()
-    g, rows = plan.geometry, plan.forward
-    (in_grid, in_views, in_shape), (out_grid, out_views, out_shape) = sides(case)
-    x, x_scale, zero = operand(random_values(in_shape, kind, case.seed), in_grid, in_views, input_scheme)
-    dy, dy_scale, _ = operand(random_values(out_shape, "normal", case.seed + 1), out_grid, out_views, grad_scheme)
-    if grad_scheme == "absmax" and dy_scale is not None:  # the gradient's zero point is always 128
-        dy, dy_scale, _ = operand(random_values(out_shape, "normal", case.seed + 1), out_grid, out_views, "stochastic")
-    return (x, dy, rows.group_ptr, rows.offset, rows.index, rows.plane, x_scale, zero, dy_scale, g.input_grid.numbers,
-            g.output_grid.numbers, g.output_views, out_shape, values.numel())
+    (in_layout, in_shape), (out_layout, out_shape) = sides(case)
+    x = operand(random_values(in_shape, kind, case.seed), in_layout, input_scheme)
+    # the gradient's zero point is always 128
+    grad_scheme = "stochastic" if grad_scheme == "absmax" else grad_scheme
+    dy = operand(random_values(out_shape, "normal", case.seed + 1), out_layout, grad_scheme)
+    return x, dy, plan.forward, case.shape[0], values.numel()
 
 
 @given(case=CASES, scheme=st.sampled_from(SCHEMES), kind=st.sampled_from(["normal", "positive", "skewed"]))
@@ -460,8 +456,8 @@ def test_sddmm_on_codes_is_the_reference(isa, case, scheme, kind):
 @settings(max_examples=80)
 def test_sddmm_on_floats_is_close_to_float64(isa, case):
     arguments = sddmm_arguments(case, None, None)
-    planes, dy, *rest = arguments
-    magnitude = reference.sddmm(planes.abs(), dy.abs(), *rest).double()
+    (planes, *_), (dy, *_), *rest = arguments
+    magnitude = reference.sddmm(ops.Packed(planes.abs()), ops.Packed(dy.abs()), *rest).double()
     difference = ops.sddmm(*arguments).double() - reference.sddmm(*arguments)
     assert (difference.abs() <= 1e-6 * magnitude).all()
 
@@ -480,64 +476,43 @@ def test_a_gradient_without_negative_values(isa):
 # ---- whole layers ----
 
 
+def quantisation(scheme, per_channel=False, seed=0):
+    return ops.Quantisation(None if scheme is None else scheme_of(scheme, per_channel), None, seed_for(scheme, seed))
+
+
 def layer_arguments(
     case, scheme, grad_scheme, layout="contiguous", dtype=torch.float32, grads=(True, True, True), per_channel=False
 ):
     """Arguments of both passes; the backward pass lacks the packed input, which the forward pass returns."""
     plan, values = case.plan()
-    g = plan.geometry
-    (in_grid, in_views, in_shape), (out_grid, out_views, out_shape) = sides(case)
+    (_, in_shape), (_, out_shape) = sides(case)
     x = laid_out(random_values(in_shape, "normal", case.seed).to(dtype), layout)
     dy = laid_out(random_values(out_shape, "skewed", case.seed + 1).to(dtype), layout)
     bias = torch.randn(case.out_channels, generator=generator(case.seed)) if case.bias else None
-    forward = (x, values, bias, plan.forward, in_grid.numbers, in_views, out_views, out_shape, scheme, seed_for(scheme),
-               dtype, per_channel)
-    backward = (plan.forward, plan.backward, in_grid.numbers, out_grid.numbers, in_views, out_views, in_shape,
-                g.covers_input, grad_scheme, seed_for(grad_scheme, 3), grads, dtype, per_channel)
+    forward = (x, values, bias, plan, quantisation(scheme, per_channel), dtype)
+    backward = (plan, quantisation(grad_scheme, per_channel, 3), grads, dtype)
     return forward, dy, backward
 
 
 def both_passes(case, **options):
-    """The operators of a layer, and what they are made of by the reference."""
+    """A layer's passes, and those of the reference."""
     forward, dy, backward = layer_arguments(case, **options)
-    x, values, bias, rows, grid, views, out_views, out_shape, scheme, seed, dtype, per_channel = forward
-    columns, dy_grid, in_shape, covered, grad_scheme, grad_seed, grads = (backward[i] for i in (1, 3, 6, 7, 8, 9, 10))
-    out, planes, scale, zero = ops.layer_forward(*forward)
-    gradients = ops.layer_backward(dy, values, planes, scale, zero, *backward)
+    results = []
+    for passes in (ops, reference):
+        out, packed = passes.layer_forward(*forward)
+        results.append((out, packed, passes.layer_backward(dy, forward[1], packed, *backward)))
+    (out, packed, gradients), (wanted, wanted_packed, wanted_gradients) = results
+    for found, expected in ((packed, wanted_packed), (gradients, wanted_gradients)):
+        assert [t is None for t in found] == [t is None for t in expected]
+    there = [[t for t in tensors if t is not None] for tensors in (packed, wanted_packed)]
+    return (out, *there[0]), (wanted, *there[1]), gradients, wanted_gradients
 
-    def packed(t, grid, views, scheme, seed):
-        lanes = -(-t.shape[0] // grid[0]) * grid[7] + grid[6] + UNIT
-        if scheme is None:
-            return reference.pack(t, grid, views, lanes), None, None
-        return reference.quantize_pack(t, grid, views, lanes, scheme, seed, per_channel)
 
-    def weights(rows, scales, zeros):
-        if scheme is None:
-            return torch.cat([values, values.new_zeros(1)])[rows.index.long()], None, None, None, None
-        if scales.numel() == 1:
-            return *reference.quantize_weight(values, rows.index, rows.group_ptr), scales, zeros
-        return *reference.quantize_weight(values, rows.index, rows.group_ptr, rows.plane, scales, zeros), None, None
-
-    def last(t):
-        return t.stride(1) == 1 and not t.is_contiguous()
-
-    x_codes, x_scale, x_zero = packed(x, grid, views, scheme, seed)
-    w, w_scale, total, factor, zero_point = weights(rows, x_scale, x_zero)
-    wanted = reference.spmm(x_codes, w, rows.group_ptr, rows.offset, w_scale, total, factor, zero_point, bias, grid,
-                            out_views, out_shape, last(x), False, dtype)
-    grad_scheme = "symmetric" if grad_scheme == "absmax" else grad_scheme  # around 128, whatever the signs
-    dy_codes, dy_scale, dy_zero = packed(dy, dy_grid, out_views, grad_scheme, grad_seed)
-    w, w_scale, total, factor, zero_point = weights(columns, dy_scale, dy_zero)
-    dx = reference.spmm(dy_codes, w, columns.group_ptr, columns.offset, w_scale, total, factor, zero_point, None,
-                        dy_grid, views, in_shape, last(dy), not covered, dtype)
-    dw = reference.sddmm(x_codes, dy_codes, *rows, x_scale, x_zero, dy_scale, grid, dy_grid, out_views, dy.shape,
-                         values.numel())
-    none = torch.empty(0)
-    if scheme is None:
-        x_scale, x_zero = none, torch.empty(0, dtype=torch.int32)
-    wanted_gradients = (dx if grads[0] else none, dw if grads[1] else none,
-                        dy.double().sum((0, 2, 3)).float() if grads[2] else none)
-    return (out, planes, scale, zero), (wanted, x_codes, x_scale, x_zero), gradients, wanted_gradients
+def check_gradients(actual, wanted, check):
+    """Of those that were wanted."""
+    for a, w in zip(actual, wanted, strict=True):
+        if w is not None:
+            check(a, w)
 
 
 @given(case=CASES, scheme=st.sampled_from(["absmax", "standard", "stochastic"]),
@@ -554,8 +529,9 @@ def test_layers_on_codes_are_made_of_the_reference(isa, case, scheme, grad_schem
         torch.testing.assert_close(forward[0], wanted[0], rtol=tolerance, atol=1e-6)
     else:
         assert_same(forward[0], wanted[0])
-    assert_same(gradients[:2], wanted_gradients[:2])
-    torch.testing.assert_close(gradients[2], wanted_gradients[2], rtol=1e-5, atol=1e-3)
+    check_gradients(gradients[:2], wanted_gradients[:2], assert_same)
+    check_gradients(gradients[2:], wanted_gradients[2:],
+                    lambda a, w: torch.testing.assert_close(a, w, rtol=1e-5, atol=1e-3))  # fmt: skip
 
 
 @given(case=CASES, layout=st.sampled_from(LAYOUTS), grads=st.tuples(*[st.booleans()] * 3))
@@ -565,9 +541,12 @@ def test_layers_on_floats_are_made_of_the_reference(isa, case, layout, grads):
         case, scheme=None, grad_scheme=None, layout=layout, grads=grads
     )
     assert_same(forward[1:], wanted[1:])
-    for actual, expected in zip((forward[0], *gradients), (wanted[0], *wanted_gradients), strict=True):
+
+    def close(actual, expected):
         size = float(expected.abs().max()) if expected.numel() else 0.0
         torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-5 * size)
+
+    check_gradients((forward[0], *gradients), (wanted[0], *wanted_gradients), close)
 
 
 # ---- threads ----
@@ -597,12 +576,12 @@ def test_the_number_of_threads_does_not_change_a_bit(isa, kind):
         all_of = []
         for scheme in ("absmax", "standard", "stochastic", None):
             for layout in ("contiguous", "channels_last", "reversed"):
-                all_of += [t for t in operand(laid_out(x, layout), *sides(case)[0][:2], scheme) if t is not None]
+                all_of += [t for t in operand(laid_out(x, layout), sides(case)[0][0], scheme) if t is not None]
         for scheme in ("absmax", None):
             for backward in (False, True):
                 arguments = spmm_arguments(case, scheme, backward)
-                all_of += [t for t in (arguments[1], arguments[4], arguments[5]) if t is not None]
-                all_of += [ops.spmm(*arguments), ops.spmm(*arguments[:12], True, arguments[13])]
+                all_of += [t for t in arguments[1] if t is not None]
+                all_of += [ops.spmm(*arguments), ops.spmm(*arguments, torch.float32, True)]
             all_of.append(ops.sddmm(*sddmm_arguments(case, scheme, scheme and "stochastic")))
         results.append(all_of)
     for other in results[1:]:
@@ -658,9 +637,8 @@ def test_spmm_is_exact_beyond_32_bits(isa, batch):
                 own = weights[4 * rows.group_ptr[r] : 4 * rows.group_ptr[r + 1]][: counts[r]]
                 products[r] = (own.double() @ element[: counts[r]]).to(torch.int64)  # exact: below 2**53
             for zero in (0, 128, 255):
-                out = ops.spmm(x, weights, rows.group_ptr, rows.offset, torch.ones(len(counts)), total,
-                               torch.ones(1), torch.tensor([zero], dtype=torch.int32), None, g.input_grid.numbers,
-                               g.output_views, (batch, len(counts), 1, 1), False, False)
+                packed = ops.Packed(x, torch.ones(1), torch.tensor([zero], dtype=torch.int32))
+                out = ops.spmm(packed, ops.Weights(weights, torch.ones(len(counts)), total), rows, batch)
                 expected = (products - zero * total[:, None]).T.to(torch.float32)
                 assert torch.equal(out[:, :, 0, 0], expected), (name, zero)
 
@@ -692,9 +670,8 @@ def test_the_signs_of_weights_do_not_matter(isa, signs, threads):
     total = torch.zeros(len(counts), dtype=torch.int64).index_add(0, slot_row, weights.long())
     planes = torch.randint(256, (g.input_grid.lanes(batch),), dtype=torch.uint8)
     planes[torch.rand(planes.shape) < 0.5] = 255
-    arguments = (planes, weights, rows.group_ptr, rows.offset, torch.ones(len(counts)), total, torch.ones(1),
-                 torch.tensor([77], dtype=torch.int32), None, g.input_grid.numbers, g.output_views,
-                 (batch, len(counts), 1, 1), False, False)  # fmt: skip
+    arguments = (ops.Packed(planes, torch.ones(1), torch.tensor([77], dtype=torch.int32)),
+                 ops.Weights(weights, torch.ones(len(counts)), total), rows, batch)  # fmt: skip
     assert_same(ops.spmm(*arguments), reference.spmm(*arguments))
 
 
@@ -710,9 +687,7 @@ def test_the_signs_of_gradients_do_not_matter(isa, signs, batch):
         last = dy[(batch // 64) * dy_grid.block :][: 5 * 64].view(5, 64)
         last[:, batch % 64 :] = 128
     one = torch.ones(1)
-    arguments = (planes, dy, rows.group_ptr, rows.offset, rows.index, rows.plane, one,
-                 torch.tensor([77], dtype=torch.int32), one, x_grid.numbers, dy_grid.numbers, g.output_views,
-                 (batch, 5, 1, 1), 65)  # fmt: skip
+    arguments = (ops.Packed(planes, one, torch.tensor([77], dtype=torch.int32)), ops.Packed(dy, one), rows, batch, 65)
     assert_same(ops.sddmm(*arguments), reference.sddmm(*arguments))
 
 
@@ -733,14 +708,13 @@ def test_sddmm_is_exact_beyond_32_bits(isa, layer):
     x = torch.ones(shape)
     dy = torch.ones(shape[0], 2, *shape[2:])
     dy[:, 1] = -1
-    packed = operand(x, g.input_grid, g.input_views, "absmax")
-    packed_dy, _, _ = operand(dy, g.output_grid, g.output_views, "stochastic")
-    assert packed[0].max() == 255
+    packed = operand(x, g.input_layout, "absmax")
+    packed_dy = operand(dy, g.output_layout, "stochastic")
+    assert packed.planes.max() == 255
     one = torch.ones(1)
     for zero in (0, 128, 255):
-        out = ops.sddmm(packed[0], packed_dy, rows.group_ptr, rows.offset, rows.index, rows.plane, one,
-                        torch.tensor([zero], dtype=torch.int32), one, g.input_grid.numbers, g.output_grid.numbers,
-                        g.output_views, dy.shape, 4)
+        out = ops.sddmm(ops.Packed(packed.planes, one, torch.tensor([zero], dtype=torch.int32)),
+                        ops.Packed(packed_dy.planes, one), rows, shape[0], 4)  # fmt: skip
         exact = 127 * (255 - zero) * lanes
         assert zero or exact > 2**31
         assert torch.equal(out, torch.tensor([exact, exact, -exact, -exact]).to(torch.float32))
@@ -749,56 +723,52 @@ def test_sddmm_is_exact_beyond_32_bits(isa, layer):
 # ---- what torch knows of the operators ----
 
 
-SAMPLES = [
-    *(("quantize_pack", scheme, layout) for scheme in SCHEMES for layout in ("contiguous", "channels_last", "sliced")),
-    ("pack", None, "channels_last"),
-    ("quantize_weight", "absmax", None),
-    *(("spmm", scheme, side) for scheme in ("absmax", None) for side in ("forward", "backward", "channels_last")),
-    ("sddmm", "absmax", None),
-    ("sddmm", None, None),
-    *((op, scheme, layout) for op in ("layer_forward", "layer_backward") for scheme in ("absmax", None)
-      for layout in ("contiguous", "channels_last")),
-]  # fmt: skip
+def test_every_operator_has_a_reference():
+    """With the same parameters."""
+    operators = {name: op for name in ops.__all__ if isinstance(op := getattr(ops, name), ops.Operator)}
+    functions = {name: getattr(ops, name) for name in reference.__all__ if hasattr(ops, name)}
+    assert set(operators) < set(functions)
+    assert set(functions) - set(operators) == {
+        "epilogue_grad_pack", "epilogue_pack", "gather_weight", "layer_backward", "layer_forward", "multiply", "pack",
+        "packed_backward", "quantize_pack", "quantize_weight", "sddmm", "spmm"}  # fmt: skip
+    for name, op in functions.items():
+        mine = inspect.signature(op.function if name in operators else op).parameters.values()
+        theirs = inspect.signature(getattr(reference, name)).parameters.values()
+        assert [(p.name, p.default) for p in mine] == [(p.name, p.default) for p in theirs], name
+
+
+SAMPLES = [(op, scheme, layout) for op in ("sparse_layer", "sparse_layer_backward") for scheme in ("absmax", None)
+           for layout in ("contiguous", "channels_last")]  # fmt: skip
 
 
 def sample(op, scheme, variant):
-    """Arguments of a small call."""
+    """Arguments of a small call of what graphs see of a layer."""
     g = conv_geometry(2, 3, (5, 4), (3, 2), (2, 1), (1, 1, 0, 0), (1, 1), 3, False)
-    mask = torch.rand(3, 12) < 0.5
-    plan = make_plan(*dense_pattern(mask)[:2], g)
-    values = torch.randn(int(mask.sum()))
-    case = SimpleNamespace(shape=(3, 2, 5, 4), out_channels=3, seed=0, bias=True, geometry=lambda: g,
-                           plan=lambda: (plan, values))
-    if op.startswith("layer"):
-        forward, dy, backward = layer_arguments(case, scheme, scheme, variant, torch.bfloat16)
-        if op == "layer_backward":
-            return dy, values, *ops.layer_forward(*forward)[1:], list(backward[0]), list(backward[1]), *backward[2:]
-        return *forward[:3], list(forward[3]), *forward[4:]
-    if op in ("quantize_pack", "pack"):
-        packing = (laid_out(torch.randn(case.shape), variant), g.input_grid.numbers, list(g.input_views),
-                   g.input_grid.lanes(3))
-        return packing if op == "pack" else (*packing, scheme, seed_for(scheme))
-    if op == "quantize_weight":
-        return values, plan.forward.index, plan.forward.group_ptr
-    if op == "sddmm":
-        return sddmm_arguments(case, scheme, scheme)
-    backward = variant == "backward"
-    return spmm_arguments(case, scheme, backward, variant == "channels_last", None if backward else torch.randn(3))
+    crow, col, _ = dense_pattern(torch.rand(3, 12) < 0.5)
+    values = torch.randn(col.numel())
+    config = "" if scheme is None else config_text(QuantConfig(input=scheme, grad=scheme))
+    x, dy = (laid_out(torch.randn(3, *rest).bfloat16(), variant) for rest in ((2, 5, 4), (3, *g.output_size)))
+    rest = (crow, col, g.numbers, 1, config)
+    if op == "sparse_layer":
+        return x, values, torch.randn(3), *rest, torch.bfloat16
+    packed = torch.ops.qsparseprop.sparse_layer(x, values, None, *rest, torch.bfloat16)[1:]
+    return dy, values, *packed, *rest, x.shape, [True, True, True], torch.bfloat16
 
 
 @pytest.mark.parametrize(("op", "scheme", "variant"), SAMPLES)
 # torch's own tracing warns of itself
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_opcheck(op, scheme, variant):
-    torch.library.opcheck(getattr(ops, op), sample(op, scheme, variant))
+    torch.library.opcheck(getattr(torch.ops.qsparseprop, op).default, sample(op, scheme, variant))
 
 
 @pytest.mark.parametrize(("op", "scheme", "variant"), SAMPLES)
 def test_fake_results_look_like_real_ones(op, scheme, variant):
     arguments = sample(op, scheme, variant)
-    real = getattr(ops, op)(*arguments)
-    fake = getattr(ops, op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
-    for r, f in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (real, fake)), strict=True):
+    op = getattr(torch.ops.qsparseprop, op)
+    real = op(*arguments)
+    fake = op(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+    for r, f in zip(real, fake, strict=True):
         assert f.is_meta
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
 
@@ -806,43 +776,94 @@ def test_fake_results_look_like_real_ones(op, scheme, variant):
 # ---- arguments that make no sense ----
 
 
+def _list(rows, source, target):
+    return ops.GatherList(*rows, ops.PlaneLayout(*source), ops.PlaneLayout(*target))
+
+
+def _call_quantize_pack(x, grid, views, image, scheme, seed):
+    ops.quantize_pack(x, ops.PlaneLayout(grid, views, image), ops.Scheme(scheme), seed)
+
+
+def _call_pack(x, grid, views, image):
+    ops.pack(x, ops.PlaneLayout(grid, views, image))
+
+
+def _call_quantize_weight(values, group_ptr, offset, index, plane, source, target):
+    ops.quantize_weight(values, _list((group_ptr, offset, index, plane), source, target))
+
+
+def _call_spmm(planes, weights, group_ptr, offset, index, plane, scale, total, x_scale, x_zero_point, bias, grid,
+               in_views, in_image, out_grid, views, image, images):  # fmt: skip
+    rows = _list((group_ptr, offset, index, plane), (grid, in_views, in_image), (out_grid, views, image))
+    ops.spmm(ops.Packed(planes, x_scale, x_zero_point), ops.Weights(weights, scale, total), rows, images, bias)
+
+
+def _call_sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_point, dy_scale, grid, in_views, in_image,
+                dy_grid, views, image, images, nonzeros):  # fmt: skip
+    rows = _list((group_ptr, offset, index, plane), (grid, in_views, in_image), (dy_grid, views, image))
+    ops.sddmm(ops.Packed(planes, x_scale, x_zero_point), ops.Packed(dy, dy_scale), rows, images, nonzeros)
+
+
+def _plan(geometry, rows, columns, grid, views, dy_grid, dy_views):
+    x, y = (grid, views, geometry.input_image), (dy_grid, dy_views, geometry.output_image)
+    return Plan(geometry, _list(rows, x, y), _list(columns, y, x), 1, 135)
+
+
+def _call_layer_forward(x, values, bias, geometry, rows, columns, grid, views, out_grid, out_views, scheme, seed,
+                        dtype):  # fmt: skip
+    plan = _plan(geometry, rows, columns, grid, views, out_grid, out_views)
+    given = ops.Quantisation(None if scheme is None else ops.Scheme(scheme), None, seed)
+    ops.layer_forward(x, values, bias, plan, given, dtype)
+
+
+def _call_layer_backward(dy, values, planes, x_scale, x_zero_point, geometry, rows, columns, grid, views, dy_grid,
+                         dy_views, scheme, seed, grads, dtype):  # fmt: skip
+    plan = _plan(geometry, rows, columns, grid, views, dy_grid, dy_views)
+    given = ops.Quantisation(None if scheme is None else ops.Scheme(scheme), None, seed)
+    packed = None if planes is None else ops.Packed(planes, x_scale, x_zero_point)
+    ops.layer_backward(dy, values, packed, plan, given, grads, dtype)
+
+
+CALLS = {name.removeprefix("_call_"): call for name, call in list(globals().items()) if name.startswith("_call_")}
+
+
+def _parts(rows):
+    return {"group_ptr": rows.group_ptr, "offset": rows.offset, "index": rows.index, "plane": rows.plane}
+
+
 def _valid(op, codes=True):
-    """Arguments by name of a small call that works."""
+    """Arguments by name of a small call that works: what plans are made of, and tensors."""
     g = conv_geometry(3, 5, (6, 5), (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 4, False)
     plan = make_plan(*dense_pattern(torch.rand(5, 27, generator=generator(1)) < 0.5)[:2], g)
     rows = plan.forward
     nonzeros = int((rows.index >= 0).sum())
     values = torch.randn(nonzeros)
     x, dy = torch.randn(4, 3, 6, 5), torch.randn(4, 5, *g.output_size)
-    lanes = g.input_grid.lanes(4)
-    packing = {"x": x, "grid": g.input_grid.numbers, "views": list(g.input_views), "lanes": lanes}
+    source = {"grid": list(g.input_grid.numbers), "in_views": list(g.input_views), "in_image": list(g.input_image)}
+    target = (list(g.output_grid.numbers), list(g.output_views), list(g.output_image))
+    packing = {"x": x, "grid": source["grid"], "views": source["in_views"], "image": source["in_image"]}
     scheme = "absmax" if codes else None
-    planes, x_scale, zero = operand(x, g.input_grid, g.input_views, scheme)
+    planes, x_scale, zero = operand(x, g.input_layout, scheme)
     weights, scale, total = weights_of(values, rows, codes)
-    grad, dy_scale, _ = operand(dy, g.output_grid, g.output_views, "stochastic" if codes else None)
+    grad, dy_scale, _ = operand(dy, g.output_layout, "stochastic" if codes else None)
     bias = torch.randn(5)
-    none = torch.empty(0)
+    lists = {"geometry": g, "rows": list(_parts(rows).values()), "columns": list(_parts(plan.backward).values()),
+             "grid": source["grid"], "views": source["in_views"]}  # fmt: skip
     return {
         "quantize_pack": {**packing, "scheme": "absmax", "seed": None},
         "pack": packing,
-        "quantize_weight": {"values": values, "index": rows.index, "group_ptr": rows.group_ptr},
-        "spmm": {"planes": planes, "weights": weights, "group_ptr": rows.group_ptr, "offset": rows.offset,
-                 "scale": scale, "total": total, "x_scale": x_scale, "x_zero_point": zero, "bias": bias,
-                 "grid": g.input_grid.numbers, "views": list(g.output_views), "shape": list(dy.shape),
-                 "channels_last": False, "zeros": False},
-        "sddmm": {"planes": planes, "dy": grad, "group_ptr": rows.group_ptr, "offset": rows.offset, "index": rows.index,
-                  "plane": rows.plane, "x_scale": x_scale, "x_zero_point": zero, "dy_scale": dy_scale,
-                  "grid": g.input_grid.numbers, "dy_grid": g.output_grid.numbers, "views": list(g.output_views),
-                  "shape": list(dy.shape), "nonzeros": nonzeros},
-        "layer_forward": {"x": x, "values": values, "bias": bias, "rows": list(rows), "grid": g.input_grid.numbers,
-                          "views": list(g.input_views), "out_views": list(g.output_views), "shape": list(dy.shape),
-                          "scheme": scheme, "seed": None, "dtype": torch.float32},
-        "layer_backward": {"dy": dy, "values": values, "planes": planes, "x_scale": x_scale if codes else none,
-                           "x_zero_point": zero if codes else none.int(), "rows": list(rows),
-                           "columns": list(plan.backward), "grid": g.input_grid.numbers,
-                           "dy_grid": g.output_grid.numbers, "views": list(g.input_views),
-                           "dy_views": list(g.output_views), "x_shape": list(x.shape), "complete": False,
-                           "scheme": scheme, "seed": None, "grads": [True, True, True], "dtype": torch.float32},
+        "quantize_weight": {"values": values, **_parts(rows), "source": list(source.values()), "target": target},
+        "spmm": {"planes": planes, "weights": weights, **_parts(rows), "scale": scale, "total": total,
+                 "x_scale": x_scale, "x_zero_point": zero, "bias": bias, **source,
+                 **dict(zip(("out_grid", "views", "image"), target, strict=True)), "images": 4},
+        "sddmm": {"planes": planes, "dy": grad, **_parts(rows), "x_scale": x_scale, "x_zero_point": zero,
+                  "dy_scale": dy_scale, **source, **dict(zip(("dy_grid", "views", "image"), target, strict=True)),
+                  "images": 4, "nonzeros": nonzeros},
+        "layer_forward": {"x": x, "values": values, "bias": bias, **lists, "out_grid": target[0],
+                          "out_views": target[1], "scheme": scheme, "seed": None, "dtype": torch.float32},
+        "layer_backward": {"dy": dy, "values": values, "planes": planes, "x_scale": x_scale, "x_zero_point": zero,
+                           **lists, "dy_grid": target[0], "dy_views": target[1], "scheme": scheme, "seed": None,
+                           "grads": [True, True, True], "dtype": torch.float32},
     }[op]  # fmt: skip
 
 
@@ -928,22 +949,32 @@ GROUP_PTRS = {
     "largest": _set(-1, 2**31 - 1),
     "not contiguous": lambda t: torch.stack([t, t], 1)[:, 0],
 }  # fmt: skip
+IMAGES = {
+    "1 number": _short,
+    "3 numbers": lambda s: [*s, 1],
+    "fewer rows": _set(0, 1),
+    "negative": _set(1, -1),
+    "enormous": _set(0, 2**62),
+}  # fmt: skip
+COUNTS = {"more": lambda n: 4000, "negative": lambda n: -4, "enormous": lambda n: 2**62}
+OFFSETS = {"int64": lambda t: t.long(), "short": _short, "not contiguous": _gapped, "-1": _set(0, -1),
+           "smallest": _set(2, -(2**31)), "past the end": _set(2, 10**6), "largest": _set(-1, 2**31 - 1)}  # fmt: skip
+INDICES = {"int64": lambda t: t.long(), "short": _short, "empty": lambda t: t[:0], "not contiguous": _gapped,
+           "too large": _set(0, 10**6), "-2": _set(1, -2), "smallest": _set(3, -(2**31)),
+           "largest": _set(3, 2**31 - 1)}  # fmt: skip
+PLANES = {"int64": lambda t: t.long(), "short": _short, "-1": _set(0, -1), "too large": _set(0, 10**6)}
 CORRUPTIONS = {
     "quantize_pack": {
         "x": {"int": lambda t: t.int(), "double": lambda t: t.double(), "half": lambda t: t.half(),
               "complex": lambda t: t.to(torch.complex64), "3-D": lambda t: t[0], "5-D": lambda t: t[None],
-              "fewer channels": lambda t: t[:, :2]},
-        "grid": GRIDS, "views": VIEWS,
-        "lanes": {"too few": lambda n: n // 2, "none": lambda n: 0},
+              "fewer channels": lambda t: t[:, :2], "fewer rows": lambda t: t[:, :, :1]},
+        "grid": GRIDS, "views": VIEWS, "image": IMAGES,
         "scheme": {"unknown": lambda s: "int4", "without its seed": lambda s: "stochastic"},
     },
     "quantize_weight": {
         "values": {"double": lambda t: t.double(), "bfloat16": lambda t: t.bfloat16(), "short": lambda t: t[:-1],
                    "empty": lambda t: t[:0], "not contiguous": _gapped},
-        "index": {"int64": lambda t: t.long(), "short": _short, "empty": lambda t: t[:0], "not contiguous": _gapped,
-                  "too large": _set(0, 10**6), "-2": _set(1, -2), "smallest": _set(3, -(2**31)),
-                  "largest": _set(3, 2**31 - 1)},
-        "group_ptr": GROUP_PTRS,
+        "index": INDICES, "group_ptr": GROUP_PTRS,
     },
     "spmm": {
         "planes": {"signed": lambda t: t.to(torch.int8), "double": lambda t: t.double(), "short": lambda t: t[:-300],
@@ -951,16 +982,16 @@ CORRUPTIONS = {
         "weights": {"unsigned": lambda t: t.to(torch.uint8), "int32": lambda t: t.int(), "short": _short,
                     "not contiguous": _gapped, "float among codes": lambda t: t.float()},
         "group_ptr": {**GROUP_PTRS, "fewer rows": _short},
-        "offset": {"int64": lambda t: t.long(), "short": _short, "not contiguous": _gapped, "-1": _set(0, -1),
-                   "smallest": _set(2, -(2**31)), "past the end": _set(2, 10**6), "largest": _set(-1, 2**31 - 1)},
+        # which value a slot holds does not matter here
+        "index": {k: v for k, v in INDICES.items() if k not in ("too large", "largest")},
+        "offset": OFFSETS, "plane": PLANES,
         "scale": {"missing": lambda t: None, "short": _short, "double": lambda t: t.double()},
         "total": {"missing": lambda t: None, "short": _short, "int32": lambda t: t.int()},
         "x_scale": {"empty": lambda t: t[:0], "double": lambda t: t.double()},
         "x_zero_point": {"empty": lambda t: t[:0], "int64": lambda t: t.long()},
         "bias": {"short": _short, "double": lambda t: t.double(), "not contiguous": _gapped},
-        "grid": GRIDS, "views": VIEWS,
-        "shape": {"other channels": _set(1, 4), "3-D": lambda s: s[1:], "fewer rows": _set(2, 1),
-                  "more images": _set(0, 4000)},
+        "grid": GRIDS, "in_views": VIEWS, "in_image": IMAGES, "out_grid": GRIDS, "views": VIEWS, "image": IMAGES,
+        "images": COUNTS,
     },
     "sddmm": {
         "planes": {"signed": lambda t: t.to(torch.int8), "short": lambda t: t[:-300], "empty": lambda t: t[:0],
@@ -968,35 +999,25 @@ CORRUPTIONS = {
         "dy": {"signed": lambda t: t.to(torch.int8), "short": lambda t: t[:-300], "empty": lambda t: t[:0],
                "not contiguous": _gapped, "float among codes": lambda t: t.float()},
         "group_ptr": {**GROUP_PTRS, "fewer rows": _short},
-        "offset": {"int64": lambda t: t.long(), "short": _short, "not contiguous": _gapped, "-1": _set(0, -1),
-                   "smallest": _set(2, -(2**31)), "past the end": _set(2, 10**6), "largest": _set(-1, 2**31 - 1)},
-        "index": {"int64": lambda t: t.long(), "short": _short, "not contiguous": _gapped, "too large": _set(0, 10**6),
-                  "-2": _set(1, -2), "largest": _set(3, 2**31 - 1)},
-        "plane": {"int64": lambda t: t.long(), "short": _short, "-1": _set(0, -1), "too large": _set(0, 10**6)},
+        "offset": OFFSETS, "index": INDICES, "plane": PLANES,
         "x_scale": {"missing": lambda t: None, "empty": lambda t: t[:0], "two": lambda t: t.repeat(2)},
         "x_zero_point": {"missing": lambda t: None, "empty": lambda t: t[:0], "float": lambda t: t.float()},
         "dy_scale": {"missing": lambda t: None, "empty": lambda t: t[:0], "two": lambda t: t.repeat(2)},
-        "grid": {k: v for k, v in GRIDS.items() if k != "no planes"} | {"other lanes": _grid(lane_b=128)},
-        "dy_grid": GRIDS,
-        "views": {**VIEWS, "two": lambda v: v * 2},
-        "shape": {"other channels": _set(1, 4), "3-D": lambda s: s[1:], "fewer rows": _set(2, 1),
-                  "more images": _set(0, 4000), "negative images": _set(0, -4), "enormous": _set(0, 2**62)},
+        "grid": GRIDS | {"other lanes": _grid(lane_b=128)}, "in_views": VIEWS, "in_image": IMAGES, "dy_grid": GRIDS,
+        "views": {**VIEWS, "two": lambda v: v * 2}, "image": IMAGES,
+        "images": COUNTS,
         "nonzeros": {"fewer": lambda n: n - 1, "none": lambda n: 0},
     },
 }  # fmt: skip
 CORRUPTIONS["pack"] = {k: v for k, v in CORRUPTIONS["quantize_pack"].items() if k != "scheme"}
-_LISTS = {
-    **{f"group_ptr: {k}": _within(0, v) for k, v in CORRUPTIONS["spmm"]["group_ptr"].items()},
-    **{f"offset: {k}": _within(1, v) for k, v in CORRUPTIONS["spmm"]["offset"].items()},
-    **{f"index: {k}": _within(2, v) for k, v in CORRUPTIONS["quantize_weight"]["index"].items()},
-}
-_SEVERAL = {k: v for k, v in GRIDS.items() if k != "no planes"}
+_LISTS = {f"{name}: {k}": _within(place, v) for place, (name, changes) in enumerate(
+    {"group_ptr": CORRUPTIONS["spmm"]["group_ptr"], "offset": OFFSETS, "index": INDICES, "plane": PLANES}.items())
+    for k, v in changes.items()}  # fmt: skip
 CORRUPTIONS["layer_forward"] = {
     "x": CORRUPTIONS["quantize_pack"]["x"],
     "values": {"short": _short, "empty": lambda t: t[:0], "not contiguous": _gapped},
     "bias": {"short": _short, "empty": lambda t: t[:0]},
-    "rows": _LISTS, "grid": _SEVERAL, "views": VIEWS, "out_views": VIEWS,
-    "shape": CORRUPTIONS["spmm"]["shape"],
+    "rows": _LISTS, "grid": GRIDS, "views": VIEWS, "out_grid": GRIDS, "out_views": VIEWS,
     "scheme": {"unknown": lambda s: "int4", "without its seed": lambda s: "stochastic"},
     "dtype": {"double": lambda d: torch.float64, "int8": lambda d: torch.int8},
 }  # fmt: skip
@@ -1008,10 +1029,7 @@ CORRUPTIONS["layer_backward"] = {
                "short": lambda t: t[:-1000], "missing": lambda t: None},
     "x_scale": CORRUPTIONS["sddmm"]["x_scale"],
     "x_zero_point": CORRUPTIONS["sddmm"]["x_zero_point"],
-    "rows": {**_LISTS, **{f"plane: {k}": _within(3, v) for k, v in CORRUPTIONS["sddmm"]["plane"].items()}},
-    "columns": _LISTS, "grid": _SEVERAL, "dy_grid": GRIDS, "views": VIEWS, "dy_views": VIEWS,
-    "x_shape": {"other channels": _set(1, 4), "3-D": lambda s: s[1:], "fewer rows": _set(2, 1),
-                "more images": _set(0, 4000)},
+    "rows": _LISTS, "columns": _LISTS, "grid": GRIDS, "dy_grid": GRIDS, "views": VIEWS, "dy_views": VIEWS,
     "scheme": CORRUPTIONS["layer_forward"]["scheme"],
     "dtype": CORRUPTIONS["layer_forward"]["dtype"],
 }  # fmt: skip
@@ -1020,7 +1038,7 @@ CORRUPTIONS["layer_backward"] = {
 @pytest.mark.parametrize("op", CORRUPTIONS)
 @pytest.mark.parametrize("codes", [True, False])
 def test_what_is_to_be_corrupted_works(op, codes):
-    getattr(ops, op)(*_valid(op, codes).values())
+    CALLS[op](**_valid(op, codes))
 
 
 def _is_harmful(change):
@@ -1036,7 +1054,7 @@ def _corruptions(harmful):
 def corrupted_call(op, argument, change):
     arguments = _valid(op)
     arguments[argument] = CORRUPTIONS[op][argument][change](arguments[argument])
-    getattr(ops, op)(*arguments.values())
+    CALLS[op](**arguments)
 
 
 @pytest.mark.parametrize(("op", "argument", "change"), _corruptions(harmful=False))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop import ops
-from qsparseprop.geometry import conv_geometry
+from qsparseprop.layout.geometry import conv_geometry
 from qsparseprop.nn.deferred import product
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.fusion import fuse_modules, unfuse_modules
@@ -355,14 +355,12 @@ def test_a_chain_that_nobody_takes_has_its_side_effects():
 def test_limits_need_a_bias():
     conv = sparse(nn.Conv2d(6, 8, 3, padding=1))
     plan = conv._plan(conv_geometry(6, 8, (5, 5), (3, 3), (1, 1), (1,) * 4, (1, 1), 2, False), 1)
-    grid = plan.geometry.input_grid
-    x = torch.randn(2, 6, 5, 5)
-    packed = ops.quantize_pack(x, grid.numbers, plan.geometry.input_views, grid.lanes(2), "absmax", None)
-    rest = (list(plan.forward), grid.numbers, plan.geometry.output_views, (2, 8, 5, 5), torch.float32, None, True)
+    packed = ops.quantize_pack(torch.randn(2, 6, 5, 5), plan.geometry.input_layout, ops.Scheme("absmax"))
+    first = (packed, conv.weight.detach(), plan.forward, torch.empty(2, 8, 5, 5))
     for bias, limits in ((None, [0.0, 1.0]), (torch.zeros(8), [1.0])):
         with pytest.raises(ValueError, match="limits must be two numbers, and need a bias"):
-            ops.packed_forward(*packed, conv.weight.detach(), bias, *rest, None, limits)
-    y = ops.packed_forward(*packed, conv.weight.detach(), torch.zeros(8), *rest, None, [0.0, 0.5])
+            ops.multiply(*first, bias, limits=limits)
+    y = ops.multiply(*first, torch.zeros(8), limits=[0.0, 0.5])
     assert y.min() == 0
     assert y.max() == 0.5
 

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsparseprop.geometry import linear_geometry
-from qsparseprop.pattern import GROUP, check_pattern, dense_pattern, make_plan, row_indices
+from qsparseprop.layout.geometry import linear_geometry
+from qsparseprop.layout.pattern import check_pattern, dense_pattern, row_indices
+from qsparseprop.layout.plan import GROUP, make_plan
 
 from ._helpers import conv_cases, random_mask
 
@@ -87,7 +88,7 @@ def test_indices_above_float32_precision_stay_exact():
 
 def _check_list(rows, count, nonzeros, rows_of, offset_of):
     """A list holds each nonzero once, in the right row, with its own offset; the rest is marked as padding."""
-    assert {t.dtype for t in rows} == {torch.int32}
+    assert {t.dtype for t in (rows.group_ptr, rows.offset, rows.index, rows.plane)} == {torch.int32}
     assert rows.group_ptr.shape == (count + 1,)
     slots = GROUP * int(rows.group_ptr[-1])
     assert rows.offset.shape == rows.index.shape == rows.plane.shape == (slots,)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qsparseprop import nn as qnn
-from qsparseprop import ops, quantize_ops, reference
+from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
-from qsparseprop.geometry import conv_geometry, linear_geometry
+from qsparseprop.layout.geometry import conv_geometry, linear_geometry
+from qsparseprop.ops import reference
 from qsparseprop.quantization import SAWB_CONSTANTS, QuantConfig, dequantize, quantize
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
@@ -59,12 +60,12 @@ def test_quantize_is_the_reference(
     arguments = (x, scheme, 8 if scheme == "luq" else bits, number % len(shape) if mode == "dim" else None,
                  1 + number % 40 if mode == "group" else None, around_zero, torch.tensor(number),
                  options_of(scheme) if given_options else ())  # fmt: skip
-    actual, expected = quantize_ops.quantize(*arguments), reference.quantize(*arguments)
+    actual, expected = ops.quantize(*arguments), reference.quantize(*arguments)
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
         assert torch.equal(a, e)
     back = (*actual, arguments[3], arguments[4], dtype)
-    assert torch.equal(quantize_ops.dequantize(*back), reference.dequantize(*back))
+    assert torch.equal(ops.dequantize(*back), reference.dequantize(*back))
 
 
 def test_large_tensors_on_threads_are_the_reference(isa):
@@ -76,7 +77,7 @@ def test_large_tensors_on_threads_are_the_reference(isa):
             expected = reference.quantize(*arguments)
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                for a, e in zip(quantize_ops.quantize(*arguments), expected, strict=True):
+                for a, e in zip(ops.quantize(*arguments), expected, strict=True):
                     assert torch.equal(a, e), (scheme, dim, group, threads)
 
 
@@ -200,13 +201,12 @@ def test_one_seed_gives_the_same_bits_everywhere():
         size = tuple(t.shape[2:])
         g = (conv_geometry(t.shape[1], 8, size, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), t.shape[0], False)
              if size != (1, 1) else linear_geometry(t.shape[1], 8))  # fmt: skip
-        lanes = g.input_grid.lanes(t.shape[0])
-        return ops.quantize_pack(t, g.input_grid.numbers, g.input_views, lanes, scheme, seed, per_channel)
+        return ops.quantize_pack(t, g.input_layout, ops.Scheme(scheme, (), per_channel), seed)
 
     def results(scheme, number):
         seed = torch.tensor(number)
         for dim, group in ((None, None), (0, None), (2, None), (None, 1000)):
-            yield quantize_ops.quantize(x, scheme, 8, dim, group, True, seed, ())
+            yield ops.quantize(x, scheme, 8, dim, group, True, seed, ())
         for t in (images, odd, features):
             for per_channel in (False, True):
                 first = packed(t, seed, scheme, per_channel)
@@ -397,7 +397,7 @@ def test_codes_without_scales_are_refused():
     q = quantize(torch.randn(3, 4), dim=0)
     for scale, zero in ((q.scale[:0], q.zero_point), (q.scale[:2], q.zero_point), (q.scale, q.zero_point[:0])):
         with pytest.raises(ValueError, match="elements"):
-            quantize_ops.dequantize(q.codes, scale, zero, 0, None)
+            ops.dequantize(q.codes, scale, zero, 0, None)
 
 
 def test_a_group_may_be_larger_than_the_tensor():

@@ -395,3 +395,25 @@ def test_nothing_else_reaches_into_torch():
             elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torch._"):
                 found.add(f"{path.relative_to(root)}: {node.module}")
     assert not found
+
+
+# ---- who watches operators ----
+
+
+def test_profilers_are_seen():
+    """Without it kernels would not appear in a profile by name."""
+    assert not compat.profiler_is_on()
+    with torch.profiler.profile():
+        assert compat.profiler_is_on()
+    assert not compat.profiler_is_on()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of torch's own
+def test_operators_that_write_refuse_gradients_by_torchs_autograd_keys():
+    """Without it torch would keep the history of what was written over."""
+    x = torch.randn(20, requires_grad=True) * 1
+    with pytest.raises(NotImplementedError, match="have no derivatives"):
+        torch.ops.qsparseprop.relu_mask_(x)
+    with torch.no_grad():
+        torch.ops.qsparseprop.relu_mask_(x)
+    assert (x >= 0).all()

@@ -9,7 +9,7 @@ import torch
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, isfinite, isnan
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
@@ -27,8 +27,10 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_kernels,
     qsp_pack,
 )
-from qsparseprop._kernels._pack cimport pack_ranged
+from qsparseprop._kernels._pack cimport pack_ranged, read_seed
+from qsparseprop._kernels._plan cimport PlaneLayout
 from qsparseprop._kernels._rows cimport chunk_rows, reduced_rows, team
+from qsparseprop._kernels._statistics cimport Scheme
 from qsparseprop._kernels._tensor cimport exact_pointer, matrix, matrix_of, pointer, same_matrix
 
 cdef object _float32 = torch.float32
@@ -241,12 +243,12 @@ def activation_range(ranges, str activation, options):
     return out
 
 
-def epilogue_pack(x, residual, out, scale, shift, str activation, options, code_scale, code_shift, codes, saved, images,
-                  ranges, planes, plane_scale, zero_point, grid, views, str scheme, bint per_channel, int threads):
+def epilogue_pack(x, residual, out, scale, shift, str activation, options, code_scale, code_shift, codes, saved, ranges,
+                  PlaneLayout layout not None, Scheme scheme not None, int threads):
     """What `epilogue` does, the result packed as `quantize_pack` does; `out` may be None.
 
-    `ranges` are bounds of the result, float32 (channels, 2), or (1, 2) without `per_channel`: least and greatest. `x`
-    may be codes (uint8), read as the numbers 0 to 255, where only the packed result is wanted.
+    `ranges` are bounds of the result, float32 (channels, 2), or (1, 2) where the channels share a scale: least and
+    greatest. `x` may be codes (uint8), read as the numbers 0 to 255, where only the packed result is wanted.
     """
     cdef qsp_epilogue a
     cdef activation_t act
@@ -255,8 +257,7 @@ def epilogue_pack(x, residual, out, scale, shift, str activation, options, code_
     _read_results(&a, rows, x, out, code_scale, code_shift, codes, saved, &act)
     memset(&p, 0, sizeof(p))
     p.dtype, p.epilogue = a.dtype, &a
-    pack_ranged(&p, x, rows, a.channels, images, ranges, planes, plane_scale, zero_point, grid, views, scheme, (),
-                per_channel, threads)
+    return pack_ranged(&p, rows, a.channels, ranges, layout, scheme, threads)
 
 
 cdef int64_t _read_gradient(qsp_epilogue_grad *a, object dy, object codes, object saved, str name,
@@ -321,9 +322,8 @@ def epilogue_grad(dy, codes, saved, str activation, options, factor, dx, g, int 
         kernels.epilogue_grad(args, k * chunk, min(rows, (k + 1) * chunk))
 
 
-def epilogue_grad_pack(dy, codes, saved, str activation, options, factor, g, images, ranges, planes, plane_scale,
-                       zero_point, grid, views, str scheme, grad_options, bint per_channel, uint64_t seed,
-                       int threads):
+def epilogue_grad_pack(dy, codes, saved, str activation, options, factor, g, ranges, PlaneLayout layout not None,
+                       Scheme scheme not None, seed, int threads):
     """What `epilogue_grad` does, dx packed as `quantize_pack` does; for `ranges` see `epilogue_pack`."""
     cdef qsp_epilogue_grad a
     cdef qsp_pack p
@@ -331,6 +331,5 @@ def epilogue_grad_pack(dy, codes, saved, str activation, options, factor, g, ima
     a.factor = <const float *> exact_pointer(factor, _float32, 3 * a.channels, "factor")
     a.g = same_matrix(g, dy, "g")
     memset(&p, 0, sizeof(p))
-    p.dtype, p.gradient, p.seed = a.dtype, &a, seed
-    pack_ranged(&p, dy, rows, a.channels, images, ranges, planes, plane_scale, zero_point, grid, views, scheme,
-                grad_options, per_channel, threads)
+    p.dtype, p.gradient, p.seed = a.dtype, &a, read_seed(seed, scheme)
+    return pack_ranged(&p, rows, a.channels, ranges, layout, scheme, threads)

@@ -61,6 +61,8 @@ def empty(tuple shape, dtype, bint channels_last=False):
         elements *= n
     code = _codes.get(dtype) if regular and elements >= LARGE // 4 else None
     if code is None or elements * (code[1] // 8) < LARGE or (channels_last and dims != 4):
+        if not channels_last:
+            return _empty(shape, dtype=dtype)
         return _empty(shape, dtype=dtype, memory_format=_channels_last if channels_last else _contiguous)
     m = <mapped *> malloc(sizeof(mapped))
     if m == NULL:

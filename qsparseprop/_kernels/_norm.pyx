@@ -48,7 +48,7 @@ cdef object _moments(const void *x, int dtype, int64_t rows, int64_t channels, i
 
 def statistics(x, weight, bias, running_mean, running_var, double momentum, double eps, bint training, bint save,
                int threads):
-    """What batch normalisation of `x` (rows, channels) multiplies and adds: see `norm_ops.norm_statistics`."""
+    """What batch normalisation of `x` (rows, channels) multiplies and adds: see `ops.norm_statistics`."""
     cdef int dtype
     cdef int64_t rows, c, n
     cdef const double *m = NULL
@@ -109,7 +109,7 @@ def statistics(x, weight, bias, running_mean, running_var, double momentum, doub
 
 
 def factors(sums, statistics, weight, int64_t count, bint batch_statistics):
-    """What the gradient of batch normalisation is made of: see `norm_ops.norm_factors`."""
+    """What the gradient of batch normalisation is made of: see `ops.norm_factors`."""
     cdef int64_t c, n
     cdef double total, normalised, k
     cdef float rest, other, bound

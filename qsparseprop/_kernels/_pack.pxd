@@ -1,8 +1,10 @@
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from qsparseprop._kernels._dispatch cimport qsp_pack
+from qsparseprop._kernels._plan cimport PlaneLayout
+from qsparseprop._kernels._statistics cimport Scheme
 
 
-cdef object pack_ranged(qsp_pack *a, object like, int64_t rows, int64_t channels, object images, object ranges,
-                        object planes, object plane_scale, object zero_point, object grid, object views, str scheme,
-                        object options, bint per_channel, int threads)
+cdef tuple pack_ranged(qsp_pack *a, int64_t rows, int64_t channels, object ranges, PlaneLayout layout, Scheme scheme,
+                       int threads)
+cdef uint64_t read_seed(object seed, Scheme scheme) except? 0

@@ -2,10 +2,12 @@
 
 import torch
 
+from qsparseprop._kernels._memory import empty
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
 from libc.math cimport NAN, isfinite
-from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
@@ -18,15 +20,9 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_scheme,
     qsp_view,
 )
-from qsparseprop._kernels._statistics cimport find_statistics, read_scheme
-from qsparseprop._kernels._tensor cimport (
-    check_lanes,
-    numel,
-    pointer,
-    read_grid,
-    read_views,
-    strided_pointer,
-)
+from qsparseprop._kernels._plan cimport PlaneLayout
+from qsparseprop._kernels._statistics cimport Scheme, find_statistics
+from qsparseprop._kernels._tensor cimport image_pointer, numel, pointer, strides_t
 
 cdef enum:
     PLANES_PER_TASK = 64
@@ -39,6 +35,7 @@ cdef extern from "loops/scale.h" nogil:
 
 cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
+cdef object _int64 = torch.int64
 cdef object _uint8 = torch.uint8
 
 cdef void _pack_part(const qsp_kernels *kernels, const qsp_pack *a, const qsp_view *views, int64_t count, int64_t view,
@@ -60,22 +57,15 @@ cdef void _pack_part(const qsp_kernels *kernels, const qsp_pack *a, const qsp_vi
         view += 1
 
 
-cdef int64_t pack_planes(qsp_pack *a, object shape, object stride, object planes, object views, object planes_dtype,
-                         bint codes, int threads) except -1:
-    """Pack a tensor of that shape and those strides; `a` has everything but the planes, the views and the images."""
+cdef int64_t _pack_planes(qsp_pack *a, PlaneLayout layout, const int64_t *stride, object planes, object planes_dtype,
+                          bint codes, int threads) except -1:
+    """Pack a tensor of those strides; `a` has everything but the planes and the views."""
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t i, count, blocks, chunks, task, tail, size = 1 if codes else sizeof(float)
-    cdef bytes held = read_views(views, &a.grid, shape, stride, "x")
+    cdef int64_t count = layout.count, blocks = layout.blocks(a.images), chunks, task, tail
+    cdef int64_t size = 1 if codes else sizeof(float)
+    cdef bytes held = layout.place(a.images, stride)
     cdef const qsp_view *each = <const qsp_view *> PyBytes_AS_STRING(held)
-    count = len(held) // sizeof(qsp_view)
-    a.images = shape[0]
-    blocks = (a.images + a.grid.images - 1) // a.grid.images
-    a.planes = pointer(planes, planes_dtype, blocks * a.grid.block, "planes")
-    for i in range(count):
-        check_lanes(&a.grid, &each[i], a.images, "x")
-        if a.stride and each[i].plane % each[i].channels:
-            raise ValueError(f"view {i} must start at a multiple of {each[i].channels} planes, since each of its "
-                             f"channels has a scale, got {each[i].plane}")
+    a.planes = pointer(planes, planes_dtype, layout.lane_count(a.images), "planes")
     chunks = (each[0].channels + PLANES_PER_TASK - 1) // PLANES_PER_TASK
     for task in prange(blocks * chunks * count, nogil=True, num_threads=threads, schedule="static",
                        use_threads_if=blocks * a.grid.block > SERIAL_ELEMENTS):
@@ -87,13 +77,36 @@ cdef int64_t pack_planes(qsp_pack *a, object shape, object stride, object planes
     return 0
 
 
-def pack(x, planes, grid, views, int threads):
-    """Write `x` (images, channels, height, width), float32 or bfloat16, into `planes` (float32)."""
+cdef void *_read_tensor(qsp_pack *a, object x, PlaneLayout layout, strides_t *where) except? NULL:
+    """A tensor of that layout, with its images, shape and strides."""
+    cdef void *data = image_pointer(x, where, &a.dtype, "x")
+    a.images, a.grid = layout.check_shape(where.size, "x"), layout.grid
+    return data
+
+
+def pack(x, PlaneLayout layout not None, int threads):
+    """The planes of `x` (images, channels, height, width), float32 or bfloat16: float32."""
     cdef qsp_pack a
+    cdef strides_t where
     memset(&a, 0, sizeof(a))
-    a.tensor = strided_pointer(x, &a.dtype, "x")
-    read_grid(grid, &a.grid, "grid")
-    pack_planes(&a, x.shape, x.stride(), planes, views, _float32, False, max(threads, 1))
+    a.tensor = _read_tensor(&a, x, layout, &where)
+    planes = empty((layout.lane_count(a.images),), _float32)
+    _pack_planes(&a, layout, where.step, planes, _float32, False, max(threads, 1))
+    return planes
+
+
+cdef uint64_t read_seed(object seed, Scheme scheme) except? 0:
+    """A seed, spread over 64 bits (finaliser of splitmix64); 0 where there is none."""
+    cdef uint64_t z
+    if seed is None:
+        if scheme.random:
+            raise ValueError(f"the scheme {scheme.name!r} needs a seed")
+        return 0
+    z = <uint64_t> (<const int64_t *> pointer(seed, _int64, 1, "seed"))[0]
+    z += <uint64_t> 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * <uint64_t> 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * <uint64_t> 0x94D049BB133111EB
+    return z ^ (z >> 31)
 
 
 cdef bint find_scales(qsp_pack *a, const qsp_range *ranges, const qsp_moments *moments, int64_t channels,
@@ -108,10 +121,9 @@ cdef bint find_scales(qsp_pack *a, const qsp_range *ranges, const qsp_moments *m
     return finite
 
 
-cdef void blank_planes(const qsp_pack *a, object planes, object scale, bint per_channel) except *:
+cdef void blank_planes(const qsp_pack *a, object planes, const float *scales, bint per_channel) except *:
     """Make every code of the planes whose scale is not finite a zero."""
     cdef int64_t plane, block, blocks = (a.images + a.grid.images - 1) // a.grid.images
-    cdef const float *scales = <const float *> <uintptr_t> scale.data_ptr()
     if not per_channel:
         planes.fill_(128)
         return
@@ -122,35 +134,35 @@ cdef void blank_planes(const qsp_pack *a, object planes, object scale, bint per_
                        a.grid.pitch - a.grid.front)
 
 
-def quantize_pack(x, planes, scale, zero_point, grid, views, str scheme, options, bint per_channel, uint64_t seed,
-                  int threads):
-    """Quantise `x` and write its codes into `planes` (uint8), its scale and zero point into tensors of one element.
+def quantize_pack(x, PlaneLayout layout not None, Scheme scheme not None, seed, int threads):
+    """Quantise `x`: its codes in planes (uint8), and scale and zero point, tensors of one element.
 
     Symmetric schemes are around 128; "absmax" and "sawb" turn to 0..255 around 0 where no element is negative.
-    "standard" maps [min, max] to 0..255. With `per_channel` every channel has its own scale, and `scale` and
-    `zero_point` one element for each plane of the grid.
+    "standard" maps [min, max] to 0..255. With a scale for each channel, scale and zero point have one element for each
+    plane. `seed` is None, or an int64 scalar.
     """
     cdef qsp_pack a
     cdef qsp_range r
     cdef qsp_moments m
     cdef qsp_range *ranges = &r
     cdef qsp_moments *moments = &m
+    cdef strides_t where
     cdef int64_t channels, count
     cdef float inverse
     cdef bytes scratch
     memset(&a, 0, sizeof(a))
-    read_scheme(scheme, options, 8, False, &a.scheme)
+    a.scheme = scheme.c
     threads = max(threads, 1)
-    a.tensor = strided_pointer(x, &a.dtype, "x")
-    read_grid(grid, &a.grid, "grid")
-    if x.ndim != 4:
-        raise ValueError(f"x must have 4 dimensions, got shape {tuple(x.shape)}")
-    channels, count = x.shape[1] if per_channel else 1, a.grid.planes if per_channel else 1
-    if channels < 1 or count % channels:
-        raise ValueError(f"a scale for each of {channels} channels does not go with {count} planes")
+    a.tensor = _read_tensor(&a, x, layout, &where)
+    a.seed = read_seed(seed, scheme)
+    channels, count = 1, 1
+    if scheme.per_channel:
+        channels, count = layout.channels, a.grid.planes
+    planes = empty((layout.lane_count(a.images),), _uint8)
+    scale, zero_point = torch.empty(count, dtype=_float32), torch.empty(count, dtype=_int32)
     cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
-    if per_channel:
+    if scheme.per_channel:
         scratch = PyBytes_FromStringAndSize(NULL, channels * (sizeof(qsp_moments) + sizeof(qsp_range))
                                             + count * sizeof(float))  # cheaper than a tensor
         moments = <qsp_moments *> PyBytes_AS_STRING(scratch)
@@ -158,43 +170,42 @@ def quantize_pack(x, planes, scale, zero_point, grid, views, str scheme, options
         a.inverse = <float *> (ranges + channels)
     else:
         a.inverse = &inverse
-    find_statistics(x, a.tensor, a.dtype, per_channel, &a.scheme, ranges, moments, threads)
-    a.zero_point, a.stride, a.seed = zero_p, per_channel, seed
+    find_statistics(&where, a.tensor, a.dtype, scheme.per_channel, &a.scheme, ranges, moments, threads)
+    a.zero_point, a.stride = zero_p, scheme.per_channel
     finite = find_scales(&a, ranges, moments, channels, count, scale_p, zero_p)
-    pack_planes(&a, x.shape, x.stride(), planes, views, _uint8, True, threads)
+    _pack_planes(&a, layout, where.step, planes, _uint8, True, threads)
     if not finite:
-        blank_planes(&a, planes, scale, per_channel)
+        blank_planes(&a, planes, scale_p, scheme.per_channel)
+    return planes, scale, zero_point
 
 
-cdef object pack_ranged(qsp_pack *a, object like, int64_t rows, int64_t channels, object images, object ranges,
-                        object planes, object plane_scale, object zero_point, object grid, object views, str scheme,
-                        object options, bint per_channel, int threads):
-    """Pack what is computed on the way, of known ranges (least, greatest): float32, (channels, 2).
-
-    `images` is the shape, (images, channels, height, width), of the tensor `like`, which is (rows, channels).
-    """
+cdef tuple pack_ranged(qsp_pack *a, int64_t rows, int64_t channels, object ranges, PlaneLayout layout, Scheme scheme,
+                       int threads):
+    """Pack what is computed on the way, rows of channels, of known ranges (least, greatest): float32, (channels, 2)."""
     cdef qsp_moments moments
     cdef qsp_range *found
-    cdef int64_t i, count, each = channels if per_channel else 1
+    cdef int64_t stride[4]
+    cdef int64_t i, count, pixels, each = channels if scheme.per_channel else 1
     cdef const float *given = <const float *> pointer(ranges, _float32, 2 * each, "ranges")
-    read_scheme(scheme, options, 8, False, &a.scheme)
+    a.scheme = scheme.c
     if a.gradient != NULL:
         follows = a.scheme.kind != QSP_AFFINE and not qsp_wants_moments(&a.scheme)
     else:
-        follows = scheme in ("absmax", "symmetric", "standard")
+        follows = scheme.name in ("absmax", "symmetric", "standard")
     if not follows:  # the scale from the range, exactly as without packing on the way
-        raise ValueError(f"the scheme {scheme!r} cannot be combined with batch normalisation or an activation")
-    if channels < 2 or len(images) != 4 or images[1] != channels or images[0] * images[2] * images[3] != rows:
-        raise ValueError(f"the images must have at least 2 channels and {rows} rows of {channels} channels, got shape "
-                         f"{tuple(images)}")
-    read_grid(grid, &a.grid, "grid")
-    count = a.grid.planes if per_channel else 1
-    if count % each:
-        raise ValueError(f"a scale for each of {each} channels does not go with {count} planes")
-    cdef float *scale_p = <float *> pointer(plane_scale, _float32, count, "plane_scale")
+        raise ValueError(f"the scheme {scheme.name!r} cannot be combined with batch normalisation or an activation")
+    pixels = layout.image[0] * layout.image[1]
+    if channels < 2 or layout.channels != channels or pixels == 0 or rows % pixels:
+        raise ValueError(f"rows must be those of whole images of {layout.image[0]} x {layout.image[1]} pixels with "
+                         f"{layout.channels} channels, at least 2, got {rows} rows of {channels} channels")
+    a.grid, a.images = layout.grid, rows // pixels
+    count = a.grid.planes if scheme.per_channel else 1
+    planes = empty((layout.lane_count(a.images),), _uint8)
+    scale, zero_point = torch.empty(count, dtype=_float32), torch.empty(count, dtype=_int32)
+    cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
-    scratch = torch.empty(each * sizeof(qsp_range) + count * sizeof(float), dtype=_uint8)
-    found = <qsp_range *> pointer(scratch, _uint8, 1, "scratch")
+    cdef bytes scratch = PyBytes_FromStringAndSize(NULL, each * sizeof(qsp_range) + count * sizeof(float))
+    found = <qsp_range *> PyBytes_AS_STRING(scratch)
     a.inverse = <float *> (found + each)
     memset(&moments, 0, sizeof(moments))
     for i in range(each):
@@ -202,9 +213,10 @@ cdef object pack_ranged(qsp_pack *a, object like, int64_t rows, int64_t channels
         found[i].absmax = max(-found[i].min, found[i].max)
         if not isfinite(given[2 * i]) or not isfinite(given[2 * i + 1]):
             found[i].absmax = NAN
-    a.zero_point, a.stride = zero_p, per_channel
+    a.zero_point, a.stride = zero_p, scheme.per_channel
     finite = find_scales(a, found, &moments, each, count, scale_p, zero_p)
-    pack_planes(a, images, like.view(images[0], images[2], images[3], channels).permute(0, 3, 1, 2).stride(), planes,
-                views, _uint8, True, max(threads, 1))
+    stride[0], stride[1], stride[2], stride[3] = pixels * channels, 1, layout.image[1] * channels, channels
+    _pack_planes(a, layout, stride, planes, _uint8, True, max(threads, 1))
     if not finite:
-        blank_planes(a, planes, plane_scale, per_channel)
+        blank_planes(a, planes, scale_p, scheme.per_channel)
+    return planes, scale, zero_point

@@ -18,7 +18,7 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_scheme,
 )
 from qsparseprop._kernels._statistics cimport find_statistics, read_scheme
-from qsparseprop._kernels._tensor cimport numel, pointer, strided_pointer
+from qsparseprop._kernels._tensor cimport numel, pointer, strided_pointer, strides_t
 
 cdef enum:
     # elements of a task, and below which threads cost more than they give
@@ -64,6 +64,7 @@ def quantize(x, codes, scale, zero_point, int64_t channels, int64_t inner, int64
     cdef qsp_quantize a
     cdef qsp_range *ranges
     cdef qsp_moments *moments
+    cdef strides_t where
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t lines, each, tasks, task, i, around_zero = codes.dtype is _int8
     memset(&a, 0, sizeof(a))
@@ -87,8 +88,9 @@ def quantize(x, codes, scale, zero_point, int64_t channels, int64_t inner, int64
         moments = <qsp_moments *> pointer(scratch, _uint8, 0, "scratch")
         ranges = <qsp_range *> (moments + a.scales)
         a.inverse = <float *> (ranges + a.scales)
-        flat = x.view(-1, channels, inner) if a.count else x
-        find_statistics(flat, a.x, a.dtype, channels > 1 and a.count > 0, &a.scheme, ranges, moments, threads)
+        where.dims, where.size[0], where.size[1], where.size[2] = 3, a.count // (channels * inner), channels, inner
+        where.step[0], where.step[1], where.step[2] = channels * inner, inner, 1
+        find_statistics(&where, a.x, a.dtype, channels > 1 and a.count > 0, &a.scheme, ranges, moments, threads)
         for i in range(a.scales):
             # without elements there is one range only
             a.scale[i] = qsp_scale(&a.scheme, &ranges[i if a.count else 0], &moments[i if a.count else 0],

@@ -25,7 +25,7 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_range,
     qsp_scheme,
 )
-from qsparseprop._kernels._tensor cimport strided_pointer
+from qsparseprop._kernels._tensor cimport MOST_DIMS, read_strides, strided_pointer, strides_t
 
 cdef enum:
     MAX_PARTS = 256
@@ -80,31 +80,85 @@ cdef void read_scheme(str name, object options, int bits, bint around_zero, qsp_
         out.levels = options[0]
 
 
-cdef int64_t _memory_order(object x, int without, int64_t *size, int64_t *stride) except -1:
+cdef class Scheme:
+    """How a tensor is quantised to 8 bits, checked once.
+
+    Parameters
+    ----------
+    name : {"absmax", "symmetric", "standard", "sawb", "stochastic", "dithered", "luq"}
+        "absmax" is "symmetric" (around 128), or unsigned (around 0) where no element is negative; so is "sawb".
+    options : sequence of float
+        None, or for "sawb" its two constants and whether (1 or 0) to look at nonzeros only, for "dithered" the step in
+        standard deviations, for "luq" the number of powers of two.
+    per_channel : bool
+        One scale and zero point for each channel.
+
+    Raises
+    ------
+    ValueError
+        For another name, or options that do not go with it.
+    """
+
+    def __cinit__(self, str name not None, options=(), bint per_channel=False):
+        self.name, self.options, self.per_channel = name, tuple(options), per_channel
+        read_scheme(name, self.options, 8, False, &self.c)
+
+    @property
+    def random(self):
+        """Whether it rounds at random, and wants a seed."""
+        return self.c.kind in (QSP_STOCHASTIC, QSP_DITHERED, QSP_LUQ)
+
+    def __eq__(self, other):
+        if not isinstance(other, Scheme):
+            return NotImplemented
+        return (self.name, self.options, self.per_channel) == (other.name, other.options, other.per_channel)
+
+    def __hash__(self):
+        return hash((self.name, self.options, self.per_channel))
+
+    def __repr__(self):
+        return f"Scheme({self.name!r}, {self.options}, per_channel={self.per_channel})"
+
+    def __reduce__(self):
+        return Scheme, (self.name, self.options, self.per_channel)
+
+
+cdef int64_t _count(const strides_t *x) noexcept:
+    """Elements of a tensor."""
+    cdef int64_t d, n = 1
+    for d in range(x.dims):
+        n *= x.size[d]
+    return n
+
+
+cdef int64_t _memory_order(const strides_t *x, int64_t without, int64_t *size, int64_t *stride) noexcept:
     """Dimensions of `x` but `without`, from the smallest stride on; those that follow each other without a gap as one.
 
     Returns how many, at least one. Dimensions that repeat the same elements are left out.
     """
-    cdef int64_t dims = 0
-    if without < 0 and x.is_contiguous():  # the common case, without the sorting
-        size[0], stride[0] = x.numel(), 1
-        return 1
-    shape, strides = x.shape, x.stride()
-    if len(shape) > 8:
-        raise ValueError(f"at most 8 dimensions, got shape {tuple(shape)}")
-    kept = (d for d in range(len(shape)) if shape[d] > 1 and strides[d] and d != without)
-    for d in sorted(kept, key=strides.__getitem__):
-        if dims and stride[dims - 1] * size[dims - 1] == strides[d]:
-            size[dims - 1] *= shape[d]
+    cdef int64_t order[MOST_DIMS]
+    cdef int64_t dims = 0, kept = 0, d, i
+    for d in range(x.dims):
+        if x.size[d] > 1 and x.step[d] and d != without:
+            i = kept
+            while i and x.step[order[i - 1]] > x.step[d]:
+                order[i] = order[i - 1]
+                i -= 1
+            order[i] = d
+            kept += 1
+    for i in range(kept):
+        d = order[i]
+        if dims and stride[dims - 1] * size[dims - 1] == x.step[d]:
+            size[dims - 1] *= x.size[d]
         else:
-            size[dims], stride[dims] = shape[d], strides[d]
+            size[dims], stride[dims] = x.size[d], x.step[d]
             dims += 1
     if dims == 0:
         size[0], stride[0], dims = 1, 1, 1
     return dims
 
 
-cdef void range_of(object x, const void *data, int dtype, bint whole, qsp_range *out, int threads) except *:
+cdef void range_of(const strides_t *x, const void *data, int dtype, bint whole, qsp_range *out, int threads) except *:
     """Range of all elements of `x`, each read once, in the order of its memory."""
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t size[8]
@@ -186,30 +240,30 @@ cdef void _channels_part(const qsp_kernels *kernels, const _channels *a, int64_t
                                    <float *> (state + a.channel_size * channel))
 
 
-cdef char *_channel_states(_channels *a, object x, bint per_channel, int threads) except NULL:
+cdef char *_channel_states(_channels *a, const strides_t *x, bint per_channel, int threads) except NULL:
     """Statistics of each channel (second dimension) of `x`, or of all of it, in one pass in the order of memory.
 
     Ranges do not depend on the order, moments do: their parts are as many on any number of threads. The result is to be
     freed.
     """
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t d, i, part, elements = x.numel()
+    cdef int64_t d, i, part, elements = _count(x)
     cdef const _channels *args = a
     cdef char *states
-    a.width, a.channels = 4 if a.dtype == QSP_F32 else 2, x.shape[1] if per_channel else 1
+    a.width, a.channels = 4 if a.dtype == QSP_F32 else 2, x.size[1] if per_channel else 1
     a.dims = _memory_order(x, 1 if per_channel else -1, a.size, a.stride)
     a.places = (a.channels + 15) // 16 * 16
     if not per_channel:
         a.channel = -1
-    elif x.stride(1) == 1 and a.channels > 1:
+    elif x.step[1] == 1 and a.channels > 1:
         a.channel = 0
     else:  # the channel is a loop among those around the innermost one
         d = 1
-        while d < a.dims and a.stride[d] < x.stride(1):
+        while d < a.dims and a.stride[d] < x.step[1]:
             d += 1
         for i in range(a.dims, d, -1):
             a.size[i], a.stride[i] = a.size[i - 1], a.stride[i - 1]
-        a.size[d], a.stride[d], a.channel = a.channels, x.stride(1), d
+        a.size[d], a.stride[d], a.channel = a.channels, x.step[1], d
         a.dims += 1
         a.places = 16
     a.channel_size = a.places * (QSP_MOMENTS if a.need < 0 else 3 * sizeof(float))
@@ -230,7 +284,8 @@ cdef char *_channel_states(_channels *a, object x, bint per_channel, int threads
     return states
 
 
-cdef void channel_ranges(object x, const void *data, int dtype, int need, qsp_range *out, int threads) except *:
+cdef void channel_ranges(const strides_t *x, const void *data, int dtype, int need, qsp_range *out,
+                         int threads) except *:
     """Range of each channel of `x`, zero taken in."""
     cdef _channels a
     cdef int64_t c, i, part, places
@@ -253,8 +308,8 @@ cdef void channel_ranges(object x, const void *data, int dtype, int need, qsp_ra
     free(states)
 
 
-cdef void channel_moments(object x, const void *data, int dtype, bint per_channel, bint magnitudes, qsp_range *ranges,
-                          qsp_moments *moments, int threads) except *:
+cdef void channel_moments(const strides_t *x, const void *data, int dtype, bint per_channel, bint magnitudes,
+                          qsp_range *ranges, qsp_moments *moments, int threads) except *:
     """Moments and ranges (zero taken in, without the maxima) of `x` or of its channels."""
     cdef _channels a
     cdef int64_t c, part, first
@@ -280,17 +335,19 @@ def tensor_range(x, int threads):
     """
     cdef int dtype
     cdef qsp_range r
+    cdef strides_t where
     cdef const void *data = strided_pointer(x, &dtype, "x")
     if x.numel() == 0:
         return 0.0, 0.0, 0.0
-    range_of(x, data, dtype, True, &r, max(threads, 1))
+    read_strides(x, &where)
+    range_of(&where, data, dtype, True, &r, max(threads, 1))
     return r.absmax, r.min, r.max
 
 
-cdef void find_statistics(object x, const void *data, int dtype, bint per_channel, const qsp_scheme *scheme,
+cdef void find_statistics(const strides_t *x, const void *data, int dtype, bint per_channel, const qsp_scheme *scheme,
                           qsp_range *ranges, qsp_moments *moments, int threads) except *:
     """What a scheme wants to know of a tensor, or of each channel (second dimension)."""
-    cdef int64_t channels = x.shape[1] if per_channel else 1
+    cdef int64_t channels = x.size[1] if per_channel else 1
     cdef int need = QSP_NEED_ABSMAX
     if scheme.kind == QSP_AFFINE:
         need = QSP_NEED_MAX
@@ -298,7 +355,7 @@ cdef void find_statistics(object x, const void *data, int dtype, bint per_channe
         need = QSP_NEED_MIN
     memset(ranges, 0, channels * sizeof(qsp_range))
     memset(moments, 0, channels * sizeof(qsp_moments))
-    if x.numel() == 0:
+    if _count(x) == 0:
         return
     if qsp_wants_moments(scheme):
         channel_moments(x, data, dtype, per_channel, scheme.kind == QSP_SAWB, ranges, moments, threads)

@@ -7,7 +7,17 @@ dtype, device, contiguity and size here, and read its pointer.
 
 from libc.stdint cimport int64_t, uintptr_t
 
-from qsparseprop._kernels._dispatch cimport QSP_BF16, QSP_F32, QSP_UNIT, qsp_grid, qsp_view
+from qsparseprop._kernels._dispatch cimport QSP_BF16, QSP_F32
+
+
+cdef enum:
+    MOST_DIMS = 8
+
+ctypedef struct strides_t:
+    # shape and strides of a tensor
+    int64_t dims
+    int64_t size[MOST_DIMS]
+    int64_t step[MOST_DIMS]
 
 
 cdef extern from "memory.h" nogil:
@@ -17,11 +27,10 @@ cdef extern from "memory.h" nogil:
 cdef void *pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *optional_pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *strided_pointer(object tensor, int *dtype, str name) except? NULL
+cdef void *image_pointer(object tensor, strides_t *where, int *dtype, str name) except? NULL
+cdef int64_t read_strides(object tensor, strides_t *where) except -1
 cdef void *exact_pointer(object tensor, object dtype, int64_t size, str name) except? NULL
 cdef void *matrix(object x, int *dtype, int64_t *rows, int64_t *channels, str name) except? NULL
 cdef void *matrix_of(void *data, object x, int64_t *rows, int64_t *channels, str name) except? NULL
 cdef void *same_matrix(object x, object like, str name) except? NULL
 cdef int64_t numel(object tensor) except -1
-cdef void read_grid(object numbers, qsp_grid *grid, str name) except *
-cdef bytes read_views(object numbers, const qsp_grid *grid, object shape, object stride, str name)
-cdef int64_t check_lanes(const qsp_grid *grid, const qsp_view *view, int64_t images, str name) except -1

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from qsparseprop import ops
 from qsparseprop._torch_compat import transforms_active
 from qsparseprop.contents import is_convertible
-from qsparseprop.geometry import Geometry
+from qsparseprop.layout.geometry import Geometry
+from qsparseprop.layout.pattern import dense_pattern
+from qsparseprop.layout.plan import Plan, PlanCache
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
 from qsparseprop.nn._traced import config_text, traced_product
@@ -21,8 +23,7 @@ from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.nn.deferred import DeferredTensor, deferred_product, may_defer
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.usage import Operation, longest
-from qsparseprop.nn.functional import sparse_product
-from qsparseprop.pattern import Plan, PlanCache, dense_pattern
+from qsparseprop.nn.functional import ProductCall, sparse_product
 from qsparseprop.quantization import QuantConfig
 
 #: What the kernels read and write; other dtypes are converted.
@@ -134,12 +135,14 @@ class SparseModule(SparseWeight):
     # ---- plans: what depends on the pattern and the input's size only ----
 
     def _plan(self, geometry: Geometry, groups: int) -> Plan:
-        self._check_sizes()
+        """The plan for a geometry; sizes are checked by those who read the values."""
         self._check_stamp()
         cache = self.__dict__.get("_plans")
         if cache is None:
             cache = self.__dict__["_plans"] = PlanCache()
-        return cache.get(self.crow_indices, self.col_indices, self._matrix_shape(), geometry, groups)
+        pattern = self.crow_indices, self.col_indices
+        plan = cache.find(*pattern, geometry, groups)
+        return cache.get(*pattern, self._matrix_shape(), geometry, groups) if plan is None else plan
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
@@ -149,6 +152,8 @@ class SparseModule(SparseWeight):
         refuse_scripting(self)
 
     def _check_input(self, x: Tensor) -> None:
+        if self._is_usual(x):
+            return
         kind = type(self).__name__
         if not isinstance(x, Tensor):
             refuse_input(self, x)
@@ -171,6 +176,13 @@ class SparseModule(SparseWeight):
             raise NotImplementedError(f"{kind} does not go with the transforms of torch.func (vmap, grad, jvp, ...): "
                                       "use autograd, or the dense module that to_dense() gives")
         ops.check_storage(x, "the input")  # before anything reads it
+
+    def _is_usual(self, x: Tensor) -> bool:
+        """Whether nothing is to be said against an input, found out by a few quick questions."""
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in KERNEL_DTYPES:
+            return False
+        return (ops.are_plain(x) and not torch._C._are_functorch_transforms_active()
+                and not torch.jit.is_tracing())  # fmt: skip
 
     def _dtypes(self, x: Tensor) -> tuple[Tensor, torch.dtype, torch.dtype]:
         """The input in a dtype of the kernels, that of their output, and the dtype of the result.
@@ -216,10 +228,16 @@ class SparseModule(SparseWeight):
         self._check_input(x)
         return True
 
-    def _multiply(self, x: Tensor, plan: Plan, shape: Sequence[int] | None = None) -> Tensor:
+    def _product(self, x: Tensor, geometry: Geometry, groups: int, shape: Sequence[int] | None = None) -> Tensor:
         """The product for an input of four dimensions, or of two, see `sparse_product`."""
+        weight, values, bias = self._operands()
+        if not values.is_cpu:
+            raise ValueError(f"{type(self).__name__} computes on the CPU, got an input on device {x.device} and "
+                             f"weights on device {values.device}")
         x, out_dtype, dtype = self._dtypes(x)
-        y = sparse_product(x, self.weight, self.bias, plan, self._qconfig, out_dtype, shape)
+        call = ProductCall(values, self._plan(geometry, groups), (self.crow_indices, self.col_indices), self._qconfig,
+                           out_dtype, shape)  # fmt: skip
+        y = sparse_product(x, weight, bias, call)
         return y if y.dtype == dtype else y.to(dtype)
 
     def _trace(self, x: Tensor, numbers: Sequence[int], groups: int) -> Tensor:

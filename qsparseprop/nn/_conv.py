@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from qsparseprop.geometry import batch_magnitude, conv_geometry, prefer_batch_innermost
+from qsparseprop.layout.geometry import batch_magnitude, conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.nn.deferred import ordinary
@@ -217,7 +217,7 @@ class SparseConvNd(SparseModule):
         else:
             geometry = conv_geometry(*layout, batch, batch_innermost, self.transposed)
             shape = None if dims == 2 else (batch, self.out_channels, *out_size)
-            y = self._multiply(images, self._plan(geometry, self.groups), shape)
+            y = self._product(images, geometry, self.groups, shape)
         return y if x.ndim == dims + 2 else y[0]
 
     def extra_repr(self) -> str:

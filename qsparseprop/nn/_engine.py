@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_map_only
 
 #: torch's functions that run its engine.
 STARTS_BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
 
-_SIGNATURES = {function: inspect.signature(function) for function in STARTS_BACKWARD}
+_PARAMETERS = {function: tuple(inspect.signature(function).parameters) for function in STARTS_BACKWARD}
 
 
 def run_backward(
@@ -26,13 +25,21 @@ def run_backward(
     which must do what they did the first time. So functions of subclasses are not switched off meanwhile; torch is
     given tensors, and places in the graph, that have none.
     """
-    bound = _SIGNATURES[func].bind(*args, **kwargs)
+    names = _PARAMETERS[func]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     with torch._C.DisableTorchFunctionSubclass():
-        if bound.arguments.get("materialize_grads"):  # for which torch wants the tensors
+        # torch wants the tensors for the former, and has the words for what it does not take
+        if given.get("materialize_grads") or len(given) != len(args) + len(kwargs):
             return func(*args, **kwargs)
-        for name, value in bound.arguments.items():
-            bound.arguments[name] = tree_map_only(kind, _place if name == "inputs" else _plain, value)
-    return func(*bound.args, **bound.kwargs)
+        given = {name: _each(kind, _place if name == "inputs" else _plain, value) for name, value in given.items()}
+    return func(**given)
+
+
+def _each(kind: type[Tensor], change: Callable[[Tensor], Any], value: Any) -> Any:
+    """A tensor of a kind, changed, or those in a sequence."""
+    if isinstance(value, kind):
+        return change(value)
+    return type(value)([_each(kind, change, v) for v in value]) if type(value) in (tuple, list) else value
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qsparseprop.contents import is_convertible, unreadable
+from qsparseprop.layout.pattern import check_pattern, dense_pattern
 from qsparseprop.ops import check_storage
-from qsparseprop.pattern import check_pattern, dense_pattern
 
 if TYPE_CHECKING:
     from qsparseprop.nn._weight import SparseWeight

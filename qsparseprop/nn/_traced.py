@@ -16,13 +16,12 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from qsparseprop.geometry import Geometry, conv_geometry
+from qsparseprop import ops
+from qsparseprop.layout.geometry import Geometry, conv_geometry
+from qsparseprop.layout.plan import Plan, shared_plan_cache
 from qsparseprop.nn._interop import refuse_onnx
-from qsparseprop.nn.functional import backward_pass, check_finite, forward_pass, value_gradient
-from qsparseprop.pattern import GatherList, Plan, shared_plan_cache
+from qsparseprop.nn._passes import backward_pass, check_finite, forward_pass, value_gradient
 from qsparseprop.quantization import QuantConfig
-
-_library = torch.library.Library("qsparseprop", "FRAGMENT")
 
 
 def config_text(qconfig: QuantConfig | None) -> str:
@@ -59,62 +58,25 @@ def _find_plan(crow: Tensor, col: Tensor, numbers: Sequence[int], groups: int) -
     return shared_plan_cache(crow, col).get(crow, col, shape, geometry, groups)
 
 
-def _fake_plan(crow: Tensor, numbers: Sequence[int]) -> Plan:
-    """A plan without its lists, which the shapes of results do not depend on."""
-    empty = GatherList(*(crow.new_empty(0),) * 4)
-    return Plan(_geometry(numbers), empty, empty)
-
-
-def _layer(x, values, bias, crow_indices, col_indices, geometry, groups, qconfig, dtype):
-    config = _config(qconfig)
-    if config is not None and config.check_finite:
-        check_finite(x, "the input")
-        check_finite(values, "the weight")
-    return tuple(forward_pass(x, values, bias, _find_plan(crow_indices, col_indices, geometry, groups), config, dtype))
+def _empty_image(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    memory_format = torch.channels_last if ops.is_channels_last(like) else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 def _layer_fake(x, values, bias, crow_indices, col_indices, geometry, groups, qconfig, dtype):
     refuse_onnx()
-    return tuple(forward_pass(x, values, bias, _fake_plan(crow_indices, geometry), _config(qconfig), dtype))
-
-
-def _layer_backward(dy, values, planes, scale, zero_point, crow_indices, col_indices, geometry, groups, qconfig,
-                    x_shape, grads, x_dtype):
-    config = _config(qconfig)
-    if config is not None and config.check_finite:
-        check_finite(dy, "the gradient of the output")
-    plan = _find_plan(crow_indices, col_indices, geometry, groups)
-    return tuple(backward_pass(dy, values, (planes, scale, zero_point), plan, config, x_shape, grads, x_dtype))
-
-
-def _layer_backward_fake(dy, values, planes, scale, zero_point, crow_indices, col_indices, geometry, groups, qconfig,
-                         x_shape, grads, x_dtype):
-    plan, config = _fake_plan(crow_indices, geometry), _config(qconfig)
-    return tuple(backward_pass(dy, values, (planes, scale, zero_point), plan, config, x_shape, grads, x_dtype))
-
-
-def _define(name: str, schema: str, function, fake, tags: Sequence[torch.Tag] = ()):
-    _library.define(f"{name}{schema}", tags=tuple(tags))
-    _library.impl(name, function, "CPU")
-    torch.library.register_fake(f"qsparseprop::{name}", fake, lib=_library)
-    return getattr(torch.ops.qsparseprop, name).default
-
-
-_sparse_layer = _define(
-    "sparse_layer",
-    "(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, int[] geometry, int groups, "
-    "str qconfig, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    _layer, _layer_fake,
-)  # fmt: skip
-
-# It draws its seed itself, as eager mode does, so that both round alike; the tag keeps graphs from merging calls.
-_sparse_layer_backward = _define(
-    "sparse_layer_backward",
-    "(Tensor dy, Tensor values, Tensor? planes, Tensor? scale, Tensor? zero_point, Tensor crow_indices, "
-    "Tensor col_indices, int[] geometry, int groups, str qconfig, SymInt[] x_shape, bool[] grads, ScalarType x_dtype) "
-    "-> (Tensor, Tensor, Tensor)",
-    _layer_backward, _layer_backward_fake, [torch.Tag.nondeterministic_seeded],
-)  # fmt: skip
+    g, config = _geometry(geometry), _config(qconfig)
+    grid, shape = g.input_grid, (x.shape[0], g.output_grid.planes, *g.output_image)
+    if g.transposed:
+        grid, shape = g.output_grid, (x.shape[0], g.in_channels, *g.input_image)
+    in_floats = config is None or config.grad_weight == "float32"
+    scales = 0 if in_floats else grid.planes if config.granularity == "channel" else 1
+    return (
+        _empty_image(x, shape, dtype),
+        x.new_empty(grid.lanes(x.shape[0]), dtype=torch.float32 if in_floats else torch.uint8),
+        x.new_empty(scales, dtype=torch.float32),
+        x.new_empty(scales, dtype=torch.int32),
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -128,7 +90,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _gradients(ctx, dy, *_):
     values, crow, col, *packed = ctx.saved_tensors
     grads = list(ctx.needs_input_grad[:3])
-    dx, dvalues, dbias = _sparse_layer_backward(
+    dx, dvalues, dbias = sparse_layer_backward.overload(
         dy, values, *packed, crow, col, ctx.geometry, ctx.groups, ctx.qconfig, ctx.x_shape, grads, ctx.x_dtype
     )
     return (
@@ -139,7 +101,111 @@ def _gradients(ctx, dy, *_):
     )  # fmt: skip
 
 
-torch.library.register_autograd("qsparseprop::sparse_layer", _gradients, setup_context=_setup_context, lib=_library)
+@ops.operator(
+    "sparse_layer(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, int[] geometry, "
+    "int groups, str qconfig, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    _layer_fake,
+    backward=_gradients,
+    setup_context=_setup_context,
+)
+def sparse_layer(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    geometry: Sequence[int],
+    groups: int,
+    qconfig: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A layer's forward pass, which finds its plan when it runs.
+
+    Parameters
+    ----------
+    x : Tensor
+        (images, channels, height, width).
+    values, bias, crow_indices, col_indices, geometry, groups, qconfig, dtype
+        As for `traced_product`.
+
+    Returns
+    -------
+    out, planes, scale, zero_point : Tensor
+        The result and the packed input; the latter two are empty where that is float32.
+    """
+    config = _config(qconfig)
+    if config is not None and config.check_finite:
+        check_finite(x, "the input")
+        check_finite(values, "the weight")
+    plan = _find_plan(crow_indices, col_indices, geometry, groups)
+    out, (planes, scale, zero_point) = forward_pass(x, values, bias, plan, config, dtype)
+    return out, planes, _or_empty(scale), _or_empty(zero_point, torch.int32)
+
+
+def _or_empty(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(0, dtype=dtype) if tensor is None else tensor
+
+
+def _layer_backward_fake(dy, values, planes, scale, zero_point, crow_indices, col_indices, geometry, groups, qconfig,
+                         x_shape, grads, x_dtype):
+    make = torch.float32
+    return (
+        _empty_image(dy, x_shape, x_dtype) if grads[0] else dy.new_empty(0, dtype=make),
+        dy.new_empty(values.shape if grads[1] else 0, dtype=make),
+        dy.new_empty(dy.shape[1] if grads[2] else 0, dtype=make),
+    )
+
+
+# It draws its seed itself, as eager mode does, so that both round alike; the tag keeps graphs from merging calls.
+@ops.operator(
+    "sparse_layer_backward(Tensor dy, Tensor values, Tensor? planes, Tensor? scale, Tensor? zero_point, "
+    "Tensor crow_indices, Tensor col_indices, int[] geometry, int groups, str qconfig, SymInt[] x_shape, bool[] grads, "
+    "ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
+    _layer_backward_fake,
+    tags=[torch.Tag.nondeterministic_seeded],
+)
+def sparse_layer_backward(
+    dy: Tensor,
+    values: Tensor,
+    planes: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    geometry: Sequence[int],
+    groups: int,
+    qconfig: str,
+    x_shape: Sequence[int],
+    grads: Sequence[bool],
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of `sparse_layer`.
+
+    Parameters
+    ----------
+    dy : Tensor
+        Of its result.
+    planes, scale, zero_point : Tensor or None
+        As it gave them; only read for the weight gradient.
+    x_shape, x_dtype
+        Of its input.
+    grads : sequence of bool
+        Which gradients are wanted: of the input, the values, the bias.
+    values, crow_indices, col_indices, geometry, groups, qconfig
+        As for `sparse_layer`.
+
+    Returns
+    -------
+    dx, dvalues, dbias : Tensor
+        The latter two in float32; empty where not wanted.
+    """
+    config = _config(qconfig)
+    if config is not None and config.check_finite:
+        check_finite(dy, "the gradient of the output")
+    plan = _find_plan(crow_indices, col_indices, geometry, groups)
+    packed = None if planes is None else ops.Packed(planes, scale, zero_point)
+    gradients = backward_pass(dy, values, packed, plan, config, grads, x_dtype)
+    return tuple(_or_empty(gradient) for gradient in gradients)
 
 
 def traced_product(
@@ -174,4 +240,4 @@ def traced_product(
         When it runs, for a pattern that is not valid, see `check_pattern`.
     """
     with torch._C.DisableTorchFunctionSubclass():  # torch 2.8 cannot trace what values refuse
-        return _sparse_layer(x, values, bias, crow_indices, col_indices, geometry, groups, qconfig, dtype)[0]
+        return sparse_layer.overload(x, values, bias, crow_indices, col_indices, geometry, groups, qconfig, dtype)[0]

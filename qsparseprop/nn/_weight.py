@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop._torch_compat import before_averaging
+from qsparseprop.layout.pattern import pattern_stamp, row_indices, tensor_version
 from qsparseprop.nn._interop import (
     check_deletion,
     check_owners,
@@ -20,10 +21,9 @@ from qsparseprop.nn._interop import (
     outdate_graphs,
 )
 from qsparseprop.nn._state import FORMAT, check_format, read_state
-from qsparseprop.nn._values import SparseValues, as_values
+from qsparseprop.nn._values import SparseValues, as_values, plain
 from qsparseprop.nn.functional import NoGradient
 from qsparseprop.ops import are_plain, check_storage
-from qsparseprop.pattern import pattern_stamp, row_indices, tensor_version
 
 _PATTERN = ("crow_indices", "col_indices")
 
@@ -100,6 +100,16 @@ class SparseWeight(nn.Module):
         weight, bias = self.weight, self.bias  # every access to a parameter is a call of __getattr__
         with torch._C.DisableTorchFunctionSubclass():
             shape = weight.shape
+        self._check_shapes(shape, bias)
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The weight, its values as a plain tensor, and the bias, after `_check_sizes`."""
+        weight, bias = self.weight, self.bias
+        values = plain(weight)
+        self._check_shapes(values.shape, bias)
+        return weight, values, bias
+
+    def _check_shapes(self, shape: torch.Size, bias: Tensor | None) -> None:
         if shape != self.col_indices.shape:
             raise ValueError(f"weight must have one value for each of the {self.col_indices.numel()} column indices, "
                              f"got shape {tuple(shape)}")

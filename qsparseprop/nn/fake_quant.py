@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from qsparseprop.nn._dense import dense_bias, dense_weight, trains_weight
 from qsparseprop.nn.functional import check_finite
+from qsparseprop.ops.schemes import symmetric_scale
 from qsparseprop.quantization import QuantConfig, QuantizedTensor, quantize
-from qsparseprop.reference import symmetric_scale
 
 __all__ = ["FakeQuantConv2d", "FakeQuantLinear"]
 

@@ -4,154 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qsparseprop import ops, transposed_ops  # noqa: F401 -- the latter registers operators
-from qsparseprop.geometry import Geometry
+from qsparseprop import ops
+from qsparseprop._torch_compat import dispatch_modes, is_differentiating_forward
+from qsparseprop.layout.plan import Plan
+from qsparseprop.nn._passes import as_dtype, backward_pass, check_finite, forward_pass, value_gradient
+from qsparseprop.nn._traced import config_text, sparse_layer, sparse_layer_backward
 from qsparseprop.nn._values import plain
-from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
-
-
-def check_finite(tensor: Tensor, name: str) -> None:
-    """Refuse NaN and Inf."""
-    ops.check_storage(tensor, name)
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} has NaN or Inf (check_finite is on)")
-
-
-def forward_pass(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    qconfig: QuantConfig | None,
-    dtype: torch.dtype,
-    channels_last: bool | None = None,
-    save: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The product, and the packed input with its scale and zero point; see `ops.layer_forward`.
-
-    Transposed layers only have the latter three where `save` says so: they may have to be made for the purpose.
-    """
-    g, values = plan.geometry, plain(values)
-    quantisation = (None, False, (), None, False)
-    if qconfig is not None:
-        quantisation = (qconfig.input, qconfig.granularity == "channel", qconfig.input_options,
-                        qconfig.weight_clip(values, plan.entries), qconfig.grad_weight == "float32")
-    scheme, *rest = quantisation
-    if g.transposed:
-        return ops.shortcut("transposed_forward", x, values, bias)(
-            x, values, bias, plan.backward, g.output_grid.numbers, g.output_views, g.input_views,
-            (x.shape[0], g.in_channels, *g.input_image), scheme, dtype, *rest, save, channels_last,
-        )  # fmt: skip
-    return ops.shortcut("layer_forward", x, values, bias)(
-        x, values, bias, plan.forward, g.input_grid.numbers, g.input_views, g.output_views,
-        (x.shape[0], g.output_grid.planes, *g.output_image), scheme, None, dtype, *rest, channels_last,
-    )  # fmt: skip
-
-
-def backward_pass(
-    dy: Tensor,
-    values: Tensor,
-    packed: Sequence[Tensor | None],
-    plan: Plan,
-    qconfig: QuantConfig | None,
-    x_shape: Sequence[int],
-    grads: Sequence[bool],
-    x_dtype: torch.dtype,
-    channels_last: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, the values and the bias, as far as `grads` wants them; see `ops.layer_backward`."""
-    g, values = plan.geometry, plain(values)
-    if dy.dtype not in (torch.float32, torch.bfloat16):
-        ops.check_storage(dy, "the gradient of the output")
-        dy = dy.to(torch.float32)
-    scheme, rest = None, (False, (), None)
-    if qconfig is not None:
-        scheme = qconfig.grad
-        rest = (qconfig.granularity == "channel", qconfig.grad_options, qconfig.weight_clip(values, plan.entries))
-    if g.transposed:
-        return ops.shortcut("transposed_backward", dy, values, *packed[:2])(
-            dy, values, *packed[:2], plan.forward, g.output_grid.numbers, g.input_grid.numbers, g.output_views,
-            g.input_views, x_shape, scheme, ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None, grads, x_dtype,
-            *rest, channels_last,
-        )  # fmt: skip
-    return ops.shortcut("layer_backward", dy, values, *packed)(
-        dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
-        g.output_views, x_shape, g.covers_input, scheme, ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None,
-        grads, x_dtype, *rest, channels_last,
-    )  # fmt: skip
-
-
-def packed_forward_pass(
-    packed: Sequence[Tensor],
-    batch: int,
-    values: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    qconfig: QuantConfig,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    """The product with an input that is packed already; see `ops.packed_forward`."""
-    g, values = plan.geometry, plain(values)
-    return ops.shortcut("packed_forward", *packed, values, bias)(
-        *packed, values, bias, plan.forward, g.input_grid.numbers, g.output_views,
-        (batch, g.output_grid.planes, *g.output_size), dtype, qconfig.weight_clip(values, plan.entries),
-        channels_last,
-    )  # fmt: skip
-
-
-def output_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
-    """How the input of a layer is packed: the arguments of `epilogue_ops.epilogue_pack` from `ranges` to `per_channel`.
-
-    `ranges` (channels, 2) are the least and the greatest element of each channel.
-    """
-    per_channel, grid = qconfig.granularity == "channel", geometry.input_grid
-    if not per_channel:
-        ranges = torch.stack([ranges[:, 0].amin(), ranges[:, 1].amax()])[None]
-    return ranges, grid.numbers, geometry.input_views, grid.lanes(batch), qconfig.input, per_channel
-
-
-def gradient_packing(ranges: Tensor, batch: int, geometry: Geometry, qconfig: QuantConfig) -> tuple[Any, ...]:
-    """The same of the gradient of its output: arguments of `epilogue_ops.epilogue_grad_pack` from `ranges` on.
-
-    `ranges` (channels, 2) are of the same magnitude below and above.
-    """
-    per_channel, grid = qconfig.granularity == "channel", geometry.output_grid
-    if not per_channel:
-        most = ranges[:, 1].amax()
-        ranges = torch.stack([-most, most])[None]
-    scheme = "symmetric" if qconfig.grad == "absmax" else qconfig.grad
-    seed = ops.draw_seed() if scheme in ops.RANDOM_SCHEMES else None
-    return (ranges, grid.numbers, geometry.output_views, grid.lanes(batch), scheme, seed, per_channel,
-            qconfig.grad_options)  # fmt: skip
-
-
-def packed_backward_pass(
-    dy: Sequence[Tensor],
-    values: Tensor,
-    packed: Sequence[Tensor | None],
-    plan: Plan,
-    qconfig: QuantConfig,
-    x_shape: Sequence[int],
-    dy_shape: Sequence[int],
-    grads: Sequence[bool],
-    x_dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the input and the values from a packed one; see `ops.packed_backward`."""
-    g, values = plan.geometry, plain(values)
-    return ops.shortcut("packed_backward", *dy, values, *packed)(
-        *dy, values, *packed, plan.forward, plan.backward, g.input_grid.numbers, g.output_grid.numbers, g.input_views,
-        g.output_views, x_shape, dy_shape, g.covers_input, grads, x_dtype, qconfig.weight_clip(values, plan.entries),
-        channels_last,
-    )  # fmt: skip
-
 
 _NOTHING = contextlib.nullcontext()
 
@@ -166,21 +30,12 @@ def direct_apply(function: type[torch.autograd.Function]) -> Any:
     return super(torch.autograd.Function, function).apply
 
 
-def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)  # a call of `to` costs as much where it does nothing
-
-
 def records_gradients() -> bool:
     """Whether torch's operators would become nodes of a graph.
 
     In inference mode they do not, even under enable_grad; an autograd.Function would, and find that it cannot save.
     """
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-
-
-def value_gradient(gradient: Tensor, values: Tensor) -> Tensor | None:
-    """Gradient of the values; none where there are none, since optimizers may divide by the number of elements."""
-    return _as_dtype(gradient, values.dtype) if values.numel() else None
 
 
 class NoGradient(torch.autograd.Function):
@@ -203,39 +58,83 @@ def _in_shape(dy: Tensor, shape: Sequence[int]) -> Tensor:
     return dy.reshape(shape)
 
 
+class ProductCall(NamedTuple):
+    """What a product needs besides its tensors.
+
+    Attributes
+    ----------
+    values : Tensor
+        The weight as a plain tensor, see `plain`.
+    plan : Plan
+    pattern : tuple of Tensor
+        What the plan was made of: crow_indices and col_indices.
+    qconfig : QuantConfig or None
+        Without one the computation is in float32.
+    dtype : torch.dtype
+        Of the result, float32 or bfloat16.
+    shape : sequence of int or None
+        Of the result, in place of that of its images.
+    """
+
+    values: Tensor
+    plan: Plan
+    pattern: tuple[Tensor, Tensor]
+    qconfig: QuantConfig | None
+    dtype: torch.dtype
+    shape: Sequence[int] | None = None
+
+    def as_graphs_take_it(self) -> tuple[Any, ...]:
+        """Pattern, geometry, groups and QuantConfig, as `traced.sparse_layer` takes them."""
+        return *self.pattern, self.plan.geometry.numbers, self.plan.groups, config_text(self.qconfig)
+
+
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether torch is to see an operator: a dispatch mode is on, or tensors are more than memory (see `are_plain`)."""
+    return bool(dispatch_modes()) or not ops.are_plain(*tensors)
+
+
+def _compute(x: Tensor, bias: Tensor | None, call: ProductCall, save: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The product, and the packed input where it is to be saved."""
+    values, plan, _, qconfig, dtype, shape = call
+    if qconfig is not None and qconfig.check_finite:
+        check_finite(x, "the input")
+        check_finite(values, "the weight")
+    # of rows, in whatever shape, torch's results are contiguous
+    channels_last = False if shape is not None and len(shape) == 3 else None
+    if not _is_watched(x, values, bias):
+        return forward_pass(x, values, bias, plan, qconfig, dtype, channels_last, save)
+    ops.check_storage(values, "the weight")
+    images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
+    out, *packed = sparse_layer.overload(images, values, bias, *call.as_graphs_take_it(), dtype)
+    if channels_last is not None:
+        out = out.contiguous()
+    return out if x.ndim == 4 else out.view(out.shape[:2]).detach(), packed
+
+
+def _in_its_shape(out: Tensor, call: ProductCall) -> Tensor:
+    # detached: as those of torch's layers, results are no views, which in-place operations treat otherwise
+    return out if call.shape is None else out.view(call.shape).detach()
+
+
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, qconfig: QuantConfig | None,
-        dtype: torch.dtype, save: bool, shape: Sequence[int] | None
-    ) -> Tensor:  # fmt: skip
-        if qconfig is not None and qconfig.check_finite:
-            check_finite(x, "the input")
-            check_finite(values, "the weight")
-        images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
-        # of rows, in whatever shape, torch's results are contiguous
-        channels_last = False if shape is not None and len(shape) == 3 else None
-        out, *packed = forward_pass(images, values, bias, plan, qconfig, dtype, channels_last, save)
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(values, *packed)
-        elif ctx.needs_input_grad[0]:
-            ctx.save_for_backward(values, None, None, None)
-        ctx.plan, ctx.qconfig = plan, qconfig
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.in_shape, ctx.out_shape = images.shape, out.shape
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, call: ProductCall) -> Tensor:
+        needs_x, needs_values, *_ = ctx.needs_input_grad
+        out, packed = _compute(x, bias, call, needs_values)
+        if needs_values:
+            ctx.save_for_backward(weight, *packed)
+        elif needs_x:
+            ctx.save_for_backward(weight)
+        ctx.call, ctx.x_shape, ctx.out_shape = call, x.shape, out.shape
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        if images is x and shape is None:
-            return out
-        # detached: as those of torch's layers, results are no views, which in-place operations treat otherwise
-        return out.view(out.shape[:2] if shape is None else shape).detach()
+        return _in_its_shape(out, call)
 
     @staticmethod
     def backward(ctx, dy: Tensor | None):
         if dy is None:  # as torch's layers: no gradient, rather than zeros, which optimizers would step by
-            return (None,) * 8
-        qconfig = ctx.qconfig
-        grads = ctx.needs_input_grad[:3]
+            return None, None, None, None
+        qconfig, grads = ctx.call.qconfig, ctx.needs_input_grad[:3]
         if qconfig is not None and qconfig.check_finite:
             check_finite(dy, "the gradient of the output")
         dx = dvalues = weight = None
@@ -244,27 +143,38 @@ class _SparseProduct(torch.autograd.Function):
             weight, *packed = ctx.saved_tensors
             values = plain(weight)
             with without_graph():
-                dx, dvalues, dbias = backward_pass(
-                    _in_shape(dy, ctx.out_shape), values, packed, ctx.plan, qconfig, ctx.in_shape, grads, ctx.x_dtype
-                )
-                if grads[0] and dx.shape != ctx.x_shape:
-                    dx = dx.view(ctx.x_shape)
+                dx, dvalues, dbias = _gradients(ctx, _in_shape(dy, ctx.out_shape), values, packed, grads)
         else:
             ops.check_storage(dy, "the gradient of the output")
-            dbias = dy.detach().reshape(ctx.out_shape).sum((0, 2, 3), dtype=torch.float32)
+            dbias = ops.bias_gradient(dy.detach().reshape(ctx.out_shape))
         gradients = (
             dx if grads[0] else None,
             value_gradient(dvalues, values) if grads[1] else None,
-            _as_dtype(dbias, ctx.bias_dtype) if grads[2] else None,
+            as_dtype(dbias, ctx.bias_dtype) if grads[2] else None,
         )
         if again:
             gradients = NoSecondDerivative.apply(dy, weight, *gradients)  # with its graph, which plain() cuts off
-        return *gradients, None, None, None, None, None
+        return *gradients, None
 
     @staticmethod
     def jvp(ctx, *tangents: Tensor | None):
         raise NotImplementedError("sparse modules have no forward-mode derivatives: use reverse mode (backward), or "
                                   "the dense module that to_dense() gives")
+
+
+def _gradients(ctx, dy: Tensor, values: Tensor, packed: list[Tensor], grads: Sequence[bool]):
+    """Of the input, the values and the bias, as far as they are wanted."""
+    call = ctx.call
+    if _is_watched(dy, values, *packed):
+        images, shape = (dy, ctx.x_shape) if dy.ndim == 4 else (dy.view(*dy.shape, 1, 1), (*ctx.x_shape, 1, 1))
+        dx, *others = sparse_layer_backward.overload(images, values, *(packed or (None, None, None)),
+                                                     *call.as_graphs_take_it(), shape, grads, ctx.x_dtype)  # fmt: skip
+        return dx.view(ctx.x_shape) if grads[0] else None, *others
+    return backward_pass(dy, values, ops.Packed(*packed) if packed else None, call.plan, call.qconfig, grads,
+                         ctx.x_dtype)  # fmt: skip
+
+
+_apply = direct_apply(_SparseProduct)
 
 
 class NoSecondDerivative(torch.autograd.Function):
@@ -307,15 +217,7 @@ def refuse_forward_mode() -> None:
                               "that swap_modules_with_dense gives")
 
 
-def sparse_product(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    qconfig: QuantConfig | None = None,
-    dtype: torch.dtype | None = None,
-    shape: Sequence[int] | None = None,
-) -> Tensor:
+def sparse_product(x: Tensor, weight: Tensor, bias: Tensor | None, call: ProductCall) -> Tensor:
     """Product of a sparse weight with an input, as a convolution whose geometry is in the plan.
 
     Parameters
@@ -323,31 +225,24 @@ def sparse_product(
     x : Tensor
         (images, channels, height, width), float32 or bfloat16, any strides; or (images, channels), which stands for
         images of one pixel.
-    values : Tensor
+    weight : Tensor
         (nonzeros,) in the order of the pattern that the plan was made of.
     bias : Tensor, optional
         (out_channels,).
-    plan : Plan
-    qconfig : QuantConfig, optional
-        Without one the computation is in float32.
-    dtype : torch.dtype, optional
-        Of the result, float32 or bfloat16; x's without one.
-    shape : sequence of int, optional
-        Of the result, in place of that of its images.
+    call : ProductCall
 
     Returns
     -------
     Tensor
-        (images, out_channels, out_height, out_width), channels_last where x is; or (images, out_channels); or `shape`.
-        Differentiable once with respect to `x`, `values` and `bias`.
+        (images, out_channels, out_height, out_width), channels_last where x is; or (images, out_channels); or the shape
+        that `call` names. Differentiable once with respect to `x`, `weight` and `bias`.
 
     Raises
     ------
     NotImplementedError
         From the derivative of a derivative, and from forward-mode differentiation.
     """
-    if torch.is_grad_enabled() and not records_gradients():
-        with torch.no_grad():
-            return sparse_product(x, values, bias, plan, qconfig, dtype, shape)
-    save = torch.is_grad_enabled() and values.requires_grad
-    return _SparseProduct.apply(x, values, bias, plan, qconfig, x.dtype if dtype is None else dtype, save, shape)
+    if not records_gradients() and not is_differentiating_forward():
+        with without_graph():
+            return _in_its_shape(_compute(x, bias, call, False)[0], call)
+    return _apply(x, weight, bias, call)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qsparseprop.geometry import Geometry, linear_geometry, linear_numbers
+from qsparseprop.layout.geometry import Geometry, linear_geometry, linear_numbers
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.nn.deferred import ordinary
@@ -125,7 +125,7 @@ class SparseLinear(SparseModule):
         if torch.compiler.is_compiling():
             return self._trace(rows[..., None, None], self._layout_numbers(), 1).view(*leading, self.out_features)
         shape = None if rows is input else (*leading, self.out_features)
-        return self._multiply(rows, self._plan(self._layout(), 1), shape)
+        return self._product(rows, self._layout(), 1, shape)
 
     def _deferred(self, x: Tensor) -> Tensor | None:
         """The deferred result, or None where there can be none."""

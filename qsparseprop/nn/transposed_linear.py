@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsparseprop.geometry import Geometry, linear_geometry, linear_numbers
+from qsparseprop.layout.geometry import Geometry, linear_geometry, linear_numbers
 from qsparseprop.nn._dense import dense_bias, trains_weight
 from qsparseprop.nn.linear import SparseLinear
 from qsparseprop.quantization import QuantConfig

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsparseprop import ops, quantize_ops  # noqa: F401 - registers the operators
+from qsparseprop import ops
 
 __all__ = ["SCHEMES", "Codes", "encode"]
 
@@ -53,8 +53,7 @@ class Codes:
     def decode(self) -> Tensor:
         """The values that the codes stand for: (elements,), of the original dtype."""
         if self.zero_point.dtype == torch.int32:
-            dequantize = ops.shortcut("dequantize", *self.tensors)
-            return dequantize(self.codes, self.scale, self.zero_point, None, self.group_size, self.dtype)
+            return ops.dequantize(self.codes, self.scale, self.zero_point, None, self.group_size, self.dtype)
         out = torch.empty(self.codes.numel(), dtype=self.dtype)
         offset = -self.zero_point * self.scale
         for codes, values, groups in _chunks(self.group_size, self.codes, out):
@@ -97,8 +96,7 @@ def encode(x: Tensor, scheme: str, group_size: int, keep_sign: bool = False) -> 
         None where a value is not finite, or the range of a group does not fit into float32.
     """
     if not keep_sign and x.dtype in (torch.float32, torch.bfloat16):
-        quantize = ops.shortcut("quantize", x)
-        codes, scale, zero = quantize(x, scheme, 8, None, group_size, False, None, ())
+        codes, scale, zero = ops.quantize(x, scheme, 8, None, group_size, False, None, ())
         # a NaN is greater than everything
         finite = not scale.numel() or math.isfinite(scale.max().item())
         return Codes(codes, scale, zero, group_size, x.dtype) if finite else None

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from qsparseprop import ops
-from qsparseprop.mask_ops import dense_layout
+from qsparseprop.ops.masks import dense_layout
 
 __all__ = ["BitDropout", "BitHardtanh", "BitReLU", "ByteMaxPool2d", "dense_layout"]
 
 
-#: What the kernels of `mask_ops` take.
+#: What the kernels of `ops.masks` take.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -49,7 +49,7 @@ class _Masked(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         (bits,) = ops.saved_tensors(ctx)
         if dy.dtype in _KERNEL_DTYPES and dy.stride() == ctx.layout.stride():
-            return ops.shortcut("keep_masked", dy, bits)(dy, bits), None, None, None
+            return ops.keep_masked(dy, bits), None, None, None
         mask = _unpack_bits(bits, ctx.layout, dy.dtype)
         # the operator behind ReLU's own backward pass; several times as fast as a product with a bool mask
         return torch.ops.aten.threshold_backward(dy, mask, 0), None, None, None
@@ -66,10 +66,10 @@ class BitReLU(_Masked):
             mask = ~(y <= 0)  # which is true for a NaN, as in torch's backward pass
             ctx.layout, bits = _dense_like(mask), _pack_bits(mask)
         elif inplace:
-            y, bits = x, ops.shortcut("relu_mask_", x)(x)
+            y, bits = x, ops.relu_mask_(x)
             ctx.layout = _dense_like(y)
         else:
-            y, bits = ops.shortcut("relu_mask", x)(x)
+            y, bits = ops.relu_mask(x)
             ctx.layout = _dense_like(y)
         if inplace:
             ctx.mark_dirty(x)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from qsparseprop._torch_compat import at_the_end_of_backward, current_backward
-from qsparseprop.geometry import Geometry
+from qsparseprop.layout.geometry import Geometry
 from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.passes import Activation
+from qsparseprop.ops import Packed
 from qsparseprop.quantization import QuantConfig
 
 
@@ -30,7 +31,7 @@ class PendingGradient:
         What the activation has saved.
     activation : Activation
     codes, factor : Tensor or None
-        Of a batch normalisation, see `norm_ops.norm_factors`.
+        Of a batch normalisation, see `ops.norm_factors`.
     ranges : Tensor or None
         Bounds for each channel, of the same magnitude below and above.
     total : Tensor or None
@@ -73,7 +74,7 @@ class PendingGradient:
     def _take(self, rows: Tensor) -> None:
         self._values = self.layout.tensor(rows).detach()
 
-    def pack(self, geometry: Geometry, qconfig: QuantConfig) -> tuple[tuple[Tensor, ...], Tensor]:
+    def pack(self, geometry: Geometry, qconfig: QuantConfig) -> tuple[Packed, Tensor]:
         """The packed form for the layer before, and the sum over rows, part of a larger tensor."""
         with self._lock:
             ranges, total = self.ranges, self.total
@@ -82,13 +83,13 @@ class PendingGradient:
                 ranges = torch.stack([-most, most], 1)
             behind = None if self._behind is None else self._behind()
             wanted = behind is not None and behind.open
-            packed, g = passes.gradient_pack(self.dy, self.codes, self.saved, self.activation, self.factor, wanted,
-                                             self.layout.images, ranges, geometry, qconfig)
+            packed, g = passes.gradient_pack(self.dy, self.codes, self.saved, self.activation, self.factor, ranges,
+                                             geometry, qconfig, wanted)  # fmt: skip
             if wanted and g is not None:
                 with behind._lock:
                     if behind.open:
                         behind._take(g)
-            return tuple(packed), total
+            return packed, total
 
 
 _open = threading.local()  # gradients that are not computed yet, of each backward pass that runs in the thread

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qsparseprop import transpose_ops  # noqa: F401 -- registers the operator
-from qsparseprop.ops import shortcut
+from qsparseprop import ops
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,14 @@ class Layout:
         if self.by_rows:
             return self.view(rows)
         n, c, *size = self.shape
-        return shortcut("transpose", rows)(rows, n, math.prod(size), c).view(self.shape)
+        return ops.transpose(rows, n, math.prod(size), c).view(self.shape)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Rows of a tensor of the same shape and any strides, a view where that is possible."""
         if self.channels_first:
             if not self.by_rows and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.bfloat16):
                 n, c, *size = self.shape
-                turned = shortcut("transpose", tensor)(tensor, n, c, math.prod(size))
-                return turned.view(-1, c)
+                return ops.transpose(tensor, n, c, math.prod(size)).view(-1, c)
             tensor = tensor.movedim(1, -1)
         return tensor.reshape(-1, self.shape[1 if self.channels_first else -1]).contiguous()
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qsparseprop import ops
 from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.conditions import step_by_step
 from qsparseprop.nn.deferred.gradient import PendingGradient
@@ -27,7 +28,7 @@ from qsparseprop.nn.functional import (
     refuse_forward_mode,
     without_graph,
 )
-from qsparseprop.ops import are_plain, check_storage, saved_tensors
+from qsparseprop.ops import in_memory, saved_tensors
 
 
 def result(pending: Pending, dtype: torch.dtype) -> Tensor:
@@ -62,15 +63,7 @@ def gradient_rows(gradient: Tensor, layout: Any, dtype: torch.dtype) -> Tensor:
     """The rows of a gradient."""
     if type(gradient) is DeferredTensor:
         gradient = gradient._pending.plain()
-    return layout.rows(_in_memory(gradient, "the gradient of the output").to(dtype))
-
-
-def _in_memory(tensor: Tensor, name: str) -> Tensor:
-    """A tensor that comes from outside, without a history, as the kernels can read it."""
-    check_storage(tensor, name)
-    tensor = tensor.detach()
-    # views with the negative bit, subclasses, and tensors that only say that they are zero
-    return tensor if are_plain(tensor) else tensor.clone().as_subclass(Tensor)
+    return layout.rows(in_memory(gradient, "the gradient of the output").detach().to(dtype))
 
 
 def _deferred(pending: PendingGradient, dtype: torch.dtype) -> Tensor:
@@ -93,8 +86,8 @@ def _normalise(
     pending: Pending, weight: Tensor | None, bias: Tensor | None, norm: Normalisation, save: bool
 ) -> tuple[Pending, Codes | None, Tensor]:
     rows = pending.settled()
-    affine, ends, statistics = passes.statistics(rows, weight, bias, norm.running_mean, norm.running_var, norm.momentum,
-                                                 norm.eps, norm.training, save)
+    affine, ends, statistics = ops.norm_statistics(rows, weight, bias, norm.running_mean, norm.running_var,
+                                                   norm.momentum, norm.eps, norm.training, save)  # fmt: skip
     scale, shift, *others = affine.unbind()
     codes = None
     if save:
@@ -130,7 +123,7 @@ class _BatchNorm(torch.autograd.Function):
             else:
                 behind, rows = None, gradient_rows(dy, ctx.layout, ctx.dtype)
             sums = passes.sums(rows, codes, saved, activation)
-            factor, ranges, gradients = passes.factors(sums, statistics, weight, len(rows), ctx.batch_statistics)
+            factor, ranges, gradients = ops.norm_factors(sums, statistics, weight, len(rows), ctx.batch_statistics)
             dweight, dbias, total = gradients.unbind()
         need, dx = ctx.needs_input_grad, None
         if need[0]:
@@ -255,7 +248,7 @@ def _add(pending: Pending, other: Tensor) -> Pending:
             rows = pending.layout.rows(layout.view(rows))
     else:
         other = other._pending.plain() if type(other) is DeferredTensor else other
-        rows = pending.layout.rows(_in_memory(other, "what is added"))
+        rows = pending.layout.rows(in_memory(other, "what is added").detach())
     return pending.plus(rows)
 
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qsparseprop.geometry import Geometry
+from qsparseprop.layout.geometry import Geometry
 from qsparseprop.nn.deferred import passes
+from qsparseprop.ops import Packed, Scheme
 from qsparseprop.quantization import QuantConfig
 
 
@@ -27,8 +28,6 @@ class PackedSource(NamedTuple):
     ranges : Tensor
         Of `passes.pack`; they give the same scales as the first time.
     activation : Activation
-    images : tuple of int
-        (images, channels, height, width).
     """
 
     codes: Tensor
@@ -36,7 +35,6 @@ class PackedSource(NamedTuple):
     shift: Tensor
     ranges: Tensor
     activation: passes.Activation
-    images: tuple[int, ...]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -45,13 +43,14 @@ class PackedSource(NamedTuple):
 
     @property
     def rest(self) -> tuple[Any, ...]:
-        """The others."""
+        """The other."""
         return self[4:]
 
-    def pack(self, geometry: Geometry, qconfig: QuantConfig) -> tuple[Tensor, ...]:
-        """Planes, scale and zero point."""
+    def pack(self, geometry: Geometry, qconfig: QuantConfig) -> Packed:
+        """The packed form of what the codes stand for."""
         affine = passes.Affine(self.scale, self.shift)
-        return passes.pack_codes(self.codes, affine, self.activation, self.images, self.ranges, geometry, qconfig)
+        return passes.pack(self.codes, affine, self.activation, passes.NOTHING_KEPT, self.ranges, geometry, qconfig,
+                           False)[1]  # fmt: skip
 
 
 @dataclass
@@ -60,35 +59,25 @@ class PackedInput:
 
     Attributes
     ----------
-    planes, scale, zero_point : Tensor
+    parts : Packed
         Of `ops.quantize_pack`.
     geometry : Geometry
         Of the layer that it was packed for.
-    scheme, granularity : str
+    scheme : Scheme
         How it was quantised.
     source : PackedSource, optional
         Kept for the backward pass in place of the planes.
     """
 
-    planes: Tensor
-    scale: Tensor
-    zero_point: Tensor
+    parts: Packed
     geometry: Geometry
-    scheme: str
-    granularity: str
+    scheme: Scheme
     source: PackedSource | None = None
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Planes, scale and zero point."""
-        return self.planes, self.scale, self.zero_point
 
     def fits(self, geometry: Geometry, qconfig: QuantConfig) -> bool:
         """Whether a layer can read it."""
-        own = self.geometry
-        same = own is geometry or (own.input_grid == geometry.input_grid and own.input_views == geometry.input_views)
-        return (same and self.scheme == qconfig.input and self.granularity == qconfig.granularity
-                and qconfig.grad_weight == "int8")  # fmt: skip
+        same = self.geometry is geometry or self.geometry.input_layout == geometry.input_layout
+        return same and self.scheme == qconfig.input_scheme and qconfig.grad_weight == "int8"
 
 
 def packs_input(qconfig: QuantConfig, geometry: Geometry) -> bool:

@@ -6,58 +6,22 @@ autograd has saved already are filled, not returned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 from torch import Tensor
 
-from qsparseprop import epilogue_ops, norm_ops  # noqa: F401 -- the latter registers operators
-from qsparseprop.geometry import Geometry
-from qsparseprop.nn.functional import gradient_packing, output_packing
-from qsparseprop.ops import shortcut
+from qsparseprop import ops
+from qsparseprop.layout.geometry import Geometry
+from qsparseprop.nn._passes import common_range
+from qsparseprop.ops import Activation, Affine, Kept, Packed
 from qsparseprop.quantization import QuantConfig
 
-
-class Activation(NamedTuple):
-    """An activation as the kernels know it, see `qsparseprop.epilogue_ops`."""
-
-    name: str
-    options: tuple[float, ...] = ()
-
-
 IDENTITY = Activation("identity")
-
-
-class Affine(NamedTuple):
-    """``x * scale + shift`` for each channel, float32, (channels,)."""
-
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-
-
 NO_AFFINE = Affine()
+NOTHING_KEPT = Kept()
 
 
 def saved_like(rows: Tensor, activation: Activation) -> Tensor | None:
     """A buffer for what the activation's gradient needs, not filled."""
-    return epilogue_ops.saved_like(rows, activation.name)
-
-
-def statistics(
-    rows: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, momentum: float, eps: float, training: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of a batch normalisation, see `norm_ops.norm_statistics`; running statistics are updated."""
-    return shortcut("norm_statistics", rows, weight, bias, running_mean, running_var)(
-        rows, weight, bias, running_mean, running_var, momentum, eps, training, save
-    )
-
-
-def factors(
-    sums: Tensor, statistics: Tensor, weight: Tensor | None, count: int, batch_statistics: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of its gradient, see `norm_ops.norm_factors`."""
-    return shortcut("norm_factors", sums, statistics, weight)(sums, statistics, weight, count, batch_statistics)
+    return ops.saved_like(rows, activation.name)
 
 
 def apply(
@@ -65,81 +29,53 @@ def apply(
     residual: Tensor | None,
     affine: Affine,
     activation: Activation,
-    coding: Affine = NO_AFFINE,
-    codes: Tensor | None = None,
-    saved: Tensor | None = None,
+    kept: Kept = NOTHING_KEPT,
 ) -> Tensor:
-    """``activation(affine(rows) + residual)``, see `epilogue_ops.epilogue`.
-
-    `codes`, which take the rows in 8 bits by `coding`, and `saved` are filled where they are given.
-    """
-    return shortcut("epilogue", rows, residual)(rows, residual, *affine, *activation, *coding, codes, saved)
+    """``activation(affine(rows) + residual)``, see `ops.epilogue`; what is kept is filled."""
+    return ops.epilogue(rows, residual, *affine, *activation, *kept)
 
 
 def output_range(rows: Tensor, affine: Affine, activation: Activation, ends: Tensor | None) -> Tensor:
     """Bounds of every channel of the result, (channels, 2); `ends` are those before the activation, if known."""
     if ends is None:
-        return shortcut("epilogue_range")(rows, None, *affine, *activation)
-    return shortcut("activation_range")(ends, *activation)
+        return ops.epilogue_range(rows, None, *affine, *activation)
+    return ops.activation_range(ends, *activation)
 
 
 def pack(
-    rows: Tensor,
-    affine: Affine,
-    activation: Activation,
-    coding: Affine,
-    codes: Tensor | None,
-    saved: Tensor | None,
-    images: Sequence[int],
-    ranges: Tensor,
-    geometry: Geometry,
-    qconfig: QuantConfig,
-    keep: bool,
-) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
-    """`apply`, quantised and packed on the way: the result if it is wanted, and planes, scale, zero point."""
-    packing = output_packing(ranges, images[0], geometry, qconfig)
-    out, *packed = shortcut("epilogue_pack", rows)(rows, None, *affine, *activation, *coding, codes, saved, images,
-                                                   *packing, keep)  # fmt: skip
-    return out if keep else None, tuple(packed)
+    rows: Tensor, affine: Affine, activation: Activation, kept: Kept, ranges: Tensor, geometry: Geometry,
+    qconfig: QuantConfig, keep: bool
+) -> tuple[Tensor | None, Packed]:  # fmt: skip
+    """`apply`, quantised and packed on the way: the result if it is wanted, and its packed form.
 
-
-def pack_codes(
-    codes: Tensor, affine: Affine, activation: Activation, images: Sequence[int], ranges: Tensor, geometry: Geometry,
-    qconfig: QuantConfig
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The packed form of what codes stand for."""
-    return pack(codes, affine, activation, NO_AFFINE, None, None, images, ranges, geometry, qconfig, False)[1]
+    `ranges` (channels, 2) are the least and the greatest element of each channel.
+    """
+    scheme = qconfig.input_scheme
+    return ops.epilogue_pack(rows, None, affine, activation, kept, common_range(ranges, scheme), geometry.input_layout,
+                             scheme, keep)  # fmt: skip
 
 
 def sums(dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: Activation) -> Tensor:
-    """Of each channel the sums of g and g * code and the greatest magnitude of g, see `epilogue_ops.epilogue_sums`."""
-    return shortcut("epilogue_sums", dy, codes, saved)(dy, codes, saved, *activation)
+    """Of each channel the sums of g and g * code and the greatest magnitude of g, see `ops.epilogue_sums`."""
+    return ops.epilogue_sums(dy, codes, saved, *activation)
 
 
 def gradient(
     dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: Activation, factor: Tensor | None
 ) -> Tensor:
-    """See `epilogue_ops.epilogue_grad`."""
-    return shortcut("epilogue_grad", dy, codes, saved)(dy, codes, saved, *activation, factor, False)[0]
+    """See `ops.epilogue_grad`."""
+    return ops.epilogue_grad(dy, codes, saved, *activation, factor, False)[0]
 
 
 def gradient_pack(
-    dy: Tensor,
-    codes: Tensor | None,
-    saved: Tensor | None,
-    activation: Activation,
-    factor: Tensor | None,
-    want_g: bool,
-    images: Sequence[int],
-    ranges: Tensor,
-    geometry: Geometry,
-    qconfig: QuantConfig,
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """`gradient`, packed: planes, scale and zero point; and g where it is wanted.
+    dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: Activation, factor: Tensor | None,
+    ranges: Tensor, geometry: Geometry, qconfig: QuantConfig, want_g: bool
+) -> tuple[Packed, Tensor | None]:  # fmt: skip
+    """`gradient`, packed; and g where it is wanted.
 
     `ranges` (channels, 2) are bounds of its elements, of the same magnitude below and above.
     """
-    packing = gradient_packing(ranges, images[0], geometry, qconfig)
-    *packed, g = shortcut("epilogue_grad_pack", dy, codes, saved)(dy, codes, saved, *activation, factor, want_g, images,
-                                                                  *packing)
-    return tuple(packed), g if want_g else None
+    scheme = qconfig.grad_scheme
+    seed = ops.draw_seed() if scheme.random else None
+    return ops.epilogue_grad_pack(dy, codes, saved, activation, factor, common_range(ranges, scheme),
+                                  geometry.output_layout, scheme, seed, want_g)  # fmt: skip

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparseprop import epilogue_ops
+from qsparseprop import ops
 from qsparseprop._torch_compat import watcher
-from qsparseprop.geometry import Geometry
+from qsparseprop.layout.geometry import Geometry
 from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_input
-from qsparseprop.nn.deferred.passes import IDENTITY, NO_AFFINE, Activation, Affine
+from qsparseprop.nn.deferred.passes import IDENTITY, NO_AFFINE, Activation, Affine, Kept
 from qsparseprop.nn.deferred.usage import Operation, Usage
 from qsparseprop.quantization import QuantConfig
 
@@ -30,7 +30,7 @@ class Codes:
     codes : Tensor
         uint8, (rows, channels).
     coding : Affine
-        What makes codes of the input, see `epilogue_ops.epilogue`.
+        What makes codes of the input, see `ops.epilogue`.
     decoding : Affine
         What makes the normalised input of codes.
     """
@@ -40,7 +40,7 @@ class Codes:
     def __init__(self, rows: Tensor, coding: Affine, decoding: Affine) -> None:
         self._rows: Tensor | None = rows
         self.coding, self.decoding = coding, decoding
-        self.codes = epilogue_ops.codes_like(rows)
+        self.codes = ops.codes_like(rows)
 
     @property
     def wanted(self) -> Tensor | None:
@@ -54,7 +54,7 @@ class Codes:
     def fill(self) -> None:
         """Fill it now if nobody has."""
         if self._rows is not None:
-            passes.apply(self._rows, None, NO_AFFINE, IDENTITY, self.coding, self.codes)
+            passes.apply(self._rows, None, NO_AFFINE, IDENTITY, Kept(*self.coding, self.codes))
             self.filled()
 
 
@@ -80,7 +80,7 @@ class Slopes:
         """Fill it now if nobody has."""
         if self._source is not None:
             rows, affine, activation = self._source
-            passes.apply(rows, None, affine, activation, saved=self.saved)
+            passes.apply(rows, None, affine, activation, Kept(saved=self.saved))
             self.filled()
 
 
@@ -188,15 +188,15 @@ class Pending:
 
     # ---- computing ----
 
-    def _buffers(self) -> tuple[Affine, Tensor | None, Tensor | None]:
-        """What is to be filled on the way: by which map codes are made, the codes, and what the activation saves."""
+    def _buffers(self) -> Kept:
+        """What is to be filled on the way."""
         codes = None if self._codes is None else self._codes.wanted
         saved = None if self._slopes is None else self._slopes.wanted
-        return NO_AFFINE if codes is None else self._codes.coding, codes, saved
+        return Kept(*(NO_AFFINE if codes is None else self._codes.coding), codes, saved)
 
     def _apply(self, residual: Tensor | None = None) -> Tensor:
         with self._mode():
-            rows = passes.apply(self._rows, residual, self._affine, self._activation, *self._buffers())
+            rows = passes.apply(self._rows, residual, self._affine, self._activation, self._buffers())
         self._filled()
         return rows
 
@@ -231,7 +231,7 @@ class Pending:
 
     def keep_packed(self, packed: PackedInput) -> None:
         """Remember the packed form for others who take the same values."""
-        if self.open and not self._borrowed and not packed.planes.is_inference():  # autograd saves them
+        if self.open and not self._borrowed and not packed.parts.planes.is_inference():  # autograd saves them
             self.packed = packed
 
     def compute(self) -> None:
@@ -274,10 +274,10 @@ class Pending:
             # a layer may take it in inference mode, and then another one whose node saves it
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
                 ranges = passes.output_range(self._rows, self._affine, self._activation, self._ends)
-                rows, packed = passes.pack(self._rows, self._affine, self._activation, *self._buffers(),
-                                           self.layout.images, ranges, geometry, qconfig, self.usage.keeps_values)
+                rows, packed = passes.pack(self._rows, self._affine, self._activation, self._buffers(), ranges,
+                                           geometry, qconfig, self.usage.keeps_values)  # fmt: skip
             self._filled()
-            self.packed = PackedInput(*packed, geometry, qconfig.input, qconfig.granularity, self._source(ranges))
+            self.packed = PackedInput(packed, geometry, qconfig.input_scheme, self._source(ranges))
             if rows is not None:
                 self._become(rows)
             return self.packed
@@ -286,7 +286,7 @@ class Pending:
         if self._of_codes is None:
             return None
         codes, activation = self._of_codes
-        return PackedSource(codes.codes, *codes.decoding, ranges, activation, self.layout.images)
+        return PackedSource(codes.codes, *codes.decoding, ranges, activation)
 
     def images(self) -> Tensor:
         """The values as channels_last images, for reading, while it is `open`."""

@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qsparseprop.geometry import Geometry, embedded
+from qsparseprop import ops
+from qsparseprop.layout.geometry import Geometry, embedded
+from qsparseprop.layout.plan import Plan
+from qsparseprop.nn._passes import as_dtype, backward_pass, check_finite, forward_pass, value_gradient
+from qsparseprop.nn._values import plain
 from qsparseprop.nn.deferred import conditions
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.nodes import gradient_of, gradient_rows
@@ -19,22 +23,14 @@ from qsparseprop.nn.deferred.pending import Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor, pending_of
 from qsparseprop.nn.deferred.usage import Usage
 from qsparseprop.nn.functional import (
-    _as_dtype,
-    backward_pass,
     block_gradients,
-    check_finite,
     direct_apply,
-    forward_pass,
     link_to_inputs,
-    packed_backward_pass,
-    packed_forward_pass,
     records_gradients,
     refuse_forward_mode,
-    value_gradient,
     without_graph,
 )
 from qsparseprop.ops import is_channels_last, saved_tensors
-from qsparseprop.pattern import Plan
 from qsparseprop.quantization import QuantConfig
 
 if TYPE_CHECKING:
@@ -60,7 +56,7 @@ class _Call:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
-        z, kept, rest = _multiply(x, values, bias, call)
+        z, kept, rest = _compute(x, values, bias, call)
         wanted = ctx.needs_input_grad[1]
         link = link_to_inputs()
         ctx.save_for_backward(link, values, *(kept if wanted else ()))
@@ -88,7 +84,7 @@ class _Product(torch.autograd.Function):
 _apply = direct_apply(_Product)
 
 
-def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, tuple[Any, ...], Any]:
+def _compute(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, tuple[Any, ...], Any]:
     """The product as images; tensors and the rest of what its backward pass needs of the input."""
     plan, qconfig, packed = call.plan, call.qconfig, call.packed
     channels_last = call.layout.by_rows or not call.plain_result
@@ -96,14 +92,16 @@ def _multiply(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tu
         if call.plain is not None:
             check_finite(call.plain, "the input")
         check_finite(values, "the weight")
+    values, bias = ops.in_memory(plain(values), "the weight"), ops.in_memory(bias, "the bias")
     if packed is None:
-        z, *parts = forward_pass(call.plain, values, bias, plan, qconfig, call.dtype, channels_last)
+        images = ops.in_memory(call.plain, "the input")
+        z, parts = forward_pass(images, values, bias, plan, qconfig, call.dtype, channels_last)
         if qconfig.grad_weight == "int8" and (pending := pending_of(x)) is not None:
-            pending.keep_packed(PackedInput(*parts, plan.geometry, qconfig.input, qconfig.granularity))
-        kept, rest = tuple(parts), None
+            pending.keep_packed(PackedInput(parts, plan.geometry, qconfig.input_scheme))
+        kept, rest = parts, None
     else:
-        z = packed_forward_pass(packed.parts, call.images[0], values, bias, plan, qconfig, call.dtype,
-                                channels_last)
+        z = ops.empty_result(plan.forward, call.images[0], call.dtype, channels_last)
+        ops.multiply(packed.parts, values, plan.forward, z, bias, qconfig.weight_clip(values, plan.entries))
         kept, rest = packed.parts, None
         if packed.source is not None:
             kept, rest = packed.source.tensors, packed.source.rest
@@ -128,9 +126,9 @@ def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Tensor]) -> tupl
         pending = None
     if need[0] or need[1]:
         if not kept:
-            packed: tuple[Tensor | None, ...] = (None, None, None)
+            packed = None
         elif ctx.rest is None:
-            packed = tuple(kept)
+            packed = ops.Packed(*kept)
         else:
             packed = PackedSource(*kept, *ctx.rest).pack(plan.geometry, qconfig)
     if pending is None:
@@ -138,8 +136,8 @@ def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Tensor]) -> tupl
         if qconfig.check_finite:
             check_finite(rows, "the gradient of the output")
         if need[0] or need[1]:
-            dx, dvalues, dbias = backward_pass(layout.image_view(rows), values, packed, plan, qconfig, ctx.images,
-                                               need[:3], ctx.x_dtype, ctx.channels_last)
+            dx, dvalues, dbias = backward_pass(layout.image_view(rows), values, packed, plan, qconfig, need[:3],
+                                               ctx.x_dtype, ctx.channels_last)  # fmt: skip
         else:
             dbias = rows.sum(0, dtype=torch.float32)
     else:
@@ -147,12 +145,13 @@ def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Tensor]) -> tupl
         if need[2]:  # a copy, for the bias to keep
             dbias = total.clone(memory_format=torch.contiguous_format)
         if need[0] or need[1]:
-            dx, dvalues = packed_backward_pass(gradient, values, packed, plan, qconfig, ctx.images, layout.images,
-                                               need[:2], ctx.x_dtype, ctx.channels_last)
+            dx, dvalues = ops.packed_backward(gradient, plain(values), packed, plan, ctx.images[0],
+                                              qconfig.weight_clip(values, plan.entries), need[:2], ctx.x_dtype,
+                                              ctx.channels_last)  # fmt: skip
     return (
         dx.view(ctx.x_shape) if need[0] else None,
         value_gradient(dvalues, values) if need[1] else None,
-        _as_dtype(dbias, ctx.bias_dtype) if need[2] else None,
+        as_dtype(dbias, ctx.bias_dtype) if need[2] else None,
     )  # fmt: skip
 
 
@@ -212,9 +211,9 @@ def deferred_product(
         qconfig = layer._qconfig
         packed, plain, geometry, channels_last = _prepare(x, images, geometry, qconfig)
         usage.fed = packed is not None
+        weight, _, bias = layer._operands()
         call = _Call(layer._plan(geometry, groups), qconfig, dtype, out, images, usage, packed, plain, channels_last,
                      plain_result)
-        weight, bias = layer.weight, layer.bias
         if trains and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             return _apply(x, weight, bias, call)[0]
-        return _start(_multiply(x, weight, bias, call)[0], call)
+        return _start(_compute(x, weight, bias, call)[0], call)

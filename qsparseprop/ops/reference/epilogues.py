@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop.reference.masks import bits, words
+from qsparseprop._kernels._plan import PlaneLayout
+from qsparseprop._kernels._statistics import Scheme
+from qsparseprop.ops.epilogues import Activation, Affine, Kept
+from qsparseprop.ops.products import Packed
+from qsparseprop.ops.reference.masks import bits, words
+from qsparseprop.ops.reference.products import pack_codes
 
 
 def _exp_minus(t: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def epilogue(
     codes: Tensor | None,
     saved: Tensor | None,
 ) -> Tensor:
-    """See `qsparseprop.epilogue_ops.epilogue`."""
+    """See `qsparseprop.ops.epilogue`."""
     if codes is not None:
         codes.copy_((x.to(torch.float32) * code_scale + code_shift).round().clamp(-128, 127) + 128)
     y, kept = _activate(_before(x, residual, scale, shift), activation, options)
@@ -93,7 +98,7 @@ def epilogue(
 
 
 def activation_range(ranges: Tensor, activation: str, options: Sequence[float]) -> Tensor:
-    """See `qsparseprop.epilogue_ops.activation_range`: in float64, where it is least by itself."""
+    """See `qsparseprop.ops.activation_range`: in float64, where it is least by itself."""
     least_at = {"silu": -1.2784645, "hardswish": -1.5, "gelu": -0.7517916, "gelu_tanh": -0.7524614}
     at = torch.tensor(0.0 if activation == "leaky_relu" and options[0] < 0 else least_at.get(activation, -torch.inf))
     low, high = ranges.double().unbind(1)
@@ -111,7 +116,7 @@ def epilogue_range(
     activation: str,
     options: Sequence[float],
 ) -> Tensor:
-    """See `qsparseprop.epilogue_ops.epilogue_range`."""
+    """See `qsparseprop.ops.epilogue_range`."""
     before = _before(x, residual, scale, shift)
     if activation == "clamp":
         before = before.clamp(*options)
@@ -133,7 +138,7 @@ def _gradient(dy: Tensor, saved: Tensor | None, activation: str, options: Sequen
 def epilogue_sums(
     dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: str, options: Sequence[float]
 ) -> Tensor:
-    """See `qsparseprop.epilogue_ops.epilogue_sums`."""
+    """See `qsparseprop.ops.epilogue_sums`."""
     g = _gradient(dy, saved, activation, options).to(torch.float64)
     dot = torch.zeros(g.shape[1], dtype=torch.float64) if codes is None else (g * codes).sum(0)
     most = torch.where(g.isfinite().all(0), g.abs().amax(0), torch.nan)
@@ -149,9 +154,49 @@ def epilogue_grad(
     factor: Tensor | None,
     want_g: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `qsparseprop.epilogue_ops.epilogue_grad`."""
+    """See `qsparseprop.ops.epilogue_grad`."""
     g = _gradient(dy, saved, activation, options)
     dx = g
     if factor is not None:
         dx = g * factor[0] + (factor[2] if codes is None else codes.to(torch.float32) * factor[1] + factor[2])
     return dx.to(dy.dtype), g.to(dy.dtype) if want_g else dy.new_empty(0)
+
+
+def _images(rows: Tensor, layout: PlaneLayout) -> Tensor:
+    """Rows of channels as the images whose pixels they are."""
+    return rows.view(-1, *layout.image, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def epilogue_pack(
+    x: Tensor,
+    residual: Tensor | None,
+    affine: Affine,
+    activation: Activation,
+    kept: Kept,
+    ranges: Tensor,
+    layout: PlaneLayout,
+    scheme: Scheme,
+    keep: bool,
+) -> tuple[Tensor | None, Packed]:
+    """See `qsparseprop.ops.epilogue_pack`."""
+    y = epilogue(x, residual, *affine, *activation, *kept)
+    exact, _ = _activate(_before(x, residual, *affine), *activation)
+    return y if keep else None, pack_codes(_images(exact, layout), layout, scheme, None, ranges)
+
+
+def epilogue_grad_pack(
+    dy: Tensor,
+    codes: Tensor | None,
+    saved: Tensor | None,
+    activation: Activation,
+    factor: Tensor | None,
+    ranges: Tensor,
+    layout: PlaneLayout,
+    scheme: Scheme,
+    seed: Tensor | None,
+    want_g: bool,
+) -> tuple[Packed, Tensor | None]:
+    """See `qsparseprop.ops.epilogue_grad_pack`."""
+    _, g = epilogue_grad(dy, codes, saved, *activation, factor, want_g)
+    exact, _ = epilogue_grad(dy.to(torch.float32), codes, saved, *activation, factor, False)
+    return pack_codes(_images(exact, layout), layout, scheme, seed, ranges), g if want_g else None

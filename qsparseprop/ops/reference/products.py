@@ -7,7 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop.reference.quantization import mix_seed, quantize_values, symmetric_scale
+from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._statistics import Scheme
+from qsparseprop.ops.products import Packed, Weights
+from qsparseprop.ops.reference.quantization import quantize_values
+from qsparseprop.ops.schemes import seed_bits, symmetric_scale
 
 
 def _lanes(grid: Sequence[int], view: Sequence[int], images: int) -> Tensor:
@@ -44,37 +48,38 @@ def _gap_zeros(zero_point: Tensor, grid: Sequence[int], images: int, lanes: int)
     return zero_point[torch.where(lane < -(-images // grid[0]) * block, owner, planes - 1)]
 
 
-def quantize_pack(
-    x: Tensor,
-    grid: Sequence[int],
-    views: Sequence[int],
-    lanes: int,
-    scheme: str,
-    seed: Tensor | None,
-    per_channel: bool = False,
-    options: Sequence[float] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
     """See `qsparseprop.ops.quantize_pack`."""
-    x = x.to(torch.float32)
-    bits = 0 if seed is None else mix_seed(int(seed))
+    return pack_codes(x.to(torch.float32), layout, scheme, seed)
+
+
+def pack_codes(
+    x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None, ranges: Tensor | None = None
+) -> Packed:
+    """`quantize_pack` of float32 values; `ranges` (channels or 1, 2) are bounds in place of their own."""
+    grid, lanes, bits = layout.numbers, layout.lanes(len(x)), seed_bits(scheme.name, seed)
     index = torch.arange(x.numel()).reshape(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-    parts = list(zip(x.split(1, 1), index.split(1, 1), strict=True)) if per_channel else [(x, index)]
-    codes, scales, zeros = zip(*(quantize_values(part, scheme, bits, numbers, options) for part, numbers in parts),
-                               strict=True)
-    repeats = grid[4] // len(parts) if per_channel else 1
+    parts = [(x, index)]
+    if scheme.per_channel:
+        parts = list(zip(x.split(1, 1), index.split(1, 1), strict=True))
+    bounds = [None] * len(parts) if ranges is None else ranges
+    quantized = [quantize_values(part, scheme.name, bits, numbers, scheme.options, bounds=ends)
+                 for (part, numbers), ends in zip(parts, bounds, strict=True)]  # fmt: skip
+    codes, scales, zeros = zip(*quantized, strict=True)
+    repeats = grid[4] // len(parts) if scheme.per_channel else 1
     scale = torch.stack(scales).repeat(repeats)
     zero_point = torch.tensor(zeros, dtype=torch.int32).repeat(repeats)
     planes = _gap_zeros(zero_point.expand(grid[4]), grid, x.shape[0], lanes).to(torch.uint8)
-    if per_channel or torch.isfinite(scale).all():
-        _fill(planes, torch.cat(codes, 1), grid, views)
-    return planes, scale, zero_point
+    if scheme.per_channel or torch.isfinite(scale).all():
+        _fill(planes, torch.cat(codes, 1), grid, layout.views)
+    return Packed(planes, scale, zero_point)
 
 
-def pack(x: Tensor, grid: Sequence[int], views: Sequence[int], lanes: int) -> Tensor:
+def pack(x: Tensor, layout: PlaneLayout) -> Packed:
     """See `qsparseprop.ops.pack`."""
-    planes = torch.zeros(lanes, dtype=torch.float32)
-    _fill(planes, x.to(torch.float32), grid, views)
-    return planes
+    planes = torch.zeros(layout.lanes(len(x)), dtype=torch.float32)
+    _fill(planes, x.to(torch.float32), layout.numbers, layout.views)
+    return Packed(planes)
 
 
 def _slot_rows(group_ptr: Tensor) -> Tensor:
@@ -83,17 +88,14 @@ def _slot_rows(group_ptr: Tensor) -> Tensor:
 
 def quantize_weight(
     values: Tensor,
-    index: Tensor,
-    group_ptr: Tensor,
-    plane: Tensor | None = None,
+    rows: GatherList,
     factor: Tensor | None = None,
     zero_point: Tensor | None = None,
     clip: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Weights:
     """See `qsparseprop.ops.quantize_weight`."""
-    rows = group_ptr.numel() - 1
-    row = _slot_rows(group_ptr)
-    slots = torch.cat([values, values.new_zeros(1)])[index.to(torch.int64)]
+    row, plane = _slot_rows(rows.group_ptr), rows.plane
+    slots = gather_weight(values, rows).slots
     common = torch.ones(())
     if factor is not None and factor.numel() == 1:
         common = factor
@@ -103,7 +105,7 @@ def quantize_weight(
         exponent = exponent.clamp(-126, 126)
         common = torch.ldexp(common, exponent)
         slots = slots * (factor * torch.ldexp(torch.ones(()), -exponent))[plane.to(torch.int64)]
-    absmax = torch.zeros(rows).scatter_reduce(0, row, slots.abs(), "amax")
+    absmax = torch.zeros(rows.rows).scatter_reduce(0, row, slots.abs(), "amax")
     if clip is not None and not 0 < clip < torch.inf:
         clip = None
     scale = symmetric_scale(absmax if clip is None else torch.where(torch.isfinite(absmax), clip, absmax), 127)
@@ -114,45 +116,45 @@ def quantize_weight(
     if zero_point is not None:
         zeros = zero_point.to(torch.int64)
         zeros = zeros if zeros.numel() == 1 else zeros[plane.to(torch.int64)]
-    total = torch.zeros(rows, dtype=torch.int64).index_add(0, row, codes.to(torch.int64) * zeros)
-    return codes.to(torch.int8), scale * common, total
+    total = torch.zeros(rows.rows, dtype=torch.int64).index_add(0, row, codes.to(torch.int64) * zeros)
+    return Weights(codes.to(torch.int8), scale * common, total)
+
+
+def gather_weight(values: Tensor, rows: GatherList) -> Weights:
+    """See `qsparseprop.ops.gather_weight`."""
+    return Weights(torch.cat([values, values.new_zeros(1)])[rows.index.to(torch.int64)])
 
 
 def spmm(
-    planes: Tensor,
-    weights: Tensor,
-    group_ptr: Tensor,
-    offset: Tensor,
-    scale: Tensor | None,
-    total: Tensor | None,
-    x_scale: Tensor | None,
-    x_zero_point: Tensor | None,
-    bias: Tensor | None,
-    grid: Sequence[int],
-    views: Sequence[int],
-    shape: Sequence[int],
-    channels_last: bool,
-    zeros: bool,
+    operand: Packed,
+    weights: Weights,
+    rows: GatherList,
+    images: int,
+    bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
     limits: Sequence[float] = (),
 ) -> Tensor:
     """See `qsparseprop.ops.spmm`."""
+    planes, x_scale, x_zero_point = operand
+    slots, scale, total = weights
+    grid, views, shape = rows.source.numbers, rows.target.views, rows.target.shape(images)
     codes = planes.dtype == torch.uint8
-    images, channels = shape[:2]
+    channels = shape[1]
     out = torch.zeros(tuple(shape), dtype=torch.float32)
-    row, offset = _slot_rows(group_ptr), offset.to(torch.int64)
+    row, offset = _slot_rows(rows.group_ptr), rows.offset.to(torch.int64)
     for view, (ys, xs) in _views(views):
         lanes = _lanes(grid, view, images)
         sums = torch.zeros(channels, lanes.numel(), dtype=torch.int64 if codes else torch.float32)
         for slot in ((row >= view[0]) & (row < view[0] + channels)).nonzero().squeeze(1).split(256):
             x = planes[offset[slot][:, None] + lanes.reshape(1, -1)].to(sums.dtype)
-            sums.index_add_(0, row[slot] - view[0], x * weights[slot].to(sums.dtype)[:, None])
-        rows = slice(view[0], view[0] + channels)
+            sums.index_add_(0, row[slot] - view[0], x * slots[slot].to(sums.dtype)[:, None])
+        own = slice(view[0], view[0] + channels)
         if codes:
-            sums -= total[rows][:, None] * (1 if x_zero_point is None else x_zero_point.to(torch.int64))
-            sums = sums.to(torch.float32) * (scale[rows] * (1 if x_scale is None else x_scale))[:, None]
+            sums -= total[own][:, None] * (1 if x_zero_point is None else x_zero_point.to(torch.int64))
+            sums = sums.to(torch.float32) * (scale[own] * (1 if x_scale is None else x_scale))[:, None]
         if bias is not None:
-            sums += bias[rows][:, None]
+            sums += bias[own][:, None]
         if limits:
             sums = sums.clamp(*limits)
         out[:, :, ys, xs] = sums.reshape(channels, *lanes.shape).transpose(0, 1)
@@ -160,38 +162,54 @@ def spmm(
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
 
-def sddmm(
-    planes: Tensor,
-    dy: Tensor,
-    group_ptr: Tensor,
-    offset: Tensor,
-    index: Tensor,
-    plane: Tensor,
-    x_scale: Tensor | None,
-    x_zero_point: Tensor | None,
-    dy_scale: Tensor | None,
-    grid: Sequence[int],
-    dy_grid: Sequence[int],
-    views: Sequence[int],
-    shape: Sequence[int],
-    nonzeros: int,
+def multiply(
+    operand: Packed,
+    values: Tensor,
+    rows: GatherList,
+    out: Tensor,
+    bias: Tensor | None = None,
+    clip: Tensor | None = None,
+    limits: Sequence[float] = (),
 ) -> Tensor:
+    """See `qsparseprop.ops.multiply`."""
+    values = values.to(torch.float32)
+    if operand.scale is None:
+        weights = gather_weight(values, rows)
+    elif operand.scale.numel() == 1:
+        weights = quantize_weight(values, rows, clip=clip)
+    else:
+        weights, operand = quantize_weight(values, rows, *operand[1:], clip), Packed(operand.planes)
+    bias = None if bias is None else bias.to(torch.float32)
+    return out.copy_(spmm(operand, weights, rows, len(out), bias, out.dtype, False, limits).view(out.shape))
+
+
+def _whole_view(layout: PlaneLayout) -> Sequence[int]:
+    """All lanes of the planes as one view: slices lie on the same planes with gaps of zeros between them."""
+    plane, channels, origin, rows, cols = layout.views[:5]
+    if len(layout.views) > 9:
+        rows = (layout.views[-7] - origin) // layout.numbers[2] + layout.views[-6]
+    return plane, channels, origin, rows, cols
+
+
+def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonzeros: int) -> Tensor:
     """See `qsparseprop.ops.sddmm`."""
+    planes, dy = operand.planes, gradient.planes
+    grid, dy_grid, view = rows.source.numbers, rows.target.numbers, _whole_view(rows.target)
     codes = planes.dtype == torch.uint8
     out = torch.zeros(nonzeros, dtype=torch.float32)
-    ((view, _),) = _views(views)
-    x_lanes = _lanes(grid, view, shape[0]).reshape(1, -1)
-    dy_lanes = _lanes(dy_grid, view, shape[0]).reshape(1, -1) + dy_grid[6]
+    x_lanes = _lanes(grid, view, images).reshape(1, -1)
+    dy_lanes = _lanes(dy_grid, view, images).reshape(1, -1) + dy_grid[6]
     wide = torch.int64 if codes else torch.float64
-    rows = group_ptr.numel() - 1
-    row, offset = _slot_rows(group_ptr), offset.to(torch.int64)
+    row, offset, index, plane = _slot_rows(rows.group_ptr), rows.offset.to(torch.int64), rows.index, rows.plane
     for slot in (index >= 0).nonzero().squeeze(1).split(256):
         g = dy[row[slot][:, None] * dy_grid[5] + dy_lanes].to(wide)
         x = planes[offset[slot][:, None] + x_lanes].to(wide)
         if codes:
-            zero, factor = (t.expand(grid[4])[plane[slot].to(torch.int64)] for t in (x_zero_point, x_scale))
+            of_slot = plane[slot].to(torch.int64)
+            zero, scale = (t.expand(grid[4])[of_slot] for t in (operand.zero_point, operand.scale))
+            scale = scale * gradient.scale.expand(rows.rows)[row[slot]]
             sums = ((g - 128) * (x - zero.to(wide)[:, None])).sum(1)
-            out[index[slot].to(torch.int64)] = sums.to(torch.float32) * (factor * dy_scale.expand(rows)[row[slot]])
+            out[index[slot].to(torch.int64)] = sums.to(torch.float32) * scale
         else:
             out[index[slot].to(torch.int64)] = (g * x).sum(1).to(torch.float32)
     return out

@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def transpose(x: Tensor, images: int, rows: int, columns: int) -> Tensor:
-    """See `qsparseprop.transpose_ops.transpose`."""
+    """See `qsparseprop.ops.transpose`."""
     return x.reshape(images, rows, columns).transpose(1, 2).contiguous()

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop import ops
 from qsparseprop._kernels import _quantize
 from qsparseprop._kernels._memory import empty
-from qsparseprop.reference import mix_seed
+from qsparseprop.ops._registration import operator
+from qsparseprop.ops.schemes import seed_bits
 
 
 def line_sizes(shape: Sequence[int], dim: int | None, group_size: int | None) -> tuple[int, int, int]:
@@ -41,7 +41,7 @@ def _scales(x: Tensor, dim: int | None, group_size: int | None) -> int:
     return channels or -(-x.numel() // group)
 
 
-@ops.operator(
+@operator(
     "quantize(Tensor x, str scheme, int bits, int? dim, int? group_size, bool around_zero, Tensor? seed, "
     "float[] options) -> (Tensor, Tensor, Tensor)",
     lambda x, scheme, bits, dim, group_size, around_zero, seed, options: (
@@ -69,8 +69,7 @@ def quantize(
     scale, zero_point : Tensor
         float32 and int32, one element for each group, element of `dim`, or one.
     """
-    if scheme in ops.RANDOM_SCHEMES and seed is None:
-        raise ValueError(f"the scheme {scheme!r} needs a seed")
+    bits_of_seed = seed_bits(scheme, seed)
     if scheme == "standard" and around_zero:
         raise ValueError("codes of the scheme 'standard' have a zero point and cannot be around zero")
     sizes = line_sizes(x.shape, dim, group_size)
@@ -80,11 +79,11 @@ def quantize(
     zero_point = torch.empty(scale.shape, dtype=torch.int32)
     if scale.numel():
         _quantize.quantize(x, codes, scale, zero_point, *sizes, scheme, bits, options,
-                           0 if seed is None else mix_seed(int(seed)), torch.get_num_threads())  # fmt: skip
+                           bits_of_seed, torch.get_num_threads())  # fmt: skip
     return codes, scale, zero_point
 
 
-@ops.operator(
+@operator(
     "dequantize(Tensor codes, Tensor scale, Tensor zero_point, int? dim, int? group_size, ScalarType dtype=float) "
     "-> Tensor",
     lambda codes, scale, zero_point, dim, group_size, dtype=torch.float32: codes.new_empty(codes.shape, dtype=dtype),

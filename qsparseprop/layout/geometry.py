@@ -22,8 +22,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from qsparseprop._kernels._plan import PlaneLayout
 
 #: Lanes that a kernel works on at a time.
 UNIT = 64
@@ -45,25 +46,6 @@ def _pitch(front: int, lanes: int) -> int:
     return pitch | UNIT if pitch > UNIT else pitch
 
 
-def buffer_lanes(grid: Sequence[int], images: int) -> int:
-    """Size of the planes' buffer for a batch: whole blocks, and what the kernels read past the last one.
-
-    Parameters
-    ----------
-    grid : sequence of int
-        As `Grid.numbers`.
-    images : int
-
-    Raises
-    ------
-    ValueError
-        If the numbers are not those of a grid.
-    """
-    if len(grid) != 8 or min(grid) < 0 or grid[0] < 1:
-        raise ValueError(f"a grid is 8 numbers, of which the first is positive, got {list(grid)}")
-    return -(-images // grid[0]) * grid[7] + grid[6] + UNIT
-
-
 @dataclass(frozen=True)
 class Grid:
     """Planes of lanes: strides in lanes, blocks of a few images following each other (see ``kernels.h``)."""
@@ -79,12 +61,12 @@ class Grid:
 
     @functools.cached_property
     def numbers(self) -> tuple[int, ...]:
-        """The grid as the operators take it."""
+        """The grid as `PlaneLayout` takes it."""
         return self.images, self.lane_b, self.lane_y, self.lane_x, self.planes, self.pitch, self.front, self.block
 
     def lanes(self, images: int) -> int:
-        """Size of the buffer for a batch, see `buffer_lanes`."""
-        return buffer_lanes(self.numbers, images)
+        """Size of the buffer for a batch: whole blocks, and what the kernels read past the last one."""
+        return -(-images // self.images) * self.block + self.front + UNIT
 
     def with_planes(self, planes: int) -> Grid:
         """The same lanes for another number of planes."""
@@ -140,11 +122,13 @@ class Geometry:
     input_grid, output_grid : Grid
         The same lanes, for the planes of the input (channels x phases) and of the output (channels).
     input_views, output_views : tuple of int
-        Nine numbers a view, as the operators take them.
+        Nine numbers a view, as `PlaneLayout` takes them.
     output_size : tuple of int
         Height and width of the output, or depth, height and width.
     covers_input : bool
         Whether every input pixel lies in some view; the gradient of the others is zero.
+    numbers : tuple of int
+        The arguments of `conv_geometry`, one after the other; the last one only where it is true.
     transposed : bool
         Whether the layer is the transposed convolution: its input is what is called the output here, and the other
         way round. All phases have views, since pixels that no tap reaches get the bias.
@@ -163,6 +147,7 @@ class Geometry:
     stride: tuple[int, ...]
     #: Row and column of the input that a tap reads for the output's first pixel; negative in the padding.
     tap_offset: tuple[tuple[int, ...], ...]
+    numbers: tuple[int, ...]
     transposed: bool = False
 
     @functools.cached_property
@@ -175,25 +160,15 @@ class Geometry:
         """The same of the output."""
         return math.prod(self.output_size[:-1]), self.output_size[-1]
 
+    @functools.cached_property
+    def input_layout(self) -> PlaneLayout:
+        """Where the elements of the input lie, as the kernels take it."""
+        return PlaneLayout(self.input_grid.numbers, self.input_views, self.input_image)
 
-def all_lanes(views: Sequence[int], shape: Sequence[int], grid: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """The views of the output, as the weight gradient takes them: as a single one, and the shape that it is of.
-
-    Slices of a volume have a view each, but lie on the same planes with gaps of zeros between them, which add nothing
-    to a sum over lanes.
-
-    Parameters
-    ----------
-    views, shape
-        Of the output's tensor.
-    grid : sequence of int
-        Of its planes.
-    """
-    if len(views) <= 9:
-        return views, shape
-    plane, channels, origin, _, cols = views[:5]
-    rows = (views[-7] - origin) // grid[2] + views[-6]
-    return (plane, channels, origin, rows, cols, 0, 0, 1, 1), (*shape[:2], rows, cols)
+    @functools.cached_property
+    def output_layout(self) -> PlaneLayout:
+        """The same of the output."""
+        return PlaneLayout(self.output_grid.numbers, self.output_views, self.output_image)
 
 
 def prefer_batch_innermost(batch: int, input_size: tuple[int, ...], channels_last: bool) -> bool:
@@ -327,6 +302,8 @@ def _conv_geometry(
         stride=stride,
         tap_offset=tuple(itertools.product(*([k * d - p for k in range(n)] for n, d, p in
                                              zip(kernel_size, dilation, padding[::2], strict=True)))),
+        numbers=(in_channels, out_channels, *input_size, *kernel_size, *stride, *padding, *dilation, batch,
+                 int(batch_innermost), *[1] * transposed),
         transposed=transposed,
     )  # fmt: skip
 
@@ -357,6 +334,7 @@ def embedded(inner: Geometry, outer: Geometry) -> Geometry | None:
         outer,
         output_grid=outer.output_grid.with_planes(inner.output_grid.planes),
         output_views=inner.output_views,
+        numbers=inner.numbers,
         tap_phase=tuple(outer.tap_phase[t] for t in taps),
         tap_shift=tuple(outer.tap_shift[t] for t in taps),
         tap_offset=inner.tap_offset,

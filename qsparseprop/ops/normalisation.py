@@ -1,7 +1,6 @@
 """Operators of batch normalisation: what it multiplies and adds, and what its gradient is made of.
 
-They continue ``qsparseprop.ops``: registered with ``torch.library``, without knowledge of modules. All tensors are
-matrices (rows, channels), which is how a channels_last tensor looks: a row is a pixel.
+All tensors are matrices (rows, channels), which is how a channels_last tensor looks: a row is a pixel.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _norm
-from qsparseprop.ops import operator
+from qsparseprop.ops._registration import operator
 
 
 def _norm_statistics_fake(x, weight, bias, running_mean, running_var, momentum, eps, training, save):

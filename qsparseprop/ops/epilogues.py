@@ -1,7 +1,7 @@
 """Operators of what follows a product: ``activation(x * scale + shift + residual)``, every part optional.
 
-They continue ``qsparseprop.ops``: registered with ``torch.library``, without knowledge of modules. All tensors are
-matrices (rows, channels), which is how a channels_last tensor looks (a row is a pixel) and a linear layer's result.
+All tensors are matrices (rows, channels), which is how a channels_last tensor looks (a row is a pixel) and a linear
+layer's result.
 
 An activation is a name and a list of options:
 
@@ -27,23 +27,53 @@ autograd before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _epilogue
 from qsparseprop._kernels._memory import empty
-from qsparseprop.ops import RANDOM_SCHEMES, operator
-from qsparseprop.reference import mix_seed
+from qsparseprop._kernels._plan import PlaneLayout
+from qsparseprop._kernels._statistics import Scheme
+from qsparseprop.ops._registration import check_tensors, operator, recorded
+from qsparseprop.ops.products import Packed
 
 #: Names of the activations.
 ACTIVATIONS = _epilogue.ACTIVATIONS
 
 _BITS = ("clamp", "leaky_relu")
+
+
+class Activation(NamedTuple):
+    """An activation, see above."""
+
+    name: str
+    options: tuple[float, ...] = ()
+
+
+class Affine(NamedTuple):
+    """``x * scale + shift`` for each channel, float32, (channels,); both or neither."""
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs, to be filled on the way: x in 8 bits, and what the activation saves.
+
+    The first three go together: ``codes = 128 + round(x * code_scale + code_shift)``; see `epilogue`.
+    """
+
+    code_scale: Tensor | None = None
+    code_shift: Tensor | None = None
+    codes: Tensor | None = None
+    saved: Tensor | None = None
+
+
 _X = "Tensor x, Tensor? residual, Tensor? scale, Tensor? shift, str activation, float[] options"
 _FILLED = "Tensor? code_scale, Tensor? code_shift, Tensor(a!)? codes, Tensor(b!)? saved"
 _DY = "Tensor dy, Tensor? codes, Tensor? saved, str activation, float[] options"
-_PACKING = "int[] images, Tensor ranges, int[] grid, int[] views, int lanes, str scheme"
 
 
 def codes_like(x: Tensor) -> Tensor:
@@ -65,22 +95,6 @@ def saved_like(x: Tensor, activation: str) -> Tensor | None:
 
 def _or_empty(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype) if tensor is None else tensor
-
-
-def _packed_like(grid: Sequence[int], lanes: int, per_channel: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Planes, scale and zero point to be filled."""
-    scales = grid[4] if per_channel else 1
-    return (
-        empty((lanes,), torch.uint8), torch.empty(scales, dtype=torch.float32), torch.empty(scales, dtype=torch.int32)
-    )  # fmt: skip
-
-
-def _packed_fake(x, grid, lanes, per_channel):
-    scales = grid[4] if per_channel else 1
-    return (
-        x.new_empty(lanes, dtype=torch.uint8), x.new_empty(scales, dtype=torch.float32),
-        x.new_empty(scales, dtype=torch.int32),
-    )  # fmt: skip
 
 
 @operator(
@@ -183,65 +197,51 @@ def activation_range(ranges: Tensor, activation: str, options: Sequence[float]) 
     return _epilogue.activation_range(ranges, activation, options)
 
 
-def _epilogue_pack_fake(x, residual, scale, shift, activation, options, code_scale, code_shift, codes, saved, images,
-                        ranges, grid, views, lanes, scheme, per_channel, keep):
-    return torch.empty_like(x) if keep else x.new_empty(0), *_packed_fake(x, grid, lanes, per_channel)
-
-
-@operator(
-    f"epilogue_pack({_X}, {_FILLED}, {_PACKING}, bool per_channel, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-    _epilogue_pack_fake,
-)
+@recorded
 def epilogue_pack(
     x: Tensor,
     residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    options: Sequence[float],
-    code_scale: Tensor | None,
-    code_shift: Tensor | None,
-    codes: Tensor | None,
-    saved: Tensor | None,
-    images: Sequence[int],
+    affine: Affine,
+    activation: Activation,
+    kept: Kept,
     ranges: Tensor,
-    grid: Sequence[int],
-    views: Sequence[int],
-    lanes: int,
-    scheme: str,
-    per_channel: bool,
+    layout: PlaneLayout,
+    scheme: Scheme,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`epilogue` and `ops.quantize_pack` of its result in one pass.
+) -> tuple[Tensor | None, Packed]:
+    """`epilogue` and `quantize_pack` of its result in one pass.
 
     The result is quantised before it is rounded to x's dtype, with scales from `ranges` in place of its own range.
 
     Parameters
     ----------
-    x, residual, scale, shift, activation, options, code_scale, code_shift, codes, saved
-        As for `epilogue`; at least two channels. x may be uint8 codes, read as the numbers 0 to 255, where there is no
-        residual, nothing is saved and only the packed result is wanted.
-    images : sequence of int
-        (images, channels, height, width) of the channels_last tensor whose rows x has.
+    x, residual : Tensor
+        As for `epilogue`; at least two channels, and the rows of whole images. x may be uint8 codes, read as the
+        numbers 0 to 255, where there is no residual, nothing is saved and only the packed result is wanted.
+    affine : Affine
+    activation : Activation
+    kept : Kept
+        What its backward pass needs.
     ranges : Tensor
-        float32, (channels, 2), or (1, 2) without `per_channel`: bounds of the result, least and greatest.
-    grid, views, lanes, scheme, per_channel
-        As for `quantize_pack`; "absmax", "symmetric" or "standard". Pixels in no view are left out of all results.
+        float32, (channels, 2), or (1, 2) where the channels share a scale: bounds of the result, least and greatest.
+    layout : PlaneLayout
+        Of the images whose pixels are the rows. Pixels in no view are left out of all results.
+    scheme : Scheme
+        "absmax", "symmetric" or "standard".
     keep : bool
         Whether the result itself is wanted as well.
 
     Returns
     -------
-    y : Tensor
-        Of `epilogue`; empty if not wanted.
-    planes, plane_scale, zero_point : Tensor
-        Of `quantize_pack`.
+    y : Tensor or None
+        Of `epilogue`; None if not wanted.
+    packed : Packed
     """
-    out, packed = empty(tuple(x.shape), x.dtype) if keep else None, _packed_like(grid, lanes, per_channel)
-    _epilogue.epilogue_pack(x, residual, out, scale, shift, activation, options, code_scale, code_shift, codes, saved,
-                            images, ranges, *packed, grid, views, scheme, per_channel,
-                            torch.get_num_threads())  # fmt: skip
-    return _or_empty(out, x.dtype), *packed
+    check_tensors(x=x, residual=residual, ranges=ranges, **affine._asdict(), **kept._asdict())
+    out = empty(tuple(x.shape), x.dtype) if keep else None
+    packed = _epilogue.epilogue_pack(x, residual, out, *affine, *activation, *kept, ranges, layout, scheme,
+                                     torch.get_num_threads())  # fmt: skip
+    return out, Packed(*packed)
 
 
 @operator(
@@ -306,56 +306,38 @@ def epilogue_grad(
     return dx, _or_empty(g, dy.dtype)
 
 
-def _epilogue_grad_pack_fake(dy, codes, saved, activation, options, factor, want_g, images, ranges, grid, views, lanes,
-                             scheme, seed, per_channel, grad_options=()):
-    return *_packed_fake(dy, grid, lanes, per_channel), torch.empty_like(dy) if want_g else dy.new_empty(0)
-
-
-@operator(
-    f"epilogue_grad_pack({_DY}, Tensor? factor, bool want_g, {_PACKING}, Tensor? seed, bool per_channel, "
-    "float[] grad_options=[]) -> (Tensor, Tensor, Tensor, Tensor)",
-    _epilogue_grad_pack_fake,
-)
+@recorded
 def epilogue_grad_pack(
     dy: Tensor,
     codes: Tensor | None,
     saved: Tensor | None,
-    activation: str,
-    options: Sequence[float],
+    activation: Activation,
     factor: Tensor | None,
-    want_g: bool,
-    images: Sequence[int],
     ranges: Tensor,
-    grid: Sequence[int],
-    views: Sequence[int],
-    lanes: int,
-    scheme: str,
+    layout: PlaneLayout,
+    scheme: Scheme,
     seed: Tensor | None,
-    per_channel: bool,
-    grad_options: Sequence[float] = (),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`epilogue_grad` and `ops.quantize_pack` of its dx in one pass.
+    want_g: bool,
+) -> tuple[Packed, Tensor | None]:
+    """`epilogue_grad` and `quantize_pack` of its dx in one pass.
 
     Parameters
     ----------
-    dy, codes, saved, activation, options, factor, want_g
+    dy, codes, saved, activation, factor, want_g
         As for `epilogue_grad`; at least two channels.
-    images, ranges, grid, views, lanes, per_channel
+    ranges, layout
         As for `epilogue_pack`.
-    scheme, seed, grad_options
-        As for `quantize_pack`, with its `options`; "symmetric", "stochastic" or "luq".
+    scheme, seed
+        As for `quantize_pack`; "symmetric", "stochastic" or "luq".
 
     Returns
     -------
-    planes, plane_scale, zero_point : Tensor
-        Of `quantize_pack`.
-    g : Tensor
-        Of `epilogue_grad`.
+    packed : Packed
+    g : Tensor or None
+        Of `epilogue_grad`; None if not wanted.
     """
-    if scheme in RANDOM_SCHEMES and seed is None:
-        raise ValueError(f"the scheme {scheme!r} needs a seed")
-    packed, g = _packed_like(grid, lanes, per_channel), empty(tuple(dy.shape), dy.dtype) if want_g else None
-    _epilogue.epilogue_grad_pack(dy, codes, saved, activation, options, factor, g, images, ranges, *packed, grid, views,
-                                 scheme, grad_options, per_channel, 0 if seed is None else mix_seed(int(seed)),
-                                 torch.get_num_threads())  # fmt: skip
-    return *packed, _or_empty(g, dy.dtype)
+    check_tensors(dy=dy, codes=codes, saved=saved, factor=factor, ranges=ranges, seed=seed)
+    g = empty(tuple(dy.shape), dy.dtype) if want_g else None
+    packed = _epilogue.epilogue_grad_pack(dy, codes, saved, *activation, factor, g, ranges, layout, scheme, seed,
+                                          torch.get_num_threads())  # fmt: skip
+    return Packed(*packed), g

@@ -7,16 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MIN_SCALE = 2.0**-111
+from qsparseprop.ops.schemes import mix_seed, symmetric_scale
+
 _MASK = 0xFFFFFFFFFFFFFFFF
-
-
-def mix_seed(seed: int) -> int:
-    """Spread a seed over 64 bits (finaliser of splitmix64)."""
-    z = (seed + 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
 
 
 def _signed(x: int) -> int:
@@ -56,12 +49,6 @@ def limited_inverse(scale: Tensor, absmax: Tensor, most: int) -> Tensor:
     return inverse
 
 
-def symmetric_scale(absmax: Tensor, levels: float) -> Tensor:
-    """Scale that maps [-absmax, absmax] to [-levels, levels]: at least 2**-111, so that 2**16 / scale is finite."""
-    scale = absmax / levels
-    return torch.where(scale < MIN_SCALE, MIN_SCALE, scale)
-
-
 def round_to_power(value: Tensor, seed: int, index: Tensor) -> Tensor:
     """Round to a neighbouring power of two at random, below 1 to 0 or 1, in fixed point of 16 fractional bits.
 
@@ -91,6 +78,7 @@ def quantize_values(
     options: Sequence[float] = (),
     bits: int = 8,
     around_zero: bool = False,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Codes, scale and zero point of some values that share them.
 
@@ -108,21 +96,27 @@ def quantize_values(
     bits : int
     around_zero : bool
         Whether codes are int8 around 0, otherwise uint8.
+    bounds : Tensor, optional
+        (2,): the least and the greatest value in place of x's own.
     """
     levels = 2 ** (bits - 1) - 1
     top, zero_point = 2 * levels + 1, 0 if around_zero else levels + 1
     dtype = torch.int8 if around_zero else torch.uint8
     absmax = x.abs().amax() if x.numel() else x.new_zeros(())
+    if bounds is None:
+        bounds = torch.stack([x.amin(), x.amax()]) if x.numel() else x.new_zeros(2)
+    else:
+        absmax = bounds.abs().amax() if bounds.isfinite().all() else torch.full((), torch.nan)
+    low, high = bounds[0].clamp(max=0), bounds[1].clamp(min=0)
     if not torch.isfinite(absmax):  # every element a zero; the scale keeps the result from looking like a number
         return torch.full(x.shape, zero_point, dtype=dtype), absmax, zero_point
     if scheme == "sawb" and x.numel():
         absmax = sawb_clip(x, *(options or (31.76, 35.04, 0)))
     scale = symmetric_scale(absmax, levels)
     if scheme == "standard":
-        low, high = x.amin().clamp(max=0) if x.numel() else absmax, x.amax().clamp(min=0) if x.numel() else absmax
         scale = symmetric_scale(high / top - low / top, 1)
         zero_point = int((-low * (1 / scale)).round().clamp(0, top))
-    elif scheme in ("absmax", "sawb") and not around_zero and (x.numel() == 0 or x.amin() >= 0):
+    elif scheme in ("absmax", "sawb") and not around_zero and low >= 0:
         scale, zero_point = symmetric_scale(absmax, top), 0
     elif scheme == "luq":
         levels = 2 ** ((int(options[0]) if options else 7) - 1)
@@ -166,7 +160,7 @@ def quantize(
     seed: Tensor | None,
     options: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `qsparseprop.quantize_ops.quantize`."""
+    """See `qsparseprop.ops.quantize`."""
     flat = x.to(torch.float32).reshape(-1)
     parts = _parts(x.shape, dim, group_size)
     mixed = 0 if seed is None else mix_seed(int(seed))
@@ -186,7 +180,7 @@ def dequantize(
     group_size: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """See `qsparseprop.quantize_ops.dequantize`."""
+    """See `qsparseprop.ops.dequantize`."""
     out = torch.empty(codes.numel(), dtype=torch.float32)
     for i, index in enumerate(_parts(codes.shape, dim, group_size)):
         out[index] = (codes.reshape(-1)[index].to(torch.int32) - zero_point[i]).to(torch.float32) * scale[i]

@@ -25,19 +25,19 @@ def _in_memory(x: Tensor) -> Tensor:
 
 
 def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See `qsparseprop.mask_ops.relu_mask`."""
+    """See `qsparseprop.ops.relu_mask`."""
     return x.relu(), words(_in_memory(~(x <= 0))[None])[0]
 
 
 def relu_mask_(x: Tensor) -> Tensor:
-    """See `qsparseprop.mask_ops.relu_mask_`."""
+    """See `qsparseprop.ops.relu_mask_`."""
     y, mask = relu_mask(x)
     x.copy_(y)
     return mask
 
 
 def keep_masked(x: Tensor, mask: Tensor) -> Tensor:
-    """See `qsparseprop.mask_ops.keep_masked`."""
+    """See `qsparseprop.ops.keep_masked`."""
     out = torch.empty_like(x)
     _in_memory(out).copy_(torch.where(bits(mask[None], x.numel())[0], _in_memory(x), 0))
     return out

@@ -17,7 +17,7 @@ def norm_statistics(
     training: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `qsparseprop.norm_ops.norm_statistics`."""
+    """See `qsparseprop.ops.norm_statistics`."""
     v, channels = x.to(torch.float64), x.shape[1]
     if training:
         mean, variance = v.mean(0), v.var(0, correction=0)
@@ -44,7 +44,7 @@ def norm_statistics(
 def norm_factors(
     sums: Tensor, statistics: Tensor, weight: Tensor | None, count: int, batch_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `qsparseprop.norm_ops.norm_factors`."""
+    """See `qsparseprop.ops.norm_factors`."""
     total, with_codes, greatest = sums.unbind(1)
     _, _, rstd, slope, offset, _, _ = statistics
     normalised = slope * with_codes + offset * total

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qsparseprop._kernels import _transpose
 from qsparseprop._kernels._memory import empty
-from qsparseprop.ops import operator
+from qsparseprop.ops._registration import operator
 
 
 @operator(

@@ -1,4 +1,4 @@
-"""The operators of masks with a bit an element; they continue ``qsparseprop.ops``."""
+"""The operators of masks with a bit an element."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qsparseprop._kernels import _mask
 from qsparseprop._kernels._memory import empty
-from qsparseprop.ops import operator
+from qsparseprop.ops._registration import operator
 
 
 def words(elements: int) -> int:

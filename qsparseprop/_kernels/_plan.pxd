@@ -1,0 +1,46 @@
+"""What the kernels walk, checked once when it is made: see ``_plan.pyx``."""
+
+from libc.stdint cimport int32_t, int64_t
+
+from qsparseprop._kernels._dispatch cimport qsp_grid, qsp_list, qsp_view
+
+
+cdef class PlaneLayout:
+    cdef qsp_grid grid
+    cdef readonly tuple numbers
+    cdef readonly tuple views
+    cdef readonly tuple image
+    cdef readonly int64_t channels
+    cdef readonly bint complete
+    cdef int64_t count  # of views
+    cdef int64_t reach  # lanes from an offset to behind the last unit of any view
+    cdef bytes _views
+    cdef bytes _pixels
+
+    cdef int64_t _read_grid(self) except -1
+    cdef int64_t _read_views(self) except -1
+    cdef int64_t _check_images(self, int64_t images) except -1
+    cdef int64_t blocks(self, int64_t images) noexcept nogil
+    cdef int64_t lane_count(self, int64_t images) noexcept nogil
+    cdef int64_t check_shape(self, const int64_t *shape, str name) except -1
+    cdef bytes place(self, int64_t images, const int64_t *stride)
+    cdef int64_t whole_view(self, qsp_view *view) except -1
+
+
+cdef class GatherList:
+    cdef qsp_list list
+    cdef const int32_t *index
+    cdef const int32_t *plane
+    cdef int32_t last_offset
+    cdef int32_t last_index
+    cdef readonly int64_t rows
+    cdef readonly int64_t slots
+    cdef readonly PlaneLayout source
+    cdef readonly PlaneLayout target
+    cdef tuple _held
+
+    cdef int64_t _take(self, list held, object tensor, int64_t low, int64_t high, str name, const int32_t **out,
+                       int32_t *most) except -1
+
+
+cdef int64_t view_end(const qsp_grid *grid, const qsp_view *view, int64_t images) except -1

@@ -1,0 +1,343 @@
+"""What the kernels walk, checked once when it is made: where the planes of a tensor lie, and lists of (offset, value).
+
+Nobody can change them afterwards: all numbers are copied, and what Python sees of them are copies again. So the kernels
+read them without looking at them anew, and without the GIL.
+"""
+
+import torch
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.string cimport memcpy
+
+from qsparseprop._kernels._dispatch cimport QSP_UNIT, active_kernels
+from qsparseprop._kernels._tensor cimport numel, pointer
+
+cdef enum:
+    VIEW_NUMBERS = 9
+    # below: sums of products of two fit into 64 bits, which everything that follows relies on
+    LIMIT = 1 << 30
+    # a row of 2**31 - 1 bytes of planes is where int32 offsets end
+    MAX_ROWS = 0x7ffffff0
+
+cdef object _int32 = torch.int32
+
+cdef extern from *:
+    """
+    static int qsp_ascending(const int32_t *v, int64_t n)
+    {
+        int ok = 1;
+        for (int64_t i = 1; i < n; i++)
+            ok &= v[i] >= v[i - 1];
+        return ok;
+    }
+    """
+    int qsp_ascending(const int32_t *v, int64_t n) noexcept nogil
+
+
+ctypedef struct pixels_t:
+    # of a view: the first row and column of the tensor, and the steps from one to the next
+    int64_t row, col, row_step, col_step
+
+
+cdef class PlaneLayout:
+    """Where the elements of (images, channels, height, width) tensors lie in planes of lanes.
+
+    Of images of one pixel the tensors may be (images, channels).
+
+    Parameters
+    ----------
+    grid : sequence of int
+        Eight numbers: images of a block; lanes from one image, row and column to the next; planes of a block; lanes
+        from plane to plane, before a plane's first one, and from block to block.
+    views : sequence of int
+        Nine numbers a view: its first plane, channels, lane of the first pixel, rows, columns; of the tensor the first
+        row and column, and the steps from one to the next. Views are of all planes, one after the other; those that
+        follow each other may be of the same ones.
+    image : (int, int)
+        Height and width of the tensor.
+
+    Attributes
+    ----------
+    numbers, views, image : tuple of int
+        As given.
+    channels : int
+        Of the tensor.
+    complete : bool
+        Whether every pixel of an image lies in some view.
+
+    Raises
+    ------
+    ValueError
+        If the numbers are not those of a layout, or out of range.
+    """
+
+    def __cinit__(self, grid, views, image):
+        self.numbers, self.views, self.image = tuple(grid), tuple(views), tuple(image)
+        self._read_grid()
+        self._read_views()
+
+    cdef int64_t _read_grid(self) except -1:
+        cdef qsp_grid *grid = &self.grid
+        if len(self.numbers) != 8:
+            raise ValueError(f"a grid must be 8 numbers, got {len(self.numbers)}")
+        for i, value in enumerate(self.numbers):
+            if not 0 <= value < (4 * <int64_t> LIMIT if i == 7 else LIMIT):
+                raise ValueError(f"a grid has a number out of range: {list(self.numbers)}")
+        (grid.images, grid.lane_b, grid.lane_y, grid.lane_x, grid.planes, grid.pitch, grid.front,
+         grid.block) = self.numbers
+        if (grid.images < 1 or grid.planes < 1 or grid.lane_b < 1 or grid.lane_y < 1 or grid.lane_x < 1
+                or grid.pitch < grid.front + 1 or grid.pitch % QSP_UNIT or grid.block < grid.planes * grid.pitch):
+            raise ValueError(f"these numbers are not a grid: {list(self.numbers)}")
+        return 0
+
+    cdef int64_t _read_views(self) except -1:
+        cdef int64_t i, height, width, plane = 0, pixels = 0
+        cdef const qsp_grid *grid = &self.grid
+        cdef qsp_view *v
+        cdef pixels_t *p
+        self.count = len(self.views) // VIEW_NUMBERS
+        if self.count < 1 or self.count * VIEW_NUMBERS != len(self.views):
+            raise ValueError(f"views must be {VIEW_NUMBERS} numbers each, and one or more of them, got "
+                             f"{len(self.views)}")
+        for value in self.views:
+            if not -LIMIT < value < LIMIT:
+                raise ValueError(f"the views have a number out of range: {list(self.views)}")
+        if len(self.image) != 2 or not (0 <= self.image[0] < LIMIT and 0 <= self.image[1] < LIMIT):
+            raise ValueError(f"an image must have height and width, below {LIMIT}, got {list(self.image)}")
+        height, width = self.image
+        self.channels = self.views[1]
+        if self.channels < 1:
+            raise ValueError(f"a view must have channels, got {self.channels}")
+        self._views = PyBytes_FromStringAndSize(NULL, self.count * sizeof(qsp_view))
+        self._pixels = PyBytes_FromStringAndSize(NULL, self.count * sizeof(pixels_t))
+        v, p = <qsp_view *> PyBytes_AS_STRING(self._views), <pixels_t *> PyBytes_AS_STRING(self._pixels)
+        for i in range(self.count):
+            one = self.views[VIEW_NUMBERS * i:VIEW_NUMBERS * (i + 1)]
+            (v.plane, v.channels, v.origin, v.rows, v.cols, p.row, p.col, p.row_step, p.col_step) = one
+            if v.rows == 0 or v.cols == 0:
+                v.rows = v.cols = p.row = p.col = 0
+            if (v.channels != self.channels or v.origin < 0 or v.rows < 0 or p.row < 0 or p.col < 0 or p.row_step < 1
+                    or p.col_step < 1 or (v.rows > 0 and (p.row + (v.rows - 1) * p.row_step >= height
+                                                          or p.col + (v.cols - 1) * p.col_step >= width))):
+                raise ValueError(f"view {list(one)} does not fit images of {height} x {width} with {self.channels} "
+                                 "channels")
+            if v.plane != plane and not (i and v.plane == plane - self.channels):
+                raise ValueError(f"view {list(one)} must start at plane {plane}, or at that of the view before")
+            if v.plane == plane:
+                plane += self.channels
+            elif v.origin < (v - 1).origin + (v - 1).rows * grid.lane_y:
+                raise ValueError(f"view {list(one)} has lanes of the view before")
+            # elements are numbered as if channels were innermost, whatever the memory format
+            v.index_c, v.index_x, v.index_y = 1, self.channels * p.col_step, self.channels * width * p.row_step
+            v.index_b = self.channels * width * height
+            v.index = (p.row * width + p.col) * self.channels
+            self.reach = max(self.reach, view_end(grid, v, grid.images))
+            pixels += v.rows * v.cols
+            v += 1
+            p += 1
+        if plane != grid.planes:
+            raise ValueError(f"the views have {plane} planes, the grid has {grid.planes}")
+        self.complete = pixels >= height * width
+        return 0
+
+    cdef int64_t blocks(self, int64_t images) noexcept nogil:
+        return (images + self.grid.images - 1) // self.grid.images
+
+    cdef int64_t lane_count(self, int64_t images) noexcept nogil:
+        return self.blocks(images) * self.grid.block + self.grid.front + QSP_UNIT
+
+    cdef int64_t check_shape(self, const int64_t *shape, str name) except -1:
+        """Check the shape of a tensor; returns its images."""
+        if (not 0 <= shape[0] < LIMIT or shape[1] != self.channels or shape[2] != self.image[0]
+                or shape[3] != self.image[1]):
+            wanted = ", ".join(map(str, (self.channels, *self.image)))
+            raise ValueError(f"{name} must be of shape (images, {wanted}), got "
+                             f"({shape[0]}, {shape[1]}, {shape[2]}, {shape[3]})")
+        return shape[0]
+
+    cdef bytes place(self, int64_t images, const int64_t *stride):
+        """The views of a tensor of so many images and these four strides: one `qsp_view` after the other."""
+        cdef bytes placed = PyBytes_FromStringAndSize(PyBytes_AS_STRING(self._views), self.count * sizeof(qsp_view))
+        cdef qsp_view *v = <qsp_view *> PyBytes_AS_STRING(placed)
+        cdef const pixels_t *p = <const pixels_t *> PyBytes_AS_STRING(self._pixels)
+        cdef int64_t i
+        for i in range(self.count):
+            # the stride of a dimension that is not walked may be anything
+            v[i].elem_b = stride[0] if images > 1 else 0
+            v[i].elem_c = stride[1] if self.channels > 1 else 0
+            v[i].elem_y = stride[2] * p[i].row_step if v[i].rows > 1 else 0
+            v[i].elem_x = stride[3] * p[i].col_step if v[i].cols > 1 else 0
+            v[i].elem = p[i].row * stride[2] + p[i].col * stride[3]
+        return placed
+
+    cdef int64_t whole_view(self, qsp_view *view) except -1:
+        """All lanes of the planes as a single view, and where it ends, see `view_end`.
+
+        Slices of a volume have a view each, but lie on the same planes with gaps of zeros between them, which add
+        nothing to a sum over lanes.
+        """
+        cdef const qsp_view *first = <const qsp_view *> PyBytes_AS_STRING(self._views)
+        cdef const qsp_view *last = first + self.count - 1
+        view[0] = first[0]
+        if self.count > 1:
+            if last.plane != first.plane or last.cols != first.cols or last.origin < first.origin:
+                raise ValueError("the planes of a gradient must have one view, or one a slice")
+            view.rows = (last.origin - first.origin) // self.grid.lane_y + last.rows
+        return view_end(&self.grid, view, self.grid.images)
+
+    cdef int64_t _check_images(self, int64_t images) except -1:
+        if not 0 <= images < LIMIT:
+            raise ValueError(f"the number of images must lie in [0, {LIMIT}), got {images}")
+        return 0
+
+    def lanes(self, int64_t images):
+        """Size of the planes' buffer for a batch: whole blocks, and what the kernels read past the last one."""
+        self._check_images(images)
+        return self.lane_count(images)
+
+    @property
+    def planes(self):
+        """Planes of a block."""
+        return self.grid.planes
+
+    def shape(self, int64_t images):
+        """Shape of the tensor for a batch."""
+        self._check_images(images)
+        return images, self.channels, self.image[0], self.image[1]
+
+    def __eq__(self, other):
+        if not isinstance(other, PlaneLayout):
+            return NotImplemented
+        return self is other or (self.numbers == other.numbers and self.views == other.views
+                                 and self.image == other.image)
+
+    def __hash__(self):
+        return hash((self.numbers, self.image))
+
+    def __repr__(self):
+        return f"PlaneLayout(grid={self.numbers}, {self.count} views of images of {self.image[0]} x {self.image[1]})"
+
+    def __reduce__(self):
+        return PlaneLayout, (self.numbers, self.views, self.image)
+
+
+cdef int64_t view_end(const qsp_grid *grid, const qsp_view *view, int64_t images) except -1:
+    """Check that a view lies inside its planes; returns the end of its last unit, counted from a plane's first lane."""
+    cdef int64_t end
+    if images < 1 or view.rows < 1 or view.cols < 1:
+        return 0
+    # a lane has one owner: the three strides must nest
+    if grid.lane_b < grid.lane_x:
+        nests = grid.lane_b == 1 and images <= grid.lane_x and view.cols * grid.lane_x <= grid.lane_y
+    else:
+        nests = grid.lane_x == 1 and view.cols <= grid.lane_y and view.rows * grid.lane_y <= grid.lane_b
+    if not nests or (grid.lane_y % grid.lane_x if grid.lane_b < grid.lane_x else grid.lane_b % grid.lane_y):
+        raise ValueError(f"the lanes overlap: strides {grid.lane_b}, {grid.lane_y}, {grid.lane_x} for {images} images "
+                         f"of {view.rows} x {view.cols}")
+    end = view.origin + 1
+    end += (images - 1) * grid.lane_b + (view.rows - 1) * grid.lane_y + (view.cols - 1) * grid.lane_x
+    if grid.front + end > grid.pitch:
+        raise ValueError(f"a view has lanes up to {grid.front + end}, its planes only {grid.pitch}")
+    return end + QSP_UNIT
+
+
+cdef object _copy(object tensor, int64_t size, str name):
+    """A tensor of our own, int32, with `size` elements of another one."""
+    cdef const void *given = pointer(tensor, _int32, size, name)
+    own = torch.empty(size, dtype=_int32)
+    if size:
+        memcpy(pointer(own, _int32, size, name), given, size * sizeof(int32_t))
+    return own
+
+
+cdef class GatherList:
+    """Rows of slots, each row padded to whole groups of four: offsets into packed planes, and which value goes there.
+
+    Parameters
+    ----------
+    group_ptr : Tensor
+        int32, (rows + 1,): first group of each row.
+    offset : Tensor
+        int32, (slots,): lanes from the start of a block of `source`.
+    index : Tensor
+        int32, (slots,): which value a slot holds, -1 for padding.
+    plane : Tensor
+        int32, (slots,): plane of `source` that the offset lies in.
+    source, target : PlaneLayout
+        What the offsets lead into, and what the rows are the planes of, on the same lanes.
+
+    Attributes
+    ----------
+    group_ptr, offset, index, plane : Tensor
+        Copies.
+    rows, slots : int
+    source, target : PlaneLayout
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a tensor is not as said, an offset leads out of the planes, or the layouts do not go together.
+    """
+
+    def __cinit__(self, group_ptr, offset, index, plane, PlaneLayout source not None, PlaneLayout target not None):
+        cdef const qsp_grid *x = &source.grid
+        cdef const qsp_grid *y = &target.grid
+        if x.images != y.images or x.lane_b != y.lane_b or x.lane_y != y.lane_y or x.lane_x != y.lane_x:
+            raise ValueError(f"source and target must have the same lanes, got {source!r} and {target!r}")
+        self.source, self.target, self.rows = source, target, numel(group_ptr) - 1
+        if not 0 <= self.rows < MAX_ROWS or self.rows != y.planes:
+            raise ValueError(f"group_ptr must have an element for each of the {y.planes} planes of the target, and one "
+                             f"more, got {self.rows + 1}")
+        own = _copy(group_ptr, self.rows + 1, "group_ptr")
+        self.list.rows, self.list.group_ptr = self.rows, <const int32_t *> pointer(own, _int32, 0, "group_ptr")
+        if self.list.group_ptr[0] != 0 or not qsp_ascending(self.list.group_ptr, self.rows + 1):
+            raise ValueError("group_ptr must ascend from 0")
+        self.slots = 4 * <int64_t> self.list.group_ptr[self.rows]
+        held = [own]
+        # a slot reads no further than what is allocated behind the last block
+        self._take(held, offset, 0, x.block + x.front + QSP_UNIT - target.reach, "offset", &self.list.offset,
+                   &self.last_offset)
+        self._take(held, index, -1, <int64_t> 1 << 31, "index", &self.index, &self.last_index)
+        self._take(held, plane, 0, x.planes - 1, "plane", &self.plane, NULL)
+        self._held = tuple(held)
+
+    cdef int64_t _take(self, list held, object tensor, int64_t low, int64_t high, str name, const int32_t **out,
+                       int32_t *most) except -1:
+        """A copy of numbers for each slot, which must lie in [low, high]."""
+        cdef int32_t least = 0, greatest = -1
+        own = _copy(tensor, self.slots, name)
+        held.append(own)
+        out[0] = <const int32_t *> pointer(own, _int32, 0, name) if self.slots else NULL
+        if self.slots:
+            active_kernels().extent(out[0], self.slots, &least, &greatest)
+            if least < low or greatest > high:
+                raise ValueError(f"{name} must lie in [{low}, {high}], got {least} to {greatest}")
+        if most != NULL:
+            most[0] = greatest
+        return 0
+
+    @property
+    def group_ptr(self):
+        """First group of each row."""
+        return self._held[0].clone()
+
+    @property
+    def offset(self):
+        """Lanes from the start of a block."""
+        return self._held[1].clone()
+
+    @property
+    def index(self):
+        """Which value a slot holds."""
+        return self._held[2].clone()
+
+    @property
+    def plane(self):
+        """Plane that the offset lies in."""
+        return self._held[3].clone()
+
+    def __repr__(self):
+        return f"GatherList({self.rows} rows, {self.slots} slots)"
+
+    def __reduce__(self):
+        return GatherList, (*(t.clone() for t in self._held), self.source, self.target)

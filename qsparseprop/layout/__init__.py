@@ -1,0 +1,1 @@
+"""Where everything lies: the geometry of layers, patterns of weights, and plans, which are both together."""

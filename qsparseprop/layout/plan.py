@@ -1,0 +1,170 @@
+"""Plans: a pattern on a geometry, as the lists of (offset, value) that the kernels walk; and what keeps them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop.layout.geometry import Geometry
+from qsparseprop.layout.pattern import check_pattern, row_indices, tensor_version
+
+GROUP = 4  # nonzeros that the kernels take at a time; rows are padded to it
+
+#: Input sizes whose offset tables are kept for a pattern: training and evaluation batches, and the last one of each.
+KEPT_PLANS = 8
+
+
+class Plan(NamedTuple):
+    """A pattern on a geometry: all that a layer's kernels have to know besides its tensors.
+
+    Attributes
+    ----------
+    geometry : Geometry
+    forward, backward : GatherList
+        The list of the forward pass and of the weight gradient, from input to output; and that of the input gradient,
+        the other way round.
+    groups : int
+        Of the convolution.
+    entries : int
+        Of the dense weight.
+    """
+
+    geometry: Geometry
+    forward: GatherList
+    backward: GatherList
+    groups: int
+    entries: int
+
+
+def _gather_list(
+    row: Tensor, plane: Tensor, offset: Tensor, order: Tensor, source: PlaneLayout, target: PlaneLayout
+) -> GatherList:
+    """List whose row r holds, padded, the nonzeros `order[row == r]`; `row` ascends."""
+    rows = target.planes
+    count = torch.bincount(row, minlength=rows)
+    groups = (count + GROUP - 1) // GROUP
+    group_ptr = torch.zeros(rows + 1, dtype=torch.int64)
+    torch.cumsum(groups, 0, out=group_ptr[1:])
+    slot_row = torch.repeat_interleave(torch.arange(rows), GROUP * groups)
+    place = torch.arange(slot_row.numel()) - GROUP * group_ptr[slot_row]
+    start = count.cumsum(0) - count
+    # padding reads where the row's last nonzero reads: memory that is in the cache, times zero
+    slot = order[start[slot_row] + torch.minimum(place, count[slot_row] - 1)]
+    index = torch.where(place < count[slot_row], slot, -1)
+    return GatherList(*(t.to(torch.int32) for t in (group_ptr, offset[slot], index, plane[slot])), source, target)
+
+
+def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int = 1) -> Plan:
+    """Lists of a pattern on a geometry.
+
+    Parameters
+    ----------
+    crow_indices, col_indices : Tensor
+        CSR pattern of the weight seen as (out_channels, in_channels / groups * taps), int32.
+    geometry : Geometry
+    groups : int
+        Groups of the convolution.
+    """
+    rows, taps = crow_indices.numel() - 1, len(geometry.tap_shift)
+    row, col = row_indices(crow_indices), col_indices.to(torch.int64)
+    tap = col % taps
+    channel = col // taps + row // max(rows // groups, 1) * (geometry.in_channels // groups)
+    shift = torch.tensor(geometry.tap_shift)[tap]
+    plane = torch.tensor(geometry.tap_phase)[tap] * geometry.in_channels + channel
+    x, y, layouts = geometry.input_grid, geometry.output_grid, (geometry.input_layout, geometry.output_layout)
+    nonzeros = torch.arange(col.numel())
+    forward = _gather_list(row, plane, plane * x.pitch + x.front + shift, nonzeros, *layouts)
+    order = torch.argsort(plane, stable=True)
+    backward = _gather_list(plane[order], row, row * y.pitch + y.front - shift, order, *layouts[::-1])
+    return Plan(geometry, forward, backward, groups, rows * (geometry.in_channels // groups) * taps)
+
+
+def _stamp(crow: Tensor, col: Tensor) -> tuple[int, ...]:
+    """What changes with a pattern's place in memory or its contents."""
+    return (crow.data_ptr(), tensor_version(crow), crow.numel(), col.data_ptr(), tensor_version(col), col.numel())
+
+
+class PlanCache:
+    """The plans of one pattern, for the input sizes that it was last used at.
+
+    Plans are made anew when the pattern has changed, which is known by its tensors' identity, place and version.
+
+    Parameters
+    ----------
+    hold : bool
+        Hold the tensors, so that no others can take their place in memory; otherwise the caller sees to that.
+    """
+
+    def __init__(self, hold: bool = True) -> None:
+        self._hold = hold
+        self._tensors: tuple[Tensor, Tensor] | None = None
+        self._stamp: tuple[int, ...] = ()
+        self._plans: OrderedDict[tuple[Geometry, int], Plan] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def find(self, crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int) -> Plan | None:
+        """The plan of a pattern on a geometry if it is there; those of another pattern are forgotten."""
+        held = self._tensors
+        if (self._stamp != _stamp(crow_indices, col_indices)
+                or (held is not None and (held[0] is not crow_indices or held[1] is not col_indices))):  # fmt: skip
+            self._plans.clear()
+            return None
+        return self._plans.get((geometry, groups))
+
+    def get(
+        self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], geometry: Geometry, groups: int
+    ) -> Plan:
+        """Plan of a pattern on a geometry.
+
+        Parameters
+        ----------
+        crow_indices, col_indices : Tensor
+            CSR pattern, int32; checked when it has changed.
+        shape : (int, int)
+            Rows and columns of the weight.
+        geometry : Geometry
+        groups : int
+            Groups of the convolution.
+
+        Raises
+        ------
+        TypeError, ValueError
+            See `check_pattern`.
+        """
+        crow, col = crow_indices, col_indices
+        plan = self.find(crow, col, geometry, groups)
+        if plan is None:
+            if not self._plans:
+                check_pattern(crow, col, shape)
+                self._tensors, self._stamp = (crow, col) if self._hold else None, _stamp(crow, col)
+            plan = self._plans[geometry, groups] = make_plan(crow, col, geometry, groups)
+            if len(self._plans) > KEPT_PLANS:
+                self._plans.popitem(last=False)
+        return plan
+
+
+#: (storage of crow_indices, of col_indices) -> references to both, plans. The references do not keep the memory, but
+#: keep the storages' identities from being used again.
+_shared_caches: dict[tuple[int, int], tuple[StorageWeakRef, StorageWeakRef, PlanCache]] = {}
+
+
+def shared_plan_cache(crow_indices: Tensor, col_indices: Tensor) -> PlanCache:
+    """The cache of plans that belongs to a pattern, for those who get the pattern without the module that holds it.
+
+    It lives as long as the memory of the pattern.
+    """
+    storages = crow_indices.untyped_storage(), col_indices.untyped_storage()
+    key = storages[0]._cdata, storages[1]._cdata
+    found = _shared_caches.get(key)
+    if found is None:
+        for old in [k for k, (crow, col, _) in list(_shared_caches.items()) if crow.expired() or col.expired()]:
+            _shared_caches.pop(old, None)
+        found = _shared_caches[key] = (StorageWeakRef(storages[0]), StorageWeakRef(storages[1]), PlanCache(hold=False))
+    return found[2]

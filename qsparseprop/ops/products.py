@@ -1,0 +1,259 @@
+"""What layers are made of: packing, the quantiser of their weights, and the two sparse products.
+
+Tensors of a layer are 4-D, (images, channels, height, width), of any strides; a linear layer's are (batch, features, 1,
+1). A `PlaneLayout` says where their elements lie in planes of lanes, a `GatherList` which of them each row multiplies
+with which value; both were checked when they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparseprop._kernels import _matmul, _pack
+from qsparseprop._kernels._memory import empty
+from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._statistics import Scheme
+from qsparseprop._torch_compat import profiler_is_on
+from qsparseprop.ops._registration import check_tensors, recorded, seen_as
+
+
+class Packed(NamedTuple):
+    """A tensor laid out as planes of lanes.
+
+    Attributes
+    ----------
+    planes : Tensor
+        uint8 codes, or float32; (lanes,).
+    scale, zero_point : Tensor or None
+        Of codes, float32 and int32, (1,) or (planes,): x = scale * (code - zero_point). None for float32, and where the
+        weights were quantised with them.
+    """
+
+    planes: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+
+class Weights(NamedTuple):
+    """The values of the slots of a list.
+
+    Attributes
+    ----------
+    slots : Tensor
+        int8 codes in [-127, 127], or float32; (slots,), zero for padding.
+    scale, total : Tensor or None
+        Of codes, (rows,): float32, and int64, the sum of a row's codes, each times the zero point of its plane.
+    """
+
+    slots: Tensor
+    scale: Tensor | None = None
+    total: Tensor | None = None
+
+
+@recorded
+def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
+    """Quantise a tensor to 8 bits and lay it out as planes of lanes.
+
+    Parameters
+    ----------
+    x : Tensor
+        float32 or bfloat16, (images, channels, height, width), any strides.
+    layout : PlaneLayout
+    scheme : Scheme
+    seed : Tensor, optional
+        int64 scalar; only for schemes that round at random.
+
+    Returns
+    -------
+    Packed
+        Gaps hold the zero point.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another dtype, device or shape, or without a seed that is needed.
+    """
+    return Packed(*_pack.quantize_pack(x, layout, scheme, seed, torch.get_num_threads()))
+
+
+@recorded
+def pack(x: Tensor, layout: PlaneLayout) -> Packed:
+    """Lay a tensor out as planes of lanes without quantising it: in float32, gaps hold zero."""
+    return Packed(_pack.pack(x, layout, torch.get_num_threads()))
+
+
+@recorded
+def quantize_weight(
+    values: Tensor,
+    rows: GatherList,
+    factor: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> Weights:
+    """Quantise the slots of a list, nearest even with one scale a row.
+
+    Parameters
+    ----------
+    values : Tensor
+        float32, (nonzeros,).
+    rows : GatherList
+    factor : Tensor, optional
+        float32, (planes of the list's source,) or (1,): scales of the other operand, multiplied into the values before
+        they are quantised. A sum over planes of different scales is a sum of integers then, with one scale.
+    zero_point : Tensor, optional
+        int32, as many: zero points of the other operand, multiplied into `total`.
+    clip : Tensor, optional
+        float32, (1,): magnitude that 127 stands for in every row; without it a row's own largest.
+    """
+    check_tensors(values=values, factor=factor, zero_point=zero_point, clip=clip)
+    weights = Weights(torch.empty(rows.slots, dtype=torch.int8), torch.empty(rows.rows, dtype=torch.float32),
+                      torch.empty(rows.rows, dtype=torch.int64))  # fmt: skip
+    _matmul.quantize_weight(values, rows, factor, zero_point, clip, *weights, torch.get_num_threads())
+    return weights
+
+
+@recorded
+def gather_weight(values: Tensor, rows: GatherList) -> Weights:
+    """The slots of a list as float32, without quantising them; `values` are float32, (nonzeros,)."""
+    slots = torch.empty(rows.slots, dtype=torch.float32)
+    _matmul.gather_weight(values, rows, slots)
+    return Weights(slots)
+
+
+def empty_result(rows: GatherList, images: int, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """A tensor for a product of a list, (images, channels, height, width): zero where that does not reach."""
+    out = empty(rows.target.shape(images), dtype, channels_last)
+    return out if rows.target.complete else out.zero_()
+
+
+def _check_limits(limits: Sequence[float], bias: Tensor | None) -> None:
+    if limits and (len(limits) != 2 or bias is None):
+        raise ValueError(f"limits must be two numbers, and need a bias; got {list(limits)}")
+
+
+@recorded
+def spmm(
+    operand: Packed,
+    weights: Weights,
+    rows: GatherList,
+    images: int,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    limits: Sequence[float] = (),
+) -> Tensor:
+    """Gather-SpMM and unpacking: ``out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane]``.
+
+    Parameters
+    ----------
+    operand : Packed
+        In the list's source; codes with one scale, or without one where the weights were quantised with them.
+    weights : Weights
+        Codes where the operand's are.
+    rows : GatherList
+    images : int
+        In the operand.
+    bias : Tensor, optional
+        float32, (rows,).
+    dtype : torch.dtype
+        float32 or bfloat16.
+    channels_last : bool
+        Memory format of the result.
+    limits : sequence of float
+        None, or the least and the greatest value of the result; they go with a bias.
+
+    Returns
+    -------
+    Tensor
+        (images, channels, height, width) of the list's target, of `dtype`.
+    """
+    _check_limits(limits, bias)
+    out = empty_result(rows, images, dtype, channels_last)
+    _matmul.spmm(operand.planes, *weights, *operand[1:], rows, bias, out, torch.get_num_threads(), *limits)
+    return out
+
+
+def _spmm(operand: Packed, weights: Weights, rows: GatherList, out: Tensor, bias: Tensor | None, threads: int,
+          *limits: float) -> None:  # fmt: skip
+    """`spmm` into a tensor that is there, as a profiler sees it."""
+    with seen_as("spmm"):
+        _matmul.spmm(operand.planes, *weights, *operand[1:], rows, bias, out, threads, *limits)
+
+
+def multiply(
+    operand: Packed,
+    values: Tensor,
+    rows: GatherList,
+    out: Tensor,
+    bias: Tensor | None = None,
+    clip: Tensor | None = None,
+    limits: Sequence[float] = (),
+) -> Tensor:
+    """Quantise the weight, as the scales of the operand want it, and multiply; without scales in float32.
+
+    Parameters
+    ----------
+    operand : Packed
+        In the list's source; its codes may have one scale, or one for each plane.
+    values : Tensor
+        Floating point, (nonzeros,).
+    rows : GatherList
+    out : Tensor
+        float32 or bfloat16, (images, channels, height, width), or (images, channels) where images are one pixel; it is
+        filled where the list's target has views.
+    bias : Tensor, optional
+        Floating point, (rows,).
+    clip : Tensor, optional
+        As for `quantize_weight`.
+    limits : sequence of float
+        As for `spmm`.
+
+    Returns
+    -------
+    Tensor
+        `out`.
+    """
+    _check_limits(limits, bias)
+    if values.dtype is not torch.float32:
+        values = values.to(torch.float32)
+    if bias is not None and bias.dtype is not torch.float32:
+        bias = bias.to(torch.float32)
+    planes, scale, zero_point = operand
+    threads = torch.get_num_threads()
+    if scale is None:
+        _spmm(operand, gather_weight(values, rows), rows, out, bias, threads, *limits)
+    elif profiler_is_on():  # which is to see both
+        if scale.numel() == 1:
+            weights = quantize_weight(values, rows, None, None, clip)
+        else:
+            weights, operand = quantize_weight(values, rows, scale, zero_point, clip), Packed(planes)
+        _spmm(operand, weights, rows, out, bias, threads, *limits)
+    else:
+        _matmul.quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, threads, *limits)
+    return out
+
+
+@recorded
+def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonzeros: int) -> Tensor:
+    """Gather-SDDMM: ``dvalue[row, k] = sum_lane dy[row, lane] * planes[offset[row, k] + lane]``, at the nonzeros only.
+
+    Parameters
+    ----------
+    operand, gradient : Packed
+        In the list's source and target: both codes (the gradient's around 128) or both float32.
+    rows : GatherList
+        Its target has one view, or slices that follow each other.
+    images : int
+    nonzeros : int
+
+    Returns
+    -------
+    Tensor
+        float32, (nonzeros,).
+    """
+    return _matmul.sddmm(operand.planes, gradient.planes, operand.scale, operand.zero_point, gradient.scale, rows,
+                         images, nonzeros, torch.get_num_threads())  # fmt: skip
