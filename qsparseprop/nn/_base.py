@@ -181,7 +181,7 @@ class SparseModule(SparseWeight):
         """Whether nothing is to be said against an input, found out by a few quick questions."""
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in KERNEL_DTYPES:
             return False
-        return (ops.are_plain(x) and not torch._C._are_functorch_transforms_active()
+        return (ops.are_plain(x) and not transforms_active()
                 and not torch.jit.is_tracing())  # fmt: skip
 
     def _dtypes(self, x: Tensor) -> tuple[Tensor, torch.dtype, torch.dtype]:

@@ -34,7 +34,7 @@ class Operator:
 
     __slots__ = ("function", "overload")
 
-    def __init__(self, function: Callable, overload: torch._ops.OpOverload) -> None:
+    def __init__(self, function: Callable, overload: Callable) -> None:
         self.function, self.overload = function, overload
 
     def chosen(self, *args: Any) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,29 @@ def _finite(value: Any) -> bool:
 
 
 class _Found(Exception):
-    """Ends the forward pass; `name` and `sentence` are what `first_bad_layer` gives."""
+    """Ends the forward pass, unless the model takes it for an error of its own."""
 
-    def __init__(self, name: str | None, sentence: str) -> None:
-        super().__init__(sentence)
-        self.name, self.sentence = name, sentence
+
+class _Search:
+    """The hooks, and the first thing that one of them finds."""
+
+    def __init__(self) -> None:
+        self.found: tuple[str | None, str] | None = None
+
+    def _end(self, name: str | None, sentence: str) -> None:
+        self.found = self.found or (name, sentence)
+        raise _Found(sentence)
+
+    def before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name == "" and not _finite((args, kwargs)):
+            self._end(None, "the input of the model has NaN or Inf")
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_floating_point() and not _finite(tensor):
+                self._end(name, f"{key!r} of {_describe(name, module)} has NaN or Inf")
+
+    def after(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not _finite(output):  # inner modules report first, so this one made them itself
+            self._end(name, f"the output of {_describe(name, module)} is the first with NaN or Inf")
 
 
 def first_bad_layer(model: nn.Module, forward: Callable[[], Any]) -> tuple[str | None, str]:
@@ -47,35 +66,21 @@ def first_bad_layer(model: nn.Module, forward: Callable[[], Any]) -> tuple[str |
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     handles = []
+    search = _Search()
     try:
         for name, module in model.named_modules():
-            before, after = functools.partial(_look_before, name), functools.partial(_look_after, name)
+            before, after = functools.partial(search.before, name), functools.partial(search.after, name)
             handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
-        with torch.no_grad():
+        with contextlib.suppress(_Found), torch.no_grad():
             forward()
-    except _Found as found:
-        return found.name, found.sentence
     finally:
         for handle in handles:
             handle.remove()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-    return None, "every layer's output is finite: look at the targets and the loss function"
-
-
-def _look_before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if name == "" and not _finite((args, kwargs)):
-        raise _Found(None, "the input of the model has NaN or Inf")
-    for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        if tensor.is_floating_point() and not _finite(tensor):
-            raise _Found(name, f"{key!r} of {_describe(name, module)} has NaN or Inf")
-
-
-def _look_after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if not _finite(output):  # inner modules report first, so this one made them itself
-        raise _Found(name, f"the output of {_describe(name, module)} is the first with NaN or Inf")
+    return search.found or (None, "every layer's output is finite: look at the targets and the loss function")
 
 
 def _describe(name: str, module: nn.Module) -> str:
