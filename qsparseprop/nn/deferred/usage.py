@@ -101,8 +101,9 @@ class Usage:
         return any(branch.read or branch._read_behind() for branch in self._behind())
 
     def _packed_behind(self) -> bool:
-        """Whether something that followed was packed, or taken up by another chain."""
-        return any(branch.packed or branch.summed or branch._packed_behind() for branch in self._behind())
+        """Whether something that followed was packed, or part of a sum, of whichever chain that became."""
+        return "add" in self._followed or any(
+            branch.packed or branch.summed or branch._packed_behind() for branch in self._behind())
 
     def chain(self) -> list[Operation]:
         """What was recorded, one operation after the other; the longest of several chains."""
