@@ -374,6 +374,7 @@ def _other_calls() -> list[tuple]:
         (ops.quantize, (x, "absmax", 8, 1, None, True, None, [])),
         (ops.dequantize, (*packed, None, 7, torch.bfloat16)),
         (ops.relu_mask, (x,)),
+        (ops.transpose, (x, 2, 3, 20)),
         (ops.relu_mask_, (x.clone(),)),
         (ops.keep_masked, (x, torch.zeros(8, dtype=torch.int16))),
     ]

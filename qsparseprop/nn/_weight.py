@@ -104,7 +104,11 @@ class SparseWeight(nn.Module):
 
     def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The weight, its values as a plain tensor, and the bias, after `_check_sizes`."""
-        weight, bias = self.weight, self.bias
+        found = self._parameters
+        if "weight" in found and "bias" in found:  # without a call of __getattr__ for each
+            weight, bias = found["weight"], found["bias"]
+        else:  # something else stands in a parameter's place
+            weight, bias = self.weight, self.bias
         values = plain(weight)
         self._check_shapes(values.shape, bias)
         return weight, values, bias

@@ -28,13 +28,13 @@ class Operator:
     ----------
     function : callable
         The implementation.
-    overload : torch.OpOverload
+    overload : torch's OpOverload
         What is registered.
     """
 
     __slots__ = ("function", "overload")
 
-    def __init__(self, function: Callable, overload: Callable) -> None:
+    def __init__(self, function: Callable, overload: Any) -> None:
         self.function, self.overload = function, overload
 
     def chosen(self, *args: Any) -> Callable:
