@@ -52,7 +52,7 @@ def blocks():
     conv = qnn.QuantizedSparseConv2d.from_dense(pruned(nn.Conv2d(4, 6, 3, padding=1)))
     reader = qnn.QuantizedSparseConv2d.from_dense(pruned(nn.Conv2d(4, 6, 1)))
     linear = qnn.QuantizedSparseLinear.from_dense(pruned(nn.Linear(12, 9)))
-    x, rows = torch.randn(3, 4, 6, 5), torch.randn(7, 12)
+    x, rows = torch.randn(3, 4, 6, 5).to(memory_format=torch.channels_last), torch.randn(7, 12)
     yield "conv, norm, relu", fuse_modules(nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU())), x
     yield "norm, relu, conv", fuse_modules(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), reader)), x
     yield "linear, gelu", fuse_modules(nn.Sequential(linear, nn.GELU())), rows
