@@ -161,7 +161,9 @@ def test_results_of_inference_mode_cannot_be_changed_outside(change):
     with pytest.raises(RuntimeError, match="inference tensor outside InferenceMode"):
         change(result)
     with torch.inference_mode():
-        model(torch.randn(9, 24)).mul_(2)
+        result = model(torch.randn(9, 24))
+        result.mul_(2)
+    assert result.detach_() is result
 
 
 def test_a_chain_of_one_image_is_the_same_when_it_is_recomputed():
