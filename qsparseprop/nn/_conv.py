@@ -26,7 +26,7 @@ class SparseConvNd(SparseModule):
     _dense_type: ClassVar[type[nn.Module]]
     _axes: ClassVar[tuple[str, ...]]
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - torch's arguments
         self,
         in_channels: int,
         out_channels: int,

@@ -22,7 +22,7 @@ class SparseConvTransposeNd(SparseConvNd):
 
     transposed = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - torch's arguments
         self,
         in_channels: int,
         out_channels: int,

@@ -192,9 +192,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _can_be_kept(tensor: Tensor) -> bool:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or is_traceable_wrapper_subclass(tensor):
+    if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         return False
-    if tensor.is_inference() or tensor.is_meta:
+    if is_traceable_wrapper_subclass(tensor) or tensor.is_inference() or tensor.is_meta:
         return False
     return tensor.layout is torch.strided and not tensor.is_quantized
 
@@ -209,10 +209,7 @@ class _Held(NamedTuple):
 
 
 def _reachable(model: nn.Module) -> _Held:
-    """All that a model holds by its attributes, and these by theirs.
-
-    Also by methods, partial functions, closures and weak references.
-    """
+    """All that a model holds by its attributes, and these by theirs: methods, closures and weak references too."""
     attributes, holders, tensors, generators = found = _Held([], [], [], [])
     seen: dict[int, Any] = {}
     waiting: list[Any] = [model]
@@ -299,8 +296,8 @@ def _watch(parameter: nn.Parameter, tell: Callable[[], None]) -> None:
 
 def _watch_no_more(parameter: nn.Parameter) -> None:
     if type(parameter) is _WatchedParameter:
-        parameter.__class__ = nn.Parameter
         del parameter.tell
+        parameter.__class__ = nn.Parameter
 
 
 def record(

@@ -48,7 +48,7 @@ def sparsity(model: nn.Module) -> float:
 
 
 @torch.inference_mode(False)  # what is made in it could not be trained
-def swap_modules_with_sparse(
+def swap_modules_with_sparse(  # noqa: PLR0913 - settings, by keyword
     model: nn.Module,
     input_shape: Sequence[Any] | Tensor | Mapping[str, Any] | Callable[..., Any] | None,
     inplace: bool = True,

@@ -95,7 +95,7 @@ class Finetuner:
         Position of `fit`: epochs completed, and batches of the present epoch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings, by keyword
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
