@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qsparseprop.nn._dense import dense_bias, dense_weight, trains_weight
+from qsparseprop.nn._dense import dense_bias, dense_weight, held, trains_weight
 from qsparseprop.nn.functional import check_finite
 from qsparseprop.ops.schemes import symmetric_scale
 from qsparseprop.quantization import QuantConfig, QuantizedTensor, quantize
@@ -24,7 +25,7 @@ _OPTION_NAMES = {"dithered": ("step",), "luq": ("levels",)}
 
 def _quantized(x: Tensor, scheme: str, qconfig: QuantConfig, gradient: bool) -> tuple[Tensor, Tensor]:
     """Codes minus zero point, as float32, and scales, (1,) or (channels,), of an (images, channels, ...) tensor."""
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if scheme == "sawb":
         options = {"constants": qconfig.sawb, "nonzeros": qconfig.sawb_nonzeros}
     elif gradient:
@@ -93,9 +94,10 @@ class _FakeProduct(torch.autograd.Function):
         return dx, dweight, None, None, None, None
 
 
-class _FakeQuant:
+class _FakeQuant(nn.Module):
     """What both layers share; `weight` is dense, `mask` says which entries exist."""
 
+    weight: Tensor
     mask: Tensor
     qconfig: QuantConfig
 
@@ -106,7 +108,7 @@ class _FakeQuant:
         bias = dense_bias(dense)
         self.weight = nn.Parameter(weight.clone(), trains_weight(dense))
         if bias is not None:
-            self.bias = nn.Parameter(bias[0].clone(), bias[1])
+            self.register_parameter("bias", nn.Parameter(bias[0].clone(), bias[1]))
         self.register_buffer("mask", mask.clone())
         self.qconfig = QuantConfig() if qconfig is None else qconfig
         self.train(dense.training)
@@ -116,8 +118,9 @@ class _FakeQuant:
         with torch.autocast("cpu", enabled=False):
             weight = self.weight.to(torch.float32) * self.mask
             y = _FakeProduct.apply(x.to(torch.float32), weight, self.mask, product, layout, self.qconfig)
-            if self.bias is not None:
-                y = y + self.bias.to(torch.float32).view(-1, *[1] * (y.ndim - 2))
+            bias: Tensor | None = held(self, "bias")
+            if bias is not None:
+                y = y + bias.to(torch.float32).view(-1, *[1] * (y.ndim - 2))
         return y.to(dtype)
 
 
@@ -168,8 +171,9 @@ class FakeQuantConv2d(_FakeQuant, nn.Conv2d):
         if conv.padding_mode != "zeros":
             raise NotImplementedError(f"{cls.__name__} pads with zeros; padding_mode={conv.padding_mode!r} is not "
                                       "supported")
-        layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                    conv.groups, conv.bias is not None, device="meta")  # fmt: skip
+        make: Callable[..., FakeQuantConv2d] = cls  # torch types sizes that it takes and sizes that it has otherwise
+        layer = make(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+                     conv.groups, conv.bias is not None, device="meta")  # fmt: skip
         layer._take_over(conv, qconfig)
         return layer
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -73,6 +73,10 @@ def check_tensors(**tensors: Tensor | None) -> None:
         check_storage(tensor, name)
 
 
+@overload
+def in_memory(tensor: Tensor, name: str) -> Tensor: ...
+@overload
+def in_memory(tensor: Tensor | None, name: str) -> Tensor | None: ...
 def in_memory(tensor: Tensor | None, name: str) -> Tensor | None:
     """A tensor that comes from outside as the kernels can read it, without a history where it had to be copied.
 
@@ -83,14 +87,17 @@ def in_memory(tensor: Tensor | None, name: str) -> Tensor | None:
     ValueError
         If its storage was made smaller than it is.
     """
-    if are_plain(tensor):
+    if tensor is None or are_plain(tensor):
         return tensor
     check_storage(tensor, name)
     return tensor.detach().clone().as_subclass(Tensor)
 
 
-def saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What an autograd.Function saved, which may have been freed meanwhile, or replaced by hooks."""
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What an autograd.Function saved, which may have been freed meanwhile, or replaced by hooks.
+
+    Which of them are tensors, and which None, knows the function that saved them.
+    """
     return tuple([in_memory(tensor, "a tensor that was saved for the backward pass") for tensor in ctx.saved_tensors])
 
 

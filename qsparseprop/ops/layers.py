@@ -127,12 +127,14 @@ def _give_own_fronts(packed: Packed, plan: Plan, images: int) -> None:
     """
     grid = plan.geometry.output_grid
     shape, strides = (-(-images // grid.images), grid.planes, grid.front), (grid.block, grid.pitch, 1)
-    packed.planes.as_strided(shape, strides).copy_(packed.zero_point.view(-1, 1))
+    if packed.zero_point is not None:
+        packed.planes.as_strided(shape, strides).copy_(packed.zero_point.view(-1, 1))
 
 
 def _is_around_128(packed: Packed, scheme: Scheme) -> bool:
     """Whether codes can be the second operand of sddmm, which wants them around 128 and not less than 1."""
-    return scheme.name != "standard" and bool((packed.zero_point == 128).all())
+    zero_point = packed.zero_point
+    return scheme.name != "standard" and zero_point is not None and bool((zero_point == 128).all())
 
 
 @recorded
@@ -178,8 +180,8 @@ def layer_backward(
     in_floats = grads[1] and _is_in_floats(packed)
     if grads[0] or (grads[1] and not in_floats):
         gradient = _packed_by(dy, rows.source, scheme, seed)
-    if grads[0]:
-        dx = multiply(gradient, values, rows, _result_like(dy, rows, x_dtype, channels_last), None, clip)
+        if grads[0]:
+            dx = multiply(gradient, values, rows, _result_like(dy, rows, x_dtype, channels_last), None, clip)
     if grads[1]:
         if in_floats and (gradient is None or scheme is not None):
             gradient = pack(dy, rows.source)

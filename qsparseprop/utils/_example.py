@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from qsparseprop.nn._dense import dense_type, dense_weight, trains_weight
+from qsparseprop.nn._dense import dense_type, dense_weight, held, trains_weight
 from qsparseprop.nn.deferred.start import last_chain, start_chains
 from qsparseprop.nn.deferred.usage import Operation
 
@@ -287,17 +287,17 @@ _HARMLESS = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "requ
              "is_meta", "layout", "is_leaf", "grad", "grad_fn")} | {Tensor.is_floating_point, torch.is_floating_point}
 
 
-def _watch(parameter: nn.Parameter, tell: Callable[[], None]) -> None:
+def _watch(parameter: Tensor, tell: Callable[[], None]) -> None:
     """Have a parameter tell, as the object that it is, since others may hold it."""
     if type(parameter) is nn.Parameter:
         parameter.__class__ = _WatchedParameter
-        parameter.tell = tell
+        vars(parameter)["tell"] = tell
 
 
 def _watch_no_more(parameter: nn.Parameter) -> None:
     if type(parameter) is _WatchedParameter:
         del parameter.tell
-        parameter.__class__ = nn.Parameter
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]  # not of the class that it is of
 
 
 def record(
@@ -351,7 +351,7 @@ def record(
         if chains:
             start_chains(layer)
         layer.forward = watched
-        _watch(layer.weight, lambda: None if inside else read.add(name))
+        _watch(held(layer, "weight"), lambda: None if inside else read.add(name))
 
     for name in names:
         layer = probe.get_submodule(name)

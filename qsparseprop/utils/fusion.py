@@ -55,8 +55,8 @@ def fuse_modules(model: nn.Module) -> nn.Module:
     for module in sparse:
         module.deferring = True
     if sparse:
-        for module in model.modules():
-            start_chains(module)
+        for each in model.modules():
+            start_chains(each)
     return model
 
 

@@ -150,7 +150,7 @@ def swap_modules_with_sparse(  # noqa: PLR0913 - settings, by keyword
     if fuse:
         fuse_modules(model)  # those that were put back, too
         report.tell_chains({name: chain.joined for name, chain in together.items()})
-    model.swap_report = report
+    model.swap_report = report  # type: ignore[assignment]  # torch types only what modules hold themselves
     if verbose:
         sys.stdout.write(f"{report}\n")
     return model
@@ -312,7 +312,8 @@ def unfold_attention(model: nn.Module) -> nn.Module:
     torch.nn.Module
         The same `model`; parameters of the projections are new ones.
     """
-    replacements, replaced = {}, {}
+    replacements: dict[int, nn.Module] = {}
+    replaced: dict[int, nn.Module] = {}
     for module in model.modules():
         plain = type(module) is nn.MultiheadAttention and not prune.is_pruned(module)
         if plain and module.bias_k is None and not module.add_zero_attn:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from qsparseprop.nn._dense import held
 from qsparseprop.nn._interop import check_owners, check_unsplit, element_state, inner_optimizer
 from qsparseprop.nn._weight import SparseWeight
 
@@ -123,17 +124,17 @@ def _prune(
     if not modules:
         raise ValueError("the model has no Conv2d or Linear to prune")
     # torch's pruning flattens weights with view(), which refuses channels_last ones.
-    permuted = [module for module in modules.values() if not module.weight.is_contiguous()]
+    permuted = [module for module in modules.values() if not held(module, "weight").is_contiguous()]
     for module in permuted:
-        module.to(memory_format=torch.contiguous_format)
+        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch types it without
     places = {module: list(module._parameters).index("weight") for module in modules.values()
               if "weight" in module._parameters}  # fmt: skip
     apply(modules)
     for module, place in places.items():
         _move_parameter(module, "weight_orig", place)
     for module in permuted:
-        module.to(memory_format=torch.channels_last)
-        module.weight = module.weight_orig.detach() * module.weight_mask
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types it without
+        module.weight = held(module, "weight_orig").detach() * held(module, "weight_mask")
     return modules
 
 
@@ -210,7 +211,7 @@ def make_mask_enforcer(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> C
 
 
 def _weights(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    return {name: model.get_submodule(name).weight.detach() for name in names}
+    return {name: held(model.get_submodule(name), "weight").detach() for name in names}
 
 
 # ---- gradual pruning, while a model trains ----
@@ -389,20 +390,21 @@ class GradualPruner:
         scores = torch.cat([m.to(torch.float32) for m in magnitudes])
         kept = prune.L1Unstructured(surplus).compute_mask(scores, torch.ones_like(scores)).bool()
         for module, part in zip(modules, kept.split(counts), strict=True):
-            mask = (module.mask() if isinstance(module, SparseWeight) else module.weight_mask != 0).contiguous()
+            mask = module.mask() if isinstance(module, SparseWeight) else held(module, "weight_mask") != 0
+            mask = mask.contiguous()
             mask.view(-1)[mask.view(-1).nonzero().squeeze(1)[~part]] = False
             if isinstance(module, SparseWeight):
                 module._remove(mask, self._optimizer)
             else:
-                module.weight_mask.copy_(mask)
+                held(module, "weight_mask").copy_(mask)
 
 
 def _weight_size(module: nn.Module) -> int:
-    return math.prod(module.weight_shape) if isinstance(module, SparseWeight) else module.weight_mask.numel()
+    return math.prod(module.weight_shape if isinstance(module, SparseWeight) else held(module, "weight_mask").shape)
 
 
 def _existing(module: nn.Module) -> torch.Tensor:
     """The weights that exist, in the order of their positions."""
     if isinstance(module, SparseWeight):
         return module.weight.detach()
-    return module.weight_orig.detach()[module.weight_mask != 0]
+    return held(module, "weight_orig").detach()[held(module, "weight_mask") != 0]

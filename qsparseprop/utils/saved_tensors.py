@@ -205,6 +205,7 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
     @torch.compiler.disable
     def __exit__(self, *exception: object) -> None:
         stack, self._stack = self._stack, None
+        assert stack is not None  # of __enter__
         stack.close()
 
     # ---- counting ----

@@ -104,13 +104,13 @@ class Finetuner:
         loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
         autocast_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
-        after_step: Callable[[], None] | None = None,
+        after_step: Callable[[], object] | None = None,
         scheduler_per_epoch: bool = False,
         max_grad_norm: float | None = None,
         forward_context: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
         stateful: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = model.to(memory_format=memory_format)
+        self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types it without
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loss_function = loss_function
@@ -135,7 +135,8 @@ class Finetuner:
 
     def logits(self, inputs: Any) -> torch.Tensor:
         """Run the model on inputs in this object's precision and layout; the output's dtype is the model's."""
-        arguments, keywords = (inputs,), {}
+        arguments: tuple[Any, ...] = (inputs,)
+        keywords: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
             arguments, keywords = (), dict(inputs)
         elif isinstance(inputs, (tuple, list)):
@@ -199,7 +200,7 @@ class Finetuner:
 
         start = time.perf_counter()
         if self._needs_closure:
-            self.optimizer.step(closure)
+            self.optimizer.step(closure)  # type: ignore[arg-type]  # optimizers give what the closure gives
         else:
             closure()
             self.optimizer.step()
@@ -420,7 +421,7 @@ class Finetuner:
         for name, item in self.stateful.items():
             item.load_state_dict(state["stateful"][name])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(laid_out(self.optimizer, state["optimizer"]))
+        self.optimizer.load_state_dict(dict(laid_out(self.optimizer, state["optimizer"])))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.history = History.from_state_dict(state["history"])
