@@ -195,7 +195,18 @@ class QuantizedTensor:
     group_size: int | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values that the codes stand for, float32 or bfloat16."""
+        """The values that the codes stand for, float32 or bfloat16.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            float32 or bfloat16.
+
+        Returns
+        -------
+        Tensor
+            Of the codes' shape.
+        """
         return ops.dequantize(self.codes, self.scale, self.zero_point, self.dim, self.group_size, dtype)
 
     def zero_fraction(self) -> float:
@@ -271,7 +282,19 @@ def quantize(
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values that the codes of a `QuantizedTensor` stand for, float32 or bfloat16."""
+    """The values that the codes of a `QuantizedTensor` stand for, float32 or bfloat16.
+
+    Parameters
+    ----------
+    q : QuantizedTensor
+    dtype : torch.dtype
+        float32 or bfloat16.
+
+    Returns
+    -------
+    Tensor
+        Of the codes' shape.
+    """
     return q.dequantize(dtype)
 
 

@@ -86,13 +86,14 @@ class SparseConvNd(SparseModule):
     @property
     def _pads(self) -> tuple[int, ...]:
         """Zeros before and after, axis by axis."""
-        if self.padding == "valid":
+        padding = self.padding
+        if padding == "valid":
             return (0, 0) * len(self._axes)
-        if self.padding == "same":  # as torch: an odd zero goes below and to the right
+        if padding == "same":  # as torch: an odd zero goes below and to the right
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
             return tuple(n for t in total for n in (t // 2, t - t // 2))
-        assert not isinstance(self.padding, str)
-        return tuple(n for p in self.padding for n in (p, p))
+        assert not isinstance(padding, str)  # torch knows no other word
+        return tuple(n for p in padding for n in (p, p))
 
     @classmethod
     def from_dense(

@@ -40,6 +40,10 @@ def accept_dense_state(choice: str) -> Iterator[None]:
         "keep_pattern": the module keeps its pattern and takes the values there, whatever the others are.
         "take_zeros": the module takes the pattern of the dense weight: what is zero in it (or masked) does not exist.
 
+    Yields
+    ------
+    None
+
     Raises
     ------
     ValueError

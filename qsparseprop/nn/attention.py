@@ -45,6 +45,14 @@ class MultiheadAttention(nn.Module):
     def from_dense(cls, attention: nn.MultiheadAttention) -> MultiheadAttention:
         """Take over the weights of torch's module, which is not changed.
 
+        Parameters
+        ----------
+        attention : torch.nn.MultiheadAttention
+
+        Returns
+        -------
+        MultiheadAttention
+
         Raises
         ------
         TypeError
@@ -79,6 +87,17 @@ class MultiheadAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply attention; arguments and results are those of torch.nn.MultiheadAttention.
+
+        Parameters
+        ----------
+        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            As for torch's.
+
+        Returns
+        -------
+        output : Tensor
+        weights : Tensor or None
+            None without `need_weights`.
 
         Raises
         ------

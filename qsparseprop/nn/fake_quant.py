@@ -140,7 +140,18 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, *, qconfig: QuantConfig | None = None) -> FakeQuantLinear:
-        """Copy a dense layer, with zeros in its weight or pruned by torch.nn.utils.prune."""
+        """Copy a dense layer, with zeros in its weight or pruned by torch.nn.utils.prune.
+
+        Parameters
+        ----------
+        linear : torch.nn.Linear
+            Not changed.
+        qconfig : QuantConfig, optional
+
+        Returns
+        -------
+        FakeQuantLinear
+        """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.Linear, got {type(linear).__qualname__}")
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -148,7 +159,17 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """(..., in_features) -> (..., out_features).
+
+        Parameters
+        ----------
+        x : Tensor
+
+        Returns
+        -------
+        Tensor
+            Of x's dtype, or autocast's.
+        """
         rows = x.reshape(-1, self.in_features)
         inputs = torch.arange(self.in_features)
         layout = (torch.arange(self.out_features)[:, None], inputs[None, :], inputs)
@@ -165,7 +186,20 @@ class FakeQuantConv2d(_FakeQuant, nn.Conv2d):
     def from_dense(
         cls, conv: nn.Conv2d, vectorizing_over_on: bool | None = None, *, qconfig: QuantConfig | None = None
     ) -> FakeQuantConv2d:
-        """Copy a dense convolution; `vectorizing_over_on` is there to be as `QuantizedSparseConv2d.from_dense`."""
+        """Copy a dense convolution; `vectorizing_over_on` is there to be as `QuantizedSparseConv2d.from_dense`.
+
+        Parameters
+        ----------
+        conv : torch.nn.Conv2d
+            Not changed; with zeros in its weight or pruned by torch.nn.utils.prune.
+        vectorizing_over_on : bool, optional
+            Without effect.
+        qconfig : QuantConfig, optional
+
+        Returns
+        -------
+        FakeQuantConv2d
+        """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.Conv2d, got {type(conv).__qualname__}")
         if conv.padding_mode != "zeros":
@@ -188,7 +222,17 @@ class FakeQuantConv2d(_FakeQuant, nn.Conv2d):
         return row[:, None, None, None], channel * math.prod(self.stride) + phase, channel
 
     def forward(self, x: Tensor) -> Tensor:
-        """(images, in_channels, height, width), or without images."""
+        """(images, in_channels, height, width), or without images.
+
+        Parameters
+        ----------
+        x : Tensor
+
+        Returns
+        -------
+        Tensor
+            (images, out_channels, out_height, out_width), or without images; of x's dtype, or autocast's.
+        """
         images = x if x.ndim == 4 else x[None]
 
         def product(a: Tensor, b: Tensor) -> Tensor:

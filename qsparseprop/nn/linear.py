@@ -81,7 +81,18 @@ class SparseLinear(SparseModule):
 
     @classmethod
     def like(cls: type[_Linear], dense: nn.Module, qconfig: QuantConfig | None = None) -> _Linear:
-        """A layer without weights, with the settings of a dense one."""
+        """A layer without weights, with the settings of a dense one.
+
+        Parameters
+        ----------
+        dense : torch.nn.Linear
+        qconfig : QuantConfig, optional
+            For quantised layers.
+
+        Returns
+        -------
+        SparseLinear
+        """
         assert isinstance(dense, nn.Linear)
         layer = cls(dense.in_features, dense.out_features, has_bias(dense), dense.weight.device,
                     dense.weight.dtype, qconfig=qconfig)  # fmt: skip

@@ -95,13 +95,28 @@ class SparseTransposedLinear(SparseLinear):
 
     @classmethod
     def like(cls: type[_Linear], dense: nn.Module, qconfig: QuantConfig | None = None) -> _Linear:
-        """A layer without weights, with the settings of a dense one."""
+        """A layer without weights, with the settings of a dense one.
+
+        Parameters
+        ----------
+        dense : transformers.pytorch_utils.Conv1D
+        qconfig : QuantConfig, optional
+            For quantised layers.
+
+        Returns
+        -------
+        SparseTransposedLinear
+        """
         weight = held(dense, "weight")
         nx, nf = weight.shape
         return cls(nf, nx, weight.device, weight.dtype, qconfig=qconfig).train(dense.training)
 
     def to_dense(self) -> nn.Module:  # type: ignore[override]  # Conv1D is no Linear
         """A Conv1D of transformers with the same weight and bias.
+
+        Returns
+        -------
+        transformers.pytorch_utils.Conv1D
 
         Raises
         ------

@@ -82,6 +82,17 @@ def in_memory(tensor: Tensor | None, name: str) -> Tensor | None:
 
     Copied are views with the negative bit, subclasses, and tensors that only say that they are zero.
 
+    Parameters
+    ----------
+    tensor : Tensor or None
+    name : str
+        What an error calls it.
+
+    Returns
+    -------
+    Tensor or None
+        The same one where it can be read as it is.
+
     Raises
     ------
     ValueError
@@ -97,6 +108,16 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """What an autograd.Function saved, which may have been freed meanwhile, or replaced by hooks.
 
     Which of them are tensors, and which None, knows the function that saved them.
+
+    Parameters
+    ----------
+    ctx : object
+        Of the function.
+
+    Returns
+    -------
+    tuple
+        Of tensors and None.
     """
     return tuple([in_memory(tensor, "a tensor that was saved for the backward pass") for tensor in ctx.saved_tensors])
 
@@ -142,6 +163,11 @@ def operator(
     tags : sequence of torch.Tag
     backward, setup_context : callable
         As for `torch.library.register_autograd`; without them the operator has no derivative, and says so.
+
+    Returns
+    -------
+    callable
+        A decorator, which makes an `Operator` of the function.
     """
 
     def register(function: Callable) -> Operator:

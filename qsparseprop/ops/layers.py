@@ -43,7 +43,16 @@ class Quantisation(NamedTuple):
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are what is innermost in the memory of an (images, channels, height, width) tensor."""
+    """Whether channels are what is innermost in the memory of an (images, channels, height, width) tensor.
+
+    Parameters
+    ----------
+    x : Tensor
+
+    Returns
+    -------
+    bool
+    """
     return x.stride(1) == 1 and not x.is_contiguous()
 
 
@@ -191,7 +200,18 @@ def layer_backward(
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
-    """The sum of a gradient over all but its channels, float32."""
+    """The sum of a gradient over all but its channels, float32.
+
+    Parameters
+    ----------
+    dy : Tensor
+        (images, channels, height, width), or (images, channels).
+
+    Returns
+    -------
+    Tensor
+        (channels,).
+    """
     dims = 0 if dy.ndim == 2 else (0, 2, 3)
     return dy.sum(dims) if dy.dtype is torch.float32 else dy.sum(dims, dtype=torch.float32)
 
@@ -220,12 +240,16 @@ def packed_backward(
     Parameters
     ----------
     dy : Packed
-        The gradient of so many images.
-    grads : sequence of bool
-        Whether the gradients of the input and of the values are wanted.
+        The gradient.
+    values, packed, plan
+        As for `layer_backward`.
+    images : int
+        In the gradient.
     clip : Tensor or None
         Of the weight.
-    values, packed, plan, x_dtype, channels_last
+    grads : sequence of bool
+        Whether the gradients of the input and of the values are wanted.
+    x_dtype, channels_last
         As for `layer_backward`.
 
     Returns

@@ -61,7 +61,17 @@ def fuse_modules(model: nn.Module) -> nn.Module:
 
 
 def unfuse_modules(model: nn.Module) -> nn.Module:
-    """Undo `fuse_modules`, in place."""
+    """Undo `fuse_modules`, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+        The same `model`.
+    """
     for module in model.modules():
         if isinstance(module, SparseModule):
             for name in ("deferring", "_usages"):  # nothing is left, which a dense layer would be given

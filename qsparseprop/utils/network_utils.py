@@ -40,6 +40,15 @@ def sparsity(model: nn.Module) -> float:
     Prunable is what has a line in the report of `swap_modules_with_sparse`: the weights of linear, convolutional,
     recurrent and attention layers, of torch's and of other packages', and those of sparse layers; embeddings only where
     they were pruned. Masks that are still attached count as zeros. 0.0 for a model without such layers.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    float
+        In [0, 1].
     """
     # a weight that several modules share counts once
     found = {w.identity: w for w in weights_of(model)}.values()

@@ -106,6 +106,16 @@ def layerwise_magnitude_prune(
     """Mask the smallest weights of each layer, in place: every pruned layer gets the same sparsity.
 
     Parameters, return value and errors are those of `global_magnitude_prune`.
+
+    Parameters
+    ----------
+    model, sparsity, skip
+        As for `global_magnitude_prune`.
+
+    Returns
+    -------
+    dict of str to nn.Module
+        As from `global_magnitude_prune`.
     """
 
     def mask_each(modules: dict[str, nn.Module]) -> None:
@@ -142,6 +152,10 @@ def make_pruning_permanent(model: nn.Module) -> None:
     """Replace ``weight_orig`` and ``weight_mask`` by a plain ``weight`` with zeros, in place, where there are any.
 
     Parameters keep the order that they had before the pruning: optimizers know them by their position.
+
+    Parameters
+    ----------
+    model : nn.Module
     """
     for module in model.modules():
         if hasattr(module, "weight_mask"):
@@ -162,6 +176,10 @@ def _move_parameter(module: nn.Module, name: str, place: int) -> None:
 def collect_masks(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the pruning masks that are attached to a model.
 
+    Parameters
+    ----------
+    model : nn.Module
+
     Returns
     -------
     dict of str to torch.Tensor
@@ -172,7 +190,18 @@ def collect_masks(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def layer_sparsity(model: nn.Module, names: Collection[str]) -> dict[str, float]:
-    """Return the share of zeros, in [0, 1], of the weights of the named modules of a dense model."""
+    """Return the share of zeros, in [0, 1], of the weights of the named modules of a dense model.
+
+    Parameters
+    ----------
+    model : nn.Module
+    names : collection of str
+        As ``named_modules`` gives them.
+
+    Returns
+    -------
+    dict of str to float
+    """
     return {name: 1 - torch.count_nonzero(w).item() / w.numel() for name, w in _weights(model, names).items()}
 
 
@@ -231,6 +260,10 @@ def cubic_sparsity(step: int, initial: float, final: float, begin: int, end: int
         Fractions of zeros.
     begin, end : int
         Steps of the first and the last change, ``begin < end``.
+
+    Returns
+    -------
+    float
     """
     if begin >= end:
         raise ValueError(f"begin must come before end, got {begin} and {end}")
@@ -253,8 +286,8 @@ class GradualPruner:
         Trains the model. Any one of torch's whose state belongs to single weights, which is all but LBFGS.
     final_sparsity : float
         Fraction of zeros at the end, in [0, 1).
-    begin_step, end_step : int
-        Calls of `step` at which the first and the last weights go.
+    end_step, begin_step : int
+        Calls of `step` at which the last and the first weights go.
     interval : int
         Calls of `step` from one pruning to the next; what was removed takes some steps to make up for.
     initial_sparsity : float, optional
@@ -359,7 +392,13 @@ class GradualPruner:
         return {"steps": self.steps, "initial_sparsity": list(self._initial)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue a schedule; the model's and the optimizer's own states are loaded for themselves."""
+        """Continue a schedule; the model's and the optimizer's own states are loaded for themselves.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            Of `state_dict`.
+        """
         initial = list(state_dict["initial_sparsity"])
         if len(initial) != len(self._groups):
             raise ValueError(f"initial_sparsity must have {len(self._groups)} numbers, got {len(initial)}")

@@ -214,7 +214,16 @@ def _share(zeros: float | None) -> str:
 
 
 def format_weights(infos: Sequence[WeightInfo]) -> str:
-    """Return a table, with a line for all of them; weights whose nonzeros are not known count in its sizes only."""
+    """Return a table, with a line for all of them; weights whose nonzeros are not known count in its sizes only.
+
+    Parameters
+    ----------
+    infos : sequence of WeightInfo
+
+    Returns
+    -------
+    str
+    """
     rows: list[tuple[Any, ...]] = [("weight", "shape", "stored", "nonzeros", "zeros", "kB", "dense kB", "")]
     for info in infos:
         rows.append((_printable(info.name), "x".join(map(str, info.shape)), "sparse" if info.sparse else "dense",
