@@ -158,7 +158,7 @@ def before_averaging(check: Callable[[nn.Module, nn.Module], None]) -> None:
         check(self.module, model)
         update(self, model)
 
-    AveragedModel.update_parameters = checked
+    AveragedModel.update_parameters = checked  # type: ignore[method-assign]  # torch calls nothing that is meant for it
 
 
 def keep_from_compiling(function: Callable[..., Any]) -> None:

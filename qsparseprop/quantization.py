@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -164,7 +166,7 @@ class QuantConfig:
         return torch.where((clip > 0) & (clip < absmax), clip, absmax).to(torch.float32).view(1)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -193,7 +195,18 @@ class QuantizedTensor:
     group_size: int | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values that the codes stand for, float32 or bfloat16."""
+        """The values that the codes stand for, float32 or bfloat16.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            float32 or bfloat16.
+
+        Returns
+        -------
+        Tensor
+            Of the codes' shape.
+        """
         return ops.dequantize(self.codes, self.scale, self.zero_point, self.dim, self.group_size, dtype)
 
     def zero_fraction(self) -> float:
@@ -269,11 +282,23 @@ def quantize(
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values that the codes of a `QuantizedTensor` stand for, float32 or bfloat16."""
+    """The values that the codes of a `QuantizedTensor` stand for, float32 or bfloat16.
+
+    Parameters
+    ----------
+    q : QuantizedTensor
+    dtype : torch.dtype
+        float32 or bfloat16.
+
+    Returns
+    -------
+    Tensor
+        Of the codes' shape.
+    """
     return q.dequantize(dtype)
 
 
-def _scheme_options(scheme: str, bits: int, given: dict[str, object]) -> tuple[float, ...]:
+def _scheme_options(scheme: str, bits: int, given: Mapping[str, object]) -> tuple[float, ...]:
     known = {"sawb": ("constants", "nonzeros"), "dithered": ("step",), "luq": ("levels",)}.get(scheme, ())
     for name in given:
         if name not in known:
@@ -286,6 +311,7 @@ def _scheme_options(scheme: str, bits: int, given: dict[str, object]) -> tuple[f
         if not (isinstance(constants, tuple) and len(constants) == 2 and all(_is_number(c) for c in constants)):
             raise ValueError(f"constants must be a tuple of two finite numbers, got {constants!r}")
         return (*map(float, constants), float(bool(given.get("nonzeros", False))))
-    if given and not all(_is_number(v) for v in given.values()):
+    numbers = [float(v) for v in given.values() if _is_number(v)]
+    if len(numbers) < len(given):
         raise ValueError(f"options of the scheme {scheme!r} must be finite numbers, got {given}")
-    return tuple(float(v) for v in given.values())
+    return tuple(numbers)

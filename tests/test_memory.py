@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qsparseprop._kernels._memory import empty, release_pages
 
+from qsparseprop._kernels._memory import empty, release_pages
 from qsparseprop.utils.measurement_utils import current_rss_mb, release_free_memory
 
 MB = 1 << 20

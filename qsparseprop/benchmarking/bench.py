@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import math
 import statistics
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from qsparseprop import nn as sparse_nn
 from qsparseprop.config import usable_processors
+from qsparseprop.nn._dense import held
 from qsparseprop.nn.deferred import ordinary
 from qsparseprop.training.models import MODELS, build_model
 from qsparseprop.training.setup_run import TrainingMode
@@ -99,7 +101,7 @@ def parse_layer(text: str) -> nn.Module:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id not in kinds:
             raise wrong
         args = [ast.literal_eval(value) for value in call.args]
-        kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        kwargs: dict[Any, Any] = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise error if error is wrong else wrong from error
     if "device" in kwargs or "dtype" in kwargs:
@@ -269,7 +271,7 @@ def _bytes_of_parameters(model: nn.Module) -> int:
 
 
 def _check_rest(name: str, module: nn.Module, sparsities: tuple[float, ...]) -> None:
-    size = module.weight.numel()
+    size = held(module, "weight").numel()
     if round(max(sparsities) * size) >= size:
         raise ConfigurationError(f"at {100 * max(sparsities):g} % zeros nothing is left of {name}, which has {size} "
                                  f"weight{'s' if size > 1 else ''}")  # fmt: skip
@@ -279,7 +281,7 @@ def _problem(module: nn.Module, shape: tuple[int, ...], sparsities: tuple[float,
     """Why a layer cannot be measured, dense and sparse, at inputs of a shape; tried with one example."""
     try:
         _check_rest(type(module).__name__, module, sparsities)
-        batched = len(shape) > (1 if isinstance(module, nn.Linear) else module.weight.ndim - 1)
+        batched = len(shape) > (1 if isinstance(module, nn.Linear) else held(module, "weight").ndim - 1)
         x = torch.zeros((1, *shape[1:]) if batched else shape)
         with torch.no_grad():
             module(x)
@@ -292,7 +294,7 @@ def _problem(module: nn.Module, shape: tuple[int, ...], sparsities: tuple[float,
 def _pruned(module: nn.Module, sparsity: float) -> nn.Module:
     pruned = copy.deepcopy(module)
     for part in [pruned] if type(module) in _SPARSE_KINDS else prunable_modules(pruned).values():
-        _put_zeros(part.weight, sparsity)
+        _put_zeros(held(part, "weight"), sparsity)
     return pruned
 
 
@@ -312,7 +314,8 @@ def _step(module: nn.Module, x: Tensor, x_grad: bool, mode: TrainingMode) -> Cal
     """Forward and backward pass of a module in a mode."""
     module = copy.deepcopy(module)
     if mode.channels_last and x.ndim == 4:
-        module, x = module.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types it without
+        x = x.to(memory_format=torch.channels_last)
     # what autocast has made of it before
     x = x.detach().to(torch.bfloat16 if mode.bf16 and x_grad else torch.float32).requires_grad_(x_grad)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode.bf16), torch.no_grad():
@@ -346,7 +349,7 @@ def _measure(name: str, module: nn.Module, x: Tensor, x_grad: bool, sparsity: fl
     ms = {key: statistics.median(values) for key, values in samples.items()}
     dense, int8 = (min((k for k in ms if k.startswith(kind)), key=ms.__getitem__) for kind in ("dense", "int8"))
     spread = ratio_spread(samples[dense], samples[int8])
-    result = {
+    result: dict[str, Any] = {
         "name": name, "sparsity": sparsity, "input": list(x.shape), "ms": ms, "best_dense": dense, "best_sparse": int8,
         "samples": {key: samples[key] for key in (dense, int8)}, "speedup": spread.value,
         "spread": [spread.low, spread.high],
@@ -374,8 +377,8 @@ def machine_limits() -> dict[str, float]:
     limits = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         matrix = a.to(dtype)
-        seconds = interleaved_medians({name: lambda m=matrix: m @ m}, repeats=5, warmup=2)[name]
-        limits[name] = 2 * size**3 / seconds
+        product = functools.partial(torch.matmul, matrix, matrix)
+        limits[name] = 2 * size**3 / interleaved_medians({name: product}, repeats=5, warmup=2)[name]
     large = torch.zeros(64_000_000)
     limits["memory"] = 2 * large.nbytes / interleaved_medians({"add": lambda: large.add_(1)}, repeats=5)["add"]
     return limits

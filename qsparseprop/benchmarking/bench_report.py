@@ -75,7 +75,7 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]], lines: Sequen
 
     places = axes.transData.transform([(x, y) for x, y, _ in points])
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
-    strokes = [(line, 4) for line in map(axes.transData.transform, lines)]
+    strokes: list[tuple[Any, int]] = [(line, 4) for line in map(axes.transData.transform, lines)]
     for text in axes.texts:
         box = text.get_window_extent()
         if text.get_rotation():  # a stroke from corner to corner, as thick as letters are high

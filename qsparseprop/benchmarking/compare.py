@@ -275,7 +275,8 @@ def _best_dense_mode(model: nn.Module, train_loader: DataLoader, shared: Shared,
     if not shared.mode_seconds:
         reporter.stage(f"trying {len(DENSE_MODES)} ways to train the dense network", _MODES_TRIED)
         on_step = reporter.progress("dense", MODE_STEPS)
-        shared.mode_seconds = time_dense_modes(model, *next(iter(train_loader)), on_step)
+        inputs, targets = next(iter(train_loader))
+        shared.mode_seconds = time_dense_modes(model, inputs, targets, on_step)
     seconds = shared.mode_seconds
     best = min(DENSE_MODES, key=lambda mode: seconds[mode.name])
     listed = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in seconds.items())

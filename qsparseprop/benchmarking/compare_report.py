@@ -22,7 +22,7 @@ __all__ = ["check_folder", "format_table", "write_bars", "write_json", "write_pl
 _JSON, _BARS, _CURVES = "result.json", "result.png", "training.png"
 
 # Okabe and Ito's colours stay apart for all kinds of colour blindness, and the line styles on a black and white print.
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     "dense_fp32": {"color": "#000000", "linestyle": ":", "marker": "s"},
     "dense_best": {"color": "#0072B2", "linestyle": "--", "marker": "^"},
     "qsparseprop": {"color": "#D55E00", "linestyle": "-", "marker": "o"},

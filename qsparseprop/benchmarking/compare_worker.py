@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch.utils.data import TensorDataset
 
 from qsparseprop.training.data import ImageData
 from qsparseprop.training.setup_run import TrainingMode, make_finetuner, make_loaders, make_network, swap_model
@@ -107,7 +108,9 @@ class _Run:
         }
 
     def _swap(self) -> tuple[list[str], str]:
-        shape = (self.config["batch_size"], *self.train_loader.dataset.tensors[0].shape[1:])
+        dataset = self.train_loader.dataset
+        assert isinstance(dataset, TensorDataset)
+        shape = (self.config["batch_size"], *dataset.tensors[0].shape[1:])
         return swap_model(self.model, shape, self.spec.mode, self.spec.scheme or self.config["scheme"],
                           self.spec.min_sparsity, fuse=self.spec.fuse, on_layer=self.tell)  # fmt: skip
 

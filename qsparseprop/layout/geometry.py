@@ -231,6 +231,30 @@ def batch_magnitude(batch: int) -> int:
     return magnitude
 
 
+def _too_small(
+    input_size: tuple[int, ...], kernel_size: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> ValueError:
+    padded = (n + p + q for n, p, q in zip(input_size, padding[::2], padding[1::2], strict=True))
+    reach = (d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True))
+    return ValueError(f"the padded input ({' x '.join(map(str, padded))}) is smaller than the kernel "
+                      f"({' x '.join(map(str, reach))}, dilation included)")
+
+
+def _input_views(channels: int, axes: tuple[_Axis, _Axis, _Axis], lanes: tuple[int, int, int]) -> tuple[int, ...]:
+    """Where the phases lie in the input: a view for each, and each of its slices."""
+    (zs, ys, xs), (lane_z, lane_y, lane_x) = axes, lanes
+    views: list[int] = []
+    plane = 0
+    for h, i, j in itertools.product(range(len(zs.phases)), range(len(ys.phases)), range(len(xs.phases))):
+        for k in range(max(zs.count[h], 1)):  # without slices an empty view stands for the planes
+            rows = ys.count[i] if zs.count[h] else 0
+            first = (zs.first[h] + k * zs.stride) * ys.size if rows else 0
+            views += [plane, channels, (zs.low[h] + k) * lane_z + ys.low[i] * lane_y + xs.low[j] * lane_x,
+                      rows, xs.count[j], first + ys.first[i], xs.first[j], ys.stride, xs.stride]  # fmt: skip
+        plane += channels
+    return tuple(views)
+
+
 @functools.lru_cache(maxsize=1024)
 def _conv_geometry(
     in_channels: int,
@@ -248,18 +272,11 @@ def _conv_geometry(
             zip(input_size, kernel_size, stride, padding[::2], padding[1::2], dilation, strict=True)]  # fmt: skip
     output_size = tuple(axis.out for axis in axes)
     if min(output_size) < 1:
-        padded = (n + p + q for n, p, q in zip(input_size, padding[::2], padding[1::2], strict=True))
-        reach = (d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True))
-        raise ValueError(f"the padded input ({' x '.join(map(str, padded))}) is smaller than the kernel "
-                         f"({' x '.join(map(str, reach))}, dilation included)")
+        raise _too_small(input_size, kernel_size, padding, dilation)
     zs, ys, xs = axes if len(axes) == 3 else (_axis(1, 1, 1, (0, 0), 1, False), *axes)
     pixels = zs.pitch * ys.pitch * xs.pitch
-    if batch_innermost:
-        images = min(UNIT, max(16, batch))
-        lane_b, lane_x = 1, images
-    else:
-        images = max(1, BLOCK_LANES // pixels)
-        lane_b, lane_x = pixels, 1
+    images = min(UNIT, max(16, batch)) if batch_innermost else max(1, BLOCK_LANES // pixels)
+    lane_b, lane_x = (1, images) if batch_innermost else (pixels, 1)
     lane_y = xs.pitch * lane_x
     lane_z = ys.pitch * lane_y
     tap_shift = tuple(z * lane_z + y * lane_y + x * lane_x
@@ -276,21 +293,12 @@ def _conv_geometry(
     if max(in_channels * phases, out_channels) * pitch >= 2**31:
         raise ValueError(f"{max(in_channels * phases, out_channels)} planes of {pitch} lanes are more than 32-bit "
                          f"offsets reach; images of {' x '.join(map(str, input_size))} are too large")
-    views: list[int] = []
-    plane = 0
-    for h, i, j in itertools.product(range(len(zs.phases)), range(len(ys.phases)), range(len(xs.phases))):
-        for k in range(max(zs.count[h], 1)):  # without slices an empty view stands for the planes
-            rows = ys.count[i] if zs.count[h] else 0
-            first = (zs.first[h] + k * zs.stride) * ys.size if rows else 0
-            views += [plane, in_channels, (zs.low[h] + k) * lane_z + ys.low[i] * lane_y + xs.low[j] * lane_x,
-                      rows, xs.count[j], first + ys.first[i], xs.first[j], ys.stride, xs.stride]  # fmt: skip
-        plane += in_channels
     output_views = [n for k in range(zs.out)
                     for n in (0, out_channels, k * lane_z, ys.out, xs.out, k * ys.out, 0, 1, 1)]  # fmt: skip
     return Geometry(
         input_grid=base.with_planes(in_channels * phases),
         output_grid=base.with_planes(out_channels),
-        input_views=tuple(views),
+        input_views=_input_views(in_channels, (zs, ys, xs), (lane_z, lane_y, lane_x)),
         output_views=tuple(output_views),
         output_size=output_size,
         covers_input=all(axis.covered for axis in axes),

@@ -56,7 +56,8 @@ def _gather_list(
     # padding reads where the row's last nonzero reads: memory that is in the cache, times zero
     slot = order[start[slot_row] + torch.minimum(place, count[slot_row] - 1)]
     index = torch.where(place < count[slot_row], slot, -1)
-    return GatherList(*(t.to(torch.int32) for t in (group_ptr, offset[slot], index, plane[slot])), source, target)
+    kept = torch.int32
+    return GatherList(group_ptr.to(kept), offset[slot].to(kept), index.to(kept), plane[slot].to(kept), source, target)
 
 
 def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int = 1) -> Plan:

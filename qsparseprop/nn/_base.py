@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ from qsparseprop.quantization import QuantConfig
 
 #: What the kernels read and write; other dtypes are converted.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+_Module = TypeVar("_Module", bound="SparseModule")
+_Dense = TypeVar("_Dense", bound=nn.Module)
 
 
 class SparseModule(SparseWeight):
@@ -66,8 +70,8 @@ class SparseModule(SparseWeight):
         )
 
     def _fill(
-        self, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool
-    ) -> SparseModule:
+        self: _Module, weight: Tensor, mask: Tensor, bias: tuple[Tensor, bool] | None, requires_grad: bool
+    ) -> _Module:
         """Take over a dense weight where the mask is set."""
         crow, col, flat = dense_pattern(mask.reshape(self._matrix_shape()))
         self.weight = SparseValues(weight.reshape(-1)[flat].clone(), requires_grad)
@@ -95,7 +99,12 @@ class SparseModule(SparseWeight):
         self.qconfig = None
 
     @classmethod
-    def like(cls, module: nn.Module, qconfig: QuantConfig | None = None) -> SparseModule:
+    def from_dense(cls: type[_Module], dense: Any, *, qconfig: QuantConfig | None = None) -> _Module:
+        """Take over the nonzeros of a dense layer, of the kind that the class is for."""
+        raise NotImplementedError
+
+    @classmethod
+    def like(cls: type[_Module], dense: nn.Module, qconfig: QuantConfig | None = None) -> _Module:
         """A module without weights, with the settings of a dense one."""
         raise NotImplementedError
 
@@ -120,16 +129,22 @@ class SparseModule(SparseWeight):
                              f"{weight.numel()} values; all must be finite")
         return weight, mask
 
-    def _fill_dense(self, make: Callable[..., nn.Module]) -> nn.Module:
+    def to_dense(self) -> nn.Module:
+        """A dense layer with the same weight and bias."""
+        raise NotImplementedError
+
+    def _fill_dense(self, make: Callable[..., _Dense]) -> _Dense:
         """Give a dense layer, which `make` makes, the weight and bias."""
         # on "meta": a dense layer that initialises itself would draw random numbers
         dense = make(device="meta", dtype=self.weight.dtype).to_empty(device="cpu")
         with torch.no_grad():
-            dense.weight.copy_(self.dense_weight())
-            dense.weight.requires_grad_(self.weight.requires_grad)
+            weight = dense.get_parameter("weight")
+            weight.copy_(self.dense_weight())
+            weight.requires_grad_(self.weight.requires_grad)
             if self.bias is not None:
-                dense.bias.copy_(self.bias)
-                dense.bias.requires_grad_(self.bias.requires_grad)
+                bias = dense.get_parameter("bias")
+                bias.copy_(self.bias)
+                bias.requires_grad_(self.bias.requires_grad)
         return dense.train(self.training)
 
     # ---- plans: what depends on the pattern and the input's size only ----
@@ -148,7 +163,7 @@ class SparseModule(SparseWeight):
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
         return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_copies", "_usages")}
 
-    def __prepare_scriptable__(self) -> nn.Module:
+    def __prepare_scriptable__(self) -> NoReturn:
         refuse_scripting(self)
 
     def _check_input(self, x: Tensor) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from qsparseprop.layout.geometry import batch_magnitude, conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._base import SparseModule
@@ -14,6 +15,11 @@ from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.nn.deferred import ordinary
 from qsparseprop.nn.deferred.layout import images as images_layout
 from qsparseprop.quantization import QuantConfig
+
+_Conv = TypeVar("_Conv", bound="SparseConvNd")
+_Sizes = tuple[int, ...]
+#: Channels of the input and of the output, the input's size, that of the kernel, stride, padding and dilation.
+_Layout = tuple[int, int, _Sizes, _Sizes, _Sizes, _Sizes, _Sizes]
 
 
 class SparseConvNd(SparseModule):
@@ -23,10 +29,18 @@ class SparseConvNd(SparseModule):
     as one image, below each other.
     """
 
-    _dense_type: ClassVar[type[nn.Module]]
     _axes: ClassVar[tuple[str, ...]]
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    vectorizing_over_on: bool | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - torch's arguments
         self,
         in_channels: int,
         out_channels: int,
@@ -58,6 +72,7 @@ class SparseConvNd(SparseModule):
         dtype: torch.dtype | None,
     ) -> None:
         """Take over the settings of a dense convolution."""
+        assert isinstance(dense, _ConvNd)
         if dense.padding_mode != "zeros":
             raise NotImplementedError(f"{type(self).__name__} pads with zeros; padding_mode={dense.padding_mode!r} is "
                                       "not supported (pad with torch.nn.functional.pad first)")
@@ -71,17 +86,23 @@ class SparseConvNd(SparseModule):
     @property
     def _pads(self) -> tuple[int, ...]:
         """Zeros before and after, axis by axis."""
-        if self.padding == "valid":
+        padding = self.padding
+        if padding == "valid":
             return (0, 0) * len(self._axes)
-        if self.padding == "same":  # as torch: an odd zero goes below and to the right
+        if padding == "same":  # as torch: an odd zero goes below and to the right
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
             return tuple(n for t in total for n in (t // 2, t - t // 2))
-        return tuple(n for p in self.padding for n in (p, p))
+        assert not isinstance(padding, str)  # torch knows no other word
+        return tuple(n for p in padding for n in (p, p))
 
     @classmethod
     def from_dense(
-        cls, conv: nn.Module, vectorizing_over_on: bool | None = None, *, qconfig: QuantConfig | None = None
-    ) -> SparseConvNd:
+        cls: type[_Conv],
+        conv: nn.Module,
+        vectorizing_over_on: bool | None = None,
+        *,
+        qconfig: QuantConfig | None = None,
+    ) -> _Conv:
         """Take over the nonzeros of a dense convolution.
 
         Parameters
@@ -111,12 +132,13 @@ class SparseConvNd(SparseModule):
         return layer
 
     @classmethod
-    def like(cls, conv: nn.Module, qconfig: QuantConfig | None = None) -> SparseConvNd:
+    def like(cls: type[_Conv], dense: nn.Module, qconfig: QuantConfig | None = None) -> _Conv:
         """A convolution without weights, with the settings of a dense one."""
-        layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                    conv.groups, has_bias(conv), conv.padding_mode, conv.weight.device, conv.weight.dtype,
-                    qconfig=qconfig)
-        return layer.train(conv.training)
+        assert isinstance(dense, _ConvNd)
+        layer = cls(dense.in_channels, dense.out_channels, dense.kernel_size, dense.stride, dense.padding,
+                    dense.dilation, dense.groups, has_bias(dense), dense.padding_mode, dense.weight.device,
+                    dense.weight.dtype, qconfig=qconfig)  # fmt: skip
+        return layer.train(dense.training)
 
     def to_dense(self) -> nn.Module:
         """A dense convolution with the same weight and bias."""
@@ -189,14 +211,14 @@ class SparseConvNd(SparseModule):
         return tuple((n + p + q - d * (k - 1) - 1) // s + 1 for n, p, q, d, k, s in
                      zip(size, pads[::2], pads[1::2], self.dilation, self.kernel_size, self.stride, strict=True))
 
-    def _layout(self, size: tuple[int, ...], pads: tuple[int, ...]) -> tuple[int | tuple[int, ...], ...]:
+    def _layout(self, size: tuple[int, ...], pads: tuple[int, ...]) -> _Layout:
         """The arguments of `conv_geometry` for a size of the input, without those of the batch."""
         flat = (1,) * (2 - len(self._axes))
         return (self.in_channels, self.out_channels, flat + size, flat + self.kernel_size, flat + self.stride,
                 (0, 0) * len(flat) + pads, flat + self.dilation)  # fmt: skip
 
     def _convolve(
-        self, x: Tensor, images: Tensor, layout: Sequence[int | tuple[int, ...]], out_size: tuple[int, ...]
+        self, x: Tensor, images: Tensor, layout: _Layout, out_size: tuple[int, ...]
     ) -> Tensor:
         dims = len(self._axes)
         batch, batch_innermost = images.shape[0], self.vectorizing_over_on

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._conv import SparseConvNd
 from qsparseprop.nn._dense import has_bias
 from qsparseprop.quantization import QuantConfig
+
+_Conv = TypeVar("_Conv", bound="SparseConvTransposeNd")
 
 
 class SparseConvTransposeNd(SparseConvNd):
@@ -21,8 +25,10 @@ class SparseConvTransposeNd(SparseConvNd):
     """
 
     transposed = True
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - torch's arguments
         self,
         in_channels: int,
         out_channels: int,
@@ -43,16 +49,19 @@ class SparseConvTransposeNd(SparseConvNd):
         SparseModule.__init__(self)
         dense = self._dense_type(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
                                  dilation, padding_mode, "meta")
+        assert isinstance(dense, _ConvNd)
         self.output_padding = dense.output_padding
         self._set_up_as(dense, vectorizing_over_on, qconfig, device, dtype)
 
     @classmethod
-    def like(cls, conv: nn.Module, qconfig: QuantConfig | None = None) -> SparseConvTransposeNd:
+    def like(cls: type[_Conv], dense: nn.Module, qconfig: QuantConfig | None = None) -> _Conv:
         """A transposed convolution without weights, with the settings of a dense one."""
-        layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                    conv.output_padding, conv.groups, has_bias(conv), conv.dilation, conv.padding_mode,
-                    conv.weight.device, conv.weight.dtype, qconfig=qconfig)  # fmt: skip
-        return layer.train(conv.training)
+        assert isinstance(dense, _ConvTransposeNd)
+        assert not isinstance(dense.padding, str)  # which only convolutions know
+        layer = cls(dense.in_channels, dense.out_channels, dense.kernel_size, dense.stride, dense.padding,
+                    dense.output_padding, dense.groups, has_bias(dense), dense.dilation, dense.padding_mode,
+                    dense.weight.device, dense.weight.dtype, qconfig=qconfig)  # fmt: skip
+        return layer.train(dense.training)
 
     def to_dense(self) -> nn.Module:
         """A dense transposed convolution with the same weight and bias."""
@@ -107,8 +116,8 @@ class SparseConvTransposeNd(SparseConvNd):
             raise ValueError(f"the output would have size {out_size} for an input of size {size}")
         # as the convolution that is transposed, what the output has more lies beyond its padding
         pads = tuple(n for p, e in zip(self.padding, extra, strict=True) for n in (p, p - e))
-        _, _, *layout = self._layout(out_size, pads)
-        return self._convolve(input, images, (self.out_channels, self.in_channels, *layout), out_size)
+        incoming, outgoing, flat_size, kernel, stride, pads, dilation = self._layout(out_size, pads)
+        return self._convolve(input, images, (outgoing, incoming, flat_size, kernel, stride, pads, dilation), out_size)
 
     def _extra(self, x: Tensor, wanted: list[int], least: list[int]) -> tuple[int, ...]:
         """What an output of the wanted size has more than the smallest one."""

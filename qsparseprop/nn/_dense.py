@@ -8,13 +8,21 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
-def _sparsifier(module: nn.Module) -> nn.Module | None:
+def held(module: nn.Module, name: str) -> Tensor:
+    """A tensor that a module has by a name, be it a parameter, a buffer, or what is computed of one."""
+    return getattr(module, name)
+
+
+def _sparsifier(module: nn.Module) -> parametrize.ParametrizationList | None:
     """The parametrization that a sparsifier of torch.ao.pruning has put on a weight, if that is the only one."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
-    chain = module.parametrizations["weight"]
+    all_of_it = module.parametrizations
+    assert isinstance(all_of_it, nn.ModuleDict)
+    chain = all_of_it["weight"]
     pruning = sys.modules.get("torch.ao.pruning.sparsifier.utils")  # where it is not imported, nobody has used it
-    only = len(chain) == 1 and set(module.parametrizations) == {"weight"}
+    assert isinstance(chain, parametrize.ParametrizationList)
+    only = len(chain) == 1 and set(all_of_it) == {"weight"}
     return chain if only and pruning is not None and type(chain[0]) is pruning.FakeSparsity else None
 
 
@@ -36,13 +44,13 @@ def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor]:
     prune's weight is ``weight_orig * weight_mask``, since ``module.weight`` is refreshed only in a forward pass.
     """
     if (chain := _sparsifier(module)) is not None:
-        mask = chain[0].mask
-        return chain.original.detach() * mask, mask != 0
+        sparse = held(chain[0], "mask")
+        return held(chain, "original").detach() * sparse, sparse != 0
     parameters = dict(module.named_parameters(recurse=False))
     mask = dict(module.named_buffers(recurse=False)).get("weight_mask")
     if "weight_orig" in parameters and mask is not None:
         return parameters["weight_orig"].detach() * mask, mask != 0
-    weight = module.weight.detach()
+    weight = held(module, "weight").detach()
     return weight, weight != 0
 
 
@@ -58,7 +66,8 @@ def dense_bias(module: nn.Module) -> tuple[Tensor, bool] | None:
     mask = dict(module.named_buffers(recurse=False)).get("bias_mask")
     if "bias_orig" in parameters and mask is not None:
         return parameters["bias_orig"].detach() * mask, parameters["bias_orig"].requires_grad
-    return None if module.bias is None else (module.bias.detach(), module.bias.requires_grad)
+    bias: Tensor | None = getattr(module, "bias", None)
+    return None if bias is None else (bias.detach(), bias.requires_grad)
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -70,6 +79,6 @@ def has_bias(module: nn.Module) -> bool:
 def trains_weight(module: nn.Module) -> bool:
     """Whether the weight of a dense module, pruned or not, requires a gradient."""
     if (chain := _sparsifier(module)) is not None:
-        return chain.original.requires_grad
+        return held(chain, "original").requires_grad
     parameters = dict(module.named_parameters(recurse=False))
-    return parameters.get("weight_orig", parameters.get("weight")).requires_grad
+    return parameters["weight_orig" if "weight_orig" in parameters else "weight"].requires_grad

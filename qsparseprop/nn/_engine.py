@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 #: torch's functions that run its engine.
-STARTS_BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
+STARTS_BACKWARD: frozenset[Callable[..., Any]] = frozenset(
+    (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+)
 
 _PARAMETERS = {function: tuple(inspect.signature(function).parameters) for function in STARTS_BACKWARD}
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from qsparseprop.nn._weight import SparseWeight
 
 # ---- tracers, which would need what only the dense layer has ----
 
@@ -52,7 +55,7 @@ def refuse_tracing(module: nn.Module) -> None:
                                                 "others use"))
 
 
-def refuse_scripting(module: nn.Module) -> None:
+def refuse_scripting(module: nn.Module) -> NoReturn:
     """Refuse torch.jit.script.
 
     Raises
@@ -78,7 +81,7 @@ def refuse_onnx() -> None:
 # ---- tools that give a module another weight ----
 
 
-def check_parameter(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+def check_parameter(module: SparseWeight, name: str, parameter: Tensor | None) -> None:
     """Refuse a parameter that belongs to a dense layer, made by who took the module for one.
 
     Raises
@@ -129,7 +132,8 @@ def _synchronised() -> set[int]:
 
     It leaves no trace on them, so that it has to be looked for among all objects, where there is a process group.
     """
-    kinds, found = {nn.parallel.DistributedDataParallel}, set()
+    kinds: set[type] = {nn.parallel.DistributedDataParallel}
+    found: set[type] = set()
     while kinds - found:
         found, kinds = kinds, kinds.union(*(kind.__subclasses__() for kind in kinds))
     return {id(p) for o in gc.get_objects() if type(o) in kinds for p in o.parameters()}
@@ -149,7 +153,7 @@ def check_owners(modules: Iterable[nn.Module]) -> None:
     weights = [module._parameters.get("weight") for module in modules]
     check_unsplit(weights)
     if _distributed():
-        ids = {id(weight) for weight in weights if weight.requires_grad}
+        ids = {id(weight) for weight in weights if weight is not None and weight.requires_grad}
         if ids & _synchronised():
             gc.collect()  # a wrapper is part of a cycle, and outlives the last name that somebody had for it
             if ids & _synchronised():

@@ -40,6 +40,10 @@ def accept_dense_state(choice: str) -> Iterator[None]:
         "keep_pattern": the module keeps its pattern and takes the values there, whatever the others are.
         "take_zeros": the module takes the pattern of the dense weight: what is zero in it (or masked) does not exist.
 
+    Yields
+    ------
+    None
+
     Raises
     ------
     ValueError
@@ -123,13 +127,13 @@ def _dense_tensor(
     mask = None
     if f"{name}_orig" in found and f"{name}_mask" in found:
         mask, key = found[f"{name}_mask"], f"{name}_orig"
-        errors = [_check_tensor(found[key], shape, prefix + key), _check_mask(mask, shape, f"{prefix}{name}_mask")]
+        problems = [_check_tensor(found[key], shape, prefix + key), _check_mask(mask, shape, f"{prefix}{name}_mask")]
     elif name in found:
         key = name
-        errors = [_check_tensor(found[key], shape, prefix + key)]
+        problems = [_check_tensor(found[key], shape, prefix + key)]
     else:
         return None, None, []
-    errors = [error for error in errors if error is not None]
+    errors = [problem for problem in problems if problem is not None]
     if errors:
         return None, None, errors
     return found[key] if mask is None else found[key] * mask, mask, []
@@ -147,13 +151,13 @@ def _read_dense(module: SparseWeight, found: Mapping[str, Any], prefix: str) -> 
         key = "weight_orig" if "weight_orig" in found else "weight"
         errors.append(f"{prefix}{key}: is the weight of a dense layer; load it within "
                       "accept_dense_state('keep_pattern') or accept_dense_state('take_zeros') of qsparseprop.nn")
-    if errors:
+    if errors or weight is None:
         return None, errors
     if choice == "keep_pattern":
         flat, crow, col = module._flat_indices(), module.crow_indices, module.col_indices
     else:
-        mask = (weight if mask is None else mask) != 0
-        crow, col, flat = dense_pattern(mask.reshape(shape[0], -1))
+        kept = weight if mask is None else mask
+        crow, col, flat = dense_pattern((kept != 0).reshape(shape[0], -1))
     return State(weight.detach().reshape(-1)[flat], crow, col, bias), []
 
 
@@ -162,18 +166,18 @@ def _read_sparse(module: SparseWeight, found: Mapping[str, Any], prefix: str) ->
     if absent:
         return None, [f"{prefix}{key}: is missing, values and pattern only make sense together" for key in absent]
     values, crow, col = (found[key] for key in _SPARSE_KEYS)
-    errors = []
+    problems: list[str | None] = []
     if "_extra_state" in found:
-        errors.append(check_format(found["_extra_state"], module.weight_shape, f"{prefix}_extra_state"))
+        problems.append(check_format(found["_extra_state"], module.weight_shape, f"{prefix}_extra_state"))
     try:
         check_pattern(crow, col, module._matrix_shape(), prefix)
-        errors.append(_check_tensor(values, (col.numel(),), f"{prefix}weight"))
+        problems.append(_check_tensor(values, (col.numel(),), f"{prefix}weight"))
     except (TypeError, ValueError, RuntimeError) as error:  # the last one from subclasses of Tensor
-        errors.append(str(error))
+        problems.append(str(error))
     bias = found.get("bias")
     if module.bias is not None and "bias" in found:
-        errors.append(_check_tensor(bias, (module._outputs,), f"{prefix}bias"))
-    errors = [e for e in errors if e is not None]
+        problems.append(_check_tensor(bias, (module._outputs,), f"{prefix}bias"))
+    errors = [problem for problem in problems if problem is not None]
     return (None, errors) if errors else (State(values, crow, col, bias), [])
 
 

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def config_text(qconfig: QuantConfig | None) -> str:
 def _config(text: str) -> QuantConfig | None:
     if not text:
         return None
-    return QuantConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()})
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+    return QuantConfig(**settings)
 
 
 def _geometry(n: Sequence[int]) -> Geometry:
@@ -204,8 +206,8 @@ def sparse_layer_backward(
         check_finite(dy, "the gradient of the output")
     plan = _find_plan(crow_indices, col_indices, geometry, groups)
     packed = None if planes is None else ops.Packed(planes, scale, zero_point)
-    gradients = backward_pass(dy, values, packed, plan, config, grads, x_dtype)
-    return tuple(_or_empty(gradient) for gradient in gradients)
+    dx, dvalues, dbias = backward_pass(dy, values, packed, plan, config, grads, x_dtype)
+    return _or_empty(dx), _or_empty(dvalues), _or_empty(dbias)
 
 
 def traced_product(

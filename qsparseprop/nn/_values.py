@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -133,10 +133,10 @@ class SparseValues(nn.Parameter):
             raise NotImplementedError(f"{func.__name__} to shape {tuple(result.shape)}: {_WAY_OUT}")
         return result
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:  # type: ignore[override]  # torch's has no types
         return f"Parameter containing:\n{self.detach()!r}"
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """As a Parameter is pickled, of this class."""
         function, arguments, *rest = super().__reduce_ex__(protocol)
         if function is torch._utils._rebuild_parameter:

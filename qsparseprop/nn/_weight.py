@@ -51,6 +51,7 @@ class SparseWeight(nn.Module):
     crow_indices: Tensor
     col_indices: Tensor
     indices_stamp: Tensor
+    _copies: list[weakref.ref[Tensor]]
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -173,9 +174,10 @@ class SparseWeight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         as_values(self._parameters.get("weight"))
-        found = [self._buffers.pop(name, None) for name in _PATTERN]  # whole modules in files of earlier versions
-        if found[0] is not None:
-            self._set_pattern(*found)
+        # whole modules in files of earlier versions
+        crow, col = self._buffers.pop("crow_indices", None), self._buffers.pop("col_indices", None)
+        if crow is not None and col is not None:
+            self._set_pattern(crow, col)
 
     # ---- changes of the pattern ----
 
@@ -261,8 +263,8 @@ class SparseWeight(nn.Module):
     def _rearrange(self, flat: Tensor, fresh: Tensor | None, optimizer: torch.optim.Optimizer | None) -> None:
         """Move the weights to the positions `flat` (int64, ascending), which may lack old ones and have new ones."""
         check_storage(self.weight, "weight")
-        optimizer = None if optimizer is None else inner_optimizer(optimizer)
-        state = {} if optimizer is None else element_state(optimizer, self.weight)
+        inner = None if optimizer is None else inner_optimizer(optimizer)
+        state = {} if inner is None else element_state(inner, self.weight)
         old = self._flat_indices()
         if torch.equal(flat, old):
             return  # nothing was removed or added
@@ -280,8 +282,9 @@ class SparseWeight(nn.Module):
         crow[1:] = torch.bincount(flat // max(columns, 1), minlength=rows).cumsum(0)
         grad = None if self.weight.grad is None else move(self.weight.grad)
         values = move(self.weight.data, fresh)
-        for name, tensor in state.items():
-            optimizer.state[self.weight][name] = move(tensor)
+        if inner is not None:
+            for name, tensor in state.items():
+                inner.state[self.weight][name] = move(tensor)
         self._replace(crow, (flat % max(columns, 1)).to(torch.int32), values, grad)
 
     def _replace(self, crow: Tensor, col: Tensor, values: Tensor, grad: Tensor | None = None) -> None:
@@ -341,10 +344,10 @@ class SparseWeight(nn.Module):
             if assign:
                 self.weight = SparseValues(_as_memory(values), self.weight.requires_grad)
                 self._set_pattern(_as_memory(crow), _as_memory(col))
-                if bias is not None:
+                if bias is not None and self.bias is not None:
                     self.bias = nn.Parameter(_as_memory(bias), self.bias.requires_grad)
                 return
-            if bias is not None:
+            if bias is not None and self.bias is not None:
                 self.bias.copy_(bias)
             if torch.equal(crow, self.crow_indices) and torch.equal(col, self.col_indices):
                 self.weight.copy_(values)

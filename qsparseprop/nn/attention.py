@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from qsparseprop.nn.linear import SparseLinear
 
 __all__ = ["MultiheadAttention"]
 
@@ -27,8 +32,8 @@ class MultiheadAttention(nn.Module):
     _qkv_same_embed_dim = False
 
     def __init__(
-        self, q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module, out_proj: nn.Module, num_heads: int,
-        dropout: float = 0.0, batch_first: bool = False,
+        self, q_proj: nn.Linear | SparseLinear, k_proj: nn.Module, v_proj: nn.Module, out_proj: nn.Module,
+        num_heads: int, dropout: float = 0.0, batch_first: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = q_proj, k_proj, v_proj, out_proj
@@ -39,6 +44,14 @@ class MultiheadAttention(nn.Module):
     @classmethod
     def from_dense(cls, attention: nn.MultiheadAttention) -> MultiheadAttention:
         """Take over the weights of torch's module, which is not changed.
+
+        Parameters
+        ----------
+        attention : torch.nn.MultiheadAttention
+
+        Returns
+        -------
+        MultiheadAttention
 
         Raises
         ------
@@ -58,8 +71,9 @@ class MultiheadAttention(nn.Module):
             weights = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
         biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
         pairs = [*zip(weights, biases, strict=True), (attention.out_proj.weight, attention.out_proj.bias)]
-        layers = [_linear(weight, bias) for weight, bias in pairs]
-        return cls(*layers, attention.num_heads, attention.dropout, attention.batch_first).train(attention.training)
+        q_proj, k_proj, v_proj, out_proj = (_linear(weight, bias) for weight, bias in pairs)
+        made = cls(q_proj, k_proj, v_proj, out_proj, attention.num_heads, attention.dropout, attention.batch_first)
+        return made.train(attention.training)
 
     def forward(
         self,
@@ -73,6 +87,17 @@ class MultiheadAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply attention; arguments and results are those of torch.nn.MultiheadAttention.
+
+        Parameters
+        ----------
+        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            As for torch's.
+
+        Returns
+        -------
+        output : Tensor
+        weights : Tensor or None
+            None without `need_weights`.
 
         Raises
         ------

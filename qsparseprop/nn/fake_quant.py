@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qsparseprop.nn._dense import dense_bias, dense_weight, trains_weight
+from qsparseprop.nn._dense import dense_bias, dense_weight, held, trains_weight
 from qsparseprop.nn.functional import check_finite
 from qsparseprop.ops.schemes import symmetric_scale
 from qsparseprop.quantization import QuantConfig, QuantizedTensor, quantize
@@ -24,7 +25,7 @@ _OPTION_NAMES = {"dithered": ("step",), "luq": ("levels",)}
 
 def _quantized(x: Tensor, scheme: str, qconfig: QuantConfig, gradient: bool) -> tuple[Tensor, Tensor]:
     """Codes minus zero point, as float32, and scales, (1,) or (channels,), of an (images, channels, ...) tensor."""
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if scheme == "sawb":
         options = {"constants": qconfig.sawb, "nonzeros": qconfig.sawb_nonzeros}
     elif gradient:
@@ -93,9 +94,10 @@ class _FakeProduct(torch.autograd.Function):
         return dx, dweight, None, None, None, None
 
 
-class _FakeQuant:
+class _FakeQuant(nn.Module):
     """What both layers share; `weight` is dense, `mask` says which entries exist."""
 
+    weight: Tensor
     mask: Tensor
     qconfig: QuantConfig
 
@@ -106,7 +108,7 @@ class _FakeQuant:
         bias = dense_bias(dense)
         self.weight = nn.Parameter(weight.clone(), trains_weight(dense))
         if bias is not None:
-            self.bias = nn.Parameter(bias[0].clone(), bias[1])
+            self.register_parameter("bias", nn.Parameter(bias[0].clone(), bias[1]))
         self.register_buffer("mask", mask.clone())
         self.qconfig = QuantConfig() if qconfig is None else qconfig
         self.train(dense.training)
@@ -116,8 +118,9 @@ class _FakeQuant:
         with torch.autocast("cpu", enabled=False):
             weight = self.weight.to(torch.float32) * self.mask
             y = _FakeProduct.apply(x.to(torch.float32), weight, self.mask, product, layout, self.qconfig)
-            if self.bias is not None:
-                y = y + self.bias.to(torch.float32).view(-1, *[1] * (y.ndim - 2))
+            bias: Tensor | None = held(self, "bias")
+            if bias is not None:
+                y = y + bias.to(torch.float32).view(-1, *[1] * (y.ndim - 2))
         return y.to(dtype)
 
 
@@ -137,7 +140,18 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, *, qconfig: QuantConfig | None = None) -> FakeQuantLinear:
-        """Copy a dense layer, with zeros in its weight or pruned by torch.nn.utils.prune."""
+        """Copy a dense layer, with zeros in its weight or pruned by torch.nn.utils.prune.
+
+        Parameters
+        ----------
+        linear : torch.nn.Linear
+            Not changed.
+        qconfig : QuantConfig, optional
+
+        Returns
+        -------
+        FakeQuantLinear
+        """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.Linear, got {type(linear).__qualname__}")
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -145,7 +159,17 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """(..., in_features) -> (..., out_features).
+
+        Parameters
+        ----------
+        x : Tensor
+
+        Returns
+        -------
+        Tensor
+            Of x's dtype, or autocast's.
+        """
         rows = x.reshape(-1, self.in_features)
         inputs = torch.arange(self.in_features)
         layout = (torch.arange(self.out_features)[:, None], inputs[None, :], inputs)
@@ -162,14 +186,28 @@ class FakeQuantConv2d(_FakeQuant, nn.Conv2d):
     def from_dense(
         cls, conv: nn.Conv2d, vectorizing_over_on: bool | None = None, *, qconfig: QuantConfig | None = None
     ) -> FakeQuantConv2d:
-        """Copy a dense convolution; `vectorizing_over_on` is there to be as `QuantizedSparseConv2d.from_dense`."""
+        """Copy a dense convolution; `vectorizing_over_on` is there to be as `QuantizedSparseConv2d.from_dense`.
+
+        Parameters
+        ----------
+        conv : torch.nn.Conv2d
+            Not changed; with zeros in its weight or pruned by torch.nn.utils.prune.
+        vectorizing_over_on : bool, optional
+            Without effect.
+        qconfig : QuantConfig, optional
+
+        Returns
+        -------
+        FakeQuantConv2d
+        """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.Conv2d, got {type(conv).__qualname__}")
         if conv.padding_mode != "zeros":
             raise NotImplementedError(f"{cls.__name__} pads with zeros; padding_mode={conv.padding_mode!r} is not "
                                       "supported")
-        layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                    conv.groups, conv.bias is not None, device="meta")  # fmt: skip
+        make: Callable[..., FakeQuantConv2d] = cls  # torch types sizes that it takes and sizes that it has otherwise
+        layer = make(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+                     conv.groups, conv.bias is not None, device="meta")  # fmt: skip
         layer._take_over(conv, qconfig)
         return layer
 
@@ -184,7 +222,17 @@ class FakeQuantConv2d(_FakeQuant, nn.Conv2d):
         return row[:, None, None, None], channel * math.prod(self.stride) + phase, channel
 
     def forward(self, x: Tensor) -> Tensor:
-        """(images, in_channels, height, width), or without images."""
+        """(images, in_channels, height, width), or without images.
+
+        Parameters
+        ----------
+        x : Tensor
+
+        Returns
+        -------
+        Tensor
+            (images, out_channels, out_height, out_width), or without images; of x's dtype, or autocast's.
+        """
         images = x if x.ndim == 4 else x[None]
 
         def product(a: Tensor, b: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def without_graph() -> Any:
 
 def direct_apply(function: type[torch.autograd.Function]) -> Any:
     """Its `apply` where no transforms of torch.func are active, which the class's own one looks after."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]  # of a class in C
 
 
 def records_gradients() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from qsparseprop.nn.functional import NoGradient
 from qsparseprop.quantization import QuantConfig
 
 __all__ = ["QuantizedSparseLinear", "SparseLinear"]
+
+
+_Linear = TypeVar("_Linear", bound="SparseLinear")
 
 
 class SparseLinear(SparseModule):
@@ -37,7 +41,7 @@ class SparseLinear(SparseModule):
         See `SparseWeight`.
     """
 
-    _dense_type = nn.Linear
+    _dense_type: ClassVar[type[nn.Module]] = nn.Linear
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class SparseLinear(SparseModule):
         self._set_up(bias, qconfig, device, dtype)
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, *, qconfig: QuantConfig | None = None) -> SparseLinear:
+    def from_dense(cls: type[_Linear], linear: nn.Linear, *, qconfig: QuantConfig | None = None) -> _Linear:
         """Take over the nonzeros of a dense layer.
 
         Parameters
@@ -76,11 +80,23 @@ class SparseLinear(SparseModule):
         return cls.like(linear, qconfig)._fill(weight, mask, dense_bias(linear), trains_weight(linear))
 
     @classmethod
-    def like(cls, linear: nn.Linear, qconfig: QuantConfig | None = None) -> SparseLinear:
-        """A layer without weights, with the settings of a dense one."""
-        layer = cls(linear.in_features, linear.out_features, has_bias(linear), linear.weight.device,
-                    linear.weight.dtype, qconfig=qconfig)
-        return layer.train(linear.training)
+    def like(cls: type[_Linear], dense: nn.Module, qconfig: QuantConfig | None = None) -> _Linear:
+        """A layer without weights, with the settings of a dense one.
+
+        Parameters
+        ----------
+        dense : torch.nn.Linear
+        qconfig : QuantConfig, optional
+            For quantised layers.
+
+        Returns
+        -------
+        SparseLinear
+        """
+        assert isinstance(dense, nn.Linear)
+        layer = cls(dense.in_features, dense.out_features, has_bias(dense), dense.weight.device,
+                    dense.weight.dtype, qconfig=qconfig)  # fmt: skip
+        return layer.train(dense.training)
 
     def to_dense(self) -> nn.Linear:
         """A dense layer with the same weight and bias."""

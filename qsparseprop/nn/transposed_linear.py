@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qsparseprop.layout.geometry import Geometry, linear_geometry, linear_numbers
-from qsparseprop.nn._dense import dense_bias, trains_weight
+from qsparseprop.nn._dense import dense_bias, held, trains_weight
 from qsparseprop.nn.linear import SparseLinear
 from qsparseprop.quantization import QuantConfig
 
@@ -19,6 +19,9 @@ __all__ = ["QuantizedSparseTransposedLinear", "SparseTransposedLinear", "dense_c
 def dense_conv1d() -> type[nn.Module] | None:
     """The class Conv1D of transformers; None where nobody has imported it, so that no model can have one."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+_Linear = TypeVar("_Linear", bound="SparseTransposedLinear")
 
 
 class SparseTransposedLinear(SparseLinear):
@@ -69,7 +72,7 @@ class SparseTransposedLinear(SparseLinear):
                             f"got {type(module).__module__}.{type(module).__qualname__}")
 
     @classmethod
-    def from_dense(cls, linear: nn.Module, *, qconfig: QuantConfig | None = None) -> SparseTransposedLinear:
+    def from_dense(cls: type[_Linear], linear: nn.Module, *, qconfig: QuantConfig | None = None) -> _Linear:
         """Take over the nonzeros of a dense layer.
 
         Parameters
@@ -91,13 +94,29 @@ class SparseTransposedLinear(SparseLinear):
         return cls.like(linear, qconfig)._fill(weight, mask, dense_bias(linear), trains_weight(linear))
 
     @classmethod
-    def like(cls, linear: nn.Module, qconfig: QuantConfig | None = None) -> SparseTransposedLinear:
-        """A layer without weights, with the settings of a dense one."""
-        layer = cls(linear.nf, linear.nx, linear.weight.device, linear.weight.dtype, qconfig=qconfig)
-        return layer.train(linear.training)
+    def like(cls: type[_Linear], dense: nn.Module, qconfig: QuantConfig | None = None) -> _Linear:
+        """A layer without weights, with the settings of a dense one.
 
-    def to_dense(self) -> nn.Module:
+        Parameters
+        ----------
+        dense : transformers.pytorch_utils.Conv1D
+        qconfig : QuantConfig, optional
+            For quantised layers.
+
+        Returns
+        -------
+        SparseTransposedLinear
+        """
+        weight = held(dense, "weight")
+        nx, nf = weight.shape
+        return cls(nf, nx, weight.device, weight.dtype, qconfig=qconfig).train(dense.training)
+
+    def to_dense(self) -> nn.Module:  # type: ignore[override]  # Conv1D is no Linear
         """A Conv1D of transformers with the same weight and bias.
+
+        Returns
+        -------
+        transformers.pytorch_utils.Conv1D
 
         Raises
         ------

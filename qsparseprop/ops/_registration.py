@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -73,24 +73,52 @@ def check_tensors(**tensors: Tensor | None) -> None:
         check_storage(tensor, name)
 
 
+@overload
+def in_memory(tensor: Tensor, name: str) -> Tensor: ...
+@overload
+def in_memory(tensor: Tensor | None, name: str) -> Tensor | None: ...
 def in_memory(tensor: Tensor | None, name: str) -> Tensor | None:
     """A tensor that comes from outside as the kernels can read it, without a history where it had to be copied.
 
     Copied are views with the negative bit, subclasses, and tensors that only say that they are zero.
+
+    Parameters
+    ----------
+    tensor : Tensor or None
+    name : str
+        What an error calls it.
+
+    Returns
+    -------
+    Tensor or None
+        The same one where it can be read as it is.
 
     Raises
     ------
     ValueError
         If its storage was made smaller than it is.
     """
-    if are_plain(tensor):
+    if tensor is None or are_plain(tensor):
         return tensor
     check_storage(tensor, name)
     return tensor.detach().clone().as_subclass(Tensor)
 
 
-def saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What an autograd.Function saved, which may have been freed meanwhile, or replaced by hooks."""
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What an autograd.Function saved, which may have been freed meanwhile, or replaced by hooks.
+
+    Which of them are tensors, and which None, knows the function that saved them.
+
+    Parameters
+    ----------
+    ctx : object
+        Of the function.
+
+    Returns
+    -------
+    tuple
+        Of tensors and None.
+    """
     return tuple([in_memory(tensor, "a tensor that was saved for the backward pass") for tensor in ctx.saved_tensors])
 
 
@@ -135,6 +163,11 @@ def operator(
     tags : sequence of torch.Tag
     backward, setup_context : callable
         As for `torch.library.register_autograd`; without them the operator has no derivative, and says so.
+
+    Returns
+    -------
+    callable
+        A decorator, which makes an `Operator` of the function.
     """
 
     def register(function: Callable) -> Operator:

@@ -46,14 +46,26 @@ _BITS = ("clamp", "leaky_relu")
 
 
 class Activation(NamedTuple):
-    """An activation, see above."""
+    """An activation, see above.
+
+    Attributes
+    ----------
+    name : str
+        One of `ACTIVATIONS`.
+    options : tuple of float
+    """
 
     name: str
     options: tuple[float, ...] = ()
 
 
 class Affine(NamedTuple):
-    """``x * scale + shift`` for each channel, float32, (channels,); both or neither."""
+    """``x * scale + shift`` for each channel, float32, (channels,); both or neither.
+
+    Attributes
+    ----------
+    scale, shift : Tensor or None
+    """
 
     scale: Tensor | None = None
     shift: Tensor | None = None
@@ -63,6 +75,11 @@ class Kept(NamedTuple):
     """What the backward pass needs, to be filled on the way: x in 8 bits, and what the activation saves.
 
     The first three go together: ``codes = 128 + round(x * code_scale + code_shift)``; see `epilogue`.
+
+    Attributes
+    ----------
+    code_scale, code_shift, codes, saved : Tensor or None
+        As for `epilogue`.
     """
 
     code_scale: Tensor | None = None
@@ -77,7 +94,17 @@ _DY = "Tensor dy, Tensor? codes, Tensor? saved, str activation, float[] options"
 
 
 def codes_like(x: Tensor) -> Tensor:
-    """A buffer for x in 8 bits, not filled: uint8, like x."""
+    """A buffer for x in 8 bits, not filled: uint8, like x.
+
+    Parameters
+    ----------
+    x : Tensor
+        (rows, channels).
+
+    Returns
+    -------
+    Tensor
+    """
     return empty(tuple(x.shape), torch.uint8)
 
 
@@ -85,6 +112,16 @@ def saved_like(x: Tensor, activation: str) -> Tensor | None:
     """A buffer for what the gradient of an activation of x needs, not filled: see above; None for "identity".
 
     It is int16, (rows, ceil(channels / 16)), for bits, and uint8, like x, for slopes.
+
+    Parameters
+    ----------
+    x : Tensor
+        (rows, channels).
+    activation : str
+
+    Returns
+    -------
+    Tensor or None
     """
     if activation == "identity":
         return None
@@ -323,12 +360,14 @@ def epilogue_grad_pack(
 
     Parameters
     ----------
-    dy, codes, saved, activation, factor, want_g
+    dy, codes, saved, activation, factor
         As for `epilogue_grad`; at least two channels.
     ranges, layout
         As for `epilogue_pack`.
     scheme, seed
         As for `quantize_pack`; "symmetric", "stochastic" or "luq".
+    want_g
+        As for `epilogue_grad`.
 
     Returns
     -------

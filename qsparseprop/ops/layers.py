@@ -43,7 +43,16 @@ class Quantisation(NamedTuple):
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are what is innermost in the memory of an (images, channels, height, width) tensor."""
+    """Whether channels are what is innermost in the memory of an (images, channels, height, width) tensor.
+
+    Parameters
+    ----------
+    x : Tensor
+
+    Returns
+    -------
+    bool
+    """
     return x.stride(1) == 1 and not x.is_contiguous()
 
 
@@ -127,12 +136,14 @@ def _give_own_fronts(packed: Packed, plan: Plan, images: int) -> None:
     """
     grid = plan.geometry.output_grid
     shape, strides = (-(-images // grid.images), grid.planes, grid.front), (grid.block, grid.pitch, 1)
-    packed.planes.as_strided(shape, strides).copy_(packed.zero_point.view(-1, 1))
+    if packed.zero_point is not None:
+        packed.planes.as_strided(shape, strides).copy_(packed.zero_point.view(-1, 1))
 
 
 def _is_around_128(packed: Packed, scheme: Scheme) -> bool:
     """Whether codes can be the second operand of sddmm, which wants them around 128 and not less than 1."""
-    return scheme.name != "standard" and bool((packed.zero_point == 128).all())
+    zero_point = packed.zero_point
+    return scheme.name != "standard" and zero_point is not None and bool((zero_point == 128).all())
 
 
 @recorded
@@ -178,8 +189,8 @@ def layer_backward(
     in_floats = grads[1] and _is_in_floats(packed)
     if grads[0] or (grads[1] and not in_floats):
         gradient = _packed_by(dy, rows.source, scheme, seed)
-    if grads[0]:
-        dx = multiply(gradient, values, rows, _result_like(dy, rows, x_dtype, channels_last), None, clip)
+        if grads[0]:
+            dx = multiply(gradient, values, rows, _result_like(dy, rows, x_dtype, channels_last), None, clip)
     if grads[1]:
         if in_floats and (gradient is None or scheme is not None):
             gradient = pack(dy, rows.source)
@@ -189,7 +200,18 @@ def layer_backward(
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
-    """The sum of a gradient over all but its channels, float32."""
+    """The sum of a gradient over all but its channels, float32.
+
+    Parameters
+    ----------
+    dy : Tensor
+        (images, channels, height, width), or (images, channels).
+
+    Returns
+    -------
+    Tensor
+        (channels,).
+    """
     dims = 0 if dy.ndim == 2 else (0, 2, 3)
     return dy.sum(dims) if dy.dtype is torch.float32 else dy.sum(dims, dtype=torch.float32)
 
@@ -218,12 +240,16 @@ def packed_backward(
     Parameters
     ----------
     dy : Packed
-        The gradient of so many images.
-    grads : sequence of bool
-        Whether the gradients of the input and of the values are wanted.
+        The gradient.
+    values, packed, plan
+        As for `layer_backward`.
+    images : int
+        In the gradient.
     clip : Tensor or None
         Of the weight.
-    values, packed, plan, x_dtype, channels_last
+    grads : sequence of bool
+        Whether the gradients of the input and of the values are wanted.
+    x_dtype, channels_last
         As for `layer_backward`.
 
     Returns

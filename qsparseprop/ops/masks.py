@@ -65,7 +65,18 @@ def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
     lambda x: x.new_empty(words(x.numel()), dtype=torch.int16),
 )
 def relu_mask_(x: Tensor) -> Tensor:
-    """`relu_mask` in place; returns the mask."""
+    """`relu_mask` in place; returns the mask.
+
+    Parameters
+    ----------
+    x : Tensor
+        As for `relu_mask`.
+
+    Returns
+    -------
+    Tensor
+        The mask.
+    """
     mask = empty((words(x.numel()),), torch.int16)
     _mask.relu(_flat(x), _flat(x), mask, torch.get_num_threads())
     return mask
@@ -81,6 +92,11 @@ def keep_masked(x: Tensor, mask: Tensor) -> Tensor:
         float32 or bfloat16; dimensions in the order that the mask was made in, without gaps.
     mask : Tensor
         Of `relu_mask`.
+
+    Returns
+    -------
+    Tensor
+        Like x.
     """
     out = torch.empty_like(x)
     _mask.keep(_flat(x), mask, _flat(out), torch.get_num_threads())

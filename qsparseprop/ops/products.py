@@ -82,7 +82,18 @@ def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor |
 
 @recorded
 def pack(x: Tensor, layout: PlaneLayout) -> Packed:
-    """Lay a tensor out as planes of lanes without quantising it: in float32, gaps hold zero."""
+    """Lay a tensor out as planes of lanes without quantising it: in float32, gaps hold zero.
+
+    Parameters
+    ----------
+    x : Tensor
+        As for `quantize_pack`.
+    layout : PlaneLayout
+
+    Returns
+    -------
+    Packed
+    """
     return Packed(_pack.pack(x, layout, torch.get_num_threads()))
 
 
@@ -108,6 +119,10 @@ def quantize_weight(
         int32, as many: zero points of the other operand, multiplied into `total`.
     clip : Tensor, optional
         float32, (1,): magnitude that 127 stands for in every row; without it a row's own largest.
+
+    Returns
+    -------
+    Weights
     """
     check_tensors(values=values, factor=factor, zero_point=zero_point, clip=clip)
     weights = Weights(torch.empty(rows.slots, dtype=torch.int8), torch.empty(rows.rows, dtype=torch.float32),
@@ -118,14 +133,37 @@ def quantize_weight(
 
 @recorded
 def gather_weight(values: Tensor, rows: GatherList) -> Weights:
-    """The slots of a list as float32, without quantising them; `values` are float32, (nonzeros,)."""
+    """The slots of a list as float32, without quantising them; `values` are float32, (nonzeros,).
+
+    Parameters
+    ----------
+    values : Tensor
+    rows : GatherList
+
+    Returns
+    -------
+    Weights
+    """
     slots = torch.empty(rows.slots, dtype=torch.float32)
     _matmul.gather_weight(values, rows, slots)
     return Weights(slots)
 
 
 def empty_result(rows: GatherList, images: int, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-    """A tensor for a product of a list, (images, channels, height, width): zero where that does not reach."""
+    """A tensor for a product of a list, (images, channels, height, width): zero where that does not reach.
+
+    Parameters
+    ----------
+    rows : GatherList
+    images : int
+    dtype : torch.dtype
+    channels_last : bool
+        Its memory format.
+
+    Returns
+    -------
+    Tensor
+    """
     out = empty(rows.target.shape(images), dtype, channels_last)
     return out if rows.target.complete else out.zero_()
 

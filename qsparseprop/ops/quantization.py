@@ -62,6 +62,17 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise a tensor; see `qsparseprop.quantization.quantize` for the arguments.
 
+    Parameters
+    ----------
+    x, scheme, bits, dim, group_size
+        As for `qsparseprop.quantization.quantize`.
+    around_zero : bool
+        Whether codes are signed.
+    seed : Tensor or None
+        int64 scalar; for schemes that round at random.
+    options : sequence of float
+        Of the scheme, see `Scheme`.
+
     Returns
     -------
     codes : Tensor
@@ -96,7 +107,22 @@ def dequantize(
     group_size: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Values that codes stand for, ``(codes - zero_point) * scale``, float32 or bfloat16; arguments as `quantize`."""
+    """Values that codes stand for, ``(codes - zero_point) * scale``, float32 or bfloat16; arguments as `quantize`.
+
+    Parameters
+    ----------
+    codes, scale, zero_point : Tensor
+        Of `quantize`.
+    dim, group_size
+        As for `quantize`.
+    dtype : torch.dtype
+        float32 or bfloat16.
+
+    Returns
+    -------
+    Tensor
+        Of the codes' shape, contiguous.
+    """
     out = empty(tuple(codes.shape), dtype)
     if codes.numel():
         _quantize.dequantize(codes.contiguous(), scale, zero_point, out, *line_sizes(codes.shape, dim, group_size),

@@ -73,7 +73,8 @@ class ImageData:
     @property
     def kind(self) -> ImageKind:
         """What a network has to know of the images."""
-        return ImageKind(*self.train_images.shape[1:], self.num_classes)
+        _, channels, height, width = self.train_images.shape
+        return ImageKind(channels, height, width, self.num_classes)
 
 
 def image_kind(source: str, image_size: int | None = None, max_images: int | None = None) -> ImageKind | None:
@@ -322,7 +323,7 @@ def _read_images(files: Sequence[Path], size: int) -> np.ndarray:
     for index, file in enumerate(files):
         try:
             with Image.open(file) as image:
-                images[index] = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+                images[index] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
         except OSError as error:
             raise ConfigurationError(f"cannot read the image {file}: {error}") from error
     return images

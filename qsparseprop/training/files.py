@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -101,7 +101,7 @@ def save_tensors(content: Any, path: str | os.PathLike[str]) -> None:
         If it cannot be written; it names `path`.
     """
     with errors_name(path), _Output(path) as output:
-        torch.save(content, output)
+        torch.save(content, cast("IO[bytes]", output))
         if output.error is not None:
             raise output.error
 

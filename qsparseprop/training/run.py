@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn._dense import held
 from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.measurement_utils import (
     current_rss_mb,
@@ -67,6 +68,7 @@ class Stopped(Exception):
     """
 
     def __init__(self, result: FitResult) -> None:
+        assert result.stopped_by is not None
         super().__init__(f"stopped by {result.stopped_by.name}")
         self.signal = result.stopped_by
 
@@ -344,6 +346,7 @@ class _State:
                            report=self.report)  # fmt: skip
         if fitted.stopped_by is not None:
             raise Stopped(fitted)
+        assert fitted.best is not None  # there was an evaluation
         peak = peak_rss_mb()
         history = tuner.history
         tuner.model.train()
@@ -396,7 +399,7 @@ def _plain(value: Any) -> Any:
 
 def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     for name, mask in masks.items():
-        weight = model.get_submodule(name).weight
+        weight = held(model.get_submodule(name), "weight")
         if mask.shape != weight.shape:
             raise ValueError(f"the mask of {name} is {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from qsparseprop.nn._dense import held
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.errors import ConfigurationError, reason_of
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
@@ -87,7 +88,7 @@ def make_finetuner(
 ) -> Finetuner:
     """Return a `Finetuner` with the optimizer and the schedule that all trainings of the ``finetune`` command share."""
     memory_format = torch.channels_last if mode.channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format)
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types it without
     # After the conversion, which gives the weights other memory. Sparse layers need no mask.
     held = {name: mask for name, mask in (masks or {}).items() if isinstance(model.get_submodule(name), _MASKED)}
     # The fused AdamW is the fastest of torch's; anything else would slow down the dense network, which has ten times as
@@ -176,7 +177,7 @@ def parse_scheme(text: str) -> tuple[bool, QuantConfig | None]:
     """
     if text in ("int8", "float32"):
         return text == "int8", None
-    settings = {}
+    settings: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals:
@@ -220,9 +221,12 @@ def prepare_network(
         return load_data(config.data, config.image_size, config.seed, config.normalize, max_images)
 
     kind = image_kind(config.data, config.image_size, max_images)
-    data = load() if kind is None else None
+    data = None
+    if kind is None:
+        data = load()
+        kind = data.kind
     torch.manual_seed(config.seed)
-    model = make_network(config.model, config.width, data.kind if kind is None else kind)
+    model = make_network(config.model, config.width, kind)
     if config.weights is not None and load_weights_too:
         load_weights(model, config.weights, config.new_head)
     data = data or load()
@@ -251,7 +255,7 @@ def prune_model(model: nn.Module, kind: str, sparsity: float) -> dict[str, Any]:
     pruner = PRUNERS[kind]
     if pruner is None:
         modules = prunable_modules(model)
-        masks = {name: module.weight.detach() != 0 for name, module in modules.items()}
+        masks = {name: held(module, "weight").detach() != 0 for name, module in modules.items()}
     else:
         modules = pruner(model, sparsity)
         masks = collect_masks(model)
@@ -280,7 +284,7 @@ def swap_model(
     quantize, qconfig = parse_scheme(scheme)
     before = {name: type(module) for name, module in model.named_modules()}
     if mode.channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types it without
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
         swap_modules_with_sparse(model, input_shape, min_sparsity=min_sparsity, quantize=quantize, qconfig=qconfig,

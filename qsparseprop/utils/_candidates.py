@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -26,9 +26,9 @@ _REPLACEMENTS: dict[type[nn.Module], tuple[type[SparseModule], type[SparseModule
     kind: (getattr(sparse_nn, f"Sparse{kind.__name__}"), getattr(sparse_nn, f"QuantizedSparse{kind.__name__}"))
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 }
-_PROTOTYPES: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: sparse_nn.FakeQuantLinear,
-    nn.Conv2d: sparse_nn.FakeQuantConv2d,
+_PROTOTYPES: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Linear: sparse_nn.FakeQuantLinear.from_dense,
+    nn.Conv2d: sparse_nn.FakeQuantConv2d.from_dense,
 }
 
 
@@ -70,8 +70,8 @@ class SwapOptions(NamedTuple):
     def make(self, dense: nn.Module) -> nn.Module:
         """What replaces a candidate."""
         kind = dense_type(dense)
-        of = _PROTOTYPES[kind] if self.prototype else sparse_types()[kind][self.quantize]
-        return of.from_dense(dense, qconfig=self.qconfig)
+        make = _PROTOTYPES[kind] if self.prototype else sparse_types()[kind][self.quantize].from_dense
+        return make(dense, qconfig=self.qconfig)
 
 
 def names_to_skip(model: nn.Module, skip_modules: Iterable[str | nn.Module] | None) -> set[str]:

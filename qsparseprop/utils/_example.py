@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from qsparseprop.nn._dense import dense_type, dense_weight, trains_weight
+from qsparseprop.nn._dense import dense_type, dense_weight, held, trains_weight
 from qsparseprop.nn.deferred.start import last_chain, start_chains
 from qsparseprop.nn.deferred.usage import Operation
 
@@ -192,9 +192,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _can_be_kept(tensor: Tensor) -> bool:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or is_traceable_wrapper_subclass(tensor):
+    if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         return False
-    if tensor.is_inference() or tensor.is_meta:
+    if is_traceable_wrapper_subclass(tensor) or tensor.is_inference() or tensor.is_meta:
         return False
     return tensor.layout is torch.strided and not tensor.is_quantized
 
@@ -209,10 +209,7 @@ class _Held(NamedTuple):
 
 
 def _reachable(model: nn.Module) -> _Held:
-    """All that a model holds by its attributes, and these by theirs.
-
-    Also by methods, partial functions, closures and weak references.
-    """
+    """All that a model holds by its attributes, and these by theirs: methods, closures and weak references too."""
     attributes, holders, tensors, generators = found = _Held([], [], [], [])
     seen: dict[int, Any] = {}
     waiting: list[Any] = [model]
@@ -290,17 +287,17 @@ _HARMLESS = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "requ
              "is_meta", "layout", "is_leaf", "grad", "grad_fn")} | {Tensor.is_floating_point, torch.is_floating_point}
 
 
-def _watch(parameter: nn.Parameter, tell: Callable[[], None]) -> None:
+def _watch(parameter: Tensor, tell: Callable[[], None]) -> None:
     """Have a parameter tell, as the object that it is, since others may hold it."""
     if type(parameter) is nn.Parameter:
         parameter.__class__ = _WatchedParameter
-        parameter.tell = tell
+        vars(parameter)["tell"] = tell
 
 
 def _watch_no_more(parameter: nn.Parameter) -> None:
     if type(parameter) is _WatchedParameter:
-        parameter.__class__ = nn.Parameter
         del parameter.tell
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]  # not of the class that it is of
 
 
 def record(
@@ -354,7 +351,7 @@ def record(
         if chains:
             start_chains(layer)
         layer.forward = watched
-        _watch(layer.weight, lambda: None if inside else read.add(name))
+        _watch(held(layer, "weight"), lambda: None if inside else read.add(name))
 
     for name in names:
         layer = probe.get_submodule(name)

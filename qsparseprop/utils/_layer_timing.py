@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, trains_weight
 from qsparseprop.nn.deferred import ordinary
 from qsparseprop.nn.deferred.usage import Operation
@@ -64,7 +65,8 @@ def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapD
         except (NotImplementedError, TypeError, ValueError) as error:
             decision.reason = f"cannot take its input: {error}"
             return False
-        sparse.deferring = fuse and sparse.can_defer
+        if isinstance(sparse, SparseModule):
+            sparse.deferring = fuse and sparse.can_defer
         timed = compare_interleaved({
             "dense": _training_step(nn.Sequential(dense, *_followers(seen.chain, y)), seen.x, seen.requires_grad),
             "sparse": _training_step(nn.Sequential(sparse, *_followers(seen.chain, y)), seen.x, seen.requires_grad),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._dense import dense_weight, has_mask
+from qsparseprop.nn._dense import dense_weight, has_mask, held
 from qsparseprop.nn._foreign_masks import ForeignMask, foreign_masks
 
 #: Parts of the names that layers outside of torch.nn give their weights, the projections of experts for instance.
@@ -74,7 +74,7 @@ def weights_of(model: nn.Module) -> list[Weights]:
     for w in found:
         w.foreign = masks.get(w.name)
         if w.foreign is not None and w.foreign.mask is not None and not w.masked:
-            weight = dense_weight(w.module)[0] if isinstance(w.module, _PRUNABLE) else w.module.weight.detach()
+            weight = dense_weight(w.module)[0] if isinstance(w.module, _PRUNABLE) else held(w.module, "weight").detach()
             w.zeros, w.masked = _zeros(weight * w.foreign.mask), True
     return found
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn._dense import held
 from qsparseprop.utils._places import replace_children
 
 __all__ = ["attach_adapters"]
@@ -72,7 +73,7 @@ def attach_adapters(model: nn.Module, attach: Callable[[nn.Module], _Result]) ->
 
 
 def _put_back(model: nn.Module, sparse: dict[str, SparseModule], dense: dict[str, nn.Module]) -> None:
-    replacements = {}
+    replacements: dict[int, nn.Module] = {}
     for name, stand_in in model.named_modules():
         origin = stand_in.__dict__.pop("_stands_in_for", None)
         if origin is None:
@@ -88,5 +89,5 @@ def _put_back(model: nn.Module, sparse: dict[str, SparseModule], dense: dict[str
 
 
 def _same_weights(module: SparseModule, stand_in: nn.Module) -> bool:
-    bias = module.bias is None or torch.equal(module.bias, stand_in.bias)
-    return bias and torch.equal(module.dense_weight(), stand_in.weight)
+    bias = module.bias is None or torch.equal(module.bias, held(stand_in, "bias"))
+    return bias and torch.equal(module.dense_weight(), held(stand_in, "weight"))

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn._conv import SparseConvNd
+from qsparseprop.nn._dense import held
 
 __all__ = ["LayerCost", "PassCost", "layer_cost", "model_costs"]
 
@@ -112,7 +114,7 @@ def _pairs(value: Any, dimensions: int) -> tuple[int, ...]:
     return values * dimensions if len(values) == 1 else values
 
 
-def _padding(module: nn.Module, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+def _padding(module: _ConvNd | SparseConvNd, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
     """Zeros before and after the data in each dimension."""
     if module.padding == "valid":
         return [(0, 0)] * len(kernel)
@@ -141,7 +143,7 @@ def _is_transposed(module: nn.Module) -> bool:
     return isinstance(module, _ConvTransposeNd) or (isinstance(module, SparseModule) and module.transposed)
 
 
-def _transposed_shape(module: nn.Module, input_shape: tuple[int, ...], weight_shape: tuple[int, ...],
+def _transposed_shape(module: _ConvNd | SparseConvNd, input_shape: tuple[int, ...], weight_shape: tuple[int, ...],
                       count_padding: bool) -> _Shape:  # fmt: skip
     """Of a transposed convolution: that of the convolution with the same weight, whose input has the output's size."""
     dimensions = len(weight_shape) - 2
@@ -159,8 +161,8 @@ def _transposed_shape(module: nn.Module, input_shape: tuple[int, ...], weight_sh
     return _Shape(shape.weights, shape.uses, shape.outputs, shape.inputs, weight_shape[1] * module.groups)
 
 
-def _conv_shape(module: nn.Module, input_shape: tuple[int, ...], weight_shape: tuple[int, ...], count_padding: bool,
-                padding: Sequence[tuple[int, int]]) -> _Shape:  # fmt: skip
+def _conv_shape(module: _ConvNd | SparseConvNd, input_shape: tuple[int, ...], weight_shape: tuple[int, ...],
+                count_padding: bool, padding: Sequence[tuple[int, int]]) -> _Shape:  # fmt: skip
     kernel = weight_shape[2:]
     dimensions = len(kernel)
     if len(input_shape) == dimensions + 1:
@@ -233,8 +235,8 @@ def layer_cost(
     if not (sparse or isinstance(module, (nn.Linear, _ConvNd))):
         raise TypeError(f"no cost is known of a {type(module).__name__}")
     input_shape = tuple(int(n) for n in input_shape)
-    weight_shape = tuple(module.weight_shape) if sparse else tuple(module.weight.shape)
-    if len(weight_shape) == 2:
+    weight_shape = tuple(module.weight_shape if isinstance(module, SparseModule) else held(module, "weight").shape)
+    if not isinstance(module, _ConvNd | SparseConvNd):
         shape = _linear_shape(module, input_shape, weight_shape)
     elif _is_transposed(module):
         shape = _transposed_shape(module, input_shape, weight_shape, count_padding)

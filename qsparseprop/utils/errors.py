@@ -12,14 +12,31 @@ class ConfigurationError(ValueError):
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of torch's says, in a sentence: without the advice and the stack that may follow."""
+    """What an error of torch's says, in a sentence: without the advice and the stack that may follow.
+
+    Parameters
+    ----------
+    error : Exception
+
+    Returns
+    -------
+    str
+    """
     if isinstance(error, pickle.UnpicklingError):
         return "it is not what torch.save has made of tensors and plain containers"
     return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
 
 
 def refuse_more_than_memory(needed: int, what: str) -> None:
-    """Raise a `ConfigurationError` if so many bytes are more than the machine has: the system would end the process."""
+    """Raise a `ConfigurationError` if so many bytes are more than the machine has: the system would end the process.
+
+    Parameters
+    ----------
+    needed : int
+        Bytes.
+    what : str
+        What needs them, for the message.
+    """
     from .measurement_utils import machine_memory_bytes  # which itself has errors to raise
 
     memory = machine_memory_bytes()

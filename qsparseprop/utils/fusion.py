@@ -55,13 +55,23 @@ def fuse_modules(model: nn.Module) -> nn.Module:
     for module in sparse:
         module.deferring = True
     if sparse:
-        for module in model.modules():
-            start_chains(module)
+        for each in model.modules():
+            start_chains(each)
     return model
 
 
 def unfuse_modules(model: nn.Module) -> nn.Module:
-    """Undo `fuse_modules`, in place."""
+    """Undo `fuse_modules`, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+        The same `model`.
+    """
     for module in model.modules():
         if isinstance(module, SparseModule):
             for name in ("deferring", "_usages"):  # nothing is left, which a dense layer would be given

@@ -40,6 +40,15 @@ def sparsity(model: nn.Module) -> float:
     Prunable is what has a line in the report of `swap_modules_with_sparse`: the weights of linear, convolutional,
     recurrent and attention layers, of torch's and of other packages', and those of sparse layers; embeddings only where
     they were pruned. Masks that are still attached count as zeros. 0.0 for a model without such layers.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    float
+        In [0, 1].
     """
     # a weight that several modules share counts once
     found = {w.identity: w for w in weights_of(model)}.values()
@@ -48,7 +57,7 @@ def sparsity(model: nn.Module) -> float:
 
 
 @torch.inference_mode(False)  # what is made in it could not be trained
-def swap_modules_with_sparse(
+def swap_modules_with_sparse(  # noqa: PLR0913 - settings, by keyword
     model: nn.Module,
     input_shape: Sequence[Any] | Tensor | Mapping[str, Any] | Callable[..., Any] | None,
     inplace: bool = True,
@@ -150,7 +159,7 @@ def swap_modules_with_sparse(
     if fuse:
         fuse_modules(model)  # those that were put back, too
         report.tell_chains({name: chain.joined for name, chain in together.items()})
-    model.swap_report = report
+    model.swap_report = report  # type: ignore[assignment]  # torch types only what modules hold themselves
     if verbose:
         sys.stdout.write(f"{report}\n")
     return model
@@ -312,7 +321,8 @@ def unfold_attention(model: nn.Module) -> nn.Module:
     torch.nn.Module
         The same `model`; parameters of the projections are new ones.
     """
-    replacements, replaced = {}, {}
+    replacements: dict[int, nn.Module] = {}
+    replaced: dict[int, nn.Module] = {}
     for module in model.modules():
         plain = type(module) is nn.MultiheadAttention and not prune.is_pruned(module)
         if plain and module.bias_k is None and not module.add_zero_attn:

@@ -17,6 +17,14 @@ def decays(parameter: nn.Parameter) -> bool:
 
     Many training scripts ask for ``parameter.ndim > 1`` instead, which leaves out the weights of sparse layers: these
     are one-dimensional.
+
+    Parameters
+    ----------
+    parameter : nn.Parameter
+
+    Returns
+    -------
+    bool
     """
     return isinstance(parameter, SparseValues) or parameter.ndim > 1
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from qsparseprop.nn._dense import held
 from qsparseprop.nn._interop import check_owners, check_unsplit, element_state, inner_optimizer
 from qsparseprop.nn._weight import SparseWeight
 
@@ -105,6 +106,16 @@ def layerwise_magnitude_prune(
     """Mask the smallest weights of each layer, in place: every pruned layer gets the same sparsity.
 
     Parameters, return value and errors are those of `global_magnitude_prune`.
+
+    Parameters
+    ----------
+    model, sparsity, skip
+        As for `global_magnitude_prune`.
+
+    Returns
+    -------
+    dict of str to nn.Module
+        As from `global_magnitude_prune`.
     """
 
     def mask_each(modules: dict[str, nn.Module]) -> None:
@@ -123,17 +134,17 @@ def _prune(
     if not modules:
         raise ValueError("the model has no Conv2d or Linear to prune")
     # torch's pruning flattens weights with view(), which refuses channels_last ones.
-    permuted = [module for module in modules.values() if not module.weight.is_contiguous()]
+    permuted = [module for module in modules.values() if not held(module, "weight").is_contiguous()]
     for module in permuted:
-        module.to(memory_format=torch.contiguous_format)
+        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch types it without
     places = {module: list(module._parameters).index("weight") for module in modules.values()
               if "weight" in module._parameters}  # fmt: skip
     apply(modules)
     for module, place in places.items():
         _move_parameter(module, "weight_orig", place)
     for module in permuted:
-        module.to(memory_format=torch.channels_last)
-        module.weight = module.weight_orig.detach() * module.weight_mask
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types it without
+        module.weight = held(module, "weight_orig").detach() * held(module, "weight_mask")
     return modules
 
 
@@ -141,6 +152,10 @@ def make_pruning_permanent(model: nn.Module) -> None:
     """Replace ``weight_orig`` and ``weight_mask`` by a plain ``weight`` with zeros, in place, where there are any.
 
     Parameters keep the order that they had before the pruning: optimizers know them by their position.
+
+    Parameters
+    ----------
+    model : nn.Module
     """
     for module in model.modules():
         if hasattr(module, "weight_mask"):
@@ -161,6 +176,10 @@ def _move_parameter(module: nn.Module, name: str, place: int) -> None:
 def collect_masks(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the pruning masks that are attached to a model.
 
+    Parameters
+    ----------
+    model : nn.Module
+
     Returns
     -------
     dict of str to torch.Tensor
@@ -171,7 +190,18 @@ def collect_masks(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def layer_sparsity(model: nn.Module, names: Collection[str]) -> dict[str, float]:
-    """Return the share of zeros, in [0, 1], of the weights of the named modules of a dense model."""
+    """Return the share of zeros, in [0, 1], of the weights of the named modules of a dense model.
+
+    Parameters
+    ----------
+    model : nn.Module
+    names : collection of str
+        As ``named_modules`` gives them.
+
+    Returns
+    -------
+    dict of str to float
+    """
     return {name: 1 - torch.count_nonzero(w).item() / w.numel() for name, w in _weights(model, names).items()}
 
 
@@ -210,7 +240,7 @@ def make_mask_enforcer(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> C
 
 
 def _weights(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    return {name: model.get_submodule(name).weight.detach() for name in names}
+    return {name: held(model.get_submodule(name), "weight").detach() for name in names}
 
 
 # ---- gradual pruning, while a model trains ----
@@ -230,6 +260,10 @@ def cubic_sparsity(step: int, initial: float, final: float, begin: int, end: int
         Fractions of zeros.
     begin, end : int
         Steps of the first and the last change, ``begin < end``.
+
+    Returns
+    -------
+    float
     """
     if begin >= end:
         raise ValueError(f"begin must come before end, got {begin} and {end}")
@@ -252,8 +286,8 @@ class GradualPruner:
         Trains the model. Any one of torch's whose state belongs to single weights, which is all but LBFGS.
     final_sparsity : float
         Fraction of zeros at the end, in [0, 1).
-    begin_step, end_step : int
-        Calls of `step` at which the first and the last weights go.
+    end_step, begin_step : int
+        Calls of `step` at which the last and the first weights go.
     interval : int
         Calls of `step` from one pruning to the next; what was removed takes some steps to make up for.
     initial_sparsity : float, optional
@@ -358,7 +392,13 @@ class GradualPruner:
         return {"steps": self.steps, "initial_sparsity": list(self._initial)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue a schedule; the model's and the optimizer's own states are loaded for themselves."""
+        """Continue a schedule; the model's and the optimizer's own states are loaded for themselves.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            Of `state_dict`.
+        """
         initial = list(state_dict["initial_sparsity"])
         if len(initial) != len(self._groups):
             raise ValueError(f"initial_sparsity must have {len(self._groups)} numbers, got {len(initial)}")
@@ -389,20 +429,21 @@ class GradualPruner:
         scores = torch.cat([m.to(torch.float32) for m in magnitudes])
         kept = prune.L1Unstructured(surplus).compute_mask(scores, torch.ones_like(scores)).bool()
         for module, part in zip(modules, kept.split(counts), strict=True):
-            mask = (module.mask() if isinstance(module, SparseWeight) else module.weight_mask != 0).contiguous()
+            mask = module.mask() if isinstance(module, SparseWeight) else held(module, "weight_mask") != 0
+            mask = mask.contiguous()
             mask.view(-1)[mask.view(-1).nonzero().squeeze(1)[~part]] = False
             if isinstance(module, SparseWeight):
                 module._remove(mask, self._optimizer)
             else:
-                module.weight_mask.copy_(mask)
+                held(module, "weight_mask").copy_(mask)
 
 
 def _weight_size(module: nn.Module) -> int:
-    return math.prod(module.weight_shape) if isinstance(module, SparseWeight) else module.weight_mask.numel()
+    return math.prod(module.weight_shape if isinstance(module, SparseWeight) else held(module, "weight_mask").shape)
 
 
 def _existing(module: nn.Module) -> torch.Tensor:
     """The weights that exist, in the order of their positions."""
     if isinstance(module, SparseWeight):
         return module.weight.detach()
-    return module.weight_orig.detach()[module.weight_mask != 0]
+    return held(module, "weight_orig").detach()[held(module, "weight_mask") != 0]

@@ -205,6 +205,7 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
     @torch.compiler.disable
     def __exit__(self, *exception: object) -> None:
         stack, self._stack = self._stack, None
+        assert stack is not None  # of __enter__
         stack.close()
 
     # ---- counting ----
@@ -228,7 +229,19 @@ class compress_saved_tensors(contextlib.AbstractContextManager):
 
     @torch.compiler.disable
     def pack(self, tensor: Tensor, keep_sign: bool = False) -> Any:
-        """What is kept in place of a tensor that an operator saves."""
+        """What is kept in place of a tensor that an operator saves.
+
+        Parameters
+        ----------
+        tensor : Tensor
+        keep_sign : bool
+            Whether the signs of its elements must stay.
+
+        Returns
+        -------
+        object
+            The tensor itself where it is not compressed.
+        """
         if tensor.layout != torch.strided or not tensor.is_cpu or holds_tensors(tensor):
             return _Untouched(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
         name = name_of_node(tensor)
@@ -404,7 +417,6 @@ class CompressedModule(nn.Module):
     module : nn.Module
     compression : compress_saved_tensors
         Its `saved` tells of the last forward pass.
-
     """
 
     def __init__(
@@ -416,6 +428,17 @@ class CompressedModule(nn.Module):
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
+        """Call the module.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As the module takes them.
+
+        Returns
+        -------
+        object
+            What it gives.
+        """
         with self.compression:
             return self.module(*args, **kwargs)

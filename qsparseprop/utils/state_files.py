@@ -28,7 +28,17 @@ _LONGEST_MESSAGE = 200
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
-    """Return `state_dict` with `prefix` removed from the keys that start with it (``DataParallel`` leaves one)."""
+    """Return `state_dict` with `prefix` removed from the keys that start with it (``DataParallel`` leaves one).
+
+    Parameters
+    ----------
+    state_dict : mapping of str to Tensor
+    prefix : str
+
+    Returns
+    -------
+    dict of str to Tensor
+    """
     return {key.removeprefix(prefix): value for key, value in state_dict.items()}
 
 
@@ -37,6 +47,14 @@ def stored_bytes(tensor: Tensor) -> int | None:
 
     Less than ``nbytes`` where elements share their memory, as those of an expanded tensor do: whoever reads such a
     tensor element by element may read for days from a file of a few bytes.
+
+    Parameters
+    ----------
+    tensor : Tensor
+
+    Returns
+    -------
+    int or None
     """
     if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
         return None

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def _readable(tensor: Tensor) -> bool:
     return unreadable(tensor) is None and stored_bytes(tensor) == tensor.numel() * tensor.element_size()
 
 
-def _is_vector(part: Tensor | None) -> bool:
+def _is_vector(part: Tensor | None) -> TypeGuard[Tensor]:
     return part is not None and not is_lazy(part) and not part.is_nested and part.ndim == 1
 
 
@@ -135,10 +135,9 @@ def _sparse_info(
 ) -> WeightInfo:
     """The weight of a sparse module of this package."""
     size = _size(weight) + _size(crow) + _size(col)
-    parts = (weight, crow, col)
-    if not all(map(_is_vector, parts)) or weight.numel() != col.numel():
-        shape = () if is_lazy(weight) or weight.is_nested else tuple(weight.shape)
-        return WeightInfo(key, shape, None, True, size, size, "pattern and values do not go together")
+    if not (_is_vector(weight) and _is_vector(crow) and _is_vector(col)) or weight.numel() != col.numel():
+        found = () if is_lazy(weight) or weight.is_nested else tuple(weight.shape)
+        return WeightInfo(key, found, None, True, size, size, "pattern and values do not go together")
     rows = max(0, crow.numel() - 1)
     shape, note = _saved_shape(extra), ""
     if extra is None:
@@ -215,7 +214,16 @@ def _share(zeros: float | None) -> str:
 
 
 def format_weights(infos: Sequence[WeightInfo]) -> str:
-    """Return a table, with a line for all of them; weights whose nonzeros are not known count in its sizes only."""
+    """Return a table, with a line for all of them; weights whose nonzeros are not known count in its sizes only.
+
+    Parameters
+    ----------
+    infos : sequence of WeightInfo
+
+    Returns
+    -------
+    str
+    """
     rows: list[tuple[Any, ...]] = [("weight", "shape", "stored", "nonzeros", "zeros", "kB", "dense kB", "")]
     for info in infos:
         rows.append((_printable(info.name), "x".join(map(str, info.shape)), "sparse" if info.sparse else "dense",
@@ -223,7 +231,7 @@ def format_weights(infos: Sequence[WeightInfo]) -> str:
                      f"{info.bytes / 1e3:.1f}", f"{info.dense_bytes / 1e3:.1f}", info.note))  # fmt: skip
     size, dense_size = (sum(getattr(info, name) for info in infos) for name in ("bytes", "dense_bytes"))
     counted = [info for info in infos if info.nonzeros is not None]
-    nonzeros, elements = sum(info.nonzeros for info in counted), sum(math.prod(info.shape) for info in counted)
+    nonzeros, elements = sum(info.nonzeros or 0 for info in counted), sum(math.prod(info.shape) for info in counted)
     zeros = 1 - nonzeros / elements if elements else 0.0
     rows.append(("all", str(sum(math.prod(info.shape) for info in infos)), "", str(nonzeros), _share(zeros),
                  f"{size / 1e3:.1f}", f"{dense_size / 1e3:.1f}", ""))  # fmt: skip

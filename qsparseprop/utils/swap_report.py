@@ -60,7 +60,13 @@ class SwapReport(list):
         return [d for d in self if d.swapped]
 
     def tell_chains(self, joined: Mapping[str, Sequence[str]]) -> None:
-        """Let the reasons of layers that were replaced say what they were computed together with."""
+        """Let the reasons of layers that were replaced say what they were computed together with.
+
+        Parameters
+        ----------
+        joined : mapping of str to sequence of str
+            By the name of a layer.
+        """
         for decision in self.swapped:
             if names := joined.get(decision.name):
                 together = "together with " + ", ".join(names)

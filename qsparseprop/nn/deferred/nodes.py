@@ -7,7 +7,7 @@ its way, or that somebody looks at, is an ordinary tensor from then on.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from qsparseprop.nn.functional import (
 )
 from qsparseprop.ops import in_memory, saved_tensors
 
+if TYPE_CHECKING:
+    from qsparseprop.nn.deferred.tensor import ChainTensor
+
 
 def result(pending: Pending, dtype: torch.dtype) -> Tensor:
     """The tensor that a layer or an operation gives: deferred, unless only its values were wanted the last time."""
@@ -38,7 +41,7 @@ def result(pending: Pending, dtype: torch.dtype) -> Tensor:
     return DeferredTensor(pending, dtype)
 
 
-def _give(pending: Pending, source: DeferredTensor, in_place: bool) -> Tensor:
+def _give(pending: Pending, source: ChainTensor, in_place: bool) -> Tensor:
     if not in_place:
         return result(pending, source.dtype)
     pending.inference = source._pending.inference
@@ -101,8 +104,8 @@ def _normalise(
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, source: DeferredTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation
-    ) -> Tensor:
+        ctx: Any, source: ChainTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation
+    ) -> tuple[Tensor, Tensor]:
         pending, codes, statistics = _normalise(source._pending, weight, bias, norm, True)
         link = link_to_inputs()
         ctx.save_for_backward(link, codes.codes, statistics, weight)
@@ -138,7 +141,7 @@ class _BatchNorm(torch.autograd.Function):
         refuse_forward_mode()
 
 
-def batch_norm(source: DeferredTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation) -> Tensor:
+def batch_norm(source: ChainTensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation) -> Tensor:
     """Record a batch normalisation."""
     if records_gradients() and any(t is not None and t.requires_grad for t in (source, weight, bias)):
         return _APPLY[_BatchNorm](source, weight, bias, norm)[0]
@@ -147,7 +150,7 @@ def batch_norm(source: DeferredTensor, weight: Tensor | None, bias: Tensor | Non
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, source: DeferredTensor, activation: Activation, in_place: bool) -> Tensor:
+    def forward(ctx: Any, source: ChainTensor, activation: Activation, in_place: bool) -> tuple[Tensor, Tensor]:
         pending, slopes = _activate(source._pending, activation, True)
         link = link_to_inputs()
         ctx.save_for_backward(link, slopes.saved)
@@ -180,7 +183,7 @@ def _activate(pending: Pending, activation: Activation, save: bool) -> tuple[Pen
     return pending, slopes
 
 
-def activate(source: DeferredTensor, activation: Activation, in_place: bool) -> Tensor:
+def activate(source: ChainTensor, activation: Activation, in_place: bool) -> Tensor:
     """Record an activation."""
     if records_gradients() and source.requires_grad:
         return _APPLY[_Activation](source, activation, in_place)[0]
@@ -190,7 +193,7 @@ def activate(source: DeferredTensor, activation: Activation, in_place: bool) -> 
 
 class _Map(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    def forward(ctx: Any, source: ChainTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.set_materialize_grads(False)
         return result(_map(source._pending, scale, shift), source.dtype)
@@ -216,7 +219,7 @@ def _map(pending: Pending, scale: Tensor | None, shift: Tensor | None) -> Pendin
     return pending
 
 
-def channel_map(source: DeferredTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def channel_map(source: ChainTensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """Record a multiplication or a shift by a number for each channel, which gets no gradient."""
     if records_gradients() and source.requires_grad:
         return _APPLY[_Map](source, scale, shift)
@@ -225,7 +228,7 @@ def channel_map(source: DeferredTensor, scale: Tensor | None, shift: Tensor | No
 
 class _Addition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, source: DeferredTensor, other: Tensor, in_place: bool) -> Tensor:
+    def forward(ctx: Any, source: ChainTensor, other: Tensor, in_place: bool) -> Tensor:
         pending = _add(source._pending, other)
         if in_place:
             ctx.mark_dirty(source)
@@ -242,8 +245,9 @@ class _Addition(torch.autograd.Function):
 
 
 def _add(pending: Pending, other: Tensor) -> Pending:
-    if pending_of(other) is not None:
-        rows, layout = other._pending.rows(), other._pending.layout
+    added = pending_of(other)
+    if added is not None:
+        rows, layout = added.rows(), added.layout
         if layout.channels_first != pending.layout.channels_first:
             rows = pending.layout.rows(layout.view(rows))
     else:
@@ -252,7 +256,7 @@ def _add(pending: Pending, other: Tensor) -> Pending:
     return pending.plus(rows)
 
 
-def add(source: DeferredTensor, other: Tensor, in_place: bool) -> Tensor:
+def add(source: ChainTensor, other: Tensor, in_place: bool) -> Tensor:
     """Record an addition."""
     if records_gradients() and (source.requires_grad or other.requires_grad):
         return _APPLY[_Addition](source, other, in_place)

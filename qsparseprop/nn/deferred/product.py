@@ -55,7 +55,7 @@ class _Call:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
         z, kept, rest = _compute(x, values, bias, call)
         wanted = ctx.needs_input_grad[1]
         link = link_to_inputs()
@@ -92,6 +92,7 @@ def _compute(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tup
         if call.plain is not None:
             check_finite(call.plain, "the input")
         check_finite(values, "the weight")
+    kept: tuple[Any, ...]
     values, bias = ops.in_memory(plain(values), "the weight"), ops.in_memory(bias, "the bias")
     if packed is None:
         images = ops.in_memory(call.plain, "the input")
@@ -118,7 +119,7 @@ def _start(z: Tensor, call: _Call) -> Tensor:
     return pending.plain() if call.plain_result else DeferredTensor(pending, call.dtype)
 
 
-def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Any]) -> tuple[Tensor | None, ...]:
     plan, qconfig, layout, need = ctx.plan, ctx.qconfig, ctx.layout, ctx.needs_input_grad
     dx = dvalues = dbias = None
     pending = gradient_of(dy, layout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.passes import Activation
 from qsparseprop.nn.deferred.tensor import HANDLERS, DeferredTensor, pending_of
 from qsparseprop.ops import check_storage
+
+if TYPE_CHECKING:
+    from qsparseprop.nn.deferred.tensor import ChainTensor
 
 _RELU = Activation("clamp", (0.0, math.inf))
 
@@ -159,7 +162,7 @@ def _goes_first(other: Tensor, source: Tensor) -> bool:
     return second is not None and (first is None or (second.is_mapped and not first.is_mapped))
 
 
-def _is_for_channels(source: Tensor, other: Tensor) -> bool:
+def _is_for_channels(source: Tensor, other: Tensor) -> TypeGuard[ChainTensor]:
     """Whether a tensor holds a constant for each channel of a deferred one, as normalisations that are frozen have."""
     pending = pending_of(source)
     if (pending is None or not _is_plain(other) or other.dtype is not torch.float32 or source.dtype is not other.dtype

@@ -147,7 +147,8 @@ def is_starting(module: nn.Module) -> bool:
 
 def last_chain(module: nn.Module) -> list[Operation]:
     """What joined a dense layer, for which `start_chains` was called, when it last ran."""
-    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, _Hook)]
+    given: list[Any] = list(module._forward_hooks.values())
+    hooks = [hook for hook in given if isinstance(hook, _Hook)]
     return longest(usage.chain() for hook in hooks for usage in hook._usages.values())
 
 

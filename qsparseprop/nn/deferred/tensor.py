@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ _MEMORY = {
 }  # fmt: skip
 #: What asks for the memory alone: no history is needed, and no mode sees an operator (torch.compile asks this way).
 _STORAGE = {getattr(Tensor, name) for name in ("_typed_storage", "data_ptr", "is_shared", "storage", "untyped_storage")}
-_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__
+_DATA: Any = Tensor.data  # of the class: a descriptor
+_GET_DATA, _SET_DATA = _DATA.__get__, _DATA.__set__
 #: What gives a tensor another memory.
 _OTHER_MEMORY = (torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.resize_as_)
 
@@ -89,7 +90,9 @@ class DeferredTensor(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch has a function there
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run an operator on the values."""
         if func.overloadpacket in _OTHER_MEMORY:  # of an ordinary tensor, too: torch would go on with our empty memory
             _refuse_other_memory()
@@ -131,6 +134,7 @@ def _refuse_other_memory() -> None:
                        "clone() of it")  # fmt: skip
 
 
+_method: Any
 for _method in (DeferredTensor.__torch_function__, DeferredTensor.__torch_dispatch__):
     keep_from_compiling(_method.__func__)
 
@@ -148,6 +152,14 @@ def _leaf_like(tensor: DeferredTensor) -> DeferredTensor:
     leaf = DeferredTensor(Pending(values, pending.layout, Usage()), values.dtype)
     leaf._pending._values = values
     return leaf
+
+
+if TYPE_CHECKING:
+
+    class ChainTensor(DeferredTensor):
+        """One of which `pending_of` gives something, which no gradient is."""
+
+        _pending: Pending
 
 
 def pending_of(tensor: Tensor) -> Pending | None:

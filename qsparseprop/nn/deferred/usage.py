@@ -122,5 +122,6 @@ def name_of(operation: Operation) -> str:
         return operation
     name, options = operation
     if name == "clamp":
-        return {(0.0, math.inf): "ReLU", (0.0, 6.0): "ReLU6"}.get(options, "Hardtanh")
+        names: dict[tuple[float, ...], str] = {(0.0, math.inf): "ReLU", (0.0, 6.0): "ReLU6"}
+        return names.get(options, "Hardtanh")
     return {"leaky_relu": "LeakyReLU", "silu": "SiLU", "hardswish": "Hardswish"}.get(name, "GELU")

@@ -112,10 +112,10 @@ def quantize_weight(
     inverse = torch.where(torch.isfinite(absmax), 1 / scale, 0.0)
     codes = (slots * inverse[row]).round().clamp(-127, 127)
     codes = torch.where(torch.isfinite(slots), codes, 127.0)
-    zeros = 1
+    zeros: int | Tensor = 1
     if zero_point is not None:
-        zeros = zero_point.to(torch.int64)
-        zeros = zeros if zeros.numel() == 1 else zeros[plane.to(torch.int64)]
+        wide = zero_point.to(torch.int64)
+        zeros = wide if wide.numel() == 1 else wide[plane.to(torch.int64)]
     total = torch.zeros(rows.rows, dtype=torch.int64).index_add(0, row, codes.to(torch.int64) * zeros)
     return Weights(codes.to(torch.int8), scale * common, total)
 

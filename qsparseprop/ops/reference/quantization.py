@@ -134,10 +134,10 @@ def quantize_values(
         value = stochastic_round(value, seed, index)
     else:
         value = round_to_power(value, seed, index) if scheme == "luq" else value.round()
-    low, high = (-levels, levels) if around_zero else (max(-zero_point, -levels), top - zero_point)
+    least, greatest = (-levels, levels) if around_zero else (max(-zero_point, -levels), top - zero_point)
     if scheme == "standard":
-        low = -zero_point
-    return (value.clamp(low, high) + zero_point).to(dtype), scale, zero_point
+        least = -zero_point
+    return (value.clamp(least, greatest) + zero_point).to(dtype), scale, zero_point
 
 
 def _parts(shape: Sequence[int], dim: int | None, group_size: int | None) -> list[Tensor]:

@@ -97,10 +97,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def _numpy_state() -> tuple[Any, ...]:
+    # what data sets that augment their images still draw from
+    state = np.random.get_state()  # noqa: NPY002
+    assert isinstance(state, tuple)  # it is a dict only where one asks for one
+    return state
+
+
 def random_state() -> dict[str, Any]:
     """State of the random number generators of torch, numpy and Python, in plain containers."""
-    # what data sets that augment their images still draw from
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    kind, keys, *rest = _numpy_state()
     return {
         "torch": torch.get_rng_state(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
@@ -112,7 +118,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """Set what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
-    if keys.numel() != np.random.get_state()[1].size:  # noqa: NPY002
+    if keys.numel() != _numpy_state()[1].size:
         raise ValueError("the state of numpy's random numbers has another size")
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, numbers, gauss = state["python"]

@@ -12,7 +12,31 @@ from torch import nn
 
 from .layer_times import _tensors
 
-__all__ = ["first_bad_layer"]
+__all__ = ["NonFiniteLossError", "first_bad_layer"]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss of a training step was NaN or infinite.
+
+    Parameters
+    ----------
+    loss : float
+    step : int
+        Number of the step, from 1.
+    layer : str or None
+        The first layer whose parameters or output are not finite; None where it is not the model's fault.
+    sentence : str
+        What is not finite, for the message.
+
+    Attributes
+    ----------
+    step, layer
+        As above.
+    """
+
+    def __init__(self, loss: float, step: int, layer: str | None, sentence: str) -> None:
+        super().__init__(f"the loss is {loss} in training step {step}: {sentence}")
+        self.step, self.layer = step, layer
 
 
 def _finite(value: Any) -> bool:

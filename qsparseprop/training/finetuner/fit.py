@@ -6,12 +6,13 @@ import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from qsparseprop.training.files import remove_leftovers
 from qsparseprop.training.locks import locked
@@ -99,11 +100,11 @@ class FitLoop:
             if resume or self.checkpoint_every is not None:
                 raise ValueError("resume and checkpoint_every need a folder")
         else:
-            self._check_folder(resume)
+            self._check_folder(self.folder, resume)
 
-    def _check_folder(self, resume: bool) -> None:
-        if not resume and (self.folder / LAST).exists():
-            raise FileExistsError(f"{self.folder / LAST} exists: resume it, or choose another folder")
+    def _check_folder(self, folder: Path, resume: bool) -> None:
+        if not resume and (folder / LAST).exists():
+            raise FileExistsError(f"{folder / LAST} exists: resume it, or choose another folder")
 
     def run(self, resume: bool, progress: bool | None) -> FitResult:
         """Train until all epochs are done or a signal asks to stop."""
@@ -113,7 +114,7 @@ class FitLoop:
             if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
-                self._open_folder(resume)
+                self._open_folder(self.folder, resume)
             stack.callback(self.log.close)
             self.request = stack.enter_context(stop_on_signals())
             stack.callback(self.bar.close)
@@ -132,17 +133,17 @@ class FitLoop:
             self._write("end", stopped_by=None if stopped_by is None else stopped_by.name)
         return FitResult(stopped_by, tuner.history.best, self.layer_times)
 
-    def _open_folder(self, resume: bool) -> None:
+    def _open_folder(self, folder: Path, resume: bool) -> None:
         # Once more, now that nobody else can write to it.
-        self._check_folder(resume)
+        self._check_folder(folder, resume)
         for name in (LAST, BEST):
-            remove_leftovers(self.folder / name)
-        if resume and (self.folder / LAST).exists():
-            content = read_checkpoint(self.folder / LAST)
+            remove_leftovers(folder / name)
+        if resume and (folder / LAST).exists():
+            content = read_checkpoint(folder / LAST)
             # First of all, so that a loader that does not go with it leaves everything unchanged.
             check_loader_state(self.batches, (content.get("epoch_start") or {}).get("loader"))
             self.tuner.load_state_dict(content)
-        self.log = JsonLines(self.folder / LOG)
+        self.log = JsonLines(folder / LOG)
 
     def _write(self, event: str, **values: Any) -> None:
         """Log something with the position."""
@@ -158,11 +159,11 @@ class FitLoop:
 
     def _train_epoch(self) -> None:
         tuner = self.tuner
-        sampler = getattr(self.batches, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(tuner.epoch)
+        set_epoch = getattr(getattr(self.batches, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(tuner.epoch)
         iterator = self._start_epoch()
-        total = len(self.batches) if hasattr(self.batches, "__len__") else None
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
         self.bar.start(f"epoch {tuner.epoch + 1}/{self.epochs}", total, tuner.batch)
         with contextlib.ExitStack() as timing:
             timer = LayerTimer(tuner.model) if self.time_layers and not self.layer_times else None
@@ -238,7 +239,7 @@ class FitLoop:
             better = evaluation.better_than(tuner.history.best)
             tuner.history.evaluations.append(evaluation)
             self.log.write("evaluation", epoch=tuner.epoch, **vars(evaluation))
-            if tuner.on_plateau:
+            if isinstance(tuner.scheduler, ReduceLROnPlateau):
                 tuner.scheduler.step(evaluation.loss)
             if better and self.folder is not None:
                 content = {"model": tuner.model.state_dict(), "evaluation": vars(evaluation)}

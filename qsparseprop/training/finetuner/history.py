@@ -36,7 +36,16 @@ class Evaluation:
         return f"{accuracy}loss {self.loss:.4f} on the test data"
 
     def better_than(self, other: Evaluation | None) -> bool:
-        """Whether this is the better one: by accuracy, else (and among equal ones) by loss."""
+        """Whether this is the better one: by accuracy, else (and among equal ones) by loss.
+
+        Parameters
+        ----------
+        other : Evaluation or None
+
+        Returns
+        -------
+        bool
+        """
         if other is None:
             return True
         if self.top1 is not None and other.top1 is not None and self.top1 != other.top1:
@@ -92,6 +101,10 @@ class History:
     def median_step_seconds(self) -> float:
         """Return the median duration of the steps that are not warm-up, in seconds.
 
+        Returns
+        -------
+        float
+
         Raises
         ------
         statistics.StatisticsError
@@ -100,7 +113,16 @@ class History:
         return statistics.median(self.timed_seconds())
 
     def summary(self, steps: int) -> str:
-        """Mean loss, accuracy and time of so many of the last steps, for people."""
+        """Mean loss, accuracy and time of so many of the last steps, for people.
+
+        Parameters
+        ----------
+        steps : int
+
+        Returns
+        -------
+        str
+        """
         if not steps:
             return "no steps"
         first = max(len(self.losses) - steps, 0)
@@ -109,7 +131,13 @@ class History:
         return f"loss {statistics.fmean(self.losses[first:]):.4f}{accuracy}, {sum(self.step_seconds[first:]):.1f} s"
 
     def check(self, epoch: int, batch: int) -> None:
-        """Raise a ValueError if this cannot be what a training at a position has recorded."""
+        """Raise a ValueError if this cannot be what a training at a position has recorded.
+
+        Parameters
+        ----------
+        epoch, batch : int
+            The position.
+        """
         lists = (self.losses, self.step_seconds, self.samples, self.correct)
         numbers = all(isinstance(values, list) for values in lists) and all(
             isinstance(value, (int, float)) for values in lists for value in values
@@ -125,6 +153,15 @@ class History:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> History:
-        """The history that `state_dict` was called on."""
+        """The history that `state_dict` was called on.
+
+        Parameters
+        ----------
+        state : mapping
+
+        Returns
+        -------
+        History
+        """
         evaluations = [Evaluation(**evaluation) for evaluation in state["evaluations"]]
         return cls(**{**state, "warmup_steps": set(state["warmup_steps"]), "evaluations": evaluations})

@@ -154,7 +154,7 @@ def _saved_parameters(
     weights = content["model"]
     described = content.get("parameters")
     if described is None:
-        listed = [[name, None] for name in _order_of_old(weights, model, optimizer, names)]
+        listed: Any = [[name, None] for name in _order_of_old(weights, model, optimizer, names)]
     else:
         listed = described
     count = sum(len(group["params"]) for group in groups)

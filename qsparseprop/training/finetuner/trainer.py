@@ -6,7 +6,6 @@ Nothing in it knows of sparsity: a swapped model trains like any other one.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import math
 import os
@@ -19,36 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batches import count_correct, split_batch
-from .checkpoint import CheckpointError, random_state, read_checkpoint, set_random_state, write_checkpoint
-from .diagnosis import first_bad_layer
+from .checkpoint import random_state, read_checkpoint, set_random_state, write_checkpoint
+from .diagnosis import NonFiniteLossError, first_bad_layer
 from .fit import FitLoop, FitResult
 from .history import Evaluation, History
-from .optimizer_state import describe_parameters, laid_out, match_optimizer_state
+from .optimizer_state import describe_parameters
+from .state import load_state
 
-__all__ = ["Finetuner", "NonFiniteLossError"]
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss of a training step was NaN or infinite.
-
-    Attributes
-    ----------
-    step : int
-        Number of the step, from 1.
-    layer : str or None
-        The first layer whose parameters or output are not finite; None where it is not the model's fault.
-    """
-
-    def __init__(self, loss: float, step: int, layer: str | None, sentence: str) -> None:
-        super().__init__(f"the loss is {loss} in training step {step}: {sentence}")
-        self.step, self.layer = step, layer
-
-
-def _does_not_go_with_it(error: Exception) -> CheckpointError:
-    # torch lists every key in a line of its own
-    sentence = " ".join(str(error).split())
-    reason = f"it lacks {sentence}" if isinstance(error, KeyError) else sentence
-    return CheckpointError(f"the checkpoint does not go with this training: {reason}")
+__all__ = ["Finetuner"]
 
 
 class Finetuner:
@@ -95,7 +72,7 @@ class Finetuner:
         Position of `fit`: epochs completed, and batches of the present epoch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings, by keyword
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -104,13 +81,13 @@ class Finetuner:
         loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
         autocast_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
-        after_step: Callable[[], None] | None = None,
+        after_step: Callable[[], object] | None = None,
         scheduler_per_epoch: bool = False,
         max_grad_norm: float | None = None,
         forward_context: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
         stateful: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = model.to(memory_format=memory_format)
+        self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types it without
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loss_function = loss_function
@@ -134,8 +111,20 @@ class Finetuner:
     # ---- single steps ----
 
     def logits(self, inputs: Any) -> torch.Tensor:
-        """Run the model on inputs in this object's precision and layout; the output's dtype is the model's."""
-        arguments, keywords = (inputs,), {}
+        """Run the model on inputs in this object's precision and layout; the output's dtype is the model's.
+
+        Parameters
+        ----------
+        inputs
+            Of a batch: a tensor, a tuple or list of arguments, or a mapping.
+
+        Returns
+        -------
+        Tensor
+            What the model gives, or its ``logits``.
+        """
+        arguments: tuple[Any, ...] = (inputs,)
+        keywords: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
             arguments, keywords = (), dict(inputs)
         elif isinstance(inputs, (tuple, list)):
@@ -151,7 +140,18 @@ class Finetuner:
         return value.to(memory_format=self.memory_format) if four_d else value
 
     def loss(self, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
-        """Return the scalar loss of a batch, in float32 and with its graph."""
+        """Return the scalar loss of a batch, in float32 and with its graph.
+
+        Parameters
+        ----------
+        inputs
+            As for `logits`.
+        targets : Tensor
+
+        Returns
+        -------
+        Tensor
+        """
         return self._forward(inputs, targets)[0]
 
     def _forward(self, inputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +199,7 @@ class Finetuner:
 
         start = time.perf_counter()
         if self._needs_closure:
-            self.optimizer.step(closure)
+            self.optimizer.step(closure)  # type: ignore[arg-type]  # optimizers give what the closure gives
         else:
             closure()
             self.optimizer.step()
@@ -270,7 +270,16 @@ class Finetuner:
         return result.loss if result.top1 is None else result.top1
 
     def measure(self, batches: Iterable[Any]) -> Evaluation:
-        """Do what `evaluate` does, but return everything that was measured, and do not record it."""
+        """Do what `evaluate` does, but return everything that was measured, and do not record it.
+
+        Parameters
+        ----------
+        batches : iterable
+
+        Returns
+        -------
+        Evaluation
+        """
         self.model.eval()
         correct: int | None = 0
         total, loss = 0, 0.0
@@ -382,61 +391,32 @@ class Finetuner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set what `state_dict` returned.
 
+        Parameters
+        ----------
+        state : mapping
+
         Raises
         ------
         CheckpointError
             If it belongs to another model, optimizer or schedule; nothing has changed then.
         """
-        try:
-            optimizer = self._check_state(state)
-        except Exception as error:
-            raise _does_not_go_with_it(error) from error
-        before = copy.deepcopy(self.state_dict())
-        try:
-            self._apply({**state, "optimizer": optimizer})
-        # Whatever a damaged file or a foreign state_dict leads to: nothing of it may stay.
-        except Exception as error:
-            self._apply(before)
-            raise _does_not_go_with_it(error) from error
-
-    def _check_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the state's optimizer for this one; raises whatever it is that does not fit."""
-        schedule = state["scheduler"]
-        if (schedule is None) != (self.scheduler is None):
-            raise CheckpointError("only one of both has a learning rate schedule")
-        theirs, ours = (schedule or {}).get("total_steps"), getattr(self.scheduler, "total_steps", None)
-        if theirs != ours:
-            # torch takes the checkpoint's, and refuses to go on when they are over
-            raise CheckpointError(f"its learning rate schedule is one of {theirs} steps, this training's of {ours}")
-        if set(state["stateful"]) != set(self.stateful):
-            raise CheckpointError(f"it has the further states {sorted(state['stateful'])}, this training "
-                                  f"{sorted(self.stateful)}")  # fmt: skip
-        History.from_state_dict(state["history"]).check(state["epoch"], state["batch"])
-        if state["epoch_start"] is not None and state["epoch_start"].keys() != {"random", "loader"}:
-            raise CheckpointError("it does not say how its epoch began")
-        return match_optimizer_state(self.model, self.optimizer, state)
-
-    def _apply(self, state: Mapping[str, Any]) -> None:
-        for name, item in self.stateful.items():
-            item.load_state_dict(state["stateful"][name])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(laid_out(self.optimizer, state["optimizer"]))
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.history = History.from_state_dict(state["history"])
-        self.epoch_start = state["epoch_start"]
-        self.epoch, self.batch = state["epoch"], state["batch"]
-        self.resume_random = state["random"]
-        if self.epoch_start is not None:
-            set_random_state(self.epoch_start["random"])  # to be sure that it can be set
-        set_random_state(state["random"])
+        load_state(self, state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint, see `write_checkpoint`."""
+        """Write a checkpoint, see `write_checkpoint`.
+
+        Parameters
+        ----------
+        path : path-like
+        """
         write_checkpoint(self.state_dict(), path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read a checkpoint that `save` has written.
+
+        Parameters
+        ----------
+        path : path-like
 
         Raises
         ------

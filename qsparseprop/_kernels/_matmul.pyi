@@ -1,0 +1,54 @@
+from torch import Tensor
+
+from qsparseprop._kernels._plan import GatherList
+
+def spmm(
+    planes: Tensor,
+    weights: Tensor,
+    scale: Tensor | None,
+    correction: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    rows: GatherList,
+    bias: Tensor | None,
+    out: Tensor,
+    threads: int,
+    least: float = ...,
+    greatest: float = ...,
+) -> None: ...
+def quantized_spmm(
+    values: Tensor,
+    rows: GatherList,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    clip: Tensor | None,
+    planes: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    threads: int,
+    least: float = ...,
+    greatest: float = ...,
+) -> None: ...
+def sddmm(
+    planes: Tensor,
+    dy: Tensor,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    dy_scale: Tensor | None,
+    rows: GatherList,
+    images: int,
+    values: int,
+    threads: int,
+) -> Tensor: ...
+def gather_weight(values: Tensor, rows: GatherList, out: Tensor) -> None: ...
+def quantize_weight(
+    values: Tensor,
+    rows: GatherList,
+    factor: Tensor | None,
+    zero_point: Tensor | None,
+    clip: Tensor | None,
+    codes: Tensor,
+    scale: Tensor | None,
+    total: Tensor | None,
+    threads: int,
+) -> None: ...

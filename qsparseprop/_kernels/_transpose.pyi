@@ -1,0 +1,3 @@
+from torch import Tensor
+
+def transpose(x: Tensor, out: Tensor, images: int, rows: int, columns: int, threads: int) -> None: ...

@@ -1,0 +1,78 @@
+"""Loading the state of a training: all of it, or nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import CheckpointError, set_random_state
+from .history import History
+from .optimizer_state import laid_out, match_optimizer_state
+
+if TYPE_CHECKING:
+    from .trainer import Finetuner
+
+__all__ = ["load_state"]
+
+
+def load_state(tuner: Finetuner, state: Mapping[str, Any]) -> None:
+    """Set what `Finetuner.state_dict` returned.
+
+    Raises
+    ------
+    CheckpointError
+        If it belongs to another model, optimizer or schedule; nothing has changed then.
+    """
+    try:
+        optimizer = _check(tuner, state)
+    except Exception as error:
+        raise _does_not_go_with_it(error) from error
+    before = copy.deepcopy(tuner.state_dict())
+    try:
+        _apply(tuner, {**state, "optimizer": optimizer})
+    # Whatever a damaged file or a foreign state_dict leads to: nothing of it may stay.
+    except Exception as error:
+        _apply(tuner, before)
+        raise _does_not_go_with_it(error) from error
+
+
+def _does_not_go_with_it(error: Exception) -> CheckpointError:
+    # torch lists every key in a line of its own
+    sentence = " ".join(str(error).split())
+    reason = f"it lacks {sentence}" if isinstance(error, KeyError) else sentence
+    return CheckpointError(f"the checkpoint does not go with this training: {reason}")
+
+
+def _check(tuner: Finetuner, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state's optimizer for this one; raises whatever it is that does not fit."""
+    schedule = state["scheduler"]
+    if (schedule is None) != (tuner.scheduler is None):
+        raise CheckpointError("only one of both has a learning rate schedule")
+    theirs, ours = (schedule or {}).get("total_steps"), getattr(tuner.scheduler, "total_steps", None)
+    if theirs != ours:
+        # torch takes the checkpoint's, and refuses to go on when they are over
+        raise CheckpointError(f"its learning rate schedule is one of {theirs} steps, this training's of {ours}")
+    if set(state["stateful"]) != set(tuner.stateful):
+        raise CheckpointError(f"it has the further states {sorted(state['stateful'])}, this training "
+                              f"{sorted(tuner.stateful)}")  # fmt: skip
+    History.from_state_dict(state["history"]).check(state["epoch"], state["batch"])
+    if state["epoch_start"] is not None and state["epoch_start"].keys() != {"random", "loader"}:
+        raise CheckpointError("it does not say how its epoch began")
+    return match_optimizer_state(tuner.model, tuner.optimizer, state)
+
+
+def _apply(tuner: Finetuner, state: Mapping[str, Any]) -> None:
+    for name, item in tuner.stateful.items():
+        item.load_state_dict(state["stateful"][name])
+    tuner.model.load_state_dict(state["model"])
+    tuner.optimizer.load_state_dict(dict(laid_out(tuner.optimizer, state["optimizer"])))
+    if tuner.scheduler is not None:
+        tuner.scheduler.load_state_dict(state["scheduler"])
+    tuner.history = History.from_state_dict(state["history"])
+    tuner.epoch_start = state["epoch_start"]
+    tuner.epoch, tuner.batch = state["epoch"], state["batch"]
+    tuner.resume_random = state["random"]
+    if tuner.epoch_start is not None:
+        set_random_state(tuner.epoch_start["random"])  # to be sure that it can be set
+    set_random_state(state["random"])
