@@ -270,7 +270,9 @@ def compare(
     }
 
 
-def _best_dense_mode(model: nn.Module, train_loader: DataLoader, shared: Shared, reporter: Reporter) -> TrainingMode:
+def _best_dense_mode(
+    model: nn.Module, train_loader: DataLoader[Any], shared: Shared, reporter: Reporter
+) -> TrainingMode:
     """The fastest dense way to train, timed if nobody has."""
     if not shared.mode_seconds:
         reporter.stage(f"trying {len(DENSE_MODES)} ways to train the dense network", _MODES_TRIED)
@@ -285,8 +287,8 @@ def _best_dense_mode(model: nn.Module, train_loader: DataLoader, shared: Shared,
 
 
 def _train_dense(
-    trainer: Finetuner, train_loader: DataLoader, test_loader: DataLoader, config: CompareConfig, shared: Shared,
-    reporter: Reporter
+    trainer: Finetuner, train_loader: DataLoader[Any], test_loader: DataLoader[Any], config: CompareConfig,
+    shared: Shared, reporter: Reporter
 ) -> float:  # fmt: skip
     """Train the trainer's network dense, or take over what an earlier comparison has trained; its accuracy."""
     key = (config.seed, config.pretrain_epochs)

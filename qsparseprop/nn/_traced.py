@@ -65,7 +65,17 @@ def _empty_image(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tens
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
-def _layer_fake(x, values, bias, crow_indices, col_indices, geometry, groups, qconfig, dtype):
+def _layer_fake(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    geometry: Sequence[int],
+    groups: int,
+    qconfig: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
     refuse_onnx()
     g, config = _geometry(geometry), _config(qconfig)
     grid, shape = g.input_grid, (x.shape[0], g.output_grid.planes, *g.output_image)
@@ -81,7 +91,7 @@ def _layer_fake(x, values, bias, crow_indices, col_indices, geometry, groups, qc
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, values, bias, crow, col, ctx.geometry, ctx.groups, ctx.qconfig, _ = inputs
     packed = output[1:] if ctx.needs_input_grad[1] else (None, None, None)
     ctx.save_for_backward(values, crow, col, *packed)
@@ -89,7 +99,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx, dy, *_):
+def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     values, crow, col, *packed = ctx.saved_tensors
     grads = list(ctx.needs_input_grad[:3])
     dx, dvalues, dbias = sparse_layer_backward.overload(
@@ -148,8 +158,21 @@ def _or_empty(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tens
     return torch.empty(0, dtype=dtype) if tensor is None else tensor
 
 
-def _layer_backward_fake(dy, values, planes, scale, zero_point, crow_indices, col_indices, geometry, groups, qconfig,
-                         x_shape, grads, x_dtype):
+def _layer_backward_fake(
+    dy: Tensor,
+    values: Tensor,
+    planes: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    geometry: Sequence[int],
+    groups: int,
+    qconfig: str,
+    x_shape: Sequence[int],
+    grads: Sequence[bool],
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
     make = torch.float32
     return (
         _empty_image(dy, x_shape, x_dtype) if grads[0] else dy.new_empty(0, dtype=make),

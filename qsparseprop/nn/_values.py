@@ -17,7 +17,7 @@ _WAY_OUT = ("this is the weight of a sparse layer, the 1-D values of its nonzero
             "which has the dense shape and keeps gradients, or swap_modules_with_dense(model)")  # fmt: skip
 
 
-def _named(names: str, *places: Any) -> set[Callable]:
+def _named(names: str, *places: Any) -> set[Callable[..., Any]]:
     """Functions of several modules or classes by their names, as far as this version of torch has them."""
     return {function for name in names.split() for place in places if (function := getattr(place, name, None))}
 
@@ -78,7 +78,7 @@ def _check_fused(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
                 )
 
 
-def _wants_dimension(function: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _wants_dimension(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a function was told a dimension."""
     if any(kwargs.get(name) is not None for name in ("dim", "axis", "dims")):
         return True
@@ -107,7 +107,11 @@ class SparseValues(nn.Parameter):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Refuse what is meant for the dense weight; results are plain tensors."""
         kwargs = kwargs or {}

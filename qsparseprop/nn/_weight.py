@@ -105,10 +105,10 @@ class SparseWeight(nn.Module):
 
     def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The weight, its values as a plain tensor, and the bias, after `_check_sizes`."""
-        found = self._parameters
-        if "weight" in found and "bias" in found:  # without a call of __getattr__ for each
-            weight, bias = found["weight"], found["bias"]
-        else:  # something else stands in a parameter's place
+        found = self._parameters  # without a call of __getattr__ for each
+        weight: Tensor | None = found.get("weight")
+        bias: Tensor | None = found.get("bias")
+        if weight is None or "bias" not in found:  # something else stands in a parameter's place
             weight, bias = self.weight, self.bias
         values = plain(weight)
         self._check_shapes(values.shape, bias)
@@ -327,8 +327,9 @@ class SparseWeight(nn.Module):
             raise RuntimeError(error)
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         assign = local_metadata.get("assign_to_params_buffers", False)

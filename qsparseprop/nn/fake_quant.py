@@ -54,7 +54,7 @@ def _quantized_weight(weight: Tensor, group: Tensor, factor: Tensor, clip: Tenso
 
 class _FakeProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, mask: Tensor, product: _Product, layout: tuple[Tensor, ...],
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, product: _Product, layout: tuple[Tensor, ...],
                 qconfig: QuantConfig) -> Tensor:  # fmt: skip
         rows, planes, x_channel = layout
         if qconfig.check_finite:
@@ -69,7 +69,7 @@ class _FakeProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, mask, codes, scale, _, planes, x, clip = ctx.saved_tensors
         qconfig = ctx.qconfig
         if qconfig.check_finite:

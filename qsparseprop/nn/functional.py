@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -42,12 +42,12 @@ class NoGradient(torch.autograd.Function):
     """Part of a graph, for DistributedDataParallel, but gets no gradient: for tensors without elements."""
 
     @staticmethod
-    def forward(ctx, values: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor) -> Tensor:
         """The tensor as it is."""
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> None:
+    def backward(ctx: Any, gradient: Tensor) -> None:
         """No gradient."""
 
 
@@ -118,7 +118,7 @@ def _in_its_shape(out: Tensor, call: ProductCall) -> Tensor:
 
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, call: ProductCall) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: ProductCall) -> Tensor:
         needs_x, needs_values, *_ = ctx.needs_input_grad
         out, packed = _compute(x, bias, call, needs_values)
         if needs_values:
@@ -131,7 +131,7 @@ class _SparseProduct(torch.autograd.Function):
         return _in_its_shape(out, call)
 
     @staticmethod
-    def backward(ctx, dy: Tensor | None):
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:  # as torch's layers: no gradient, rather than zeros, which optimizers would step by
             return None, None, None, None
         qconfig, grads = ctx.call.qconfig, ctx.needs_input_grad[:3]
@@ -157,12 +157,14 @@ class _SparseProduct(torch.autograd.Function):
         return *gradients, None
 
     @staticmethod
-    def jvp(ctx, *tangents: Tensor | None):
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
         raise NotImplementedError("sparse modules have no forward-mode derivatives: use reverse mode (backward), or "
                                   "the dense module that to_dense() gives")
 
 
-def _gradients(ctx, dy: Tensor, values: Tensor, packed: list[Tensor], grads: Sequence[bool]):
+def _gradients(
+    ctx: Any, dy: Tensor, values: Tensor, packed: list[Tensor], grads: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """Of the input, the values and the bias, as far as they are wanted."""
     call = ctx.call
     if _is_watched(dy, values, *packed):
@@ -181,12 +183,12 @@ class NoSecondDerivative(torch.autograd.Function):
     """Passes gradients through, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx, dy: Tensor, values: Tensor | None, *gradients: Tensor | None):
+    def forward(ctx: Any, dy: Tensor, values: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients as they are."""
         return tuple(g if g is None else g.view_as(g) for g in gradients)
 
     @staticmethod
-    def backward(ctx, *_: Tensor):
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
         """Refuse."""
         raise NotImplementedError("sparse modules can be differentiated once only: for second derivatives use the "
                                   "dense module that to_dense() gives")

@@ -28,16 +28,16 @@ class Operator:
     ----------
     function : callable
         The implementation.
-    overload : torch's OpOverload
+    overload : torch.OpOverload
         What is registered.
     """
 
     __slots__ = ("function", "overload")
 
-    def __init__(self, function: Callable, overload: Any) -> None:
+    def __init__(self, function: Callable[..., Any], overload: Callable[..., Any]) -> None:
         self.function, self.overload = function, overload
 
-    def chosen(self, *args: Any) -> Callable:
+    def chosen(self, *args: Any) -> Callable[..., Any]:
         """What is called with these arguments."""
         watched = profiler_is_on() or dispatch_modes() or not are_plain(*args)
         return self.overload if watched else self.function
@@ -54,7 +54,7 @@ def seen_as(name: str) -> Any:
     return record_function(f"qsparseprop::{name}") if profiler_is_on() else _NOTHING
 
 
-def recorded(function: Callable) -> Callable:
+def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that a profiler sees by its name, as it sees operators."""
 
     @functools.wraps(function)
@@ -122,7 +122,7 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     return tuple([in_memory(tensor, "a tensor that was saved for the backward pass") for tensor in ctx.saved_tensors])
 
 
-def _checked(function: Callable) -> Callable:
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """An implementation that refuses tensors whose memory is too small, as nobody else does."""
     names = list(inspect.signature(function).parameters)
 
@@ -146,12 +146,12 @@ def _refuse_derivative(ctx: Any, *gradients: Tensor | None) -> None:
 
 def operator(
     schema: str,
-    fake: Callable,
+    fake: Callable[..., Any],
     *,
     tags: Sequence[torch.Tag] = (),
-    backward: Callable = _refuse_derivative,
-    setup_context: Callable | None = None,
-) -> Callable[[Callable], Operator]:
+    backward: Callable[..., Any] = _refuse_derivative,
+    setup_context: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Operator]:
     """Register a function as the CPU implementation of an operator.
 
     Parameters
@@ -170,7 +170,7 @@ def operator(
         A decorator, which makes an `Operator` of the function.
     """
 
-    def register(function: Callable) -> Operator:
+    def register(function: Callable[..., Any]) -> Operator:
         name = schema.partition("(")[0]
         _library.define(schema, tags=tuple(tags))
         _library.impl(name, _checked(function), "CPU")

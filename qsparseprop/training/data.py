@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -344,7 +345,7 @@ def _load_torchvision(name: str, image_size: int | None, normalize: str) -> Imag
     return ImageData(images[0], labels[0], images[1], labels[1], count_classes(labels), name)
 
 
-def training_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int) -> DataLoader:
+def training_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int) -> DataLoader[Any]:
     """Batches in random order, newly shuffled every epoch; the same seed gives the same batches.
 
     A last, smaller batch is dropped, so that every step does the same amount of work and step times compare.
@@ -378,7 +379,7 @@ def training_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int,
     return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=True), batch_size=None)
 
 
-def evaluation_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> DataLoader:
+def evaluation_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> DataLoader[Any]:
     """Batches in the order of the data, the last one smaller if need be.
 
     Parameters

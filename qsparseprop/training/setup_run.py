@@ -147,7 +147,7 @@ def _try_out(model: nn.Module, name: str, images: ImageKind) -> None:
                                  f"got {got}")  # fmt: skip
 
 
-def make_loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
+def make_loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Return the loader of the training images, shuffled by `seed`, and that of the test images."""
     return (
         training_loader(data.train_images, data.train_labels, batch_size, seed),

@@ -8,7 +8,9 @@ kept, through torch, chunk by chunk in a scratch that stays in the cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +67,7 @@ class Codes:
         return out
 
 
-def _chunks(group_size: int, *tensors: Tensor):
+def _chunks(group_size: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
     """Pieces of whole groups, as matrices with a row a group, and which groups they are."""
     count = tensors[0].numel()
     whole = count // group_size

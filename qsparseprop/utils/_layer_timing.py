@@ -112,7 +112,7 @@ def _followers(chain: Sequence[Operation], y: Tensor) -> list[nn.Module]:
     return modules
 
 
-def _training_step(module: nn.Module, x: Tensor, x_grad: bool):
+def _training_step(module: nn.Module, x: Tensor, x_grad: bool) -> Callable[[], None]:
     x = x.detach().requires_grad_(x_grad)
     parameters = [p for p in module.parameters() if p.requires_grad]
     grad: Tensor | None = None

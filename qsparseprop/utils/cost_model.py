@@ -11,7 +11,7 @@ comes with a 4-byte offset, and quantised layers make an 8-bit code of its float
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -296,7 +296,7 @@ def model_costs(
     costs: list[LayerCost] = []
     handles = []
 
-    def record(name: str):
+    def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = args[0] if args else next(iter(kwargs.values()))
             costs.append(layer_cost(module, value.shape, dtype=dtype, input_grad=bool(costs),

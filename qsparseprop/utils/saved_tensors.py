@@ -144,7 +144,7 @@ class _Untouched:
     version: int
 
 
-class compress_saved_tensors(contextlib.AbstractContextManager):
+class compress_saved_tensors(contextlib.AbstractContextManager["compress_saved_tensors", None]):
     """Context manager: what forward passes inside save for backward is kept in 8 bits or less.
 
     Backward passes run inside or outside. One object may be entered again and again, not twice at a time.

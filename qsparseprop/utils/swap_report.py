@@ -48,7 +48,7 @@ def _decision(d: SwapDecision) -> str:
     return ("sparse" if d.swapped else "dense") + (f": {d.reason}" if d.reason else "")
 
 
-class SwapReport(list):
+class SwapReport(list[SwapDecision]):
     """Decisions of `swap_modules_with_sparse`; prints as a table.
 
     One `SwapDecision` for every module with a prunable weight.

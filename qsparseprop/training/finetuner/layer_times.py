@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ class LayerTimer:
             for name, r in self._records.items() if r.calls
         ]  # fmt: skip
 
-    def _before(self, name: str):
+    def _before(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entered = time.perf_counter()
             # Now, not afterwards: an operation in place gives its input a new node.
@@ -122,7 +122,7 @@ class LayerTimer:
 
         return hook
 
-    def _after(self, name: str):
+    def _after(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             entered = time.perf_counter()
             # A pass that an exception has ended may have left others on the stack.
