@@ -194,10 +194,10 @@ class SparseModule(SparseWeight):
 
     def _is_usual(self, x: Tensor) -> bool:
         """Whether nothing is to be said against an input, found out by a few quick questions."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in KERNEL_DTYPES:
+        # tracing first: then questions may be answered by tensors
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
             return False
-        return (ops.are_plain(x) and not transforms_active()
-                and not torch.jit.is_tracing())  # fmt: skip
+        return x.dtype in KERNEL_DTYPES and ops.are_plain(x) and not transforms_active()
 
     def _dtypes(self, x: Tensor) -> tuple[Tensor, torch.dtype, torch.dtype]:
         """The input in a dtype of the kernels, that of their output, and the dtype of the result.
