@@ -515,3 +515,60 @@ def test_random_hostile_tensors(number):
     process = run_python(script, str(number), "250")
     assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-3000:]}"
     assert "done" in process.stdout
+
+
+def operands():
+    """What the functions that take a plan are given, by name."""
+    plan = make_plan(*dense_pattern(torch.ones(16, 16) > 0)[:2], linear_geometry(16, 16))
+    rows = plan.forward
+    x, values = torch.randn(rows.source.shape(70)), torch.randn(256)
+    return plan, {"x": x, "values": values, "planes": ops.pack(x, rows.source)[0], "bias": torch.randn(16),
+                  "slots": ops.gather_weight(values, rows).slots, "out": torch.empty(rows.target.shape(70)),
+                  "dy": ops.pack(torch.randn(rows.target.shape(70)), rows.target)[0]}  # fmt: skip
+
+
+CALLS = {
+    "pack": (lambda rows, t: ops.pack(t["x"], rows.source)[0], ["x"]),
+    "quantize_pack": (lambda rows, t: ops.quantize_pack(t["x"], rows.source, ops.Scheme("absmax", (), True))[0], ["x"]),
+    "gather_weight": (lambda rows, t: ops.gather_weight(t["values"], rows).slots, ["values"]),
+    "quantize_weight": (lambda rows, t: ops.quantize_weight(t["values"], rows).slots, ["values"]),
+    "spmm": (lambda rows, t: ops.spmm(ops.Packed(t["planes"]), ops.Weights(t["slots"]), rows, 70, t["bias"]),
+             ["planes", "slots", "bias"]),
+    "multiply": (lambda rows, t: ops.multiply(ops.Packed(t["planes"]), t["values"], rows, t["out"], t["bias"]),
+                 ["planes", "values", "bias", "out"]),
+    "sddmm": (lambda rows, t: ops.sddmm(ops.Packed(t["planes"]), ops.Packed(t["dy"]), rows, 70, 256), ["planes", "dy"]),
+}  # fmt: skip
+PLACES = [(name, place) for name, (_, places) in CALLS.items() for place in places]
+
+
+@pytest.mark.parametrize(("name", "place"), PLACES)
+def test_functions_of_plans_refuse_tensors_without_memory(name, place):
+    plan, tensors = operands()
+    tensors[place].untyped_storage().resize_(8)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        CALLS[name][0](plan.forward, tensors)
+
+
+@pytest.mark.parametrize(("name", "place"), [(name, place) for name, place in PLACES if place != "out"])
+def test_functions_of_plans_see_what_negative_views_show(name, place):
+    plan, tensors = operands()
+    wanted = CALLS[name][0](plan.forward, {**tensors, place: -tensors[place]}).clone()
+    found = CALLS[name][0](plan.forward, {**tensors, place: torch._neg_view(tensors[place])})
+    assert torch.equal(found, wanted)
+
+
+def test_results_are_not_written_to_negative_views():
+    plan, tensors = operands()
+    tensors["out"] = torch._neg_view(tensors["out"])
+    with pytest.raises(ValueError, match="out must be memory"):
+        CALLS["multiply"][0](plan.forward, tensors)
+
+
+def test_lists_of_freed_tensors_are_refused():
+    rows = operands()[0].forward
+    parts = [rows.group_ptr, rows.offset, rows.index, rows.plane]
+    for i in range(4):
+        given = [t.clone() for t in parts]
+        given[i].untyped_storage().resize_(4)
+        with pytest.raises(ValueError, match=NO_MEMORY):
+            ops.GatherList(*given, rows.source, rows.target)

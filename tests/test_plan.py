@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 
 from qsparseprop import ops
+from qsparseprop.layout import plan as plans
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import PlanCache, make_plan
@@ -127,3 +129,38 @@ def test_a_pattern_that_is_refused_is_refused_again():
             cache.get(crow, bad, (4, 4), g, 1)
     assert cache.find(crow, col, g, 1) is None
     assert cache.get(crow, col, (4, 4), g, 1) is not plan
+
+
+@pytest.mark.parametrize("grid", [(4, 1073741823, 11, 1, 8, 576, 64, 4672), (4, 121, 536870912, 1, 8, 576, 64, 4672),
+                                  (4, 121, 11, 1, 8, 576, 64, 4672)])  # fmt: skip
+@pytest.mark.parametrize("place", [3, 4])
+def test_views_of_fewer_rows_and_columns_than_none_are_refused(grid, place):
+    view = [0, 8, 12, 10, 10, 0, 0, 1, 1]
+    view[place] = -1
+    with pytest.raises(ValueError, match="does not fit images"):
+        ops.PlaneLayout(grid, tuple(view), (10, 10))
+
+
+def test_a_plan_that_is_late_does_not_stand_for_a_new_pattern(monkeypatch):
+    """As where a pattern changes while another thread makes the plan of the one before."""
+    old, new = (dense_pattern(torch.rand(6, 8, generator=generator(seed)) < 0.5)[:2] for seed in (1, 2))
+    cache, geometry = PlanCache(), linear_geometry(8, 6)
+    made, go_on = threading.Event(), threading.Event()
+
+    def slow(crow, *rest):
+        plan = make_plan(crow, *rest)
+        if crow is old[0]:
+            made.set()
+            assert go_on.wait(30)
+        return plan
+
+    monkeypatch.setattr(plans, "make_plan", slow)
+    thread = threading.Thread(target=cache.get, args=(*old, (6, 8), geometry, 1))
+    thread.start()
+    assert made.wait(30)
+    wanted = cache.get(*new, (6, 8), geometry, 1)
+    go_on.set()
+    thread.join()
+    found = cache.get(*new, (6, 8), geometry, 1)
+    assert found is wanted
+    assert torch.equal(found.forward.offset, make_plan(*new, geometry).forward.offset)

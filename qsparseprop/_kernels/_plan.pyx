@@ -12,6 +12,8 @@ from libc.string cimport memcpy
 from qsparseprop._kernels._dispatch cimport QSP_UNIT, active_kernels
 from qsparseprop._kernels._tensor cimport numel, pointer
 
+from qsparseprop._kernels._tensor import check_storage
+
 cdef enum:
     VIEW_NUMBERS = 9
     # below: sums of products of two fit into 64 bits, which everything that follows relies on
@@ -116,9 +118,9 @@ cdef class PlaneLayout:
             (v.plane, v.channels, v.origin, v.rows, v.cols, p.row, p.col, p.row_step, p.col_step) = one
             if v.rows == 0 or v.cols == 0:
                 v.rows = v.cols = p.row = p.col = 0
-            if (v.channels != self.channels or v.origin < 0 or v.rows < 0 or p.row < 0 or p.col < 0 or p.row_step < 1
-                    or p.col_step < 1 or (v.rows > 0 and (p.row + (v.rows - 1) * p.row_step >= height
-                                                          or p.col + (v.cols - 1) * p.col_step >= width))):
+            if (v.channels != self.channels or v.origin < 0 or v.rows < 0 or v.cols < 0 or p.row < 0 or p.col < 0
+                    or p.row_step < 1 or p.col_step < 1 or (v.rows > 0 and (p.row + (v.rows - 1) * p.row_step >= height
+                                                                            or p.col + (v.cols - 1) * p.col_step >= width))):
                 raise ValueError(f"view {list(one)} does not fit images of {height} x {width} with {self.channels} "
                                  "channels")
             if v.plane != plane and not (i and v.plane == plane - self.channels):
@@ -243,6 +245,7 @@ cdef int64_t view_end(const qsp_grid *grid, const qsp_view *view, int64_t images
 
 cdef object _copy(object tensor, int64_t size, str name):
     """A tensor of our own, int32, with `size` elements of another one."""
+    check_storage(tensor, name)
     cdef const void *given = pointer(tensor, _int32, size, name)
     own = torch.empty(size, dtype=_int32)
     if size:

@@ -28,6 +28,8 @@ cdef enum:
 cdef extern from "loops/scale.h" nogil:
     float qsp_scale(const qsp_scheme *, const qsp_range *, const qsp_moments *, int32_t *zero, float *inverse)
 
+cdef int64_t MOST = 0x3fffffffffffffff
+
 cdef object _float32 = torch.float32
 cdef object _bfloat16 = torch.bfloat16
 cdef object _int32 = torch.int32
@@ -72,7 +74,7 @@ def quantize(x, codes, scale, zero_point, int64_t channels, int64_t inner, int64
     a.count, a.seed = numel(x), seed
     if not x.is_contiguous() or channels < 0 or inner < 1 or (channels == 0 and group < 1):
         raise ValueError(f"x must be contiguous and its sizes positive, got {channels}, {inner}, {group}")
-    if channels and a.count % (channels * inner):
+    if channels and (inner > MOST // channels or a.count % (channels * inner)):  # whose product fits into 64 bits
         raise ValueError(f"{a.count} elements are not made of {channels} channels of {inner}")
     a.x = strided_pointer(x, &a.dtype, "x")
     a.codes = pointer(codes, _int8 if around_zero else _uint8, a.count, "codes")
@@ -119,7 +121,7 @@ def dequantize(codes, scale, zero_point, out, int64_t channels, int64_t inner, i
     a.count = numel(codes)
     if channels < 0 or inner < 1 or (channels == 0 and group < 1):
         raise ValueError(f"sizes must be positive, got {channels}, {inner}, {group}")
-    if channels and a.count % (channels * inner):
+    if channels and (inner > MOST // channels or a.count % (channels * inner)):  # whose product fits into 64 bits
         raise ValueError(f"{a.count} elements are not made of {channels} channels of {inner}")
     a.codes = pointer(codes, _int8 if a.scheme.around_zero else _uint8, a.count, "codes")
     lines = _lines(&a, channels, inner, group)

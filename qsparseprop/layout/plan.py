@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -106,16 +107,16 @@ class PlanCache:
         self._tensors: tuple[Tensor, Tensor] | None = None
         self._stamp: tuple[int, ...] = ()
         self._plans: OrderedDict[tuple[Geometry, int], Plan] = OrderedDict()
+        self._lock = threading.Lock()  # patterns may change while other threads compute with them
 
     def __len__(self) -> int:
         return len(self._plans)
 
     def find(self, crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int) -> Plan | None:
-        """The plan of a pattern on a geometry if it is there; those of another pattern are forgotten."""
+        """The plan of a pattern on a geometry if it is there."""
         held = self._tensors
         if (self._stamp != _stamp(crow_indices, col_indices)
                 or (held is not None and (held[0] is not crow_indices or held[1] is not col_indices))):  # fmt: skip
-            self._plans.clear()
             return None
         return self._plans.get((geometry, groups))
 
@@ -140,14 +141,22 @@ class PlanCache:
             See `check_pattern`.
         """
         crow, col = crow_indices, col_indices
-        plan = self.find(crow, col, geometry, groups)
-        if plan is None:
-            if not self._plans:
+        with self._lock:
+            plan = self.find(crow, col, geometry, groups)
+            if plan is not None:
+                return plan
+            stamp, held = _stamp(crow, col), self._tensors
+            if self._stamp != stamp or (held is not None and (held[0] is not crow or held[1] is not col)):
+                # new ones: a thread that makes a plan of the pattern before puts it where nobody looks any more
+                self._plans, self._tensors, self._stamp = OrderedDict(), None, ()
                 check_pattern(crow, col, shape)
-                self._tensors, self._stamp = (crow, col) if self._hold else None, _stamp(crow, col)
-            plan = self._plans[geometry, groups] = make_plan(crow, col, geometry, groups)
-            if len(self._plans) > KEPT_PLANS:
-                self._plans.popitem(last=False)
+                self._tensors, self._stamp = (crow, col) if self._hold else None, stamp
+            plans = self._plans
+        plan = make_plan(crow, col, geometry, groups)
+        with self._lock:
+            plans[geometry, groups] = plan
+            if len(plans) > KEPT_PLANS:
+                plans.popitem(last=False)
         return plan
 
 

@@ -8,7 +8,7 @@ with which value; both were checked when they were made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._torch_compat import profiler_is_on
-from qsparseprop.ops._registration import check_tensors, recorded, seen_as
+from qsparseprop.ops._registration import are_plain, check_tensors, in_memory, recorded, seen_as
 
 
 class Packed(NamedTuple):
@@ -54,6 +54,11 @@ class Weights(NamedTuple):
     total: Tensor | None = None
 
 
+def _in_memory(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Several tensors, or None, as the kernels can read them."""
+    return [in_memory(tensor, "a part of an operand") for tensor in tensors]
+
+
 @recorded
 def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
     """Quantise a tensor to 8 bits and lay it out as planes of lanes.
@@ -77,7 +82,7 @@ def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor |
     TypeError, ValueError
         For another dtype, device or shape, or without a seed that is needed.
     """
-    return Packed(*_pack.quantize_pack(x, layout, scheme, seed, torch.get_num_threads()))
+    return Packed(*_pack.quantize_pack(in_memory(x, "x"), layout, scheme, seed, torch.get_num_threads()))
 
 
 @recorded
@@ -94,7 +99,7 @@ def pack(x: Tensor, layout: PlaneLayout) -> Packed:
     -------
     Packed
     """
-    return Packed(_pack.pack(x, layout, torch.get_num_threads()))
+    return Packed(_pack.pack(in_memory(x, "x"), layout, torch.get_num_threads()))
 
 
 @recorded
@@ -124,7 +129,8 @@ def quantize_weight(
     -------
     Weights
     """
-    check_tensors(values=values, factor=factor, zero_point=zero_point, clip=clip)
+    values = in_memory(values, "values")
+    check_tensors(factor=factor, zero_point=zero_point, clip=clip)
     weights = Weights(torch.empty(rows.slots, dtype=torch.int8), torch.empty(rows.rows, dtype=torch.float32),
                       torch.empty(rows.rows, dtype=torch.int64))  # fmt: skip
     _matmul.quantize_weight(values, rows, factor, zero_point, clip, *weights, torch.get_num_threads())
@@ -145,7 +151,7 @@ def gather_weight(values: Tensor, rows: GatherList) -> Weights:
     Weights
     """
     slots = torch.empty(rows.slots, dtype=torch.float32)
-    _matmul.gather_weight(values, rows, slots)
+    _matmul.gather_weight(in_memory(values, "values"), rows, slots)
     return Weights(slots)
 
 
@@ -210,6 +216,7 @@ def spmm(
         (images, channels, height, width) of the list's target, of `dtype`.
     """
     _check_limits(limits, bias)
+    operand, weights, bias = Packed(*_in_memory(operand)), Weights(*_in_memory(weights)), in_memory(bias, "bias")
     out = empty_result(rows, images, dtype, channels_last)
     _matmul.spmm(operand.planes, *weights, *operand[1:], rows, bias, out, torch.get_num_threads(), *limits)
     return out
@@ -256,6 +263,10 @@ def multiply(
         `out`.
     """
     _check_limits(limits, bias)
+    operand, values, bias = Packed(*_in_memory(operand)), in_memory(values, "values"), in_memory(bias, "bias")
+    check_tensors(out=out, clip=clip)
+    if not are_plain(out):
+        raise ValueError("out must be memory to be written, got a view that changes what it shows, or a subclass")
     if values.dtype is not torch.float32:
         values = values.to(torch.float32)
     if bias is not None and bias.dtype is not torch.float32:
@@ -293,5 +304,6 @@ def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonz
     Tensor
         float32, (nonzeros,).
     """
+    operand, gradient = Packed(*_in_memory(operand)), Packed(*_in_memory(gradient))
     return _matmul.sddmm(operand.planes, gradient.planes, operand.scale, operand.zero_point, gradient.scale, rows,
                          images, nonzeros, torch.get_num_threads())  # fmt: skip

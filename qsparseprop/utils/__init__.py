@@ -19,6 +19,7 @@ _MOVED = {
     "break_even": "benchmarking.break_even",
     "compare": "benchmarking.compare",
     "compare_report": "benchmarking.compare_report",
+    "compare_worker": "benchmarking.compare_worker",
     "data": "training.data",
     "dense_modes": "benchmarking.dense_modes",
     "finetuner": "training.finetuner",
