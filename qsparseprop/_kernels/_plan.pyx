@@ -118,9 +118,10 @@ cdef class PlaneLayout:
             (v.plane, v.channels, v.origin, v.rows, v.cols, p.row, p.col, p.row_step, p.col_step) = one
             if v.rows == 0 or v.cols == 0:
                 v.rows = v.cols = p.row = p.col = 0
-            if (v.channels != self.channels or v.origin < 0 or v.rows < 0 or v.cols < 0 or p.row < 0 or p.col < 0
-                    or p.row_step < 1 or p.col_step < 1 or (v.rows > 0 and (p.row + (v.rows - 1) * p.row_step >= height
-                                                                            or p.col + (v.cols - 1) * p.col_step >= width))):
+            outside = v.rows > 0 and (p.row + (v.rows - 1) * p.row_step >= height
+                                      or p.col + (v.cols - 1) * p.col_step >= width)
+            if (outside or v.channels != self.channels or v.origin < 0 or v.rows < 0 or v.cols < 0 or p.row < 0
+                    or p.col < 0 or p.row_step < 1 or p.col_step < 1):
                 raise ValueError(f"view {list(one)} does not fit images of {height} x {width} with {self.channels} "
                                  "channels")
             if v.plane != plane and not (i and v.plane == plane - self.channels):
