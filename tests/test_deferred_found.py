@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.nn.deferred import conditions
+from qsparseprop.utils.fusion import fuse_modules
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
-from ._blocks import conv_net, mlp, sparse, swapped
+from ._blocks import conv_net, mlp, prune, sparse, swapped
 
 
 @pytest.fixture
@@ -66,3 +68,33 @@ def test_the_memory_of_a_result_is_given_to_no_other_tensor(result):
     assert torch.equal(other, torch.zeros(3))
     other.set_(result.clone())
     assert torch.equal(other, result + 0)
+
+
+def test_a_swap_that_fails_leaves_no_hooks_behind():
+    """Those by which dense layers start chains are taken back, too; what was fused before stays so."""
+
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before = sparse(nn.Linear(64, 64))
+            self.stem, self.norm = nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64)
+            self.conv = prune(nn.Conv2d(64, 64, 3, padding=1), 0.05)
+
+        def forward(self, x):
+            if type(self.conv) is not nn.Conv2d:
+                raise ValueError("only with dense layers")
+            return self.conv(self.norm(self.stem(x)))
+
+    def hooks(model):
+        return {name: (type(m), dict(m._forward_hooks), dict(m._forward_pre_hooks), vars(m).get("deferring"))
+                for name, m in model.named_modules()}  # fmt: skip
+
+    model = Picky()
+    for _ in range(2):
+        before = hooks(model)
+        with pytest.raises(RuntimeError, match="only with dense layers"):
+            swap_modules_with_sparse(model, (64, 3, 16, 16), fuse=True, verbose=False, min_sparsity=0.5)
+        assert hooks(model) == before
+        fuse_modules(model)
+    assert hooks(model) == before
+

@@ -524,6 +524,7 @@ def operands():
     x, values = torch.randn(rows.source.shape(70)), torch.randn(256)
     return plan, {"x": x, "values": values, "planes": ops.pack(x, rows.source)[0], "bias": torch.randn(16),
                   "slots": ops.gather_weight(values, rows).slots, "out": torch.empty(rows.target.shape(70)),
+                  "plan": plan, "gradient": torch.randn(rows.target.shape(70)),
                   "dy": ops.pack(torch.randn(rows.target.shape(70)), rows.target)[0]}  # fmt: skip
 
 
@@ -537,6 +538,14 @@ CALLS = {
     "multiply": (lambda rows, t: ops.multiply(ops.Packed(t["planes"]), t["values"], rows, t["out"], t["bias"]),
                  ["planes", "values", "bias", "out"]),
     "sddmm": (lambda rows, t: ops.sddmm(ops.Packed(t["planes"]), ops.Packed(t["dy"]), rows, 70, 256), ["planes", "dy"]),
+    "layer_forward": (lambda rows, t: ops.layer_forward(
+        t["x"], t["values"], t["bias"], t["plan"], ops.Quantisation(), torch.float32)[0], ["x", "values", "bias"]),
+    "layer_backward": (lambda rows, t: torch.cat([g.flatten() for g in ops.layer_backward(
+        t["gradient"], t["values"], ops.Packed(t["planes"]), t["plan"], ops.Quantisation(), (True, True, False),
+        torch.float32)[:2]]), ["gradient", "values", "planes"]),
+    "packed_backward": (lambda rows, t: torch.cat([g.flatten() for g in ops.packed_backward(
+        ops.Packed(t["dy"]), t["values"], ops.Packed(t["planes"]), t["plan"], 70, None, (True, True), torch.float32,
+        False)]), ["dy", "values", "planes"]),
 }  # fmt: skip
 PLACES = [(name, place) for name, (_, places) in CALLS.items() for place in places]
 

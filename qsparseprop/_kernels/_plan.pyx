@@ -9,7 +9,7 @@ import torch
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.string cimport memcpy
 
-from qsparseprop._kernels._dispatch cimport QSP_UNIT, active_kernels
+from qsparseprop._kernels._dispatch cimport QSP_GROUP, QSP_UNIT, active_kernels
 from qsparseprop._kernels._tensor cimport numel, pointer
 
 from qsparseprop._kernels._tensor import check_storage
@@ -296,7 +296,7 @@ cdef class GatherList:
         self.list.rows, self.list.group_ptr = self.rows, <const int32_t *> pointer(own, _int32, 0, "group_ptr")
         if self.list.group_ptr[0] != 0 or not qsp_ascending(self.list.group_ptr, self.rows + 1):
             raise ValueError("group_ptr must ascend from 0")
-        self.slots = 4 * <int64_t> self.list.group_ptr[self.rows]
+        self.slots = QSP_GROUP * <int64_t> self.list.group_ptr[self.rows]
         held = [own]
         # a slot reads no further than what is allocated behind the last block
         self._take(held, offset, 0, x.block + x.front + QSP_UNIT - target.reach, "offset", &self.list.offset,

@@ -91,6 +91,18 @@ def _stamp(crow: Tensor, col: Tensor) -> tuple[int, ...]:
     return (crow.data_ptr(), tensor_version(crow), crow.numel(), col.data_ptr(), tensor_version(col), col.numel())
 
 
+class _Kept(NamedTuple):
+    """Plans of one pattern, and what tells that it is still the same."""
+
+    stamp: tuple[int, ...]
+    tensors: tuple[Tensor, Tensor] | None
+    plans: OrderedDict[tuple[Geometry, int], Plan]
+
+    def are_of(self, crow: Tensor, col: Tensor) -> bool:
+        same = self.tensors is None or (self.tensors[0] is crow and self.tensors[1] is col)
+        return same and self.stamp == _stamp(crow, col)
+
+
 class PlanCache:
     """The plans of one pattern, for the input sizes that it was last used at.
 
@@ -104,21 +116,17 @@ class PlanCache:
 
     def __init__(self, hold: bool = True) -> None:
         self._hold = hold
-        self._tensors: tuple[Tensor, Tensor] | None = None
-        self._stamp: tuple[int, ...] = ()
-        self._plans: OrderedDict[tuple[Geometry, int], Plan] = OrderedDict()
-        self._lock = threading.Lock()  # patterns may change while other threads compute with them
+        # patterns may change while other threads compute with them: what belongs together is exchanged together
+        self._kept = _Kept((), None, OrderedDict())
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._plans)
+        return len(self._kept.plans)
 
     def find(self, crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int) -> Plan | None:
         """The plan of a pattern on a geometry if it is there."""
-        held = self._tensors
-        if (self._stamp != _stamp(crow_indices, col_indices)
-                or (held is not None and (held[0] is not crow_indices or held[1] is not col_indices))):  # fmt: skip
-            return None
-        return self._plans.get((geometry, groups))
+        kept = self._kept
+        return kept.plans.get((geometry, groups)) if kept.are_of(crow_indices, col_indices) else None
 
     def get(
         self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], geometry: Geometry, groups: int
@@ -145,13 +153,12 @@ class PlanCache:
             plan = self.find(crow, col, geometry, groups)
             if plan is not None:
                 return plan
-            stamp, held = _stamp(crow, col), self._tensors
-            if self._stamp != stamp or (held is not None and (held[0] is not crow or held[1] is not col)):
-                # new ones: a thread that makes a plan of the pattern before puts it where nobody looks any more
-                self._plans, self._tensors, self._stamp = OrderedDict(), None, ()
+            if not self._kept.are_of(crow, col):
+                self._kept, stamp = _Kept((), None, OrderedDict()), _stamp(crow, col)
                 check_pattern(crow, col, shape)
-                self._tensors, self._stamp = (crow, col) if self._hold else None, stamp
-            plans = self._plans
+                # a thread that makes a plan of the pattern before puts it where nobody looks any more
+                self._kept = _Kept(stamp, (crow, col) if self._hold else None, OrderedDict())
+            plans = self._kept.plans
         plan = make_plan(crow, col, geometry, groups)
         with self._lock:
             plans[geometry, groups] = plan

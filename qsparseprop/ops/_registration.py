@@ -55,13 +55,14 @@ def seen_as(name: str) -> Any:
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that a profiler sees by its name, as it sees operators."""
+    """A function that a profiler sees by its name, as it sees operators; "_plain" behind that is left out."""
+    name = function.__name__.removesuffix("_plain")
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not profiler_is_on():
             return function(*args, **kwargs)
-        with seen_as(function.__name__):
+        with seen_as(name):
             return function(*args, **kwargs)
 
     return call

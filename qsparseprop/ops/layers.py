@@ -17,8 +17,16 @@ from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.layout.plan import Plan
-from qsparseprop.ops._registration import recorded
-from qsparseprop.ops.products import Packed, empty_result, multiply, pack, quantize_pack, sddmm
+from qsparseprop.ops._registration import check_tensors, in_memory, recorded
+from qsparseprop.ops.products import (
+    Packed,
+    empty_result,
+    in_memory_parts,
+    multiply_plain,
+    pack_plain,
+    quantize_pack_plain,
+    sddmm_plain,
+)
 
 
 class Quantisation(NamedTuple):
@@ -64,7 +72,7 @@ def _result_like(x: Tensor, rows: GatherList, dtype: torch.dtype, channels_last:
 
 
 def _packed_by(x: Tensor, layout: PlaneLayout, scheme: Scheme | None, seed: Tensor | None) -> Packed:
-    return pack(x, layout) if scheme is None else quantize_pack(x, layout, scheme, seed)
+    return pack_plain(x, layout) if scheme is None else quantize_pack_plain(x, layout, scheme, seed)
 
 
 @recorded
@@ -102,6 +110,8 @@ def layer_forward(
     packed : Packed or None
         The input: in float32 where the weight gradient is, or without a scheme.
     """
+    x, values, bias = in_memory(x, "x"), in_memory(values, "values"), in_memory(bias, "bias")
+    check_tensors(clip=quantisation.clip)
     transposed, images, scheme = plan.geometry.transposed, len(x), quantisation.scheme
     rows = plan.backward if transposed else plan.forward
     packed = _packed_by(x, rows.source, scheme, quantisation.seed)
@@ -109,13 +119,13 @@ def layer_forward(
         bias = _bias_of_phases(bias, rows.rows)
         if scheme is not None and scheme.per_channel:
             _give_own_fronts(packed, plan, images)
-    out = multiply(packed, values, rows, _result_like(x, rows, dtype, channels_last), bias, quantisation.clip)
+    out = multiply_plain(packed, values, rows, _result_like(x, rows, dtype, channels_last), bias, quantisation.clip)
     if not save:
         return out, None
     if scheme is not None and quantisation.in_floats:
-        packed = pack(x, rows.source)
+        packed = pack_plain(x, rows.source)
     elif scheme is not None and transposed and not _is_around_128(packed, scheme):
-        packed = quantize_pack(x, rows.source, Scheme("symmetric", (), scheme.per_channel))
+        packed = quantize_pack_plain(x, rows.source, Scheme("symmetric", (), scheme.per_channel))
     return out, packed
 
 
@@ -180,7 +190,9 @@ def layer_backward(
     dx, dvalues, dbias : Tensor or None
         The latter two in float32; None where not wanted.
     """
+    dy, values, packed = in_memory(dy, "dy"), in_memory(values, "values"), packed and in_memory_parts(packed)
     scheme, clip, seed, _ = quantisation
+    check_tensors(clip=clip)
     if scheme is not None and scheme.name == "absmax":
         scheme = Scheme("symmetric", (), scheme.per_channel)  # around 128, whatever the signs
     transposed, images = plan.geometry.transposed, len(dy)
@@ -190,12 +202,12 @@ def layer_backward(
     if grads[0] or (grads[1] and not in_floats):
         gradient = _packed_by(dy, rows.source, scheme, seed)
         if grads[0]:
-            dx = multiply(gradient, values, rows, _result_like(dy, rows, x_dtype, channels_last), None, clip)
+            dx = multiply_plain(gradient, values, rows, _result_like(dy, rows, x_dtype, channels_last), None, clip)
     if grads[1]:
         if in_floats and (gradient is None or scheme is not None):
-            gradient = pack(dy, rows.source)
+            gradient = pack_plain(dy, rows.source)
         operands = (gradient, packed) if transposed else (packed, gradient)
-        dvalues = sddmm(*operands, plan.forward, images, values.shape[0])
+        dvalues = sddmm_plain(*operands, plan.forward, images, values.shape[0])
     return dx, dvalues, bias_gradient(dy) if grads[2] else None
 
 
@@ -257,10 +269,12 @@ def packed_backward(
     dx, dvalues : Tensor or None
         The latter in float32; None where not wanted.
     """
+    dy, values, packed = in_memory_parts(dy), in_memory(values, "values"), packed and in_memory_parts(packed)
+    check_tensors(clip=clip)
     dx = dvalues = None
     if grads[0]:
         out = empty_result(plan.backward, images, x_dtype, channels_last)
-        dx = multiply(dy, values, plan.backward, out, None, clip)
+        dx = multiply_plain(dy, values, plan.backward, out, None, clip)
     if grads[1]:
-        dvalues = sddmm(packed, dy, plan.forward, images, values.shape[0])
+        dvalues = sddmm_plain(packed, dy, plan.forward, images, values.shape[0])
     return dx, dvalues

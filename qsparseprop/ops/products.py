@@ -8,7 +8,7 @@ with which value; both were checked when they were made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,12 +54,15 @@ class Weights(NamedTuple):
     total: Tensor | None = None
 
 
-def _in_memory(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Several tensors, or None, as the kernels can read them."""
-    return [in_memory(tensor, "a part of an operand") for tensor in tensors]
+_Parts = TypeVar("_Parts", Packed, Weights)
 
 
-@recorded
+def in_memory_parts(operand: _Parts) -> _Parts:
+    """An operand whose tensors are such that the kernels can read them, see `in_memory`."""
+    parts: list[Any] = [in_memory(tensor, "a part of an operand") for tensor in operand]
+    return type(operand)(*parts)
+
+
 def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
     """Quantise a tensor to 8 bits and lay it out as planes of lanes.
 
@@ -82,10 +85,15 @@ def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor |
     TypeError, ValueError
         For another dtype, device or shape, or without a seed that is needed.
     """
-    return Packed(*_pack.quantize_pack(in_memory(x, "x"), layout, scheme, seed, torch.get_num_threads()))
+    return quantize_pack_plain(in_memory(x, "x"), layout, scheme, seed)
 
 
 @recorded
+def quantize_pack_plain(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
+    """`quantize_pack` for those who have looked at the tensor already."""
+    return Packed(*_pack.quantize_pack(x, layout, scheme, seed, torch.get_num_threads()))
+
+
 def pack(x: Tensor, layout: PlaneLayout) -> Packed:
     """Lay a tensor out as planes of lanes without quantising it: in float32, gaps hold zero.
 
@@ -99,10 +107,15 @@ def pack(x: Tensor, layout: PlaneLayout) -> Packed:
     -------
     Packed
     """
-    return Packed(_pack.pack(in_memory(x, "x"), layout, torch.get_num_threads()))
+    return pack_plain(in_memory(x, "x"), layout)
 
 
 @recorded
+def pack_plain(x: Tensor, layout: PlaneLayout) -> Packed:
+    """`pack` for those who have looked at the tensor already."""
+    return Packed(_pack.pack(x, layout, torch.get_num_threads()))
+
+
 def quantize_weight(
     values: Tensor,
     rows: GatherList,
@@ -129,15 +142,21 @@ def quantize_weight(
     -------
     Weights
     """
-    values = in_memory(values, "values")
     check_tensors(factor=factor, zero_point=zero_point, clip=clip)
+    return quantize_weight_plain(in_memory(values, "values"), rows, factor, zero_point, clip)
+
+
+@recorded
+def quantize_weight_plain(
+    values: Tensor, rows: GatherList, factor: Tensor | None, zero_point: Tensor | None, clip: Tensor | None
+) -> Weights:
+    """`quantize_weight` for those who have looked at the tensors already."""
     weights = Weights(torch.empty(rows.slots, dtype=torch.int8), torch.empty(rows.rows, dtype=torch.float32),
                       torch.empty(rows.rows, dtype=torch.int64))  # fmt: skip
     _matmul.quantize_weight(values, rows, factor, zero_point, clip, *weights, torch.get_num_threads())
     return weights
 
 
-@recorded
 def gather_weight(values: Tensor, rows: GatherList) -> Weights:
     """The slots of a list as float32, without quantising them; `values` are float32, (nonzeros,).
 
@@ -150,8 +169,14 @@ def gather_weight(values: Tensor, rows: GatherList) -> Weights:
     -------
     Weights
     """
+    return gather_weight_plain(in_memory(values, "values"), rows)
+
+
+@recorded
+def gather_weight_plain(values: Tensor, rows: GatherList) -> Weights:
+    """`gather_weight` for those who have looked at the tensor already."""
     slots = torch.empty(rows.slots, dtype=torch.float32)
-    _matmul.gather_weight(in_memory(values, "values"), rows, slots)
+    _matmul.gather_weight(values, rows, slots)
     return Weights(slots)
 
 
@@ -216,7 +241,7 @@ def spmm(
         (images, channels, height, width) of the list's target, of `dtype`.
     """
     _check_limits(limits, bias)
-    operand, weights, bias = Packed(*_in_memory(operand)), Weights(*_in_memory(weights)), in_memory(bias, "bias")
+    operand, weights, bias = in_memory_parts(operand), in_memory_parts(weights), in_memory(bias, "bias")
     out = empty_result(rows, images, dtype, channels_last)
     _matmul.spmm(operand.planes, *weights, *operand[1:], rows, bias, out, torch.get_num_threads(), *limits)
     return out
@@ -262,11 +287,24 @@ def multiply(
     Tensor
         `out`.
     """
-    _check_limits(limits, bias)
-    operand, values, bias = Packed(*_in_memory(operand)), in_memory(values, "values"), in_memory(bias, "bias")
     check_tensors(out=out, clip=clip)
     if not are_plain(out):
         raise ValueError("out must be memory to be written, got a view that changes what it shows, or a subclass")
+    return multiply_plain(in_memory_parts(operand), in_memory(values, "values"), rows, out, in_memory(bias, "bias"),
+                          clip, limits)  # fmt: skip
+
+
+def multiply_plain(
+    operand: Packed,
+    values: Tensor,
+    rows: GatherList,
+    out: Tensor,
+    bias: Tensor | None,
+    clip: Tensor | None,
+    limits: Sequence[float] = (),
+) -> Tensor:
+    """`multiply` for those who have looked at the tensors already."""
+    _check_limits(limits, bias)
     if values.dtype is not torch.float32:
         values = values.to(torch.float32)
     if bias is not None and bias.dtype is not torch.float32:
@@ -274,19 +312,18 @@ def multiply(
     planes, scale, zero_point = operand
     threads = torch.get_num_threads()
     if scale is None:
-        _spmm(operand, gather_weight(values, rows), rows, out, bias, threads, *limits)
+        _spmm(operand, gather_weight_plain(values, rows), rows, out, bias, threads, *limits)
     elif profiler_is_on():  # which is to see both
         if scale.numel() == 1:
-            weights = quantize_weight(values, rows, None, None, clip)
+            weights = quantize_weight_plain(values, rows, None, None, clip)
         else:
-            weights, operand = quantize_weight(values, rows, scale, zero_point, clip), Packed(planes)
+            weights, operand = quantize_weight_plain(values, rows, scale, zero_point, clip), Packed(planes)
         _spmm(operand, weights, rows, out, bias, threads, *limits)
     else:
         _matmul.quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, threads, *limits)
     return out
 
 
-@recorded
 def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonzeros: int) -> Tensor:
     """Gather-SDDMM: ``dvalue[row, k] = sum_lane dy[row, lane] * planes[offset[row, k] + lane]``, at the nonzeros only.
 
@@ -304,6 +341,11 @@ def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonz
     Tensor
         float32, (nonzeros,).
     """
-    operand, gradient = Packed(*_in_memory(operand)), Packed(*_in_memory(gradient))
+    return sddmm_plain(in_memory_parts(operand), in_memory_parts(gradient), rows, images, nonzeros)
+
+
+@recorded
+def sddmm_plain(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonzeros: int) -> Tensor:
+    """`sddmm` for those who have looked at the tensors already."""
     return _matmul.sddmm(operand.planes, gradient.planes, operand.scale, operand.zero_point, gradient.scale, rows,
                          images, nonzeros, torch.get_num_threads())  # fmt: skip

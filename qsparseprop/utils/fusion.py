@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -73,12 +75,29 @@ def unfuse_modules(model: nn.Module) -> nn.Module:
         The same `model`.
     """
     for module in model.modules():
-        if isinstance(module, SparseModule):
-            for name in ("deferring", "_usages"):  # nothing is left, which a dense layer would be given
-                vars(module).pop(name, None)
-        elif is_starting(module):
-            stop_chains(module)
+        _unfuse(module)
     return model
+
+
+def _unfuse(module: nn.Module) -> None:
+    if isinstance(module, SparseModule):
+        for name in ("deferring", "_usages"):  # nothing is left, which a dense layer would be given
+            vars(module).pop(name, None)
+    elif is_starting(module):
+        stop_chains(module)
+
+
+@contextlib.contextmanager
+def fused_as_before_on_error(model: nn.Module) -> Iterator[None]:
+    """Where what is done in this context fails, unfuse what it has fused."""
+    fused = {id(m) for m in model.modules() if is_starting(m) or (isinstance(m, SparseModule) and m.deferring)}
+    try:
+        yield
+    except BaseException:
+        for module in model.modules():
+            if id(module) not in fused:
+                _unfuse(module)
+        raise
 
 
 def chains(model: nn.Module) -> dict[str, Chain]:

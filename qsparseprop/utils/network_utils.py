@@ -20,7 +20,7 @@ from qsparseprop.utils._example import Runner, copy_model, make_runner, record, 
 from qsparseprop.utils._layer_timing import Stopwatch
 from qsparseprop.utils._places import put_back_what_is_not_called, replace_children, replace_or_refuse
 from qsparseprop.utils._weights import weights_of
-from qsparseprop.utils.fusion import Chain, chains, fuse_modules, unfuse_modules
+from qsparseprop.utils.fusion import Chain, chains, fuse_modules, fused_as_before_on_error, unfuse_modules
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
 __all__ = [
@@ -149,13 +149,14 @@ def swap_modules_with_sparse(  # noqa: PLR0913 - settings, by keyword
     named = dict(model.named_modules())
     dense = {name: named[name] for name in candidates}
     sparse = _sparse_layers(model, dense, candidates, run, options, on_layer)
-    replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
     together: dict[str, Chain] = {}
-    if fuse:
-        fuse_modules(model)
-    if sparse:
-        again = None if run is None else _telling_chains(run, together)
-        put_back_what_is_not_called(model, dense, sparse, again, candidates)
+    with fused_as_before_on_error(model):
+        replace_children(model, {id(dense[name]): layer for name, layer in sparse.items()})
+        if fuse:
+            fuse_modules(model)
+        if sparse:
+            again = None if run is None else _telling_chains(run, together)
+            put_back_what_is_not_called(model, dense, sparse, again, candidates)
     if fuse:
         fuse_modules(model)  # those that were put back, too
         report.tell_chains({name: chain.joined for name, chain in together.items()})

@@ -204,7 +204,7 @@ QSP_INLINE f32x16 f32x16_gather(const float *base, const int32_t *index, int n)
     return f32x16_of(f32x8_gather(base, index, n), f32x8_gather(base, index + 8, n - 8));
 }
 
-/* 8 x 8 floats: rows 0..7 of r, halves `from`, into t */
+/* 8 x 8 floats, in place: r[i] is a row before and a column behind. */
 QSP_INLINE void f32_transpose_8x8(__m256 *r)
 {
     __m256 t[8];

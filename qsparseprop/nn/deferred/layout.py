@@ -6,7 +6,6 @@ import functools
 import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from qsparseprop import ops
@@ -68,7 +67,7 @@ class Layout:
     def rows(self, tensor: Tensor) -> Tensor:
         """Rows of a tensor of the same shape and any strides, a view where that is possible."""
         if self.channels_first:
-            if not self.by_rows and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.bfloat16):
+            if not self.by_rows and tensor.is_contiguous():
                 n, c, *size = self.shape
                 return ops.transpose(tensor, n, c, math.prod(size)).view(-1, c)
             tensor = tensor.movedim(1, -1)

@@ -93,10 +93,9 @@ def _compute(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tup
             check_finite(call.plain, "the input")
         check_finite(values, "the weight")
     kept: tuple[Any, ...]
-    values, bias = ops.in_memory(plain(values), "the weight"), ops.in_memory(bias, "the bias")
+    values = plain(values)
     if packed is None:
-        images = ops.in_memory(call.plain, "the input")
-        z, parts = forward_pass(images, values, bias, plan, qconfig, call.dtype, channels_last)
+        z, parts = forward_pass(call.plain, values, bias, plan, qconfig, call.dtype, channels_last)
         if qconfig.grad_weight == "int8" and (pending := pending_of(x)) is not None:
             pending.keep_packed(PackedInput(parts, plan.geometry, qconfig.input_scheme))
         kept, rest = parts, None
@@ -140,7 +139,7 @@ def _gradients(ctx: Any, dy: Tensor, values: Tensor, kept: list[Any]) -> tuple[T
             dx, dvalues, dbias = backward_pass(layout.image_view(rows), values, packed, plan, qconfig, need[:3],
                                                ctx.x_dtype, ctx.channels_last)  # fmt: skip
         else:
-            dbias = rows.sum(0, dtype=torch.float32)
+            dbias = ops.bias_gradient(rows)
     else:
         gradient, total = pending.pack(plan.geometry, qconfig)
         if need[2]:  # a copy, for the bias to keep
@@ -205,7 +204,7 @@ def deferred_product(
         plain_result = math.prod(out.images) < conditions.LEAST_ELEMENTS
         if not plain_result:
             usage = layer.__dict__.setdefault("_usages", {}).setdefault(trains, usage)
-            plain_result = usage.begin(out.by_rows).plain
+            plain_result = usage.begin().plain
         if plain_result and pending_of(x) is None:
             usage.read = True
             return None

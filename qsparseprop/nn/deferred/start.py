@@ -68,7 +68,7 @@ class _Hook:
         layout = _layout_of(x, features_last)
         if layout is None or (borrowed and not layout.by_rows):  # a copy in another order costs what is saved
             return None
-        if usage.begin(layout.by_rows, borrowed).plain:
+        if usage.begin(borrowed).plain:
             return None
         pending = Pending(layout.rows(x.detach()), layout, usage, borrowed)
         if trains and x.requires_grad:

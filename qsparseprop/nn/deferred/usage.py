@@ -40,15 +40,14 @@ class Usage:
         Of a layer's product: whether the layer has taken its input packed.
     """
 
-    __slots__ = ("_branches", "_by_rows", "_calls", "_depth", "_followed", "_values_only", "absorbed", "fed",
-                 "keeps_values", "packed", "read", "summed")  # fmt: skip
+    __slots__ = ("_branches", "_calls", "_depth", "_followed", "_values_only", "absorbed", "fed", "keeps_values",
+                 "packed", "read", "summed")  # fmt: skip
 
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
         self._branches: dict[Operation, Usage] = {}
         self._followed: set[Operation] = set()
         self._calls = 0
-        self._by_rows = True
         self._values_only = self.keeps_values = False
         self.absorbed = self.packed = self.summed = self.read = self.fed = False
 
@@ -60,15 +59,13 @@ class Usage:
             found = Usage(self._depth + 1)
             if self._depth < LONGEST and len(self._branches) < MOST_BRANCHES:
                 self._branches[operation] = found
-        return found.begin(self._by_rows)
+        return found.begin()
 
-    def begin(self, by_rows: bool, borrowed: bool = False) -> Usage:
+    def begin(self, borrowed: bool = False) -> Usage:
         """A new tensor is made.
 
         Parameters
         ----------
-        by_rows : bool
-            Whether it is a view of its rows; otherwise who reads the values pays for a copy in another order.
         borrowed : bool
             Whether its rows are those of an ordinary tensor, so that nothing is saved before the chain ends.
         """
@@ -79,7 +76,6 @@ class Usage:
                 self._values_only = (read or self._read_behind()) and not (packed or self._packed_behind())
             else:
                 self._values_only = read and not (packed or self.absorbed)
-        self._by_rows = by_rows
         self.absorbed = self.packed = self.summed = self.read = self.fed = False
         self._followed.clear()
         self._calls += 1
