@@ -1,10 +1,11 @@
-from libc.stdint cimport uint8_t, uint16_t, int8_t, int32_t, int64_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, int8_t, int32_t, int64_t, uint64_t
 
 
 cdef extern from "kernels.h" nogil:
     enum:
         QSP_UNIT
         QSP_GROUP
+        QSP_MAX_EXACT
         QSP_F32
         QSP_U8
         QSP_BF16
@@ -59,9 +60,32 @@ cdef extern from "kernels.h" nogil:
         const int32_t *group_ptr
         const int32_t *offset
 
+    ctypedef struct qsp_band:
+        int64_t first
+        int64_t last
+        int64_t table
+        int64_t size
+
+    ctypedef struct qsp_dense:
+        int64_t rows
+        int64_t pitch
+        int64_t band_count
+        const qsp_band *bands
+        const int32_t *offset
+        const int32_t *plane
+        int64_t value_rows
+        int64_t columns
+        int64_t groups
+        const int32_t *value_ptr
+        const uint16_t *column
+        const int32_t *row_of
+        const int32_t *entry_of
+        int64_t group_rows
+
     ctypedef struct qsp_spmm:
         qsp_grid grid
         qsp_list list
+        const qsp_dense *dense
         const void *planes
         const void *weights
         const float *scale
@@ -82,6 +106,7 @@ cdef extern from "kernels.h" nogil:
         qsp_grid grid
         qsp_grid dy_grid
         qsp_list list
+        const qsp_dense *dense
         const void *planes
         const void *dy
         const int32_t *index
@@ -167,6 +192,7 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct qsp_weight:
         qsp_list list
+        const qsp_dense *dense
         const float *values
         const int32_t *index
         const int32_t *plane
@@ -202,6 +228,14 @@ cdef extern from "kernels.h" nogil:
         void (*sddmm_u8)(const qsp_sddmm *, int64_t) noexcept nogil
         void (*sddmm_f32)(const qsp_sddmm *, int64_t) noexcept nogil
         void (*pair)(const qsp_list *, const int8_t *, int64_t, int64_t, int32_t *, int32_t *, int8_t *) noexcept nogil
+        void (*spmm_dense_u8)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
+        void (*sddmm_dense_u8)(const qsp_sddmm *, int64_t) noexcept nogil
+        void (*sddmm_dense_units)(const qsp_sddmm *) noexcept nogil
+        void (*dense_rows)(const qsp_weight *, int64_t, int64_t, float *) noexcept nogil
+        void (*dense_column_max)(const qsp_weight *, int64_t, int64_t, uint32_t *) noexcept nogil
+        void (*dense_scales)(const qsp_weight *, uint32_t *) noexcept nogil
+        void (*dense_columns)(const qsp_weight *, int64_t, const float *, float *) noexcept nogil
+        void (*dense_totals)(const qsp_weight *, int64_t, int64_t) noexcept nogil
         void (*pack_u8)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*pack_f32)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil
         void (*range)(const void *, int, int64_t, int64_t, int, qsp_range *) noexcept nogil
@@ -219,6 +253,7 @@ cdef extern from "kernels.h" nogil:
         void (*relu)(const void *, int, int64_t, int64_t, void *, uint16_t *) noexcept nogil
         void (*keep)(const void *, int, int64_t, int64_t, const uint16_t *, void *) noexcept nogil
 
+    int64_t qsp_grad_blocks(const qsp_band *)
     int64_t qsp_count_units(const qsp_grid *, const qsp_view *, int64_t)
     int64_t qsp_cut_rows(const qsp_list *, int64_t, int64_t)
 

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from qsparseprop._kernels._plan import GatherList
+from qsparseprop._kernels._plan import GatherList, ProductRows
 
 def spmm(
     planes: Tensor,
@@ -9,7 +9,7 @@ def spmm(
     correction: Tensor | None,
     x_scale: Tensor | None,
     x_zero_point: Tensor | None,
-    rows: GatherList,
+    rows: ProductRows,
     bias: Tensor | None,
     out: Tensor,
     threads: int,
@@ -18,7 +18,7 @@ def spmm(
 ) -> None: ...
 def quantized_spmm(
     values: Tensor,
-    rows: GatherList,
+    rows: ProductRows,
     x_scale: Tensor,
     x_zero_point: Tensor | None,
     clip: Tensor | None,
@@ -35,7 +35,7 @@ def sddmm(
     x_scale: Tensor | None,
     x_zero_point: Tensor | None,
     dy_scale: Tensor | None,
-    rows: GatherList,
+    rows: ProductRows,
     images: int,
     values: int,
     threads: int,
@@ -43,7 +43,7 @@ def sddmm(
 def gather_weight(values: Tensor, rows: GatherList, out: Tensor) -> None: ...
 def quantize_weight(
     values: Tensor,
-    rows: GatherList,
+    rows: ProductRows,
     factor: Tensor | None,
     zero_point: Tensor | None,
     clip: Tensor | None,

@@ -5,7 +5,7 @@ import torch
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, isfinite
-from libc.stdint cimport int8_t, int32_t, int64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint32_t
 from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
@@ -13,6 +13,7 @@ from qsparseprop._kernels._dispatch cimport (
     active_kernels,
     qsp_count_units,
     qsp_cut_rows,
+    qsp_dense,
     qsp_kernels,
     qsp_list,
     qsp_sddmm,
@@ -20,7 +21,8 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_view,
     qsp_weight,
 )
-from qsparseprop._kernels._plan cimport GatherList, PlaneLayout
+from qsparseprop._kernels._dense_rows cimport DenseRows
+from qsparseprop._kernels._plan cimport GatherList, PlaneLayout, ProductRows
 from qsparseprop._kernels._tensor cimport image_pointer, numel, optional_pointer, pointer, strides_t
 
 cdef enum:
@@ -48,7 +50,18 @@ cdef int64_t _chunks(int64_t rows, int64_t units, int threads):
     return max(1, min((4 * threads + units - 1) // max(units, 1), rows // 16))
 
 
-def spmm(planes, weights, scale, correction, x_scale, x_zero_point, GatherList rows not None, bias, out, int threads,
+cdef bint _as_dense(ProductRows rows, bint codes) except -1:
+    """Whether rows are dense ones, which only codes can be multiplied with."""
+    if isinstance(rows, DenseRows):
+        if not codes:
+            raise TypeError("dense rows multiply codes, uint8 and int8; products of float32 want a GatherList")
+        return True
+    if not isinstance(rows, GatherList):
+        raise TypeError(f"rows must be a GatherList or DenseRows, got {type(rows).__name__}")
+    return False
+
+
+def spmm(planes, weights, scale, correction, x_scale, x_zero_point, ProductRows rows not None, bias, out, int threads,
          float least=-INFINITY, float greatest=INFINITY):
     """out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane], unpacked into `out`.
 
@@ -60,7 +73,7 @@ def spmm(planes, weights, scale, correction, x_scale, x_zero_point, GatherList r
     cdef bint codes = planes.dtype is _uint8
     cdef qsp_spmm a
     memset(&a, 0, sizeof(a))
-    a.list = rows.list
+    _as_dense(rows, codes)
     a.weights = pointer(weights, _int8 if codes else _float32, rows.slots, "weights")
     a.scale_factor, a.low, a.high = 1, least, greatest
     if codes:
@@ -74,7 +87,7 @@ def spmm(planes, weights, scale, correction, x_scale, x_zero_point, GatherList r
     _run_spmm(&a, rows, codes, planes, bias, out, max(threads, 1))
 
 
-def quantized_spmm(values, GatherList rows not None, x_scale, x_zero_point, clip, planes, bias, out, int threads,
+def quantized_spmm(values, ProductRows rows not None, x_scale, x_zero_point, clip, planes, bias, out, int threads,
                    float least=-INFINITY, float greatest=INFINITY):
     """`quantize_weight` and `spmm` in one call, for codes: the weight's are kept nowhere.
 
@@ -93,7 +106,6 @@ def quantized_spmm(values, GatherList rows not None, x_scale, x_zero_point, clip
     w.scale = <float *> (w.total + rows.rows)
     w.codes = <int8_t *> (w.scale + rows.rows)
     _run_quantize(&w, rows, values, None if one else x_scale, None if one else x_zero_point, clip, threads)
-    a.list = rows.list
     a.weights, a.scale, a.correction = w.codes, w.scale, w.total
     a.scale_factor, a.correction_factor, a.low, a.high = 1, -1, least, greatest
     if one:
@@ -112,8 +124,9 @@ cdef void _spmm_part(const qsp_kernels *kernels, const qsp_spmm *a, const qsp_vi
         return
     one = a[0]
     one.view = view[0]
-    one.list.rows = view.channels
-    one.list.group_ptr += row
+    if a.dense == NULL:
+        one.list.rows = view.channels
+        one.list.group_ptr += row
     if a.scale != NULL:
         one.scale += row
         one.correction += row
@@ -121,21 +134,27 @@ cdef void _spmm_part(const qsp_kernels *kernels, const qsp_spmm *a, const qsp_vi
         one.paired += row
     if a.bias != NULL:
         one.bias += row
-    if codes:
+    if a.dense != NULL:
+        kernels.spmm_dense_u8(&one, unit, task % a.row_chunks)
+    elif codes:
         kernels.spmm_u8(&one, unit, task % a.row_chunks)
     else:
         kernels.spmm_f32(&one, unit, task % a.row_chunks)
 
 
-cdef int64_t _run_spmm(qsp_spmm *given, GatherList rows, bint codes, object planes, object bias, object out,
+cdef int64_t _run_spmm(qsp_spmm *given, ProductRows rows, bint codes, object planes, object bias, object out,
                        int threads) except -1:
-    """The product of a list with its weights and scales, which `given` has, and planes."""
+    """The product of rows with their weights and scales, which `given` has, and planes."""
     cdef qsp_spmm a = given[0]
     cdef const qsp_spmm *args = &a
     cdef const qsp_kernels *kernels = active_kernels()
     cdef strides_t where
     cdef int64_t count = rows.target.count, i, units = 0, work = 0, tasks, task
     cdef object scratch = None
+    if _as_dense(rows, codes):
+        a.dense = &(<DenseRows> rows).dense
+    else:
+        a.list = (<GatherList> rows).list
     a.grid = rows.source.grid
     a.out = image_pointer(out, &where, &a.dtype, "out")
     a.images = rows.target.check_shape(where.size, "out")
@@ -147,7 +166,7 @@ cdef int64_t _run_spmm(qsp_spmm *given, GatherList rows, bint codes, object plan
     cdef const qsp_view *each = <const qsp_view *> PyBytes_AS_STRING(held)
     for i in range(count):
         units = max(units, qsp_count_units(&a.grid, &each[i], a.images))
-    if codes and kernels.pair != NULL and rows.slots >= PAIR_SLOTS * rows.rows:
+    if codes and a.dense == NULL and kernels.pair != NULL and rows.slots >= PAIR_SLOTS * rows.rows:
         if units >= PAIR_UNITS:
             scratch = _pair(&a, rows.slots, threads)
     a.row_chunks = _chunks(each[0].channels, units * count, threads)
@@ -195,7 +214,7 @@ cdef object _take_scratch(int64_t size):
     return torch.empty(size, dtype=_int64)
 
 
-def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None, int64_t images, int64_t values,
+def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None, int64_t images, int64_t values,
           int threads):
     """out[index[slot]] = sum_lane dy[row, lane] * planes[offset[slot] + lane] for the slots of every row: float32, with
     so many values.
@@ -208,12 +227,14 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None,
     cdef const qsp_kernels *kernels = active_kernels()
     cdef PlaneLayout target = rows.target
     cdef int64_t units, end, chunks, chunk, lanes
+    cdef bint dense = _as_dense(rows, codes)
     memset(&a, 0, sizeof(a))
     threads = max(threads, 1)
-    a.grid, a.dy_grid, a.list = rows.source.grid, target.grid, rows.list
-    a.index, a.plane, a.images = rows.index, rows.plane, images
-    if rows.last_index >= values:
-        raise ValueError(f"index must lie in [-1, {values}), got {rows.last_index}")
+    a.grid, a.dy_grid, a.images = rows.source.grid, target.grid, images
+    if dense:
+        _take_dense(&a, <DenseRows> rows, values)
+    else:
+        _take_list(&a, <GatherList> rows, values)
     out = torch.empty(values, dtype=_float32)
     a.out = <float *> pointer(out, _float32, values, "out") if values else NULL
     lanes = target.lanes(images)  # which refuses numbers that are too large
@@ -240,15 +261,21 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None,
         memset(a.out, 0, values * sizeof(float))  # also what no slot names
     if rows.slots == 0 or images == 0:
         return out
-    scratch = _take_scratch(rows.slots + rows.rows)
-    a.sums = pointer(scratch, _int64, rows.slots + rows.rows, "scratch")
     units = qsp_count_units(&a.dy_grid, &a.view, a.images)
+    chunk = 2 * units if dense else rows.slots + rows.rows
+    scratch = _take_scratch(chunk)
+    a.sums = pointer(scratch, _int64, chunk, "scratch")
     if threads == 1 or rows.slots * units * QSP_UNIT <= SERIAL_WORK:
         threads = 1
     chunks = 1 if threads == 1 else max(1, min(4 * threads, rows.rows))
     a.row_chunks = chunks
     cdef const qsp_sddmm *args = &a
-    if codes:
+    if dense:
+        kernels.sddmm_dense_units(args)
+        for chunk in prange((<DenseRows> rows).grad_blocks, nogil=True, num_threads=threads, schedule="dynamic",
+                            use_threads_if=threads > 1):
+            kernels.sddmm_dense_u8(args, chunk)
+    elif codes:
         for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic", use_threads_if=threads > 1):
             kernels.sddmm_u8(args, chunk)
     else:
@@ -256,6 +283,22 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, GatherList rows not None,
             kernels.sddmm_f32(args, chunk)
     _spare_scratch.append(scratch)
     return out
+
+
+cdef int64_t _take_list(qsp_sddmm *a, GatherList rows, int64_t values) except -1:
+    a.list, a.index, a.plane = rows.list, rows.index, rows.plane
+    if rows.last_index >= values:
+        raise ValueError(f"index must lie in [-1, {values}), got {rows.last_index}")
+    return 0
+
+
+cdef int64_t _take_dense(qsp_sddmm *a, DenseRows rows, int64_t values) except -1:
+    a.dense = &rows.dense
+    if rows.swapped:
+        raise ValueError("the weight gradient wants rows that are planes of the output, got those of the input gradient")
+    if rows.pattern.count != values:
+        raise ValueError(f"values must be {rows.pattern.count}, those of the pattern, got {values}")
+    return 0
 
 
 cdef int64_t _per_channel(object tensor, int64_t channels, str name) except -1:
@@ -279,7 +322,7 @@ def gather_weight(values, GatherList rows not None, out):
             slots[i] = v[rows.index[i]] if rows.index[i] >= 0 else 0
 
 
-def quantize_weight(values, GatherList rows not None, factor, zero_point, clip, codes, scale, total, int threads):
+def quantize_weight(values, ProductRows rows not None, factor, zero_point, clip, codes, scale, total, int threads):
     """Symmetric codes of the slots of a list, one scale a row (`scale`, float32), and `total` (int64), the sums of a
     row's codes times the zero points. `factor` and `zero_point` are None or of the planes that slots read, or of all;
     `clip` is None or what the largest code stands for in every row.
@@ -292,21 +335,25 @@ def quantize_weight(values, GatherList rows not None, factor, zero_point, clip, 
     _run_quantize(&a, rows, values, factor, zero_point, clip, max(threads, 1))
 
 
-cdef int64_t _run_quantize(qsp_weight *a, GatherList rows, object values, object factor, object zero_point, object clip,
-                           int threads) except -1:
-    """Quantise a list; `a` has where the results go."""
+cdef int64_t _run_quantize(qsp_weight *a, ProductRows rows, object values, object factor, object zero_point,
+                           object clip, int threads) except -1:
+    """Quantise the weights of rows; `a` has where the results go."""
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t n = numel(values), chunk, chunks
     cdef const qsp_weight *args = a
-    a.list, a.index = rows.list, rows.index
+    cdef GatherList slots
     a.values = <const float *> pointer(values, _float32, 0, "values") if n else NULL
-    if rows.last_index >= n:
-        raise ValueError(f"values must have at least {rows.last_index + 1} elements, got {n}")
     if clip is not None:
         a.clip = (<const float *> pointer(clip, _float32, 1, "clip"))[0]
         if not 0 < a.clip < INFINITY:  # of a weight of zeros, or one with NaN or Inf, whose rows say so themselves
             a.clip = 0
     _folded = _fold(a, rows, factor, zero_point)  # kept until the end: `a` points into it
+    if _as_dense(rows, True):
+        return _run_quantize_dense(a, <DenseRows> rows, n, threads)
+    slots = <GatherList> rows
+    a.list, a.index, a.plane = slots.list, slots.index, slots.plane
+    if slots.last_index >= n:
+        raise ValueError(f"values must have at least {slots.last_index + 1} elements, got {n}")
     chunks = 1 if threads == 1 or rows.slots < 1 << 15 else min(4 * threads, rows.rows)
     for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
         kernels.quantize_rows(args, qsp_cut_rows(&args.list, chunk, chunks),
@@ -314,7 +361,47 @@ cdef int64_t _run_quantize(qsp_weight *a, GatherList rows, object values, object
     return 0
 
 
-cdef object _fold(qsp_weight *a, GatherList rows, object factor, object zero_point):
+cdef int64_t _run_quantize_dense(qsp_weight *a, DenseRows rows, int64_t n, int threads) except -1:
+    """The same of dense rows; where these are not the values' rows, scales come first."""
+    cdef const qsp_kernels *kernels = active_kernels()
+    cdef const qsp_weight *args = a
+    cdef const qsp_dense *d = &rows.dense
+    cdef int64_t line = (d.columns + 15) // 16 * 16, all_columns = d.groups * d.columns, chunk, i, tile
+    cdef int64_t tiles = d.groups * ((d.value_rows // d.groups + 15) // 16)
+    cdef int64_t chunks = 1 if threads == 1 or rows.slots < 1 << 15 else min(<int64_t> threads, d.value_rows)
+    cdef int64_t lines = chunks * line * (16 if rows.swapped else 1), size
+    cdef float *space
+    cdef uint32_t *most
+    a.dense = d
+    if n != rows.pattern.count:
+        raise ValueError(f"values must have {rows.pattern.count} elements, got {n}")
+    size = (lines + (chunks * all_columns if rows.swapped else 0)) // 2 + 1
+    scratch = _take_scratch(size)
+    space = <float *> pointer(scratch, _int64, size, "scratch")
+    most = <uint32_t *> (space + lines)
+    if not rows.swapped:
+        for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
+            kernels.dense_rows(args, d.rows * chunk // chunks, d.rows * (chunk + 1) // chunks, space + chunk * line)
+    else:
+        memset(most, 0, chunks * all_columns * sizeof(uint32_t))
+        memset(a.codes, 0, rows.slots)
+        for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
+            kernels.dense_column_max(args, d.value_rows * chunk // chunks, d.value_rows * (chunk + 1) // chunks,
+                                     most + chunk * all_columns)
+        for chunk in range(1, chunks):
+            for i in range(all_columns):
+                most[i] = max(most[i], most[chunk * all_columns + i])
+        kernels.dense_scales(args, most)
+        for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
+            for tile in range(tiles * chunk // chunks, tiles * (chunk + 1) // chunks):
+                kernels.dense_columns(args, tile, <const float *> most, space + 16 * chunk * line)
+    for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
+        kernels.dense_totals(args, d.rows * chunk // chunks, d.rows * (chunk + 1) // chunks)
+    _spare_scratch.append(scratch)
+    return 0
+
+
+cdef object _fold(qsp_weight *a, ProductRows rows, object factor, object zero_point):
     """Factors and zero points of the planes; returns what holds the former.
 
     The factors are divided by a power of two near the largest, which the scale gets back, so that no product becomes so
@@ -327,7 +414,6 @@ cdef object _fold(qsp_weight *a, GatherList rows, object factor, object zero_poi
     cdef float largest = 0
     cdef int exponent = 0
     a.scale_factor = a.zero_factor = 1
-    a.plane = rows.plane
     if zero_point is not None:
         zeros = <const int32_t *> pointer(zero_point, _int32, 1, "zero_point")
         a.zero_factor = zeros[0]

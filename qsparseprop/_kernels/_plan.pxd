@@ -27,16 +27,22 @@ cdef class PlaneLayout:
     cdef int64_t whole_view(self, qsp_view *view) except -1
 
 
-cdef class GatherList:
-    cdef qsp_list list
-    cdef const int32_t *index
-    cdef const int32_t *plane
+cdef class ProductRows:
     cdef int32_t last_offset
-    cdef int32_t last_index
     cdef readonly int64_t rows
     cdef readonly int64_t slots
     cdef readonly PlaneLayout source
     cdef readonly PlaneLayout target
+
+    cdef int64_t _take_layouts(self, PlaneLayout source, PlaneLayout target, int64_t rows) except -1
+    cdef int64_t _furthest(self) noexcept
+
+
+cdef class GatherList(ProductRows):
+    cdef qsp_list list
+    cdef const int32_t *index
+    cdef const int32_t *plane
+    cdef int32_t last_index
     cdef tuple _held
 
     cdef int64_t _take(self, list held, object tensor, int64_t low, int64_t high, str name, const int32_t **out,

@@ -254,7 +254,32 @@ cdef object _copy(object tensor, int64_t size, str name):
     return own
 
 
-cdef class GatherList:
+cdef class ProductRows:
+    """Rows of weights that a product multiplies planes of `source` with, for planes of `target`, on the same lanes.
+
+    How the weights lie there is what the classes differ in: `GatherList`, `DenseRows`. The products are the same bits.
+
+    Attributes
+    ----------
+    rows, slots : int
+        How many, and how many weights in all, those included that are always zero.
+    source, target : PlaneLayout
+    """
+
+    cdef int64_t _take_layouts(self, PlaneLayout source, PlaneLayout target, int64_t rows) except -1:
+        cdef const qsp_grid *x = &source.grid
+        cdef const qsp_grid *y = &target.grid
+        if x.images != y.images or x.lane_b != y.lane_b or x.lane_y != y.lane_y or x.lane_x != y.lane_x:
+            raise ValueError(f"source and target must have the same lanes, got {source!r} and {target!r}")
+        self.source, self.target, self.rows = source, target, rows
+        return 0
+
+    cdef int64_t _furthest(self) noexcept:
+        """The last offset from which a unit reads no further than what is allocated behind the last block."""
+        return self.source.grid.block + self.source.grid.front + QSP_UNIT - self.target.reach
+
+
+cdef class GatherList(ProductRows):
     """Rows of slots, each row padded to whole groups of four: offsets into packed planes, and which value goes there.
 
     Parameters
@@ -284,25 +309,19 @@ cdef class GatherList:
     """
 
     def __cinit__(self, group_ptr, offset, index, plane, PlaneLayout source not None, PlaneLayout target not None):
-        cdef const qsp_grid *x = &source.grid
-        cdef const qsp_grid *y = &target.grid
-        if x.images != y.images or x.lane_b != y.lane_b or x.lane_y != y.lane_y or x.lane_x != y.lane_x:
-            raise ValueError(f"source and target must have the same lanes, got {source!r} and {target!r}")
-        self.source, self.target, self.rows = source, target, numel(group_ptr) - 1
-        if not 0 <= self.rows < MAX_ROWS or self.rows != y.planes:
-            raise ValueError(f"group_ptr must have an element for each of the {y.planes} planes of the target, and one "
-                             f"more, got {self.rows + 1}")
+        self._take_layouts(source, target, numel(group_ptr) - 1)
+        if not 0 <= self.rows < MAX_ROWS or self.rows != target.grid.planes:
+            raise ValueError(f"group_ptr must have an element for each of the {target.grid.planes} planes of the "
+                             f"target, and one more, got {self.rows + 1}")
         own = _copy(group_ptr, self.rows + 1, "group_ptr")
         self.list.rows, self.list.group_ptr = self.rows, <const int32_t *> pointer(own, _int32, 0, "group_ptr")
         if self.list.group_ptr[0] != 0 or not qsp_ascending(self.list.group_ptr, self.rows + 1):
             raise ValueError("group_ptr must ascend from 0")
         self.slots = QSP_GROUP * <int64_t> self.list.group_ptr[self.rows]
         held = [own]
-        # a slot reads no further than what is allocated behind the last block
-        self._take(held, offset, 0, x.block + x.front + QSP_UNIT - target.reach, "offset", &self.list.offset,
-                   &self.last_offset)
+        self._take(held, offset, 0, self._furthest(), "offset", &self.list.offset, &self.last_offset)
         self._take(held, index, -1, <int64_t> 1 << 31, "index", &self.index, &self.last_index)
-        self._take(held, plane, 0, x.planes - 1, "plane", &self.plane, NULL)
+        self._take(held, plane, 0, source.grid.planes - 1, "plane", &self.plane, NULL)
         self._held = tuple(held)
 
     cdef int64_t _take(self, list held, object tensor, int64_t low, int64_t high, str name, const int32_t **out,

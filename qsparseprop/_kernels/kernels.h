@@ -16,6 +16,9 @@
 #define QSP_UNIT 64       /* lanes of one unit */
 #define QSP_GROUP 4       /* nonzeros that one step of gather-SpMM takes */
 #define QSP_ROW_BLOCK 64  /* rows whose sums wait in a buffer before they are unpacked */
+#define QSP_DENSE_PLANES 1024 /* of a product of dense rows that are interleaved at a time */
+#define QSP_GRAD_ROWS 16  /* rows, and entries of a table, of a block of the weight gradient by dense rows */
+#define QSP_GRAD_ENTRIES 256
 #define QSP_MAX_EXACT 65536 /* u8 x s8 products that an int32 holds exactly: 255 * 127 * 65536 < 2^31 */
 
 /* Element type of a tensor; QSP_U8 are saved codes, of what an epilogue read. */
@@ -47,9 +50,33 @@ typedef struct {
 /* Of a row; of the one behind the last it is the number of all slots. */
 static inline int64_t qsp_first_slot(const qsp_list *l, int64_t row) { return QSP_GROUP * (int64_t)l->group_ptr[row]; }
 
+/* Dense rows: the weights of a list as a matrix, zeros included, whose rows share tables of offsets. A band are the rows
+ * that have the same one: those of a group of a convolution, and in its input gradient of a phase of the stride. */
+typedef struct {
+    int64_t first, last;      /* rows */
+    int64_t table, size;      /* first entry and how many, a multiple of QSP_GROUP; those that pad repeat the last one */
+} qsp_band;
+
+typedef struct {
+    int64_t rows, pitch;      /* of the matrix: bytes from row to row, a multiple of QSP_UNIT, zeros behind a row's table */
+    int64_t band_count;
+    const qsp_band *bands;    /* one after the other */
+    const int32_t *offset, *plane; /* of the tables' entries: as in qsp_list; the plane that it lies in */
+    /* The pattern of the values, (out_channels, columns) cut into groups of rows. */
+    int64_t value_rows, columns, groups;
+    const int32_t *value_ptr; /* [value_rows + 1] */
+    const uint16_t *column;   /* [values] ascending in each row; NULL: every row has all */
+    /* NULL where the matrix' rows are the values' rows and its entries their columns; otherwise where a column of the
+     * first group has its row, and the entry there of the group's first value row. The row of another group is further
+     * on by `group_rows`, the entry of another value row by one. */
+    const int32_t *row_of, *entry_of;
+    int64_t group_rows;
+} qsp_dense;
+
 typedef struct {
     qsp_grid grid;
     qsp_list list;
+    const qsp_dense *dense;  /* in place of the list, for spmm_dense_u8; `weights` then is the matrix */
     const void *planes;      /* u8 (codes) or float */
     const void *weights;     /* int8 [slots], or float [slots] */
     const float *scale;      /* [rows], codes only */
@@ -69,6 +96,7 @@ typedef struct {
 typedef struct {
     qsp_grid grid, dy_grid;
     qsp_list list;
+    const qsp_dense *dense;   /* in place of list, index and plane, for sddmm_dense_u8 */
     const void *planes, *dy;  /* u8 and u8 around 128, or float and float */
     const int32_t *index;     /* [slots]: which value a slot belongs to, -1 for padding */
     const int32_t *zero_point; /* per plane of x, or one value (zero_stride 0) */
@@ -78,7 +106,8 @@ typedef struct {
     int64_t scale_x_stride;
     const float *scale_dy;    /* one, or per row */
     int64_t scale_dy_stride;
-    void *sums;               /* scratch: int64 [slots] and behind them [rows] for codes, double [slots] for floats */
+    void *sums;               /* scratch: int64 [slots] and behind them [rows] for codes, double [slots] for floats; of
+                               * dense rows where each unit starts in planes, int64 [units], and in dy */
     float *out;               /* [values] */
     qsp_view view;            /* of dy: which lanes count */
     int64_t images;
@@ -162,6 +191,7 @@ enum { QSP_NEED_ABSMAX = 0, QSP_NEED_MIN = 1, QSP_NEED_MAX = 2 };
 
 typedef struct {
     qsp_list list;
+    const qsp_dense *dense;  /* in place of list, index and plane */
     const float *values;
     const int32_t *index;    /* [slots]: which value a slot holds, -1 for padding */
     const int32_t *plane;    /* [slots]: plane that a slot reads; only read where one of the next two is given */
@@ -170,7 +200,7 @@ typedef struct {
     int64_t zero_factor;
     float clip;              /* magnitude that the largest code stands for in every row; 0: a row's own largest */
     float scale_factor;      /* of the scale that is written */
-    int8_t *codes;           /* [slots] */
+    int8_t *codes;           /* [slots], or the matrix */
     float *scale;            /* [rows] */
     int64_t *total;          /* [rows]: sum of code * zero point */
 } qsp_weight;
@@ -199,6 +229,20 @@ typedef struct {
      * sums of 16 bits. NULL where that does not make spmm_u8 faster. */
     void (*pair)(const qsp_list *, const int8_t *weights, int64_t first, int64_t last, int32_t *paired,
                  int32_t *offset_out, int8_t *weights_out);
+    /* The same products by dense rows. Part `chunk` of `chunks` of the rows of a unit; block `task` of the weight
+     * gradient, after `sddmm_dense_units` has found the units. */
+    void (*spmm_dense_u8)(const qsp_spmm *, int64_t unit, int64_t chunk);
+    void (*sddmm_dense_u8)(const qsp_sddmm *, int64_t task);
+    void (*sddmm_dense_units)(const qsp_sddmm *);
+    /* Weights of dense rows. Where a matrix' rows are the values' rows: rows [first, last), with a line of `pitch`
+     * floats as scratch. Elsewhere first what is the largest of each column, as bits, in value rows [first, last), added
+     * to most [groups][columns]; then scales, and what each column is multiplied by in their place; then the codes of
+     * sixteen value rows of a group, with sixteen lines of scratch; then `total`. */
+    void (*dense_rows)(const qsp_weight *, int64_t first, int64_t last, float *line);
+    void (*dense_column_max)(const qsp_weight *, int64_t first, int64_t last, uint32_t *most);
+    void (*dense_scales)(const qsp_weight *, uint32_t *most);
+    void (*dense_columns)(const qsp_weight *, int64_t tile, const float *inverse, float *lines);
+    void (*dense_totals)(const qsp_weight *, int64_t first, int64_t last);
     /* Planes [first, last) of one block, gaps included. */
     void (*pack_u8)(const qsp_pack *, int64_t block, int64_t first, int64_t last);
     void (*pack_f32)(const qsp_pack *, int64_t block, int64_t first, int64_t last);
@@ -323,6 +367,13 @@ static inline int64_t qsp_cut_rows(const qsp_list *l, int64_t chunk, int64_t chu
             high = middle;
     }
     return low;
+}
+
+/* Blocks of the weight gradient by dense rows: of a band, and of all. */
+static inline int64_t qsp_grad_blocks(const qsp_band *b)
+{
+    return (b->last - b->first + QSP_GRAD_ROWS - 1) / QSP_GRAD_ROWS *
+           ((b->size + QSP_GRAD_ENTRIES - 1) / QSP_GRAD_ENTRIES);
 }
 
 #endif

@@ -128,3 +128,5 @@ QSP_INLINE sddmm_acc sddmm_acc_dot(sddmm_acc sum, const uint8_t *x, sddmm_grad g
     return i32x8_dot_u8s8(sum, u8x32_load(x), g);
 }
 #endif
+
+#include "isa/avx2_dense.h"

@@ -407,3 +407,97 @@ QSP_INLINE void sddmm_acc_flush(int64_t *sums, const sddmm_acc *d, int n)
                                  _mm512_add_epi64(_mm512_maskz_loadu_epi64(high, sums + 8),
                                                   _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(r, 1))));
 }
+
+/* ---- dense rows on codes ---- */
+#define ISA_DENSE_ROWS 6
+
+QSP_INLINE void dense_interleave(uint8_t *quad, const uint8_t *x, const int32_t *offset)
+{
+    const __m512i a = _mm512_loadu_si512(x + offset[0]), b = _mm512_loadu_si512(x + offset[1]);
+    const __m512i c = _mm512_loadu_si512(x + offset[2]), d = _mm512_loadu_si512(x + offset[3]);
+    const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+    _mm512_store_si512(quad, _mm512_unpacklo_epi16(ab_low, cd_low));
+    _mm512_store_si512(quad + 64, _mm512_unpackhi_epi16(ab_low, cd_low));
+    _mm512_store_si512(quad + 128, _mm512_unpacklo_epi16(ab_high, cd_high));
+    _mm512_store_si512(quad + 192, _mm512_unpackhi_epi16(ab_high, cd_high));
+}
+
+QSP_INLINE void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8_t *weights, int64_t pitch,
+                                 int64_t groups, const int rows)
+{
+    __m512i s[ISA_DENSE_ROWS][4];
+    QSP_UNROLL
+    for (int r = 0; r < rows; r++)
+        QSP_UNROLL
+        for (int v = 0; v < 4; v++)
+            s[r][v] = _mm512_loadu_si512(sums + r * QSP_UNIT + 16 * v);
+    for (int64_t k = 0; k < groups; k++) {
+        const uint8_t *q = quads + QSP_GROUP * QSP_UNIT * k;
+        const __m512i x0 = _mm512_load_si512(q), x1 = _mm512_load_si512(q + 64);
+        const __m512i x2 = _mm512_load_si512(q + 128), x3 = _mm512_load_si512(q + 192);
+        QSP_UNROLL
+        for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, weights + r * pitch + QSP_GROUP * k, sizeof four);
+            const __m512i w = _mm512_set1_epi32(four);
+            DOT(s[r][0], x0, w);
+            DOT(s[r][1], x1, w);
+            DOT(s[r][2], x2, w);
+            DOT(s[r][3], x3, w);
+        }
+    }
+    QSP_UNROLL
+    for (int r = 0; r < rows; r++)
+        QSP_UNROLL
+        for (int v = 0; v < 4; v++)
+            _mm512_storeu_si512(sums + r * QSP_UNIT + 16 * v, s[r][v]);
+}
+
+QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
+                                  const int32_t *offset, const uint8_t *const *dy, const int64_t *dy_lane,
+                                  int64_t units, int rows)
+{
+    __m512i s[4][4]; /* of row j and entry k */
+    QSP_UNROLL
+    for (int i = 0; i < 16; i++)
+        s[i / 4][i % 4] = _mm512_setzero_si512();
+    for (int64_t u = 0; u < units; u++) {
+        const uint8_t *p = x + x_lane[u];
+        sddmm_grad g[4];
+        QSP_UNROLL
+        for (int j = 0; j < 4; j++)
+            g[j] = sddmm_grad_load(dy[j] + dy_lane[u]);
+        QSP_UNROLL
+        for (int k = 0; k < 4; k++) {
+            const __m512i v = _mm512_loadu_si512(p + offset[k]);
+            DOT(s[0][k], v, g[0]);
+            DOT(s[1][k], v, g[1]);
+            DOT(s[2][k], v, g[2]);
+            DOT(s[3][k], v, g[3]);
+        }
+    }
+    /* sixteen totals in one vector: 128-bit part j has those of row j */
+    __m512i h[4];
+    QSP_UNROLL
+    for (int j = 0; j < 4; j++) {
+        const __m512i a =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(s[j][0], s[j][1]), _mm512_unpackhi_epi32(s[j][0], s[j][1]));
+        const __m512i b =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(s[j][2], s[j][3]), _mm512_unpackhi_epi32(s[j][2], s[j][3]));
+        h[j] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    }
+    const __m512i e0 =
+        _mm512_add_epi32(_mm512_shuffle_i32x4(h[0], h[1], 0x88), _mm512_shuffle_i32x4(h[0], h[1], 0xdd));
+    const __m512i e1 =
+        _mm512_add_epi32(_mm512_shuffle_i32x4(h[2], h[3], 0x88), _mm512_shuffle_i32x4(h[2], h[3], 0xdd));
+    const __m512i total = _mm512_add_epi32(_mm512_shuffle_i32x4(e0, e1, 0x88), _mm512_shuffle_i32x4(e0, e1, 0xdd));
+    const __m128i part[4] = {_mm512_castsi512_si128(total), _mm512_extracti32x4_epi32(total, 1),
+                             _mm512_extracti32x4_epi32(total, 2), _mm512_extracti32x4_epi32(total, 3)};
+    QSP_UNROLL
+    for (int j = 0; j < 4; j++)
+        if (j < rows) {
+            __m128i *to = (__m128i *)(sums + j * pitch);
+            _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), part[j]));
+        }
+}

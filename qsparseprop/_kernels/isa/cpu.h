@@ -31,6 +31,8 @@ static const qsp_kernels *qsp_table(int i)
             shared.spmm_f32 = own->spmm_f32;
             shared.sddmm_u8 = own->sddmm_u8;
             shared.sddmm_f32 = own->sddmm_f32;
+            shared.spmm_dense_u8 = own->spmm_dense_u8;
+            shared.sddmm_dense_u8 = own->sddmm_dense_u8;
             shared.pair = own->pair;
             shared.name = own->name;
         }

@@ -5,6 +5,7 @@
  *   ISA_LANES        lanes of one vector of codes: 16, 32 or 64, a divisor of QSP_UNIT
  *   ISA_SDDMM_UNITS  units whose gradient stays in registers while a row's nonzeros pass: 1, 2 or 4
  *   ISA_SPMM_ACCS    independent sums of one row, for the latency of a dot product: 1 or 2
+ *   ISA_DENSE_ROWS   rows whose sums stay in registers in a product of dense rows: 4 or 6
  *   ISA_SPMM_TILE, ISA_SDDMM_TILE   lanes x nonzeros of one step of a product on codes, for the names of the kernels
  *   ISA_OWN_ROWS     defined where the header brings whole rows (spmm_row_u8s8, sddmm_row_u8s8 and pair_kernel, as
  *                    avx2_maddubs_*.h) in place of the primitives marked so below
@@ -166,3 +167,17 @@ static inline sddmm_grad sddmm_grad_load(const uint8_t *p);
 /* Plus the products of ISA_LANES codes (u8) at x with a gradient (s8), exact as above. */
 static inline sddmm_acc sddmm_acc_dot(sddmm_acc sum, const uint8_t *x, sddmm_grad g);
 #endif
+
+/* ---- dense rows on codes ---- */
+/* Four planes of a unit, codes at x + offset[0..3], as QSP_GROUP * QSP_UNIT bytes in whatever order the next one wants;
+ * `quad` is aligned to a unit. */
+static inline void dense_interleave(uint8_t *quad, const uint8_t *x, const int32_t *offset);
+/* sums[r * QSP_UNIT + place] += quads times the weights of row r, `pitch` bytes from one row to the next, in the order
+ * of spmm_acc_lane, for a constant number of rows, 1 <= rows <= ISA_DENSE_ROWS; exact, modulo 2^32. */
+static inline void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8_t *weights, int64_t pitch,
+                                    int64_t groups, const int rows);
+/* sums[j * pitch + k] += sum over units of dy[j] (codes, each minus 128) times x at offset[k], for j < rows <= 4 and
+ * k < 4. Unit u of them starts at x_lane[u] and dy_lane[u]; dy has pointers for all four, the last ones repeated. */
+static inline void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
+                                     const int32_t *offset, const uint8_t *const *dy, const int64_t *dy_lane,
+                                     int64_t units, int rows);

@@ -365,3 +365,37 @@ QSP_INLINE void sddmm_acc_flush(int64_t *sums, const sddmm_acc *d, int n)
     for (int j = 0; j < n; j++)
         sums[j] += sddmm_acc_reduce_add(d[j]);
 }
+
+/* ---- dense rows on codes ---- */
+#define ISA_DENSE_ROWS 4
+
+QSP_INLINE void dense_interleave(uint8_t *quad, const uint8_t *x, const int32_t *offset)
+{
+    for (int k = 0; k < QSP_GROUP; k++)
+        memcpy(quad + k * QSP_UNIT, x + offset[k], QSP_UNIT);
+}
+QSP_INLINE void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8_t *weights, int64_t pitch,
+                                 int64_t groups, const int rows)
+{
+    for (int r = 0; r < rows; r++)
+        for (int64_t k = 0; k < QSP_GROUP * groups; k++) {
+            const int32_t w = weights[r * pitch + k];
+            for (int i = 0; i < QSP_UNIT; i++)
+                sums[r * QSP_UNIT + i] += w * quads[k * QSP_UNIT + i];
+        }
+}
+QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
+                                  const int32_t *offset, const uint8_t *const *dy, const int64_t *dy_lane,
+                                  int64_t units, int rows)
+{
+    for (int j = 0; j < rows; j++)
+        for (int k = 0; k < 4; k++) {
+            int32_t sum = 0;
+            for (int64_t u = 0; u < units; u++) {
+                const uint8_t *p = x + x_lane[u] + offset[k], *q = dy[j] + dy_lane[u];
+                for (int i = 0; i < QSP_UNIT; i++)
+                    sum += p[i] * (q[i] - 128);
+            }
+            sums[j * pitch + k] += sum;
+        }
+}

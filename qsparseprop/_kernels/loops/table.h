@@ -12,6 +12,8 @@
 
 #include "loops/sddmm.h"
 
+#include "loops/dense.h"
+
 #ifndef ISA_PRODUCTS_ONLY
 #include "loops/norm.h"
 
@@ -33,6 +35,8 @@
 
 #include "loops/weights.h"
 
+#include "loops/dense_weights.h"
+
 #include "loops/mask.h"
 #endif
 
@@ -45,6 +49,9 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .spmm_f32 = spmm_f32_kernel,
     .sddmm_u8 = sddmm_u8_kernel,
     .sddmm_f32 = sddmm_f32_kernel,
+    .spmm_dense_u8 = spmm_dense_kernel,
+    .sddmm_dense_u8 = sddmm_dense_kernel,
+    .sddmm_dense_units = sddmm_dense_units_kernel,
 #ifdef ISA_OWN_ROWS
     .pair = pair_kernel,
 #endif
@@ -55,6 +62,11 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .range_channels = range_channels_kernel,
     .moments = moments_kernel,
     .quantize_rows = quantize_rows_kernel,
+    .dense_rows = dense_rows_kernel,
+    .dense_column_max = dense_column_max_kernel,
+    .dense_scales = dense_scales_kernel,
+    .dense_columns = dense_columns_kernel,
+    .dense_totals = dense_totals_kernel,
     .norm_moments = norm_moments_kernel,
     .epilogue = epilogue_kernel,
     .epilogue_range = epilogue_range_kernel,

@@ -1,0 +1,216 @@
+"""Rows of weights as a matrix with its zeros: what dense rows and their weights are made from, checked once."""
+
+import torch
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int32_t, int64_t, uint16_t
+
+from qsparseprop._kernels._dispatch cimport QSP_GROUP, QSP_MAX_EXACT, QSP_UNIT, qsp_band, qsp_grad_blocks
+from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows
+from qsparseprop._kernels._tensor cimport numel, pointer
+
+from qsparseprop._kernels._tensor import check_storage
+
+cdef object _int16 = torch.int16
+cdef object _int32 = torch.int32
+
+cdef extern from *:
+    """
+    /* Columns as 16 bits, those of a row ascending and below `columns`; returns the first bad one, or n. */
+    static int64_t qsp_narrow(const int32_t *column, const int32_t *ptr, int64_t rows, int64_t columns, uint16_t *out)
+    {
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = ptr[r], least = 0; i < ptr[r + 1]; i++) {
+                if (column[i] < least || column[i] >= columns)
+                    return i;
+                least = (int64_t)column[i] + 1;
+                if (out)
+                    out[i] = (uint16_t)column[i];
+            }
+        return ptr[rows];
+    }
+    """
+    int64_t qsp_narrow(const int32_t *, const int32_t *, int64_t, int64_t, uint16_t *) noexcept nogil
+
+
+cdef class ValuePattern:
+    """Which entries of a weight, (rows, columns), its values are, in two bytes a value, or none where they are all.
+
+    Parameters
+    ----------
+    crow_indices, col_indices : Tensor
+        CSR, int32; columns ascend in each row. They are copied.
+    columns : int
+        At most 65,536, of which an int32 holds the sum of products.
+
+    Attributes
+    ----------
+    rows, columns, count : int
+        The latter of values.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a tensor is not as said, or there are too many columns.
+    """
+
+    def __cinit__(self, crow_indices, col_indices, int64_t columns):
+        cdef int64_t i
+        self.rows, self.columns, self.count = numel(crow_indices) - 1, columns, numel(col_indices)
+        if self.rows < 1 or not 1 <= columns <= QSP_MAX_EXACT:
+            raise ValueError(f"a pattern must have rows, and 1 to {QSP_MAX_EXACT} columns, got {self.rows} and "
+                             f"{columns}")
+        check_storage(crow_indices, "crow_indices")
+        check_storage(col_indices, "col_indices")
+        own = crow_indices.clone()
+        cdef int32_t *ptr = <int32_t *> pointer(own, _int32, self.rows + 1, "crow_indices")
+        for i in range(self.rows):
+            if ptr[i + 1] < ptr[i] or ptr[i + 1] - ptr[i] > columns:
+                raise ValueError(f"crow_indices must ascend, by at most {columns}")
+        if ptr[0] != 0 or ptr[self.rows] != self.count:
+            raise ValueError(f"crow_indices must ascend from 0 to {self.count}")
+        cdef const int32_t *given = NULL
+        if self.count:
+            given = <const int32_t *> pointer(col_indices, _int32, self.count, "col_indices")
+        narrow = None if self.count == self.rows * columns else torch.empty(max(self.count, 1), dtype=_int16)
+        cdef uint16_t *out = NULL
+        if narrow is not None:
+            out = <uint16_t *> pointer(narrow, _int16, self.count, "col_indices")
+        cdef int64_t bad
+        with nogil:
+            bad = qsp_narrow(given, ptr, self.rows, columns, out)
+        if bad != self.count:
+            raise ValueError(f"col_indices must ascend in each row and lie in [0, {columns}), got {given[bad]} at "
+                             f"{bad}")
+        self.ptr, self.column, self._held = ptr, out, (own, narrow)
+
+    @property
+    def crow_indices(self):
+        """First value of each row, int32."""
+        return self._held[0].clone()
+
+    @property
+    def col_indices(self):
+        """Column of each value, int32."""
+        if self.column == NULL:
+            return torch.arange(self.columns, dtype=_int32).repeat(self.rows)
+        return self._held[1][:self.count].to(_int32) & 0xffff
+
+    def __repr__(self):
+        return f"ValuePattern({self.rows} x {self.columns}, {self.count} values)"
+
+    def __reduce__(self):
+        return ValuePattern, (self.crow_indices, self.col_indices, self.columns)
+
+
+cdef class DenseRows(ProductRows):
+    """Rows of weights as a matrix with its zeros, int8; rows that read the same planes share a table of offsets.
+
+    Parameters
+    ----------
+    pattern : ValuePattern
+        (out_channels, in_channels / groups * taps).
+    groups : int
+        Of the convolution.
+    tap_phase, tap_shift : sequence of int
+        Of each tap the phase of the input that it reads, and by how many lanes it is further on there.
+    source, target : PlaneLayout
+        Of the input and the output, or with `swapped` of the output and the input.
+    swapped : bool
+        Whether rows are planes of the input, as its gradient wants it.
+
+    Attributes
+    ----------
+    rows, slots : int
+        The latter with all zeros.
+    source, target : PlaneLayout
+    pattern : ValuePattern
+    swapped : bool
+
+    Raises
+    ------
+    ValueError
+        If these do not go together, or rows are longer than what an int32 sums up exactly.
+    """
+
+    def __cinit__(self, ValuePattern pattern not None, int64_t groups, tap_phase, tap_shift, PlaneLayout source not None,
+                  PlaneLayout target not None, bint swapped):
+        cdef PlaneLayout x = target if swapped else source, y = source if swapped else target
+        cdef list phase = [int(p) for p in tap_phase], shift = [int(s) for s in tap_shift]
+        self._take_layouts(source, target, target.grid.planes)
+        self.pattern, self.swapped = pattern, swapped
+        if groups < 1 or pattern.rows % groups or x.channels % groups or pattern.rows != y.grid.planes:
+            raise ValueError(f"a pattern of {pattern.rows} rows in {groups} groups does not go with {y.grid.planes} "
+                             f"planes of the output and {x.channels} channels of the input")
+        if not phase or len(phase) != len(shift) or len(phase) * (x.channels // groups) != pattern.columns:
+            raise ValueError(f"{len(phase)} taps, shifts of {len(shift)} and {x.channels // groups} channels of a "
+                             f"group do not make {pattern.columns} columns")
+        if not all(0 <= p < x.grid.planes // x.channels for p in phase):
+            raise ValueError(f"tap_phase must lie in [0, {x.grid.planes // x.channels}), got {phase}")
+        self.dense.rows, self.dense.groups = self.rows, groups
+        self.dense.value_rows, self.dense.columns = pattern.rows, pattern.columns
+        self.dense.value_ptr, self.dense.column = pattern.ptr, pattern.column
+        self._make_tables(phase, shift, x.channels)
+
+    cdef int64_t _make_tables(self, list phase, list shift, int64_t channels) except -1:
+        """Bands and their tables, of channels of the input; and where the columns of the values are in swapped rows."""
+        cdef qsp_dense *d = &self.dense
+        taps, groups = len(phase), d.groups
+        phases = self.target.grid.planes // channels if self.swapped else 1
+        inner, outer = channels // groups, d.value_rows // groups  # of a group
+        pitch, front = self.source.grid.pitch, self.source.grid.front
+        # of each band: rows, and the planes and offsets of its table
+        bands = []
+        tap = torch.arange(taps)
+        tap_phase, tap_shift = torch.tensor(phase), torch.tensor(shift)
+        for p in range(phases):
+            for g in range(groups):
+                if self.swapped:
+                    own = tap[tap_phase == p]
+                    plane = (g * outer + torch.arange(outer)).repeat(len(own))
+                    offset = plane * pitch + front - tap_shift[own].repeat_interleave(outer)
+                    first, last = p * channels + g * inner, p * channels + (g + 1) * inner
+                else:
+                    channel = g * inner + torch.arange(inner)
+                    plane = (tap_phase * channels + channel[:, None]).flatten()
+                    offset = plane * pitch + front + tap_shift.repeat(inner)
+                    first, last = g * outer, (g + 1) * outer
+                bands.append((first, last, plane, offset))
+        size = max(plane.numel() for _, _, plane, _ in bands)
+        if size > QSP_MAX_EXACT:
+            raise ValueError(f"a row has {size} weights, of which an int32 holds the sum of {QSP_MAX_EXACT}")
+        self._bands = PyBytes_FromStringAndSize(NULL, len(bands) * sizeof(qsp_band))
+        cdef qsp_band *to = <qsp_band *> PyBytes_AS_STRING(self._bands)
+        planes, offsets, entries = [], [], 0
+        for first, last, plane, offset in bands:
+            rest = (QSP_GROUP - plane.numel() % QSP_GROUP) % QSP_GROUP  # repeats the last entry: memory that is in the cache, times zero
+            planes += [plane, plane[plane.numel() - 1:].expand(rest)]
+            offsets += [offset, offset[offset.numel() - 1:].expand(rest)]
+            to.first, to.last, to.table, to.size = first, last, entries, plane.numel() + rest
+            entries += plane.numel() + rest
+            self.grad_blocks += qsp_grad_blocks(to)
+            to += 1
+        d.bands, d.band_count = <const qsp_band *> PyBytes_AS_STRING(self._bands), len(bands)
+        d.pitch = (size + QSP_UNIT - 1) // QSP_UNIT * QSP_UNIT
+        self.slots = self.rows * d.pitch
+        offset, plane = torch.cat(offsets), torch.cat(planes).to(_int32)
+        least, most = int(offset.min()), int(offset.max())
+        if least < 0 or most > self._furthest():
+            raise ValueError(f"offsets must lie in [0, {self._furthest()}], got {least} to {most}")
+        offset, self.last_offset = offset.to(_int32), most
+        held = [offset, plane]
+        d.offset = <const int32_t *> pointer(offset, _int32, entries, "offset")
+        d.plane = <const int32_t *> pointer(plane, _int32, entries, "plane")
+        if self.swapped:
+            place = torch.tensor([phase[:t].count(phase[t]) for t in range(taps)])
+            row_of = (tap_phase * channels + torch.arange(inner)[:, None]).flatten().to(_int32)
+            entry_of = (place * outer).repeat(inner).to(_int32)
+            held += [row_of, entry_of]
+            d.row_of = <const int32_t *> pointer(row_of, _int32, d.columns, "row_of")
+            d.entry_of = <const int32_t *> pointer(entry_of, _int32, d.columns, "entry_of")
+            d.group_rows = inner
+        self._held = tuple(held)
+        return 0
+
+    def __repr__(self):
+        return f"DenseRows({self.rows} rows, {self.slots} slots)"

@@ -1,0 +1,172 @@
+/* The two products on codes by dense rows: all rows of a band read the same planes, so these are prepared once for a
+ * unit and serve every row; no offset is loaded, and no plane shuffled, for each nonzero. The sums are those of lists,
+ * since what the matrix has more are zeros. */
+
+/* Up to QSP_ROW_BLOCK rows of a band. */
+QSP_INLINE void dense_spmm_rows(int32_t *sums, const uint8_t *quads, const int8_t *weights, int64_t pitch,
+                                int64_t groups, int rows)
+{
+    for (; ISA_DENSE_ROWS == 6 && rows >= 6; rows -= 6, sums += 6 * QSP_UNIT, weights += 6 * pitch)
+        dense_spmm_block(sums, quads, weights, pitch, groups, ISA_DENSE_ROWS);
+    for (; rows >= 4; rows -= 4, sums += 4 * QSP_UNIT, weights += 4 * pitch)
+        dense_spmm_block(sums, quads, weights, pitch, groups, 4);
+    for (; rows >= 2; rows -= 2, sums += 2 * QSP_UNIT, weights += 2 * pitch)
+        dense_spmm_block(sums, quads, weights, pitch, groups, 2);
+    if (rows)
+        dense_spmm_block(sums, quads, weights, pitch, groups, 1);
+}
+
+/* One task: rows of part `chunk` of the view's for the unit number `unit`. */
+static void spmm_dense_kernel(const qsp_spmm *a, int64_t unit, int64_t chunk)
+{
+    QSP_ALIGNED(64) row_sums sums[QSP_ROW_BLOCK];
+    QSP_ALIGNED(64) uint8_t quads[QSP_UNIT * QSP_DENSE_PLANES];
+    const qsp_dense *d = a->dense;
+    unit_target target;
+    qsp_unit where;
+    locate_unit(&where, &a->grid, &a->view, a->images, unit);
+    target_init(&target, &a->view, &a->grid, &where, a->dtype, a->out);
+    const uint8_t *x = (const uint8_t *)a->planes + where.block * a->grid.block + a->view.origin + where.lane;
+    const int64_t origin = a->view.plane, rows = a->view.channels; /* other rows belong to other views */
+    const int64_t last = rows * (chunk + 1) / a->row_chunks;
+    const qsp_band *b = d->bands, *interleaved = NULL;
+    for (int64_t row = rows * chunk / a->row_chunks; row < last; row += QSP_ROW_BLOCK) {
+        const int n = (int)qsp_min(QSP_ROW_BLOCK, last - row);
+        for (int i = 0; i < n; i++) {
+            const uint32_t start = (uint32_t)(uint64_t)(a->correction[row + i] * a->correction_factor);
+            for (int p = 0; p < QSP_UNIT; p++)
+                sums[i].i32[p] = (int32_t)start;
+            if (target.columns && target.column[i])
+                for (int k = 0; k < n; k += 16)
+                    QSP_PREFETCH_WRITE(element_at(target.column[i], a->dtype, row + k));
+        }
+        for (int done = 0; done < n;) {
+            const int64_t at = origin + row + done;
+            while (at >= b->last)
+                b++;
+            const int m = (int)qsp_min(n - done, b->last - at);
+            for (int64_t k = 0; k < b->size; k += QSP_DENSE_PLANES) {
+                const int64_t size = qsp_min(QSP_DENSE_PLANES, b->size - k);
+                if (interleaved != b || b->size > QSP_DENSE_PLANES)
+                    for (int64_t i = 0; i < size; i += QSP_GROUP)
+                        dense_interleave(quads + QSP_UNIT * i, x, d->offset + b->table + k + i);
+                interleaved = b;
+                dense_spmm_rows(sums[done].i32, quads, (const int8_t *)a->weights + at * d->pitch + k, d->pitch,
+                                size / QSP_GROUP, m);
+            }
+            done += m;
+        }
+        unpack_rows(a, &target, row, n, sums, 0);
+    }
+}
+
+/* ---- the weight gradient ---- */
+
+static void sddmm_dense_units_kernel(const qsp_sddmm *a)
+{
+    const int64_t units = qsp_count_units(&a->dy_grid, &a->view, a->images);
+    int64_t *x = (int64_t *)a->sums, *dy = x + units;
+    for (int64_t u = 0; u < units; u++) {
+        qsp_unit where;
+        locate_unit(&where, &a->dy_grid, &a->view, a->images, u);
+        x[u] = where.block * a->grid.block + a->view.origin + where.lane;
+        dy[u] = where.block * a->dy_grid.block + a->dy_grid.front + a->view.origin + where.lane;
+    }
+}
+
+enum {
+    STRIP_UNITS = 16,  /* of which a few rows and planes stay in the first cache */
+    EXACT_STRIPS = QSP_MAX_EXACT / (STRIP_UNITS * QSP_UNIT) /* whose sums fit into 32 bits */
+};
+
+/* Sums of a row for the entries [first, first + size) of its table -> the values that are there. */
+QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, const qsp_band *b, int64_t row, int64_t first, int64_t size,
+                                   const int64_t *sums, int64_t dy_sum)
+{
+    const qsp_dense *d = a->dense;
+    const float scale_dy = a->scale_dy[row * a->scale_dy_stride];
+    const int each = a->zero_stride || a->scale_x_stride;
+    const int64_t excess = a->zero_point[0] * dy_sum;
+    const float scale = a->scale_x[0] * scale_dy;
+    const int64_t end = d->value_ptr[row + 1];
+    const uint16_t *column = d->column;
+    int64_t i = d->value_ptr[row];
+    if (!column) {
+        float *out = a->out + i + first;
+        const int64_t n = qsp_min(size, d->columns - first);
+        if (!each) {
+            for (int64_t k = 0; k < n; k++)
+                out[k] = (float)(sums[k] - excess) * scale;
+            return;
+        }
+        for (int64_t k = 0; k < n; k++) {
+            const int64_t plane = d->plane[b->table + first + k];
+            out[k] = (float)(sums[k] - a->zero_point[plane * a->zero_stride] * dy_sum) *
+                     (a->scale_x[plane * a->scale_x_stride] * scale_dy);
+        }
+        return;
+    }
+    for (int64_t high = end; i < high;) { /* the first column that is not below */
+        const int64_t middle = (i + high) / 2;
+        if (column[middle] < first)
+            i = middle + 1;
+        else
+            high = middle;
+    }
+    for (; i < end && column[i] < first + size; i++) {
+        const int64_t k = column[i];
+        if (!each) {
+            a->out[i] = (float)(sums[k - first] - excess) * scale;
+            continue;
+        }
+        const int64_t plane = d->plane[b->table + k];
+        a->out[i] = (float)(sums[k - first] - a->zero_point[plane * a->zero_stride] * dy_sum) *
+                    (a->scale_x[plane * a->scale_x_stride] * scale_dy);
+    }
+}
+
+/* One task: a block of rows and entries of their table, all units. */
+static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
+{
+    QSP_ALIGNED(64) int32_t part[QSP_GRAD_ROWS][QSP_GRAD_ENTRIES];
+    QSP_ALIGNED(64) int64_t sums[QSP_GRAD_ROWS][QSP_GRAD_ENTRIES];
+    int64_t dy_sum[QSP_GRAD_ROWS] = {0};
+    const qsp_dense *d = a->dense;
+    const qsp_band *b = d->bands;
+    for (; task >= qsp_grad_blocks(b); b++)
+        task -= qsp_grad_blocks(b);
+    const int64_t columns = (b->size + QSP_GRAD_ENTRIES - 1) / QSP_GRAD_ENTRIES;
+    const int64_t row = b->first + task / columns * QSP_GRAD_ROWS, entry = task % columns * QSP_GRAD_ENTRIES;
+    const int64_t size = qsp_min(QSP_GRAD_ENTRIES, b->size - entry);
+    const int rows = (int)qsp_min(QSP_GRAD_ROWS, b->last - row);
+    const int64_t units = qsp_count_units(&a->dy_grid, &a->view, a->images);
+    const int64_t *x_lane = (const int64_t *)a->sums, *dy_lane = x_lane + units;
+    const int32_t *offset = d->offset + b->table + entry;
+    const uint8_t *dy[QSP_GRAD_ROWS];
+    for (int j = 0; j < QSP_GRAD_ROWS; j++) /* rows that do not exist repeat the last one */
+        dy[j] = (const uint8_t *)a->dy + (row + qsp_min(j, rows - 1)) * a->dy_grid.pitch;
+    for (int j = 0; j < rows; j++)
+        for (int64_t k = 0; k < size; k++)
+            sums[j][k] = 0;
+    for (int64_t from = 0; from < units; from += EXACT_STRIPS * STRIP_UNITS) {
+        const int64_t to = qsp_min(units, from + EXACT_STRIPS * STRIP_UNITS);
+        for (int j = 0; j < rows; j++) {
+            memset(part[j], 0, (size_t)size * sizeof part[j][0]);
+            sddmm_acc total = sddmm_acc_zero();
+            for (int64_t u = from; u < to; u++)
+                for (int v = 0; v < QSP_UNIT; v += ISA_LANES)
+                    total = sddmm_acc_add_grad(total, dy[j] + dy_lane[u] + v);
+            dy_sum[j] += sddmm_acc_reduce_add(total);
+        }
+        for (int64_t u = from; u < to; u += STRIP_UNITS)
+            for (int64_t k = 0; k < size; k += 4)
+                for (int j = 0; j < rows; j += 4)
+                    dense_sddmm_block(part[j] + k, QSP_GRAD_ENTRIES, (const uint8_t *)a->planes, x_lane + u, offset + k,
+                                      dy + j, dy_lane + u, qsp_min(STRIP_UNITS, to - u), rows - j < 4 ? rows - j : 4);
+        for (int j = 0; j < rows; j++)
+            for (int64_t k = 0; k < size; k++)
+                sums[j][k] += part[j][k];
+    }
+    for (int j = 0; j < rows; j++)
+        sddmm_dense_finish(a, b, row + j, entry, size, sums[j], dy_sum[j]);
+}

@@ -1,0 +1,180 @@
+/* Values -> the matrix of dense rows: int8 codes with one scale a row, as weights.h makes them for the slots of lists. */
+
+/* How many of a value row there are, and which: all columns where `column` is NULL. */
+QSP_INLINE int64_t values_of_row(const qsp_weight *a, int64_t row, const float **value, const uint16_t **column)
+{
+    const qsp_dense *d = a->dense;
+    const int64_t first = d->value_ptr[row];
+    *value = a->values + first;
+    *column = d->column ? d->column + first : NULL;
+    return d->value_ptr[row + 1] - first;
+}
+
+/* A value row as a line with zeros, up to a multiple of 16. `factor` goes with the entries, or is one for the row. Only
+ * what is there is multiplied: a factor may be NaN. */
+QSP_INLINE void expand_row(const qsp_weight *a, int64_t row, float *line, const float *factor, const int32_t *plane,
+                           float common)
+{
+    const float *value;
+    const uint16_t *column;
+    const int64_t n = values_of_row(a, row, &value, &column), end = (a->dense->columns + 15) / 16 * 16;
+    if (!column) {
+        for (int64_t k = 0; k < n; k++)
+            line[k] = value[k] * (factor ? factor[plane[k]] : common);
+        for (int64_t k = n; k < end; k++)
+            line[k] = 0;
+        return;
+    }
+    memset(line, 0, (size_t)end * sizeof *line);
+    if (factor)
+        for (int64_t i = 0; i < n; i++)
+            line[column[i]] = value[i] * factor[plane[column[i]]];
+    else
+        for (int64_t i = 0; i < n; i++)
+            line[column[i]] = value[i] * common;
+}
+
+/* To nearest even, limited as weights.h does it. */
+QSP_INLINE i32x16 weight_codes(f32x16 v, f32x16 inverse)
+{
+    const f32x16 q = f32x16_max(f32x16_min(f32x16_mul(v, inverse), f32x16_set1(1024.0f)), f32x16_set1(-1024.0f));
+    return i32x16_max(i32x16_min(i32x16_nearest(q), i32x16_set1(127)), i32x16_set1(-127));
+}
+
+/* The scale of a matrix row whose largest magnitude has these bits; returns what values are multiplied by. */
+QSP_INLINE float weight_scale(const qsp_weight *a, int64_t row, uint32_t bits)
+{
+    float absmax;
+    memcpy(&absmax, &bits, sizeof absmax);
+    const float scale = qsp_symmetric_scale(a->clip && isfinite(absmax) ? a->clip : absmax, 127.0f);
+    a->scale[row] = scale * a->scale_factor;
+    return isfinite(absmax) ? 1.0f / scale : 0.0f;
+}
+
+static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, float *line)
+{
+    const qsp_dense *d = a->dense;
+    const qsp_band *b = d->bands;
+    for (int64_t row = first; row < last; row++) {
+        while (row >= b->last)
+            b++;
+        expand_row(a, row, line, a->factor, d->plane + b->table, 1.0f);
+        u32x16 bits = u32x16_zero();
+        for (int64_t k = 0; k < d->columns; k += 16)
+            bits = u32x16_max_abs(bits, f32x16_load(line + k));
+        const f32x16 inverse = f32x16_set1(weight_scale(a, row, u32x16_reduce_max(bits)));
+        int8_t *codes = a->codes + row * d->pitch;
+        for (int64_t k = 0; k < d->columns; k += 16)
+            u8x16_store((uint8_t *)codes + k, i32x16_to_s8(weight_codes(f32x16_load(line + k), inverse)));
+        const int64_t end = (d->columns + 15) / 16 * 16;
+        memset(codes + end, 0, (size_t)(d->pitch - end));
+    }
+}
+
+static void dense_column_max_kernel(const qsp_weight *a, int64_t first, int64_t last, uint32_t *most)
+{
+    const qsp_dense *d = a->dense;
+    for (int64_t row = first; row < last; row++) {
+        const float *value;
+        const uint16_t *column;
+        const int64_t n = values_of_row(a, row, &value, &column);
+        const float factor = a->factor ? a->factor[row] : 1.0f;
+        uint32_t *to = most + row / (d->value_rows / d->groups) * d->columns;
+        for (int64_t i = 0; i < n; i++) {
+            const float v = value[i] * factor;
+            const int64_t c = column ? column[i] : i;
+            uint32_t bits;
+            memcpy(&bits, &v, sizeof bits);
+            bits &= 0x7fffffff;
+            to[c] = bits > to[c] ? bits : to[c];
+        }
+    }
+}
+
+static void dense_scales_kernel(const qsp_weight *a, uint32_t *most)
+{
+    /* Several columns, the taps of a kernel, share a row: what is largest of them stands in its scale's place first. */
+    const qsp_dense *d = a->dense;
+    memset(a->scale, 0, (size_t)d->rows * sizeof *a->scale);
+    for (int64_t g = 0; g < d->groups; g++)
+        for (int64_t c = 0; c < d->columns; c++) {
+            float *row = a->scale + d->row_of[c] + g * d->group_rows;
+            uint32_t bits;
+            memcpy(&bits, row, sizeof bits);
+            bits = most[g * d->columns + c] > bits ? most[g * d->columns + c] : bits;
+            memcpy(row, &bits, sizeof bits);
+        }
+    for (int64_t g = 0; g < d->groups; g++)
+        for (int64_t c = 0; c < d->columns; c++) {
+            const float *row = a->scale + d->row_of[c] + g * d->group_rows;
+            memcpy(&most[g * d->columns + c], row, sizeof *row);
+        }
+    /* what a row multiplies by goes through its scale's place to the columns */
+    for (int64_t row = 0; row < d->rows; row++) {
+        uint32_t bits;
+        memcpy(&bits, &a->scale[row], sizeof bits);
+        weight_scale(a, row, bits);
+    }
+    for (int64_t i = 0; i < d->groups * d->columns; i++) {
+        float absmax;
+        memcpy(&absmax, &most[i], sizeof absmax);
+        const float scale = qsp_symmetric_scale(a->clip && isfinite(absmax) ? a->clip : absmax, 127.0f);
+        const float inverse = isfinite(absmax) ? 1.0f / scale : 0.0f;
+        memcpy(&most[i], &inverse, sizeof inverse);
+    }
+}
+
+/* Sixteen value rows of a group, or what is left of them. */
+static void dense_columns_kernel(const qsp_weight *a, int64_t tile, const float *inverse, float *lines)
+{
+    const qsp_dense *d = a->dense;
+    const int64_t in_group = d->value_rows / d->groups, tiles = (in_group + 15) / 16, group = tile / tiles;
+    const int64_t row = tile % tiles * 16; /* in the group */
+    const int64_t pitch = (d->columns + 15) / 16 * 16;
+    const int n = (int)qsp_min(16, in_group - row);
+    for (int i = 0; i < n; i++) {
+        const int64_t r = group * in_group + row + i;
+        expand_row(a, r, lines + i * pitch, NULL, NULL, a->factor ? a->factor[r] : 1.0f);
+    }
+    for (int64_t c = 0; c < d->columns; c += 16) {
+        const int m = (int)qsp_min(16, d->columns - c);
+        const f32x16 factor = f32x16_load_n(inverse + group * d->columns + c, m);
+        u8x16 codes[16];
+        QSP_UNROLL
+        for (int i = 0; i < 16; i++)
+            codes[i] = i32x16_to_s8(weight_codes(f32x16_load(lines + (i < n ? i : 0) * pitch + c), factor));
+        u8_transpose_16x16(codes);
+        for (int k = 0; k < m; k++) {
+            uint8_t *to = (uint8_t *)a->codes + (d->row_of[c + k] + group * d->group_rows) * d->pitch +
+                          d->entry_of[c + k] + row;
+            if (n == 16)
+                u8x16_store(to, codes[k]);
+            else
+                u8x16_store_n(to, codes[k], n);
+        }
+    }
+}
+
+/* Of each row the sum of its codes times the zero points. */
+static void dense_totals_kernel(const qsp_weight *a, int64_t first, int64_t last)
+{
+    const qsp_dense *d = a->dense;
+    const qsp_band *b = d->bands;
+    for (int64_t row = first; row < last; row++) {
+        while (row >= b->last)
+            b++;
+        const int8_t *codes = a->codes + row * d->pitch;
+        if (a->zero_point) {
+            const int32_t *plane = d->plane + b->table;
+            int64_t sum = 0;
+            for (int64_t k = 0; k < b->size; k++)
+                sum += codes[k] * a->zero_point[plane[k]];
+            a->total[row] = sum;
+            continue;
+        }
+        i32x16 total = i32x16_set1(0);
+        for (int64_t k = 0; k < d->pitch; k += 16)
+            total = i32x16_add(total, i32x16_load_s8((const uint8_t *)codes + k));
+        a->total[row] = i32x16_reduce_add(total) * a->zero_factor;
+    }
+}
