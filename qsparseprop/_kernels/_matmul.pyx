@@ -369,7 +369,7 @@ cdef int64_t _run_quantize_dense(qsp_weight *a, DenseRows rows, int64_t n, int t
     cdef int64_t line = (d.columns + 15) // 16 * 16, all_columns = d.groups * d.columns, chunk, i, tile
     cdef int64_t tiles = d.groups * ((d.value_rows // d.groups + 15) // 16)
     cdef int64_t chunks = 1 if threads == 1 or rows.slots < 1 << 15 else min(<int64_t> threads, d.value_rows)
-    cdef int64_t lines = chunks * line * (16 if rows.swapped else 1), size
+    cdef int64_t lines = chunks * line * (16 if rows.swapped else 2), size
     cdef float *space
     cdef uint32_t *most
     a.dense = d
@@ -381,7 +381,7 @@ cdef int64_t _run_quantize_dense(qsp_weight *a, DenseRows rows, int64_t n, int t
     most = <uint32_t *> (space + lines)
     if not rows.swapped:
         for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
-            kernels.dense_rows(args, d.rows * chunk // chunks, d.rows * (chunk + 1) // chunks, space + chunk * line)
+            kernels.dense_rows(args, d.rows * chunk // chunks, d.rows * (chunk + 1) // chunks, space + 2 * chunk * line)
     else:
         memset(most, 0, chunks * all_columns * sizeof(uint32_t))
         memset(a.codes, 0, rows.slots)

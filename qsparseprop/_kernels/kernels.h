@@ -234,8 +234,8 @@ typedef struct {
     void (*spmm_dense_u8)(const qsp_spmm *, int64_t unit, int64_t chunk);
     void (*sddmm_dense_u8)(const qsp_sddmm *, int64_t task);
     void (*sddmm_dense_units)(const qsp_sddmm *);
-    /* Weights of dense rows. Where a matrix' rows are the values' rows: rows [first, last), with a line of `pitch`
-     * floats as scratch. Elsewhere first what is the largest of each column, as bits, in value rows [first, last), added
+    /* Weights of dense rows. Where a matrix' rows are the values' rows: rows [first, last), with two lines of
+     * floats, of the columns in sixteens, as scratch. Elsewhere first what is the largest of each column, as bits, in value rows [first, last), added
      * to most [groups][columns]; then scales, and what each column is multiplied by in their place; then the codes of
      * sixteen value rows of a group, with sixteen lines of scratch; then `total`. */
     void (*dense_rows)(const qsp_weight *, int64_t first, int64_t last, float *line);

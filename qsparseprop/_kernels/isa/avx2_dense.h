@@ -94,40 +94,55 @@ QSP_INLINE void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8
     }
 }
 
-/* Two entries of a table at a time: with four rows eight sums. */
+/* Entries of a table whose sums with four rows stay in registers. */
+enum { DENSE_ENTRIES = ISA_DOT == DOT_EVEX ? 4 : 2 };
+
 QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
                                   const int32_t *offset, const uint8_t *const *dy, const int64_t *dy_lane,
                                   int64_t units, int rows)
 {
-    for (int k = 0; k < 4; k += 2) {
-        __m256i s[4][2];
+    __m256i total[4][4]; /* of row j and entry k */
+    for (int k = 0; k < 4; k += DENSE_ENTRIES) {
+        __m256i s[4][DENSE_ENTRIES];
         QSP_UNROLL
-        for (int i = 0; i < 8; i++)
-            s[i / 2][i % 2] = _mm256_setzero_si256();
+        for (int j = 0; j < 4; j++)
+            QSP_UNROLL
+            for (int e = 0; e < DENSE_ENTRIES; e++)
+                s[j][e] = _mm256_setzero_si256();
         for (int64_t u = 0; u < units; u++) {
-            const uint8_t *p = x + x_lane[u] + offset[k], *q = x + x_lane[u] + offset[k + 1];
+            const uint8_t *p = x + x_lane[u];
             QSP_UNROLL
             for (int h = 0; h < QSP_UNIT; h += 32) {
-                const __m256i a = u8x32_load(p + h), b = u8x32_load(q + h);
+                __m256i v[DENSE_ENTRIES];
+                QSP_UNROLL
+                for (int e = 0; e < DENSE_ENTRIES; e++)
+                    v[e] = u8x32_load(p + offset[k + e] + h);
                 QSP_UNROLL
                 for (int j = 0; j < 4; j++) {
                     const __m256i g = s8x32_load_code(dy[j] + dy_lane[u] + h);
 #if ISA_DOT == DOT_MADDUBS
                     const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(g, 8), 8), odd = _mm256_srai_epi16(g, 8);
-                    s[j][0] = _mm256_add_epi32(s[j][0], _mm256_madd_epi16(u16x16_even(a), even));
-                    s[j][1] = _mm256_add_epi32(s[j][1], _mm256_madd_epi16(u16x16_even(b), even));
-                    s[j][0] = _mm256_add_epi32(s[j][0], _mm256_madd_epi16(u16x16_odd(a), odd));
-                    s[j][1] = _mm256_add_epi32(s[j][1], _mm256_madd_epi16(u16x16_odd(b), odd));
-#else
-                    s[j][0] = i32x8_dot_u8s8(s[j][0], a, g);
-                    s[j][1] = i32x8_dot_u8s8(s[j][1], b, g);
 #endif
+                    QSP_UNROLL
+                    for (int e = 0; e < DENSE_ENTRIES; e++) {
+#if ISA_DOT == DOT_MADDUBS
+                        s[j][e] = _mm256_add_epi32(s[j][e], _mm256_madd_epi16(u16x16_even(v[e]), even));
+                        s[j][e] = _mm256_add_epi32(s[j][e], _mm256_madd_epi16(u16x16_odd(v[e]), odd));
+#else
+                        s[j][e] = i32x8_dot_u8s8(s[j][e], v[e], g);
+#endif
+                    }
                 }
             }
         }
-        for (int j = 0; j < rows; j++) {
-            sums[j * pitch + k] += i32x8_reduce_add(s[j][0]);
-            sums[j * pitch + k + 1] += i32x8_reduce_add(s[j][1]);
-        }
+        QSP_UNROLL
+        for (int j = 0; j < 4; j++)
+            QSP_UNROLL
+            for (int e = 0; e < DENSE_ENTRIES; e++)
+                total[j][k + e] = s[j][e];
+    }
+    for (int j = 0; j < rows; j++) {
+        __m128i *to = (__m128i *)(sums + j * pitch);
+        _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), i32x8_reduce_four(total[j])));
     }
 }

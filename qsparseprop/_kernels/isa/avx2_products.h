@@ -49,18 +49,21 @@ QSP_INLINE sddmm_acc sddmm_acc_add_grad(sddmm_acc sum, const uint8_t *p)
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
+/* The totals of four vectors. */
+QSP_INLINE __m128i i32x8_reduce_four(const __m256i *d)
+{
+    const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(d[0], d[1]), _mm256_unpackhi_epi32(d[0], d[1]));
+    const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(d[2], d[3]), _mm256_unpackhi_epi32(d[2], d[3]));
+    const __m256i h = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+    return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+}
+
 QSP_INLINE void sddmm_acc_flush(int64_t *sums, const sddmm_acc *d, int n)
 {
     QSP_UNROLL
     for (int j = 0; j < n; j += QSP_GROUP) {
-        const __m256i ab =
-            _mm256_add_epi32(_mm256_unpacklo_epi32(d[j], d[j + 1]), _mm256_unpackhi_epi32(d[j], d[j + 1]));
-        const __m256i cd =
-            _mm256_add_epi32(_mm256_unpacklo_epi32(d[j + 2], d[j + 3]), _mm256_unpackhi_epi32(d[j + 2], d[j + 3]));
-        const __m256i h = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-        const __m128i r = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
         __m256i *p = (__m256i *)(sums + j);
-        _mm256_storeu_si256(p, _mm256_add_epi64(_mm256_loadu_si256(p), _mm256_cvtepi32_epi64(r)));
+        _mm256_storeu_si256(p, _mm256_add_epi64(_mm256_loadu_si256(p), _mm256_cvtepi32_epi64(i32x8_reduce_four(d + j))));
     }
 }
 

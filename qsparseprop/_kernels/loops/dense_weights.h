@@ -10,28 +10,24 @@ QSP_INLINE int64_t values_of_row(const qsp_weight *a, int64_t row, const float *
     return d->value_ptr[row + 1] - first;
 }
 
-/* A value row as a line with zeros, up to a multiple of 16. `factor` goes with the entries, or is one for the row. Only
+/* A value row as a line with zeros, up to a multiple of 16. `factor` goes with the columns; without it `common` does. Only
  * what is there is multiplied: a factor may be NaN. */
-QSP_INLINE void expand_row(const qsp_weight *a, int64_t row, float *line, const float *factor, const int32_t *plane,
-                           float common)
+QSP_INLINE void expand_row(const qsp_weight *a, int64_t row, float *line, const float *factor, float common)
 {
     const float *value;
     const uint16_t *column;
     const int64_t n = values_of_row(a, row, &value, &column), end = (a->dense->columns + 15) / 16 * 16;
-    if (!column) {
-        for (int64_t k = 0; k < n; k++)
-            line[k] = value[k] * (factor ? factor[plane[k]] : common);
-        for (int64_t k = n; k < end; k++)
-            line[k] = 0;
-        return;
+    if (column)
+        memset(line, 0, (size_t)end * sizeof *line);
+    for (int64_t i = 0; column && factor && i < n; i++)
+        line[column[i]] = value[i] * factor[column[i]];
+    for (int64_t i = 0; column && !factor && i < n; i++)
+        line[column[i]] = value[i] * common;
+    for (int64_t k = 0; !column && k < end; k += 16) {
+        const int m = (int)qsp_min(16, n - k);
+        const f32x16 f = factor ? f32x16_load(factor + k) : f32x16_set1(common);
+        f32x16_store(line + k, f32x16_mul(f32x16_load_n(value + k, m), f));
     }
-    memset(line, 0, (size_t)end * sizeof *line);
-    if (factor)
-        for (int64_t i = 0; i < n; i++)
-            line[column[i]] = value[i] * factor[plane[column[i]]];
-    else
-        for (int64_t i = 0; i < n; i++)
-            line[column[i]] = value[i] * common;
 }
 
 /* To nearest even, limited as weights.h does it. */
@@ -54,11 +50,16 @@ QSP_INLINE float weight_scale(const qsp_weight *a, int64_t row, uint32_t bits)
 static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, float *line)
 {
     const qsp_dense *d = a->dense;
-    const qsp_band *b = d->bands;
+    const qsp_band *b = d->bands, *known = NULL;
+    const int64_t end = (d->columns + 15) / 16 * 16;
+    float *factor = a->factor ? line + end : NULL;
     for (int64_t row = first; row < last; row++) {
         while (row >= b->last)
             b++;
-        expand_row(a, row, line, a->factor, d->plane + b->table, 1.0f);
+        for (int64_t k = 0; factor && known != b && k < end; k++)
+            factor[k] = k < d->columns ? a->factor[d->plane[b->table + k]] : 1.0f;
+        known = b;
+        expand_row(a, row, line, factor, 1.0f);
         u32x16 bits = u32x16_zero();
         for (int64_t k = 0; k < d->columns; k += 16)
             bits = u32x16_max_abs(bits, f32x16_load(line + k));
@@ -66,7 +67,6 @@ static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, 
         int8_t *codes = a->codes + row * d->pitch;
         for (int64_t k = 0; k < d->columns; k += 16)
             u8x16_store((uint8_t *)codes + k, i32x16_to_s8(weight_codes(f32x16_load(line + k), inverse)));
-        const int64_t end = (d->columns + 15) / 16 * 16;
         memset(codes + end, 0, (size_t)(d->pitch - end));
     }
 }
@@ -134,7 +134,7 @@ static void dense_columns_kernel(const qsp_weight *a, int64_t tile, const float 
     const int n = (int)qsp_min(16, in_group - row);
     for (int i = 0; i < n; i++) {
         const int64_t r = group * in_group + row + i;
-        expand_row(a, r, lines + i * pitch, NULL, NULL, a->factor ? a->factor[r] : 1.0f);
+        expand_row(a, r, lines + i * pitch, NULL, a->factor ? a->factor[r] : 1.0f);
     }
     for (int64_t c = 0; c < d->columns; c += 16) {
         const int m = (int)qsp_min(16, d->columns - c);
