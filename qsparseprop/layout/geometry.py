@@ -28,6 +28,8 @@ from qsparseprop._kernels._plan import PlaneLayout
 
 #: Lanes that a kernel works on at a time.
 UNIT = 64
+#: Nonzeros that the kernels take at a time; rows of lists are padded to it.
+GROUP = 4
 #: Lanes of a plane of one block to aim for: enough to amortise its gaps, few enough to stay near the cache. Where one
 #: of twice the size has a good deal fewer gaps, see SAVED_LANES, it is that.
 BLOCK_LANES = 1024

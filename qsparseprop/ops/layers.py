@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels._memory import empty
-from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._plan import PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.layout.plan import Plan
 from qsparseprop.ops._registration import check_tensors, in_memory, recorded
@@ -64,7 +64,7 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and not x.is_contiguous()
 
 
-def _result_like(x: Tensor, rows: GatherList, dtype: torch.dtype, channels_last: bool | None) -> Tensor:
+def _result_like(x: Tensor, rows: ProductRows, dtype: torch.dtype, channels_last: bool | None) -> Tensor:
     """A tensor for the result of a product with x, of as many dimensions."""
     if x.ndim == 2:
         return empty((x.shape[0], rows.target.channels), dtype)
@@ -113,7 +113,7 @@ def layer_forward(
     x, values, bias = in_memory(x, "x"), in_memory(values, "values"), in_memory(bias, "bias")
     check_tensors(clip=quantisation.clip)
     transposed, images, scheme = plan.geometry.transposed, len(x), quantisation.scheme
-    rows = plan.backward if transposed else plan.forward
+    rows = plan.multiplied(scheme is not None, transposed)
     packed = _packed_by(x, rows.source, scheme, quantisation.seed)
     if transposed:
         bias = _bias_of_phases(bias, rows.rows)
@@ -196,7 +196,7 @@ def layer_backward(
     if scheme is not None and scheme.name == "absmax":
         scheme = Scheme("symmetric", (), scheme.per_channel)  # around 128, whatever the signs
     transposed, images = plan.geometry.transposed, len(dy)
-    rows = plan.forward if transposed else plan.backward
+    rows = plan.multiplied(scheme is not None, not transposed)
     dx = dvalues = gradient = None
     in_floats = grads[1] and _is_in_floats(packed)
     if grads[0] or (grads[1] and not in_floats):
@@ -207,7 +207,7 @@ def layer_backward(
         if in_floats and (gradient is None or scheme is not None):
             gradient = pack_plain(dy, rows.source)
         operands = (gradient, packed) if transposed else (packed, gradient)
-        dvalues = sddmm_plain(*operands, plan.forward, images, values.shape[0])
+        dvalues = sddmm_plain(*operands, plan.differentiated(not in_floats), images, values.shape[0])
     return dx, dvalues, bias_gradient(dy) if grads[2] else None
 
 
@@ -273,8 +273,10 @@ def packed_backward(
     check_tensors(clip=clip)
     dx = dvalues = None
     if grads[0]:
-        out = empty_result(plan.backward, images, x_dtype, channels_last)
-        dx = multiply_plain(dy, values, plan.backward, out, None, clip)
+        rows = plan.multiplied(dy.scale is not None, swapped=True)
+        out = empty_result(rows, images, x_dtype, channels_last)
+        dx = multiply_plain(dy, values, rows, out, None, clip)
     if grads[1]:
-        dvalues = sddmm_plain(packed, dy, plan.forward, images, values.shape[0])
+        rows = plan.differentiated(not _is_in_floats(packed))
+        dvalues = sddmm_plain(packed, dy, rows, images, values.shape[0])
     return dx, dvalues

@@ -100,8 +100,9 @@ def _compute(x: Tensor, values: Tensor, bias: Tensor | None, call: _Call) -> tup
             pending.keep_packed(PackedInput(parts, plan.geometry, qconfig.input_scheme))
         kept, rest = parts, None
     else:
-        z = ops.empty_result(plan.forward, call.images[0], call.dtype, channels_last)
-        ops.multiply(packed.parts, values, plan.forward, z, bias, qconfig.weight_clip(values, plan.entries))
+        rows = plan.multiplied(packed.parts.scale is not None)
+        z = ops.empty_result(rows, call.images[0], call.dtype, channels_last)
+        ops.multiply(packed.parts, values, rows, z, bias, qconfig.weight_clip(values, plan.entries))
         kept, rest = packed.parts, None
         if packed.source is not None:
             kept, rest = packed.source.tensors, packed.source.rest
