@@ -17,13 +17,15 @@ from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, PlanCache
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
+from qsparseprop.nn._product import ProductCall
 from qsparseprop.nn._traced import config_text, traced_product
 from qsparseprop.nn._values import SparseValues
 from qsparseprop.nn._weight import SparseWeight
-from qsparseprop.nn.deferred import DeferredTensor, deferred_product, may_defer
+from qsparseprop.nn.blocks import deferred_product
+from qsparseprop.nn.deferred import DeferredTensor, may_defer
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.usage import Operation, longest
-from qsparseprop.nn.functional import ProductCall, sparse_product
+from qsparseprop.nn.functional import sparse_product
 from qsparseprop.quantization import QuantConfig
 
 #: What the kernels read and write; other dtypes are converted.

@@ -22,13 +22,13 @@ def check_finite(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} has NaN or Inf (check_finite is on)")
 
 
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a dtype; a call of `to` costs as much where it does nothing."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+def as_dtype(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """The tensor, if there is one, in a dtype; a call of `to` costs as much where it does nothing."""
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
-def value_gradient(gradient: Tensor, values: Tensor) -> Tensor | None:
-    """Gradient of the values; none where there are none, since optimizers may divide by the number of elements."""
+def value_gradient(gradient: Tensor | None, values: Tensor) -> Tensor | None:
+    """Gradient of the values, if wanted; none where there are none: optimizers may divide by the number of elements."""
     return as_dtype(gradient, values.dtype) if values.numel() else None
 
 
