@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop import ops
-from qsparseprop._torch_compat import transforms_active
+from qsparseprop._torch_compat import is_jit_tracing, transforms_active
 from qsparseprop.contents import is_convertible
 from qsparseprop.layout.geometry import Geometry
 from qsparseprop.layout.pattern import dense_pattern
@@ -157,9 +157,9 @@ class SparseModule(SparseWeight):
         cache = self.__dict__.get("_plans")
         if cache is None:
             cache = self.__dict__["_plans"] = PlanCache()
-        pattern = self.crow_indices, self.col_indices
-        plan = cache.find(*pattern, geometry, groups)
-        return cache.get(*pattern, self._matrix_shape(), geometry, groups) if plan is None else plan
+        crow, col = self.crow_indices, self.col_indices
+        plan = cache.find(crow, col, geometry, groups)
+        return cache.get(crow, col, self._matrix_shape(), geometry, groups) if plan is None else plan
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
@@ -197,7 +197,7 @@ class SparseModule(SparseWeight):
     def _is_usual(self, x: Tensor) -> bool:
         """Whether nothing is to be said against an input, found out by a few quick questions."""
         # tracing first: then questions may be answered by tensors
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        if torch.compiler.is_compiling() or is_jit_tracing() or type(x) is not Tensor:
             return False
         return x.dtype in KERNEL_DTYPES and ops.are_plain(x) and not transforms_active()
 

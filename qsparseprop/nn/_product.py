@@ -14,8 +14,9 @@ from torch import Tensor
 from qsparseprop import ops
 from qsparseprop._torch_compat import dispatch_modes
 from qsparseprop.layout.plan import Plan
-from qsparseprop.nn._passes import backward_pass, check_finite, forward_pass
+from qsparseprop.nn._passes import check_finite, gradient_quantisation, input_quantisation, of_kernel_dtype
 from qsparseprop.nn._traced import config_text, sparse_layer, sparse_layer_backward
+from qsparseprop.ops.layers import layer_backward_plain, layer_forward_plain
 from qsparseprop.quantization import QuantConfig
 
 
@@ -68,7 +69,8 @@ def multiply(x: Tensor, bias: Tensor | None, call: ProductCall, save: bool) -> t
     # of rows, in whatever shape, torch's results are contiguous
     channels_last = False if shape is not None and len(shape) == 3 else None
     if not _is_watched(x, values, bias):
-        return forward_pass(x, values, bias, plan, qconfig, dtype, channels_last, save)
+        quantisation = input_quantisation(values, plan, qconfig)
+        return layer_forward_plain(x, values, bias, plan, quantisation, dtype, channels_last, save)
     ops.check_storage(values, "the weight")
     images = x if x.ndim == 4 else x.view(*x.shape, 1, 1)
     out, *packed = sparse_layer.overload(images, values, bias, *call.as_graphs_take_it(), dtype)
@@ -88,7 +90,8 @@ def product_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of the input, the values and the bias, as far as they are wanted; `dy` is of the shape that `multiply` gave."""
     if not _is_watched(dy, values, *(packed or ())):
-        return backward_pass(dy, values, packed, call.plan, call.qconfig, grads, x_dtype)
+        quantisation = gradient_quantisation(values, call.plan, call.qconfig)
+        return layer_backward_plain(of_kernel_dtype(dy), values, packed, call.plan, quantisation, grads, x_dtype)
     images, shape = (dy, x_shape) if dy.ndim == 4 else (dy.view(*dy.shape, 1, 1), (*x_shape, 1, 1))
     dx, dvalues, dbias = sparse_layer_backward.overload(images, values, *(packed or (None, None, None)),
                                                         *call.as_graphs_take_it(), shape, grads, x_dtype)  # fmt: skip
