@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from qsparseprop.layout.geometry import Geometry, linear_geometry, linear_numbers
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
+from qsparseprop.nn.autograd.graph import NoGradient
 from qsparseprop.nn.deferred import ordinary
 from qsparseprop.nn.deferred.layout import linear as linear_layout
-from qsparseprop.nn.functional import NoGradient
 from qsparseprop.quantization import QuantConfig
 
 __all__ = ["QuantizedSparseLinear", "SparseLinear"]

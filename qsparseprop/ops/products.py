@@ -306,7 +306,8 @@ def multiply_plain(
     limits: Sequence[float] = (),
 ) -> Tensor:
     """`multiply` for those who have looked at the tensors already."""
-    _check_limits(limits, bias)
+    if limits:
+        _check_limits(limits, bias)
     if values.dtype is not torch.float32:
         values = values.to(torch.float32)
     if bias is not None and bias.dtype is not torch.float32:

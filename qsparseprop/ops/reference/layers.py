@@ -23,6 +23,10 @@ def _around_128(scheme: Scheme) -> Scheme:
     return Scheme("symmetric", (), scheme.per_channel)
 
 
+def _is_around_128(packed: Packed) -> bool:
+    return packed.zero_point is not None and bool((packed.zero_point == 128).all())
+
+
 def _last(x: Tensor, channels_last: bool | None) -> bool:
     """Whether a result is channels_last."""
     return x.stride(1) == 1 and not x.is_contiguous() if channels_last is None else channels_last
@@ -50,7 +54,8 @@ def layer_forward(
     packed = _packed(x, rows.source, scheme, seed)
     if transposed:
         bias = None if bias is None else bias.repeat(rows.rows // len(bias))
-        if scheme is not None and scheme.per_channel:  # taps read the front of their own plane
+        # taps read the front of their own plane
+        if scheme is not None and scheme.per_channel and packed.zero_point is not None:
             grid = plan.geometry.output_grid
             blocks = packed.planes[: -(-len(x) // grid.images) * grid.block].view(-1, grid.block)
             for plane in range(grid.planes):
@@ -60,7 +65,7 @@ def layer_forward(
         return out, None
     if scheme is None or in_floats:
         return out, pack(x, rows.source)
-    if transposed and (scheme.name == "standard" or (packed.zero_point != 128).any()):
+    if transposed and (scheme.name == "standard" or not _is_around_128(packed)):
         packed = quantize_pack(x, rows.source, _around_128(scheme))
     return out, packed
 
@@ -86,6 +91,7 @@ def layer_backward(
     if grads[0]:
         dx = multiply(gradient, values, rows, _result(rows, len(dy), x_dtype, _last(dy, channels_last)), None, clip)
     if grads[1]:
+        assert packed is not None
         if packed.planes.dtype == torch.float32:
             gradient = pack(dy, rows.source)
         operands = (gradient, packed) if transposed else (packed, gradient)
@@ -105,7 +111,10 @@ def packed_backward(
     channels_last: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `qsparseprop.ops.packed_backward`."""
-    dx = None
+    dx = dvalues = None
     if grads[0]:
         dx = multiply(dy, values, plan.backward, _result(plan.backward, images, x_dtype, channels_last), None, clip)
-    return dx, sddmm(packed, dy, plan.forward, images, len(values)) if grads[1] else None
+    if grads[1]:
+        assert packed is not None
+        dvalues = sddmm(packed, dy, plan.forward, images, len(values))
+    return dx, dvalues
