@@ -14,6 +14,8 @@ from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop.layout.geometry import Geometry
 from qsparseprop.layout.pattern import check_pattern, row_indices, tensor_version
 
+__all__ = ["GROUP", "KEPT_PLANS", "Plan", "PlanCache", "make_plan", "shared_plan_cache"]
+
 GROUP = 4  # nonzeros that the kernels take at a time; rows are padded to it
 
 #: Input sizes whose offset tables are kept for a pattern: training and evaluation batches, and the last one of each.

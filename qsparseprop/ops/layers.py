@@ -28,6 +28,8 @@ from qsparseprop.ops.products import (
     sddmm_plain,
 )
 
+__all__ = ["Quantisation", "bias_gradient", "is_channels_last", "layer_backward", "layer_forward", "packed_backward"]
+
 
 class Quantisation(NamedTuple):
     """How a pass of a layer quantises.
