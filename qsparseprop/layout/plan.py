@@ -18,6 +18,8 @@ from qsparseprop.layout.geometry import GROUP, Geometry
 from qsparseprop.layout.modes import Modes, choose_modes
 from qsparseprop.layout.pattern import check_pattern, row_indices, tensor_version
 
+__all__ = ["KEPT_PLANS", "Plan", "PlanCache", "make_plan", "shared_plan_cache"]
+
 #: Input sizes whose offset tables are kept for a pattern: training and evaluation batches, and the last one of each.
 KEPT_PLANS = 8
 

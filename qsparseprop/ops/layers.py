@@ -29,6 +29,8 @@ from qsparseprop.ops.products import (
     sddmm_plain,
 )
 
+__all__ = ["Quantisation", "bias_gradient", "is_channels_last", "layer_backward", "layer_forward", "packed_backward"]
+
 #: Elements up to which a gradient is added up by one thread, which takes less time than starting torch's reduction.
 FEW = 1 << 12
 

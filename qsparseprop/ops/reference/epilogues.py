@@ -14,6 +14,9 @@ from qsparseprop.ops.products import Packed
 from qsparseprop.ops.reference.masks import bits, words
 from qsparseprop.ops.reference.products import pack_codes
 
+__all__ = ["activation_range", "epilogue", "epilogue_grad", "epilogue_grad_pack", "epilogue_pack", "epilogue_range",
+           "epilogue_sums"]  # fmt: skip
+
 
 def _exp_minus(t: Tensor) -> Tensor:
     n = (t * 1.44269504088896341).round()

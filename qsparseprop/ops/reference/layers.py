@@ -14,6 +14,8 @@ from qsparseprop.ops.layers import Quantisation
 from qsparseprop.ops.products import Packed
 from qsparseprop.ops.reference.products import multiply, pack, quantize_pack, sddmm
 
+__all__ = ["layer_backward", "layer_forward", "packed_backward"]
+
 
 def _packed(x: Tensor, layout: PlaneLayout, scheme: Scheme | None, seed: Tensor | None) -> Packed:
     return pack(x, layout) if scheme is None else quantize_pack(x, layout, scheme, seed)

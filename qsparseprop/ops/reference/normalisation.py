@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["norm_factors", "norm_statistics"]
+
 
 def norm_statistics(
     x: Tensor,

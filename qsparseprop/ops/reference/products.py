@@ -13,6 +13,8 @@ from qsparseprop.ops.products import Packed, Weights
 from qsparseprop.ops.reference.quantization import quantize_values
 from qsparseprop.ops.schemes import seed_bits, symmetric_scale
 
+__all__ = ["gather_weight", "multiply", "pack", "pack_codes", "quantize_pack", "quantize_weight", "sddmm", "spmm"]
+
 
 def _lanes(grid: Sequence[int], view: Sequence[int], images: int) -> Tensor:
     """Lane of each element of one channel, counted from the start of the buffer: (images, rows, columns), int64."""
