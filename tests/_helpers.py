@@ -27,6 +27,7 @@ ROUNDING = 2e-6
 #: Sums of a few hundred float32 products, relative to the largest result.
 FLOAT_SUM = 1e-5
 
+DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = ("contiguous", "reversed", "channels_last", "expanded", "sliced", "offset")
 VALUES = ("normal", "positive", "negative", "skewed", "constant", "zero", "small", "large")
 

@@ -33,14 +33,11 @@ from ._helpers import (
 
 GRADIENTS = [*LAYOUTS, "sum"]
 
-# by torch, of its own implementation
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    """Small tensors only: on a busy machine a team of threads costs more than the work."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # by torch, of its own implementation
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+]
 
 
 def run(layer, x, grad_layout, seed):

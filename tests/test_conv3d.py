@@ -19,13 +19,11 @@ from ._layers import LayerCase, check_float, check_quantised, check_reference, l
 
 CLASSES = (qnn.SparseConv3d, qnn.QuantizedSparseConv3d)
 
-# by torch, of its own implementation
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # by torch, of its own implementation
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+]
 
 
 @given(case=layer_cases(("Conv3d", "Conv3d", "Conv2d", "Conv1d")), layout=st.sampled_from(LAYOUTS))

@@ -28,10 +28,7 @@ from ._layers import check_float, check_quantised, check_reference, layer_cases,
 KINDS = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 CLASSES = (qnn.SparseConvTranspose2d, qnn.QuantizedSparseConvTranspose2d)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @given(case=layer_cases(KINDS), layout=st.sampled_from(LAYOUTS))

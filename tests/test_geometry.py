@@ -16,11 +16,7 @@ from qsparseprop.layout.plan import make_plan
 
 from ._helpers import conv_cases
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    """Small tensors only: on a busy machine a team of threads costs more than the work."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _blocks(grid: Grid, images: int) -> torch.Tensor:

@@ -9,11 +9,7 @@ from qsparseprop.layout.plan import GROUP, make_plan
 
 from ._helpers import conv_cases, random_mask
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    """Small tensors only: on a busy machine a team of threads costs more than the work."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _int32(*values):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qsparseprop.nn.deferred.pending import Pending
 
-from ._program_runs import fault
+from ._program_faults import fault
 from ._programs import STATEMENTS, Program, random_program, shrunk, source
 
 _NAMES = [name for name, (weight, _) in STATEMENTS.items() for _ in range(int(weight))]

@@ -33,10 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 CLASSES = (qnn.SparseTransposedLinear, qnn.QuantizedSparseTransposedLinear)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def conv1d(nf=12, nx=20, density=0.3, seed=0):
