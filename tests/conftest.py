@@ -31,12 +31,14 @@ if os.environ.get("QSPARSEPROP_TEST_NO_MKLDNN"):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Timings of a shared machine must not fail a test, and a failing example must be found again.
-hypothesis.settings.register_profile(
-    "qsparseprop", deadline=None, derandomize=True, print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-hypothesis.settings.load_profile("qsparseprop")
+# Timings of a shared machine must not fail a test, and a failing example must be found again. At every push a third of
+# the examples is tried, at night all (pytest --hypothesis-profile=nightly).
+for _tier, _percent in ("push", 34), ("nightly", 100):
+    hypothesis.settings.register_profile(
+        _tier, max_examples=_percent, deadline=None, derandomize=True, print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    )  # fmt: skip
+hypothesis.settings.load_profile("push")
 
 
 @pytest.fixture(autouse=True)

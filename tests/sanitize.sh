@@ -29,4 +29,4 @@ cd "$work"
 LD_PRELOAD=$runtimes PYTHONPATH="$work/lib" QSPARSEPROP_SANITIZED=1 PYTHONMALLOC=malloc \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_segv=1:abort_on_error=1 \
     UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    python -m pytest -q -p no:cacheprovider "${tests[@]}"
+    python -m pytest -q -p no:cacheprovider --hypothesis-profile=nightly "${tests[@]}"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -21,6 +21,7 @@ from ._helpers import (
     dense_example,
     dequantized,
     dequantized_weight,
+    examples,
     generator,
     gradient_of,
     laid_out,
@@ -66,7 +67,7 @@ def run(layer, case, seed=None):
 @given(case=linear_cases(), scheme=st.sampled_from(["absmax", "standard"]),
        grad_scheme=st.sampled_from(["stochastic", "absmax"]),
        granularity=st.sampled_from(["tensor", "channel"]))  # fmt: skip
-@settings(max_examples=300)
+@examples(300)
 def test_quantised_linear_is_float64_on_dequantised_operands(case, scheme, grad_scheme, granularity):
     dense, seed, per_channel = case.dense, 77 + case.seed, granularity == "channel"
     qconfig = QuantConfig(input=scheme, grad=grad_scheme, granularity=granularity)
@@ -100,7 +101,7 @@ def test_quantised_linear_is_float64_on_dequantised_operands(case, scheme, grad_
 
 
 @given(case=linear_cases())
-@settings(max_examples=100)
+@examples(100)
 def test_float_linear_is_float64_to_rounding(case):
     layer = SparseLinear.from_dense(case.dense)
     actual = run(layer, case)
@@ -115,7 +116,7 @@ def test_float_linear_is_float64_to_rounding(case):
 
 
 @given(case=linear_cases())
-@settings(max_examples=50)
+@examples(50)
 def test_float_gradients_are_the_derivative(case):
     """The layer is linear in each operand, so a finite difference of any size is its derivative."""
     layer = SparseLinear.from_dense(case.dense)

@@ -5,14 +5,14 @@ import copy
 import hypothesis
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from qsparseprop import nn as qnn
 from qsparseprop.quantization import QuantConfig
 
-from ._helpers import KINDS, example, generator, laid_out
+from ._helpers import KINDS, example, examples, generator, laid_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +59,7 @@ def _touched(dense, bad_x=None, bad_dy=None, bad_weight=None, shape=None):
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("where", ["input", "weight", "gradient"])
 @given(seed=st.integers(0, 10**6), layout=st.sampled_from(["contiguous", "channels_last", "sliced"]))
-@settings(max_examples=8)
+@examples(8)
 def test_what_a_bad_number_touches_is_not_finite(kind, bad, where, seed, layout):
     layer, dense, x = example(kind)
     dy = torch.randn(dense(x).shape, generator=generator(seed))

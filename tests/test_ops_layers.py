@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparseprop import ops
@@ -16,7 +16,7 @@ from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import make_plan
 from qsparseprop.ops import reference
 
-from ._helpers import DTYPES, LAYOUTS, generator, laid_out, random_values
+from ._helpers import DTYPES, LAYOUTS, examples, generator, laid_out, random_values
 from ._ops import CASES, assert_same, layer_arguments, operand, sddmm_arguments, sides, spmm_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +49,7 @@ def check_gradients(actual, wanted, check):
 @given(case=CASES, scheme=st.sampled_from(["absmax", "standard", "stochastic"]),
        grad_scheme=st.sampled_from(["absmax", "symmetric", "stochastic"]), layout=st.sampled_from(LAYOUTS),
        dtype=st.sampled_from(DTYPES), grads=st.tuples(*[st.booleans()] * 3), per_channel=st.booleans())  # fmt: skip
-@settings(max_examples=150)
+@examples(150)
 def test_layers_on_codes_are_made_of_the_reference(isa, case, scheme, grad_scheme, layout, dtype, grads, per_channel):
     forward, wanted, gradients, wanted_gradients = both_passes(
         case, scheme=scheme, grad_scheme=grad_scheme, layout=layout, dtype=dtype, grads=grads, per_channel=per_channel
@@ -66,7 +66,7 @@ def test_layers_on_codes_are_made_of_the_reference(isa, case, scheme, grad_schem
 
 
 @given(case=CASES, layout=st.sampled_from(LAYOUTS), grads=st.tuples(*[st.booleans()] * 3))
-@settings(max_examples=50)
+@examples(50)
 def test_layers_on_floats_are_made_of_the_reference(isa, case, layout, grads):
     forward, wanted, gradients, wanted_gradients = both_passes(
         case, scheme=None, grad_scheme=None, layout=layout, grads=grads

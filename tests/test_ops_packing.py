@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparseprop import ops
@@ -13,7 +13,7 @@ from qsparseprop.layout.geometry import UNIT, conv_geometry, linear_geometry
 from qsparseprop.ops import reference, schemes
 from qsparseprop.ops.reference import products
 
-from ._helpers import DTYPES, LAYOUTS, VALUES, conv_cases, generator, laid_out, random_values
+from ._helpers import DTYPES, LAYOUTS, VALUES, conv_cases, examples, generator, laid_out, random_values
 from ._ops import CASES, SCHEMES, SEEDS, assert_same, scheme_of, seed_for, sides
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +28,7 @@ LINEAR_SCHEMES = ("absmax", "symmetric", "standard", "stochastic")
 @given(case=CASES, side=st.booleans(), scheme=st.sampled_from(SCHEMES), kind=st.sampled_from(VALUES),
        layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES), seed=SEEDS,
        per_channel=st.booleans())  # fmt: skip
-@settings(max_examples=250)
+@examples(250)
 def test_quantize_pack_is_the_reference(isa, case, side, scheme, kind, layout, dtype, seed, per_channel):
     layout, shape = sides(case)[side]
     x = laid_out(random_values(shape, kind, case.seed).to(dtype), layout)
@@ -42,7 +42,7 @@ def test_quantize_pack_is_the_reference(isa, case, side, scheme, kind, layout, d
 
 
 @given(case=CASES, side=st.booleans(), scheme=st.sampled_from(SCHEMES))
-@settings(max_examples=60)
+@examples(60)
 def test_gaps_stand_for_zero(isa, case, side, scheme):
     """They are what a convolution pads with, those behind the last plane included."""
     hypothesis.assume(case.shape[0])
@@ -59,7 +59,7 @@ def test_gaps_stand_for_zero(isa, case, side, scheme):
 
 
 @given(case=CASES, side=st.booleans(), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES))
-@settings(max_examples=80)
+@examples(80)
 def test_pack_is_the_reference(isa, case, side, layout, dtype):
     layout, shape = sides(case)[side]
     x = laid_out(random_values(shape, "normal", case.seed).to(dtype), layout)
@@ -67,7 +67,7 @@ def test_pack_is_the_reference(isa, case, side, layout, dtype):
 
 
 @given(case=CASES, side=st.booleans(), scheme=st.sampled_from(SCHEMES), layout=st.sampled_from(LAYOUTS), seed=SEEDS)
-@settings(max_examples=60)
+@examples(60)
 def test_strides_do_not_change_codes(isa, case, side, scheme, layout, seed):
     layout, shape = sides(case)[side]
     x = laid_out(random_values(shape, "normal", case.seed), layout)
@@ -180,7 +180,7 @@ def test_minus_128_never_appears(isa, count, scale, seed):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @given(case=conv_cases(most_channels=3), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES),
        place=st.integers(0, 10**6), kind=st.sampled_from(["normal", "positive", "zero"]))  # fmt: skip
-@settings(max_examples=20)
+@examples(20)
 def test_one_bad_element_anywhere_makes_the_scale_not_finite(isa, bad, scheme, case, layout, dtype, place, kind):
     layout, shape = sides(case)[0]
     x = random_values(shape, kind, case.seed).to(dtype)

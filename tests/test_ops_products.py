@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparseprop import ops
 from qsparseprop.layout.geometry import linear_geometry
 from qsparseprop.ops import reference
 
-from ._helpers import DTYPES, generator
+from ._helpers import DTYPES, examples, generator
 from ._ops import CASES, SCHEMES, assert_same, sddmm_arguments, spmm_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @given(case=CASES, kind=st.sampled_from(["normal", "small", "large", "zero", "bad"]),
        factors=st.sampled_from(["one", "normal", "small", "large", "zero", "bad"]),
        zeros=st.sampled_from(["none", "one", "same", "mixed"]))  # fmt: skip
-@settings(max_examples=150)
+@examples(150)
 def test_weights_with_folded_scales_are_the_reference(isa, case, kind, factors, zeros):
     plan, values = case.plan()
     values = values * {"small": 1e-41, "large": 1e37, "zero": 0.0, "bad": float("nan")}.get(kind, 1.0)
@@ -49,7 +49,7 @@ def test_weights_with_folded_scales_are_the_reference(isa, case, kind, factors, 
 
 
 @given(case=CASES, kind=st.sampled_from(["normal", "small", "large", "zero", "bad"]))
-@settings(max_examples=100)
+@examples(100)
 def test_quantize_weight_is_the_reference(isa, case, kind):
     plan, values = case.plan()
     if kind == "bad" and values.numel():
@@ -97,7 +97,7 @@ def test_long_rows_of_weights(isa):
 
 @given(case=CASES, backward=st.booleans(), scheme=st.sampled_from(SCHEMES), channels_last=st.booleans(),
        kind=st.sampled_from(["normal", "positive", "skewed"]), dtype=st.sampled_from(DTYPES))  # fmt: skip
-@settings(max_examples=150)
+@examples(150)
 def test_spmm_on_codes_is_the_reference(isa, case, backward, scheme, channels_last, kind, dtype):
     bias = torch.randn(case.out_channels) if case.bias and not backward else None
     arguments = (*spmm_arguments(case, scheme, backward, bias, kind), dtype, channels_last)
@@ -114,7 +114,7 @@ def test_spmm_on_codes_is_the_reference(isa, case, backward, scheme, channels_la
 
 
 @given(case=CASES, backward=st.booleans(), channels_last=st.booleans())
-@settings(max_examples=80)
+@examples(80)
 def test_spmm_on_floats_is_close_to_float64(isa, case, backward, channels_last):
     bias = torch.randn(case.out_channels) if case.bias and not backward else None
     arguments = (*spmm_arguments(case, None, backward, bias), torch.float32, channels_last)
@@ -125,14 +125,14 @@ def test_spmm_on_floats_is_close_to_float64(isa, case, backward, channels_last):
 
 
 @given(case=CASES, scheme=st.sampled_from(SCHEMES), kind=st.sampled_from(["normal", "positive", "skewed"]))
-@settings(max_examples=150)
+@examples(150)
 def test_sddmm_on_codes_is_the_reference(isa, case, scheme, kind):
     arguments = sddmm_arguments(case, scheme, "stochastic", kind)
     assert_same(ops.sddmm(*arguments), reference.sddmm(*arguments))
 
 
 @given(case=CASES)
-@settings(max_examples=80)
+@examples(80)
 def test_sddmm_on_floats_is_close_to_float64(isa, case):
     arguments = sddmm_arguments(case, None, None)
     (planes, *_), (dy, *_), *rest = arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparseprop import ops
@@ -14,7 +14,7 @@ from qsparseprop.layout.geometry import conv_geometry, linear_geometry
 from qsparseprop.ops import reference
 from qsparseprop.quantization import SAWB_CONSTANTS, QuantConfig, dequantize, quantize
 
-from ._helpers import DTYPES, LAYOUTS, VALUES, generator, laid_out, random_values
+from ._helpers import DTYPES, LAYOUTS, VALUES, examples, generator, laid_out, random_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def options_of(scheme):
        kind=st.sampled_from(VALUES), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES),
        bits=st.integers(2, 8), mode=st.sampled_from(["tensor", "dim", "group"]), unsigned=st.booleans(),
        given_options=st.booleans(), number=st.integers(0, 2**63 - 1))  # fmt: skip
-@settings(max_examples=200)
+@examples(200)
 def test_quantize_is_the_reference(
     isa, shape, scheme, kind, layout, dtype, bits, mode, unsigned, given_options, number
 ):
