@@ -12,6 +12,7 @@ import torch
 
 from qsparseprop._kernels import _dispatch
 from qsparseprop._version import __version__
+from qsparseprop.layout.costs import machine_costs
 
 __all__ = ["cpu_model", "get_config", "openmp_runtimes", "show_config", "usable_processors"]
 

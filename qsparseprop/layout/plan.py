@@ -73,9 +73,8 @@ class Plan:
 
     def _dense_rows(self, swapped: bool) -> DenseRows:
         g = self.geometry
-        layouts = (g.input_layout, g.output_layout)
-        return DenseRows(self._pattern, self.groups, g.tap_phase, g.tap_shift, *layouts[:: -1 if swapped else 1],
-                         swapped)  # fmt: skip
+        source, target = (g.output_layout, g.input_layout) if swapped else (g.input_layout, g.output_layout)
+        return DenseRows(self._pattern, self.groups, g.tap_phase, g.tap_shift, source, target, swapped)
 
     def multiplied(self, codes: bool, swapped: bool = False) -> ProductRows:
         """The rows of a product of the weight: from input to output, or with `swapped` the other way round.
