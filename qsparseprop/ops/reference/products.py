@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
+from qsparseprop.ops import products
 from qsparseprop.ops.products import Packed, Weights
+from qsparseprop.ops.reference._signature import reference_of
 from qsparseprop.ops.reference.quantization import quantize_values
 from qsparseprop.ops.schemes import seed_bits, symmetric_scale
 
@@ -50,7 +52,8 @@ def _gap_zeros(zero_point: Tensor, grid: Sequence[int], images: int, lanes: int)
     return zero_point[torch.where(lane < -(-images // grid[0]) * block, owner, planes - 1)]
 
 
-def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
+@reference_of(products.quantize_pack)
+def quantize_pack(x, layout, scheme, seed):
     """See `qsparseprop.ops.quantize_pack`."""
     return pack_codes(x.to(torch.float32), layout, scheme, seed)
 
@@ -77,7 +80,8 @@ def pack_codes(
     return Packed(planes, scale, zero_point)
 
 
-def pack(x: Tensor, layout: PlaneLayout) -> Packed:
+@reference_of(products.pack)
+def pack(x, layout):
     """See `qsparseprop.ops.pack`."""
     planes = torch.zeros(layout.lanes(len(x)), dtype=torch.float32)
     _fill(planes, x.to(torch.float32), layout.numbers, layout.views)
@@ -88,13 +92,8 @@ def _slot_rows(group_ptr: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(group_ptr.numel() - 1), 4 * group_ptr.diff().to(torch.int64))
 
 
-def quantize_weight(
-    values: Tensor,
-    rows: GatherList,
-    factor: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    clip: Tensor | None = None,
-) -> Weights:
+@reference_of(products.quantize_weight)
+def quantize_weight(values, rows, factor, zero_point, clip):
     """See `qsparseprop.ops.quantize_weight`."""
     row, plane = _slot_rows(rows.group_ptr), rows.plane
     slots = gather_weight(values, rows).slots
@@ -122,21 +121,14 @@ def quantize_weight(
     return Weights(codes.to(torch.int8), scale * common, total)
 
 
-def gather_weight(values: Tensor, rows: GatherList) -> Weights:
+@reference_of(products.gather_weight)
+def gather_weight(values, rows):
     """See `qsparseprop.ops.gather_weight`."""
     return Weights(torch.cat([values, values.new_zeros(1)])[rows.index.to(torch.int64)])
 
 
-def spmm(
-    operand: Packed,
-    weights: Weights,
-    rows: GatherList,
-    images: int,
-    bias: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    limits: Sequence[float] = (),
-) -> Tensor:
+@reference_of(products.spmm)
+def spmm(operand, weights, rows, images, bias, dtype, channels_last, limits):
     """See `qsparseprop.ops.spmm`."""
     planes, x_scale, x_zero_point = operand
     slots, scale, total = weights
@@ -164,15 +156,8 @@ def spmm(
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
 
-def multiply(
-    operand: Packed,
-    values: Tensor,
-    rows: GatherList,
-    out: Tensor,
-    bias: Tensor | None = None,
-    clip: Tensor | None = None,
-    limits: Sequence[float] = (),
-) -> Tensor:
+@reference_of(products.multiply)
+def multiply(operand, values, rows, out, bias, clip, limits):
     """See `qsparseprop.ops.multiply`."""
     values = values.to(torch.float32)
     if operand.scale is None:
@@ -180,7 +165,8 @@ def multiply(
     elif operand.scale.numel() == 1:
         weights = quantize_weight(values, rows, clip=clip)
     else:
-        weights, operand = quantize_weight(values, rows, *operand[1:], clip), Packed(operand.planes)
+        weights = quantize_weight(values, rows, operand.scale, operand.zero_point, clip)
+        operand = Packed(operand.planes)
     bias = None if bias is None else bias.to(torch.float32)
     return out.copy_(spmm(operand, weights, rows, len(out), bias, out.dtype, False, limits).view(out.shape))
 
@@ -193,7 +179,8 @@ def _whole_view(layout: PlaneLayout) -> Sequence[int]:
     return plane, channels, origin, rows, cols
 
 
-def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonzeros: int) -> Tensor:
+@reference_of(products.sddmm)
+def sddmm(operand, gradient, rows, images, nonzeros):
     """See `qsparseprop.ops.sddmm`."""
     planes, dy = operand.planes, gradient.planes
     grid, dy_grid, view = rows.source.numbers, rows.target.numbers, _whole_view(rows.target)
