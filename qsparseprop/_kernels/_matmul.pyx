@@ -13,6 +13,7 @@ from qsparseprop._kernels._dispatch cimport (
     active_kernels,
     qsp_count_units,
     qsp_cut_rows,
+    qsp_grad_blocks,
     qsp_dense,
     qsp_kernels,
     qsp_list,
@@ -272,8 +273,10 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None
     cdef const qsp_sddmm *args = &a
     if dense:
         kernels.sddmm_dense_units(args)
-        for chunk in prange((<DenseRows> rows).grad_blocks, nogil=True, num_threads=threads, schedule="dynamic",
-                            use_threads_if=threads > 1):
+        chunks = 0
+        for chunk in range(a.dense.band_count):
+            chunks += qsp_grad_blocks(&a.dense.bands[chunk], kernels.grad_rows)
+        for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic", use_threads_if=threads > 1):
             kernels.sddmm_dense_u8(args, chunk)
     elif codes:
         for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic", use_threads_if=threads > 1):
