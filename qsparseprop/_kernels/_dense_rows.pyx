@@ -11,6 +11,9 @@ from qsparseprop._kernels._tensor cimport numel, pointer
 
 from qsparseprop._kernels._tensor import check_storage
 
+cdef enum:
+    WIDE = 1 << 16  # columns that 16 bits number
+
 cdef object _int16 = torch.int16
 cdef object _int32 = torch.int32
 
@@ -34,14 +37,14 @@ cdef extern from *:
 
 
 cdef class ValuePattern:
-    """Which entries of a weight, (rows, columns), its values are, in two bytes a value, or none where they are all.
+    """Which entries of a weight, (rows, columns), its values are: in two bytes a value, none where they are all.
 
     Parameters
     ----------
     crow_indices, col_indices : Tensor
         CSR, int32; columns ascend in each row. They are copied.
     columns : int
-        At most 65,536, of which an int32 holds the sum of products.
+        Above 65,536 they take four bytes.
 
     Attributes
     ----------
@@ -51,15 +54,14 @@ cdef class ValuePattern:
     Raises
     ------
     TypeError, ValueError
-        If a tensor is not as said, or there are too many columns.
+        If a tensor is not as said.
     """
 
     def __cinit__(self, crow_indices, col_indices, int64_t columns):
         cdef int64_t i
         self.rows, self.columns, self.count = numel(crow_indices) - 1, columns, numel(col_indices)
-        if self.rows < 1 or not 1 <= columns <= QSP_MAX_EXACT:
-            raise ValueError(f"a pattern must have rows, and 1 to {QSP_MAX_EXACT} columns, got {self.rows} and "
-                             f"{columns}")
+        if self.rows < 1 or not 1 <= columns < <int64_t> 1 << 31:
+            raise ValueError(f"a pattern must have rows and columns, got {self.rows} and {columns}")
         check_storage(crow_indices, "crow_indices")
         check_storage(col_indices, "col_indices")
         own = crow_indices.clone()
@@ -72,17 +74,20 @@ cdef class ValuePattern:
         cdef const int32_t *given = NULL
         if self.count:
             given = <const int32_t *> pointer(col_indices, _int32, self.count, "col_indices")
-        narrow = None if self.count == self.rows * columns else torch.empty(max(self.count, 1), dtype=_int16)
         cdef uint16_t *out = NULL
-        if narrow is not None:
-            out = <uint16_t *> pointer(narrow, _int16, self.count, "col_indices")
+        columns_held = None
+        if columns > WIDE:
+            columns_held = col_indices.clone()
+        elif self.count != self.rows * columns:
+            columns_held = torch.empty(max(self.count, 1), dtype=_int16)
+            out = <uint16_t *> pointer(columns_held, _int16, self.count, "col_indices")
         cdef int64_t bad
         with nogil:
             bad = qsp_narrow(given, ptr, self.rows, columns, out)
         if bad != self.count:
             raise ValueError(f"col_indices must ascend in each row and lie in [0, {columns}), got {given[bad]} at "
                              f"{bad}")
-        self.ptr, self.column, self._held = ptr, out, (own, narrow)
+        self.ptr, self.column, self._held = ptr, out, (own, columns_held)
 
     @property
     def crow_indices(self):
@@ -92,8 +97,10 @@ cdef class ValuePattern:
     @property
     def col_indices(self):
         """Column of each value, int32."""
-        if self.column == NULL:
+        if self._held[1] is None:
             return torch.arange(self.columns, dtype=_int32).repeat(self.rows)
+        if self.column == NULL:
+            return self._held[1].clone()
         return self._held[1][:self.count].to(_int32) & 0xffff
 
     def __repr__(self):
@@ -138,6 +145,8 @@ cdef class DenseRows(ProductRows):
         cdef PlaneLayout x = target if swapped else source, y = source if swapped else target
         cdef list phase = [int(p) for p in tap_phase], shift = [int(s) for s in tap_shift]
         self._take_layouts(source, target, target.grid.planes)
+        if pattern.columns > QSP_MAX_EXACT:
+            raise ValueError(f"a row has {pattern.columns} weights, of which an int32 holds the sum of {QSP_MAX_EXACT}")
         self.pattern, self.swapped = pattern, swapped
         if groups < 1 or pattern.rows % groups or x.channels % groups or pattern.rows != y.grid.planes:
             raise ValueError(f"a pattern of {pattern.rows} rows in {groups} groups does not go with {y.grid.planes} "

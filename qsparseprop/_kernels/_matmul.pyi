@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from qsparseprop._kernels._plan import GatherList, ProductRows
+from qsparseprop._kernels._plan import ProductRows
 
 def spmm(
     planes: Tensor,
@@ -40,7 +40,7 @@ def sddmm(
     values: int,
     threads: int,
 ) -> Tensor: ...
-def gather_weight(values: Tensor, rows: GatherList, out: Tensor) -> None: ...
+def gather_weight(values: Tensor, given: ProductRows, out: Tensor) -> None: ...
 def quantize_weight(
     values: Tensor,
     rows: ProductRows,

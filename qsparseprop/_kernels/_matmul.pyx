@@ -311,8 +311,10 @@ cdef int64_t _per_channel(object tensor, int64_t channels, str name) except -1:
     return 0 if n == 1 else 1
 
 
-def gather_weight(values, GatherList rows not None, out):
-    """The values of the slots, float32, zero for padding."""
+def gather_weight(values, ProductRows given not None, out):
+    """The values of the slots of a list, float32, zero for padding."""
+    _as_dense(given, False)
+    cdef GatherList rows = <GatherList> given
     cdef int64_t i
     cdef const float *v
     cdef float *slots

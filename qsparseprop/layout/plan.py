@@ -1,45 +1,101 @@
-"""Plans: a pattern on a geometry, as the lists of (offset, value) that the kernels walk; and what keeps them."""
+"""Plans: a pattern on a geometry, as the lists or the dense rows that the kernels walk; and what keeps them."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qsparseprop._kernels._plan import GatherList, PlaneLayout
-from qsparseprop.layout.geometry import Geometry
+from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
+from qsparseprop._kernels._plan import GatherList, PlaneLayout, ProductRows
+from qsparseprop.layout.geometry import GROUP, Geometry
+from qsparseprop.layout.modes import Modes, choose_modes
 from qsparseprop.layout.pattern import check_pattern, row_indices, tensor_version
 
-GROUP = 4  # nonzeros that the kernels take at a time; rows are padded to it
+__all__ = ["KEPT_PLANS", "Plan", "PlanCache", "make_plan", "shared_plan_cache"]
 
 #: Input sizes whose offset tables are kept for a pattern: training and evaluation batches, and the last one of each.
 KEPT_PLANS = 8
 
 
-class Plan(NamedTuple):
+class Plan:
     """A pattern on a geometry: all that a layer's kernels have to know besides its tensors.
+
+    Parameters
+    ----------
+    pattern : ValuePattern
+    geometry : Geometry
+    groups : int
+        Of the convolution.
+    modes : Modes, optional
+        How products on codes walk the weight; without them as `choose_modes` finds best. They give the same bits.
 
     Attributes
     ----------
-    geometry : Geometry
-    forward, backward : GatherList
-        The list of the forward pass and of the weight gradient, from input to output; and that of the input gradient,
-        the other way round.
-    groups : int
-        Of the convolution.
+    geometry, groups, modes
+        As given.
     entries : int
         Of the dense weight.
     """
 
-    geometry: Geometry
-    forward: GatherList
-    backward: GatherList
-    groups: int
-    entries: int
+    def __init__(self, pattern: ValuePattern, geometry: Geometry, groups: int, modes: Modes | None = None) -> None:
+        self._pattern, self.geometry, self.groups = pattern, geometry, groups
+        self.modes = choose_modes(pattern, geometry, groups) if modes is None else modes
+        self.entries = pattern.rows * pattern.columns
+
+    # What nobody asks for is not made: dense rows need no lists, products of float32 nothing else.
+
+    @functools.cached_property
+    def forward(self) -> GatherList:
+        """The list of the forward pass and of the weight gradient, from input to output."""
+        return _gather_lists(self._pattern, self.geometry, self.groups)[0]()
+
+    @functools.cached_property
+    def backward(self) -> GatherList:
+        """The list of the input gradient, the other way round."""
+        return _gather_lists(self._pattern, self.geometry, self.groups)[1]()
+
+    @functools.cached_property
+    def dense_forward(self) -> DenseRows:
+        """What `forward` has, as dense rows."""
+        return self._dense_rows(False)
+
+    @functools.cached_property
+    def dense_backward(self) -> DenseRows:
+        """What `backward` has, as dense rows."""
+        return self._dense_rows(True)
+
+    def _dense_rows(self, swapped: bool) -> DenseRows:
+        g = self.geometry
+        source, target = (g.output_layout, g.input_layout) if swapped else (g.input_layout, g.output_layout)
+        return DenseRows(self._pattern, self.groups, g.tap_phase, g.tap_shift, source, target, swapped)
+
+    def multiplied(self, codes: bool, swapped: bool = False) -> ProductRows:
+        """The rows of a product of the weight: from input to output, or with `swapped` the other way round.
+
+        Parameters
+        ----------
+        codes : bool
+            Whether it is one of codes, not of float32.
+        swapped : bool
+
+        Returns
+        -------
+        ProductRows
+        """
+        if swapped:
+            return self.dense_backward if codes and self.modes.backward == "dense" else self.backward
+        return self.dense_forward if codes and self.modes.forward == "dense" else self.forward
+
+    def differentiated(self, codes: bool) -> ProductRows:
+        """The rows of the weight gradient, as `multiplied`."""
+        return self.dense_forward if codes and self.modes.gradient == "dense" else self.forward
 
 
 def _gather_list(
@@ -61,8 +117,33 @@ def _gather_list(
     return GatherList(group_ptr.to(kept), offset[slot].to(kept), index.to(kept), plane[slot].to(kept), source, target)
 
 
-def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int = 1) -> Plan:
-    """Lists of a pattern on a geometry.
+def _gather_lists(
+    pattern: ValuePattern, geometry: Geometry, groups: int
+) -> tuple[Callable[[], GatherList], Callable[[], GatherList]]:
+    """What makes the lists of a pattern, from input to output and the other way round."""
+    row, col = row_indices(pattern.crow_indices), pattern.col_indices.to(torch.int64)
+    taps = len(geometry.tap_shift)
+    tap = col % taps
+    channel = col // taps + row // max(pattern.rows // groups, 1) * (geometry.in_channels // groups)
+    shift = torch.tensor(geometry.tap_shift)[tap]
+    plane = torch.tensor(geometry.tap_phase)[tap] * geometry.in_channels + channel
+    x, y, layouts = geometry.input_grid, geometry.output_grid, (geometry.input_layout, geometry.output_layout)
+
+    def forward() -> GatherList:
+        nonzeros = torch.arange(col.numel())
+        return _gather_list(row, plane, plane * x.pitch + x.front + shift, nonzeros, *layouts)
+
+    def backward() -> GatherList:
+        order = torch.argsort(plane, stable=True)
+        return _gather_list(plane[order], row, row * y.pitch + y.front - shift, order, *layouts[::-1])
+
+    return forward, backward
+
+
+def make_plan(
+    crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int = 1, modes: Modes | None = None
+) -> Plan:
+    """Plan of a pattern on a geometry.
 
     Parameters
     ----------
@@ -71,19 +152,15 @@ def make_plan(crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, gro
     geometry : Geometry
     groups : int
         Groups of the convolution.
+    modes : Modes, optional
+        As for `Plan`.
+
+    Returns
+    -------
+    Plan
     """
-    rows, taps = crow_indices.numel() - 1, len(geometry.tap_shift)
-    row, col = row_indices(crow_indices), col_indices.to(torch.int64)
-    tap = col % taps
-    channel = col // taps + row // max(rows // groups, 1) * (geometry.in_channels // groups)
-    shift = torch.tensor(geometry.tap_shift)[tap]
-    plane = torch.tensor(geometry.tap_phase)[tap] * geometry.in_channels + channel
-    x, y, layouts = geometry.input_grid, geometry.output_grid, (geometry.input_layout, geometry.output_layout)
-    nonzeros = torch.arange(col.numel())
-    forward = _gather_list(row, plane, plane * x.pitch + x.front + shift, nonzeros, *layouts)
-    order = torch.argsort(plane, stable=True)
-    backward = _gather_list(plane[order], row, row * y.pitch + y.front - shift, order, *layouts[::-1])
-    return Plan(geometry, forward, backward, groups, rows * (geometry.in_channels // groups) * taps)
+    columns = geometry.in_channels // groups * len(geometry.tap_shift)
+    return Plan(ValuePattern(crow_indices, col_indices, columns), geometry, groups, modes)
 
 
 def _stamp(crow: Tensor, col: Tensor) -> tuple[int, ...]:

@@ -10,20 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop import ops
-from qsparseprop._torch_compat import transforms_active
+from qsparseprop._torch_compat import is_jit_tracing, transforms_active
 from qsparseprop.contents import is_convertible
 from qsparseprop.layout.geometry import Geometry
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, PlanCache
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
+from qsparseprop.nn._product import ProductCall
 from qsparseprop.nn._traced import config_text, traced_product
 from qsparseprop.nn._values import SparseValues
 from qsparseprop.nn._weight import SparseWeight
-from qsparseprop.nn.deferred import DeferredTensor, deferred_product, may_defer
+from qsparseprop.nn.blocks import deferred_product
+from qsparseprop.nn.deferred import DeferredTensor, may_defer
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.usage import Operation, longest
-from qsparseprop.nn.functional import ProductCall, sparse_product
+from qsparseprop.nn.functional import sparse_product
 from qsparseprop.quantization import QuantConfig
 
 #: What the kernels read and write; other dtypes are converted.
@@ -155,9 +157,9 @@ class SparseModule(SparseWeight):
         cache = self.__dict__.get("_plans")
         if cache is None:
             cache = self.__dict__["_plans"] = PlanCache()
-        pattern = self.crow_indices, self.col_indices
-        plan = cache.find(*pattern, geometry, groups)
-        return cache.get(*pattern, self._matrix_shape(), geometry, groups) if plan is None else plan
+        crow, col = self.crow_indices, self.col_indices
+        plan = cache.find(crow, col, geometry, groups)
+        return cache.get(crow, col, self._matrix_shape(), geometry, groups) if plan is None else plan
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
@@ -195,7 +197,7 @@ class SparseModule(SparseWeight):
     def _is_usual(self, x: Tensor) -> bool:
         """Whether nothing is to be said against an input, found out by a few quick questions."""
         # tracing first: then questions may be answered by tensors
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        if torch.compiler.is_compiling() or is_jit_tracing() or type(x) is not Tensor:
             return False
         return x.dtype in KERNEL_DTYPES and ops.are_plain(x) and not transforms_active()
 

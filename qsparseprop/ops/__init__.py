@@ -6,7 +6,8 @@ graphs and whoever else sees operators see the one that a layer is, see ``qspars
 ``qsparseprop.ops.reference`` has all of them in plain torch, for tests.
 """
 
-from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._dense_rows import DenseRows
+from qsparseprop._kernels._plan import GatherList, PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._kernels._tensor import are_plain, check_storage
 from qsparseprop.ops._registration import Operator, in_memory, operator, saved_tensors
@@ -57,11 +58,13 @@ __all__ = [
     "SCHEMES",
     "Activation",
     "Affine",
+    "DenseRows",
     "GatherList",
     "Kept",
     "Operator",
     "Packed",
     "PlaneLayout",
+    "ProductRows",
     "Quantisation",
     "Scheme",
     "Weights",

@@ -11,6 +11,8 @@ from torch import Tensor
 from qsparseprop._kernels import _norm
 from qsparseprop.ops._registration import operator
 
+__all__ = ["norm_factors", "norm_statistics"]
+
 
 def _norm_statistics_fake(
     x: Tensor,

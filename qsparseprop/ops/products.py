@@ -1,8 +1,9 @@
 """What layers are made of: packing, the quantiser of their weights, and the two sparse products.
 
 Tensors of a layer are 4-D, (images, channels, height, width), of any strides; a linear layer's are (batch, features, 1,
-1). A `PlaneLayout` says where their elements lie in planes of lanes, a `GatherList` which of them each row multiplies
-with which value; both were checked when they were made.
+1). A `PlaneLayout` says where their elements lie in planes of lanes; `ProductRows`, which of them each row multiplies
+with which value: as a `GatherList`, which has the nonzeros alone, or as `DenseRows`, a matrix with its zeros, for
+products of codes. They were checked when they were made.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from qsparseprop._kernels import _matmul, _pack
 from qsparseprop._kernels._memory import empty
-from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._plan import PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._torch_compat import profiler_is_on
 from qsparseprop.ops._registration import are_plain, check_tensors, in_memory, recorded, seen_as
+
+__all__ = ["Packed", "Weights", "empty_result", "gather_weight", "gather_weight_plain", "in_memory_parts", "multiply",
+           "multiply_plain", "pack", "pack_plain", "quantize_pack", "quantize_pack_plain", "quantize_weight",
+           "quantize_weight_plain", "sddmm", "sddmm_plain", "spmm"]  # fmt: skip
 
 
 class Packed(NamedTuple):
@@ -118,7 +123,7 @@ def pack_plain(x: Tensor, layout: PlaneLayout) -> Packed:
 
 def quantize_weight(
     values: Tensor,
-    rows: GatherList,
+    rows: ProductRows,
     factor: Tensor | None = None,
     zero_point: Tensor | None = None,
     clip: Tensor | None = None,
@@ -129,7 +134,7 @@ def quantize_weight(
     ----------
     values : Tensor
         float32, (nonzeros,).
-    rows : GatherList
+    rows : ProductRows
     factor : Tensor, optional
         float32, (planes of the list's source,) or (1,): scales of the other operand, multiplied into the values before
         they are quantised. A sum over planes of different scales is a sum of integers then, with one scale.
@@ -148,7 +153,7 @@ def quantize_weight(
 
 @recorded
 def quantize_weight_plain(
-    values: Tensor, rows: GatherList, factor: Tensor | None, zero_point: Tensor | None, clip: Tensor | None
+    values: Tensor, rows: ProductRows, factor: Tensor | None, zero_point: Tensor | None, clip: Tensor | None
 ) -> Weights:
     """`quantize_weight` for those who have looked at the tensors already."""
     weights = Weights(torch.empty(rows.slots, dtype=torch.int8), torch.empty(rows.rows, dtype=torch.float32),
@@ -157,13 +162,14 @@ def quantize_weight_plain(
     return weights
 
 
-def gather_weight(values: Tensor, rows: GatherList) -> Weights:
+def gather_weight(values: Tensor, rows: ProductRows) -> Weights:
     """The slots of a list as float32, without quantising them; `values` are float32, (nonzeros,).
 
     Parameters
     ----------
     values : Tensor
-    rows : GatherList
+    rows : ProductRows
+        A `GatherList`.
 
     Returns
     -------
@@ -173,19 +179,19 @@ def gather_weight(values: Tensor, rows: GatherList) -> Weights:
 
 
 @recorded
-def gather_weight_plain(values: Tensor, rows: GatherList) -> Weights:
+def gather_weight_plain(values: Tensor, rows: ProductRows) -> Weights:
     """`gather_weight` for those who have looked at the tensor already."""
     slots = torch.empty(rows.slots, dtype=torch.float32)
     _matmul.gather_weight(values, rows, slots)
     return Weights(slots)
 
 
-def empty_result(rows: GatherList, images: int, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+def empty_result(rows: ProductRows, images: int, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
     """A tensor for a product of a list, (images, channels, height, width): zero where that does not reach.
 
     Parameters
     ----------
-    rows : GatherList
+    rows : ProductRows
     images : int
     dtype : torch.dtype
     channels_last : bool
@@ -208,7 +214,7 @@ def _check_limits(limits: Sequence[float], bias: Tensor | None) -> None:
 def spmm(
     operand: Packed,
     weights: Weights,
-    rows: GatherList,
+    rows: ProductRows,
     images: int,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -223,7 +229,7 @@ def spmm(
         In the list's source; codes with one scale, or without one where the weights were quantised with them.
     weights : Weights
         Codes where the operand's are.
-    rows : GatherList
+    rows : ProductRows
     images : int
         In the operand.
     bias : Tensor, optional
@@ -247,7 +253,7 @@ def spmm(
     return out
 
 
-def _spmm(operand: Packed, weights: Weights, rows: GatherList, out: Tensor, bias: Tensor | None, threads: int,
+def _spmm(operand: Packed, weights: Weights, rows: ProductRows, out: Tensor, bias: Tensor | None, threads: int,
           *limits: float) -> None:  # fmt: skip
     """`spmm` into a tensor that is there, as a profiler sees it."""
     with seen_as("spmm"):
@@ -257,7 +263,7 @@ def _spmm(operand: Packed, weights: Weights, rows: GatherList, out: Tensor, bias
 def multiply(
     operand: Packed,
     values: Tensor,
-    rows: GatherList,
+    rows: ProductRows,
     out: Tensor,
     bias: Tensor | None = None,
     clip: Tensor | None = None,
@@ -271,7 +277,7 @@ def multiply(
         In the list's source; its codes may have one scale, or one for each plane.
     values : Tensor
         Floating point, (nonzeros,).
-    rows : GatherList
+    rows : ProductRows
     out : Tensor
         float32 or bfloat16, (images, channels, height, width), or (images, channels) where images are one pixel; it is
         filled where the list's target has views.
@@ -297,14 +303,15 @@ def multiply(
 def multiply_plain(
     operand: Packed,
     values: Tensor,
-    rows: GatherList,
+    rows: ProductRows,
     out: Tensor,
     bias: Tensor | None,
     clip: Tensor | None,
     limits: Sequence[float] = (),
 ) -> Tensor:
     """`multiply` for those who have looked at the tensors already."""
-    _check_limits(limits, bias)
+    if limits:
+        _check_limits(limits, bias)
     if values.dtype is not torch.float32:
         values = values.to(torch.float32)
     if bias is not None and bias.dtype is not torch.float32:
@@ -324,14 +331,14 @@ def multiply_plain(
     return out
 
 
-def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonzeros: int) -> Tensor:
+def sddmm(operand: Packed, gradient: Packed, rows: ProductRows, images: int, nonzeros: int) -> Tensor:
     """Gather-SDDMM: ``dvalue[row, k] = sum_lane dy[row, lane] * planes[offset[row, k] + lane]``, at the nonzeros only.
 
     Parameters
     ----------
     operand, gradient : Packed
         In the list's source and target: both codes (the gradient's around 128) or both float32.
-    rows : GatherList
+    rows : ProductRows
         Its target has one view, or slices that follow each other.
     images : int
     nonzeros : int
@@ -345,7 +352,7 @@ def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonz
 
 
 @recorded
-def sddmm_plain(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonzeros: int) -> Tensor:
+def sddmm_plain(operand: Packed, gradient: Packed, rows: ProductRows, images: int, nonzeros: int) -> Tensor:
     """`sddmm` for those who have looked at the tensors already."""
     return _matmul.sddmm(operand.planes, gradient.planes, operand.scale, operand.zero_point, gradient.scale, rows,
                          images, nonzeros, torch.get_num_threads())  # fmt: skip

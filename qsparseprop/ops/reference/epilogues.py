@@ -14,6 +14,9 @@ from qsparseprop.ops.products import Packed
 from qsparseprop.ops.reference.masks import bits, words
 from qsparseprop.ops.reference.products import pack_codes
 
+__all__ = ["activation_range", "epilogue", "epilogue_grad", "epilogue_grad_pack", "epilogue_pack", "epilogue_range",
+           "epilogue_sums"]  # fmt: skip
+
 
 def _exp_minus(t: Tensor) -> Tensor:
     n = (t * 1.44269504088896341).round()
@@ -71,7 +74,7 @@ def _activate(v: Tensor, activation: str, options: Sequence[float]) -> tuple[Ten
 def _before(x: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """What is activated, float32."""
     v = x.to(torch.float32)
-    if scale is not None:
+    if scale is not None and shift is not None:
         v = v * scale + shift
     return v if residual is None else v + residual.to(torch.float32)
 
@@ -89,10 +92,10 @@ def epilogue(
     saved: Tensor | None,
 ) -> Tensor:
     """See `qsparseprop.ops.epilogue`."""
-    if codes is not None:
+    if codes is not None and code_scale is not None and code_shift is not None:
         codes.copy_((x.to(torch.float32) * code_scale + code_shift).round().clamp(-128, 127) + 128)
     y, kept = _activate(_before(x, residual, scale, shift), activation, options)
-    if saved is not None:
+    if saved is not None and kept is not None:
         saved.copy_(kept)
     return y.to(x.dtype)
 
@@ -129,6 +132,7 @@ def _gradient(dy: Tensor, saved: Tensor | None, activation: str, options: Sequen
     g = dy.to(torch.float32)
     if activation == "identity":
         return g
+    assert saved is not None
     if activation in _SLOPE_STEPS:
         steps = _SLOPE_STEPS[activation]
         return g * ((saved.to(torch.float32) + (steps / 2 - 128)) * torch.tensor(1 / steps))

@@ -14,6 +14,8 @@ from qsparseprop.ops.layers import Quantisation
 from qsparseprop.ops.products import Packed
 from qsparseprop.ops.reference.products import multiply, pack, quantize_pack, sddmm
 
+__all__ = ["layer_backward", "layer_forward", "packed_backward"]
+
 
 def _packed(x: Tensor, layout: PlaneLayout, scheme: Scheme | None, seed: Tensor | None) -> Packed:
     return pack(x, layout) if scheme is None else quantize_pack(x, layout, scheme, seed)
@@ -21,6 +23,10 @@ def _packed(x: Tensor, layout: PlaneLayout, scheme: Scheme | None, seed: Tensor 
 
 def _around_128(scheme: Scheme) -> Scheme:
     return Scheme("symmetric", (), scheme.per_channel)
+
+
+def _is_around_128(packed: Packed) -> bool:
+    return packed.zero_point is not None and bool((packed.zero_point == 128).all())
 
 
 def _last(x: Tensor, channels_last: bool | None) -> bool:
@@ -50,7 +56,8 @@ def layer_forward(
     packed = _packed(x, rows.source, scheme, seed)
     if transposed:
         bias = None if bias is None else bias.repeat(rows.rows // len(bias))
-        if scheme is not None and scheme.per_channel:  # taps read the front of their own plane
+        # taps read the front of their own plane
+        if scheme is not None and scheme.per_channel and packed.zero_point is not None:
             grid = plan.geometry.output_grid
             blocks = packed.planes[: -(-len(x) // grid.images) * grid.block].view(-1, grid.block)
             for plane in range(grid.planes):
@@ -60,7 +67,7 @@ def layer_forward(
         return out, None
     if scheme is None or in_floats:
         return out, pack(x, rows.source)
-    if transposed and (scheme.name == "standard" or (packed.zero_point != 128).any()):
+    if transposed and (scheme.name == "standard" or not _is_around_128(packed)):
         packed = quantize_pack(x, rows.source, _around_128(scheme))
     return out, packed
 
@@ -86,6 +93,7 @@ def layer_backward(
     if grads[0]:
         dx = multiply(gradient, values, rows, _result(rows, len(dy), x_dtype, _last(dy, channels_last)), None, clip)
     if grads[1]:
+        assert packed is not None
         if packed.planes.dtype == torch.float32:
             gradient = pack(dy, rows.source)
         operands = (gradient, packed) if transposed else (packed, gradient)
@@ -105,7 +113,10 @@ def packed_backward(
     channels_last: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `qsparseprop.ops.packed_backward`."""
-    dx = None
+    dx = dvalues = None
     if grads[0]:
         dx = multiply(dy, values, plan.backward, _result(plan.backward, images, x_dtype, channels_last), None, clip)
-    return dx, sddmm(packed, dy, plan.forward, images, len(values)) if grads[1] else None
+    if grads[1]:
+        assert packed is not None
+        dvalues = sddmm(packed, dy, plan.forward, images, len(values))
+    return dx, dvalues

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+__all__ = ["transpose"]
+
 
 def transpose(x: Tensor, images: int, rows: int, columns: int) -> Tensor:
     """See `qsparseprop.ops.transpose`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["bits", "keep_masked", "relu_mask", "relu_mask_", "words"]
+
 
 def words(bits: Tensor) -> Tensor:
     """Bits (rows, columns) in words of 16, from the lowest on: int16, (rows, ceil(columns / 16))."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["norm_factors", "norm_statistics"]
+
 
 def norm_statistics(
     x: Tensor,
@@ -25,6 +27,8 @@ def norm_statistics(
             if running is not None:
                 running.copy_((1 - momentum) * running.double() + momentum * found)
     else:
+        assert running_mean is not None
+        assert running_var is not None
         mean, variance = running_mean.double(), running_var.double()
     rstd = 1 / (variance + eps).sqrt()
     scale = rstd if weight is None else rstd * weight

@@ -13,6 +13,8 @@ from qsparseprop.ops.products import Packed, Weights
 from qsparseprop.ops.reference.quantization import quantize_values
 from qsparseprop.ops.schemes import seed_bits, symmetric_scale
 
+__all__ = ["gather_weight", "multiply", "pack", "pack_codes", "quantize_pack", "quantize_weight", "sddmm", "spmm"]
+
 
 def _lanes(grid: Sequence[int], view: Sequence[int], images: int) -> Tensor:
     """Lane of each element of one channel, counted from the start of the buffer: (images, rows, columns), int64."""
@@ -150,7 +152,7 @@ def spmm(
             x = planes[offset[slot][:, None] + lanes.reshape(1, -1)].to(sums.dtype)
             sums.index_add_(0, row[slot] - view[0], x * slots[slot].to(sums.dtype)[:, None])
         own = slice(view[0], view[0] + channels)
-        if codes:
+        if scale is not None and total is not None:
             sums -= total[own][:, None] * (1 if x_zero_point is None else x_zero_point.to(torch.int64))
             sums = sums.to(torch.float32) * (scale[own] * (1 if x_scale is None else x_scale))[:, None]
         if bias is not None:
@@ -204,7 +206,7 @@ def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonz
     for slot in (index >= 0).nonzero().squeeze(1).split(256):
         g = dy[row[slot][:, None] * dy_grid[5] + dy_lanes].to(wide)
         x = planes[offset[slot][:, None] + x_lanes].to(wide)
-        if codes:
+        if operand.zero_point is not None and operand.scale is not None and gradient.scale is not None:
             of_slot = plane[slot].to(torch.int64)
             zero, scale = (t.expand(grid[4])[of_slot] for t in (operand.zero_point, operand.scale))
             scale = scale * gradient.scale.expand(rows.rows)[row[slot]]

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from qsparseprop.ops.schemes import mix_seed, symmetric_scale
 
+__all__ = ["dequantize", "limited_inverse", "quantize", "quantize_values", "random_bits", "round_to_power", "sawb_clip",
+           "stochastic_round"]  # fmt: skip
+
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 

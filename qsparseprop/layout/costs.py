@@ -1,0 +1,168 @@
+"""What the products on codes cost on this machine, by lists and by dense rows.
+
+The constants are measured, once for a machine and instruction set, and kept in a file::
+
+    list         units * nonzeros * list
+    dense rows   units * (entries * dense + table entries * interleave)
+
+with units of 64 lanes, for the two products with planes (SpMM) and the weight gradient (SDDMM), each with its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparseprop._kernels import _matmul
+from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
+from qsparseprop._kernels._plan import GatherList, ProductRows
+from qsparseprop.layout.geometry import GROUP, UNIT, Geometry, linear_geometry
+
+
+class Costs(NamedTuple):
+    """Nanoseconds for one unit of 64 lanes, on one thread.
+
+    Attributes
+    ----------
+    spmm_list, sddmm_list : float
+        Of a nonzero.
+    spmm_dense, sddmm_dense : float
+        Of an entry of dense rows.
+    interleave : float
+        Of an entry of a table of dense rows, which serves all of its rows.
+    """
+
+    spmm_list: float
+    spmm_dense: float
+    sddmm_list: float
+    sddmm_dense: float
+    interleave: float
+
+
+def costs_file() -> Path:
+    """Where what was measured is kept: ``QSPARSEPROP_COSTS``, or a file in the user's cache."""
+    if given := os.environ.get("QSPARSEPROP_COSTS"):
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "qsparseprop", "product_costs.json")
+
+
+def _machine() -> str:
+    """What the constants depend on besides the instruction set."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return name
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        kept = json.loads(path.read_text())
+        return {key: dict(Costs(**{k: float(v) for k, v in value.items()})._asdict()) for key, value in kept.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # not there, or not ours: measured anew
+
+
+@functools.lru_cache(maxsize=16)
+def machine_costs(isa: str) -> Costs:
+    """The constants of this machine for an instruction set: from the file of `costs_file`, or measured and put there.
+
+    Parameters
+    ----------
+    isa : str
+        The active one.
+
+    Returns
+    -------
+    Costs
+    """
+    path, key = costs_file(), f"{_machine()}, {isa}"
+    kept = _read(path)
+    if key in kept:
+        return Costs(**kept[key])
+    costs = measure_costs()
+    kept[key] = costs._asdict()
+    with contextlib.suppress(OSError):  # a machine without a place to write measures in every process
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.write_text(json.dumps(kept, indent=1))
+        new.replace(path)  # others may be reading
+    return costs
+
+
+def _nanoseconds(call: Callable[[], object], times: int = 5) -> float:
+    call()
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter_ns()
+        call()
+        best = min(best, time.perf_counter_ns() - start)
+    return best
+
+
+#: Of the layer that is measured: features of its input and output, batch, and a nonzero of how many weights.
+_FEATURES, _BATCH, _ONE_OF = 256, 512, 4
+
+
+def _dense_rows(crow: Tensor, col: Tensor, geometry: Geometry) -> DenseRows:
+    return DenseRows(ValuePattern(crow, col, _FEATURES), 1, (0,), (0,), geometry.input_layout, geometry.output_layout,
+                     False)  # fmt: skip
+
+
+def measure_costs() -> Costs:
+    """Measure the constants with the kernels in use, on one thread: some ten milliseconds.
+
+    Returns
+    -------
+    Costs
+    """
+    # each row has every fourth column, from another one on
+    col = torch.arange(0, _FEATURES, _ONE_OF).repeat(_FEATURES).view(_FEATURES, -1)
+    col = (col + torch.arange(_FEATURES)[:, None] % _ONE_OF).flatten().to(torch.int32)
+    crow = torch.arange(0, col.numel() + 1, _FEATURES // _ONE_OF, dtype=torch.int32)
+    g = linear_geometry(_FEATURES, _FEATURES)
+    offset = col * g.input_grid.pitch + g.input_grid.front
+    as_list = GatherList(crow // GROUP, offset, torch.arange(col.numel(), dtype=torch.int32), col, g.input_layout,
+                         g.output_layout)  # fmt: skip
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    planes = torch.full((g.input_layout.lanes(_BATCH),), 1, dtype=torch.uint8)
+    scale, total = torch.ones(_FEATURES), torch.zeros(_FEATURES, dtype=torch.int64)
+    out = torch.empty(_BATCH, _FEATURES)
+    products, gradients = [], []
+    rows: ProductRows
+    for rows in (as_list, _dense_rows(crow, col, g)):
+        weights = torch.ones(rows.slots, dtype=torch.int8)
+        products.append(_nanoseconds(functools.partial(
+            _matmul.spmm, planes, weights, scale, total, one, zero, rows, None, out, 1)))
+        gradients.append(_nanoseconds(functools.partial(
+            _matmul.sddmm, planes, planes, one, zero, one, rows, _BATCH, col.numel(), 1)))  # fmt: skip
+    # a layer of few rows, whose time is that of preparing planes for them
+    few = 8
+    g = linear_geometry(_FEATURES, few)
+    rows = _dense_rows(crow[: few + 1], col[: int(crow[few])], g)
+    weights, out = torch.ones(rows.slots, dtype=torch.int8), torch.empty(_BATCH, few)
+    short = _nanoseconds(functools.partial(
+        _matmul.spmm, planes, weights, scale[:few], total[:few], one, zero, rows, None, out, 1))  # fmt: skip
+    units, entries = _BATCH / UNIT, _FEATURES * _FEATURES
+    # two equations: rows * dense + interleave for each of the table's entries
+    dense = (products[1] - short) / (units * _FEATURES * (_FEATURES - few))
+    return Costs(
+        spmm_list=products[0] / (units * col.numel()),
+        spmm_dense=dense,
+        sddmm_list=gradients[0] / (units * col.numel()),
+        sddmm_dense=gradients[1] / (units * entries),
+        interleave=max(0.0, short / (units * _FEATURES) - few * dense),
+    )

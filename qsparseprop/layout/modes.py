@@ -1,0 +1,128 @@
+"""How products on codes walk a weight: its nonzeros one by one, or dense rows, zeros included; and what each costs.
+
+Both give the same bits, so the choice is one of time alone. A list costs as much as it has nonzeros; dense rows cost as
+much as they have entries, a fraction of a nonzero's time each, since no plane is shuffled and no offset loaded for one
+of them. Where the two meet depends on the processor; see `costs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qsparseprop._kernels import _dispatch
+from qsparseprop._kernels._dense_rows import ValuePattern
+from qsparseprop.layout.costs import machine_costs
+from qsparseprop.layout.geometry import Geometry
+
+#: The ways: of a product on codes.
+LIST, DENSE = "list", "dense"
+#: A row's weights beyond which an int32 does not hold the sum of products, see ``QSP_MAX_EXACT``.
+LONGEST_ROW = 65536
+
+
+class Modes(NamedTuple):
+    """How each of a layer's products on codes walks the weight: "list" or "dense".
+
+    Attributes
+    ----------
+    forward, backward, gradient : str
+        The product with the input, with the output's gradient, and the weight gradient.
+    """
+
+    forward: str = LIST
+    backward: str = LIST
+    gradient: str = LIST
+
+
+_forced: Modes | None = None
+
+
+@contextlib.contextmanager
+def use_modes(modes: Modes | None) -> Iterator[None]:
+    """Let plans that are made inside use these modes where they can; with None as `choose_modes` finds best."""
+    global _forced
+    before, _forced = _forced, modes
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _forced_modes() -> Modes | None:
+    if _forced is not None:
+        return _forced
+    wanted = os.environ.get("QSPARSEPROP_PRODUCTS", "").strip().lower()
+    if wanted in ("", "auto"):
+        return None
+    if wanted not in (LIST, DENSE):
+        raise ValueError(f"QSPARSEPROP_PRODUCTS must be auto, {LIST} or {DENSE}, got {wanted!r}")
+    return Modes(wanted, wanted, wanted)
+
+
+class Shape(NamedTuple):
+    """What the two ways of a weight have to walk.
+
+    Attributes
+    ----------
+    nonzeros : int
+    entries, gradient : int
+        Of the dense rows; of the weight gradient, with rows in fours.
+    forward_table, backward_table : int
+        Entries of their tables.
+    """
+
+    nonzeros: int
+    entries: int
+    gradient: int
+    forward_table: int
+    backward_table: int
+
+
+def shape_of(pattern: ValuePattern, geometry: Geometry, groups: int) -> Shape:
+    """The shape of a pattern on a geometry."""
+    rows, columns = pattern.rows // groups, pattern.columns
+    # a table of the input gradient has the taps of one phase: over all of them every weight occurs once, too
+    entries = groups * rows * columns
+    return Shape(pattern.count, entries, groups * ((rows + 3) // 4 * 4) * columns, groups * columns,
+                 groups * rows * len(geometry.tap_phase))  # fmt: skip
+
+
+def choose_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Modes:
+    """The faster modes for a pattern on a geometry.
+
+    Parameters
+    ----------
+    pattern : ValuePattern
+    geometry : Geometry
+    groups : int
+        Of the convolution.
+
+    Returns
+    -------
+    Modes
+
+    Raises
+    ------
+    ValueError
+        If ``QSPARSEPROP_PRODUCTS`` is not one of auto, list, dense.
+    """
+    rows = pattern.rows // groups
+    if max(pattern.columns, rows * len(geometry.tap_phase)) > LONGEST_ROW:
+        return Modes()
+    if (forced := _forced_modes()) is not None:
+        return forced
+    if pattern.count == 0:
+        return Modes()
+    costs, s = machine_costs(_dispatch.active_isa()), shape_of(pattern, geometry, groups)
+
+    def faster(in_list: float, dense: float) -> str:
+        return DENSE if dense < in_list else LIST
+
+    return Modes(
+        faster(s.nonzeros * costs.spmm_list, s.entries * costs.spmm_dense + s.forward_table * costs.interleave),
+        faster(s.nonzeros * costs.spmm_list, s.entries * costs.spmm_dense + s.backward_table * costs.interleave),
+        faster(s.nonzeros * costs.sddmm_list, s.gradient * costs.sddmm_dense),
+    )
