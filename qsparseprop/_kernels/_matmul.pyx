@@ -96,16 +96,16 @@ def quantized_spmm(values, ProductRows rows not None, x_scale, x_zero_point, cli
     """
     cdef qsp_spmm a
     cdef qsp_weight w
-    cdef int64_t size
+    cdef int64_t size, lines = (rows.rows + 15) // 16 * 16  # so that codes begin a line of the cache
     cdef bint one = numel(x_scale) == 1
     memset(&a, 0, sizeof(a))
     memset(&w, 0, sizeof(w))
     threads = max(threads, 1)
-    size = rows.rows + (4 * rows.rows + rows.slots + 7) // 8
+    size = lines + (4 * lines + rows.slots + 7) // 8
     scratch = _take_scratch(size)
     w.total = <int64_t *> pointer(scratch, _int64, size, "scratch")
-    w.scale = <float *> (w.total + rows.rows)
-    w.codes = <int8_t *> (w.scale + rows.rows)
+    w.scale = <float *> (w.total + lines)
+    w.codes = <int8_t *> (w.scale + lines)
     _run_quantize(&w, rows, values, None if one else x_scale, None if one else x_zero_point, clip, threads)
     a.weights, a.scale, a.correction = w.codes, w.scale, w.total
     a.scale_factor, a.correction_factor, a.low, a.high = 1, -1, least, greatest
