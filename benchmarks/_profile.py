@@ -55,7 +55,7 @@ ROWS = {
     "AddBackward": "add",
 }
 #: Events of a sparse module, and the row for what is in none of its kernels: Python, allocation, casts.
-SPARSE = ("_SparseProduct", "_Product", "_Start", "_BatchNorm", "_Activation", "_Addition", "_Map", "qsparseprop::")
+SPARSE = ("SparseProduct", "Block", "qsparseprop::")
 SPARSE_REST = "sparse modules, rest"
 REST = "rest"
 

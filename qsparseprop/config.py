@@ -12,6 +12,7 @@ import torch
 
 from qsparseprop._kernels import _dispatch
 from qsparseprop._version import __version__
+from qsparseprop.layout.costs import machine_costs
 
 __all__ = ["cpu_model", "get_config", "openmp_runtimes", "show_config", "usable_processors"]
 
@@ -56,6 +57,14 @@ def openmp_runtimes() -> list[str]:
     return sorted(p for p in paths if p.rsplit("/", 1)[-1].startswith(names))
 
 
+def dense_rows_pay() -> str:
+    """Up to which share of zeros dense rows are the faster way here, as measured; see `qsparseprop.layout.costs`."""
+    costs = machine_costs(_dispatch.active_isa())
+    shares = (1 - costs.spmm_dense / costs.spmm_list, 1 - costs.sddmm_dense / costs.sddmm_list)
+    products, gradient = (f"up to {100 * share:.0f} % zeros" if share > 0 else "never" for share in shares)
+    return f"{products}; weight gradients {gradient}"
+
+
 def get_config() -> dict[str, Any]:
     """The configuration as a dictionary; `show_config` prints it."""
     return {
@@ -70,6 +79,7 @@ def get_config() -> dict[str, Any]:
         "isa_built": _dispatch.built_isas(),
         "isa_supported": _dispatch.supported_isas(),
         "isa_chosen": _dispatch.active_isa(),
+        "dense_rows": dense_rows_pay(),
         "openmp": _dispatch.have_openmp,
         "openmp_runtimes": openmp_runtimes(),
         "threads": torch.get_num_threads() if _dispatch.have_openmp else 1,
@@ -90,6 +100,7 @@ def show_config() -> None:
         "isa_built": "ISA built",
         "isa_supported": "ISA supported",
         "isa_chosen": "ISA chosen (QSPARSEPROP_ISA overrides)",
+        "dense_rows": "products by dense rows (QSPARSEPROP_PRODUCTS overrides)",
         "openmp": "OpenMP",
         "openmp_runtimes": f"OpenMP runtimes ({len(found['openmp_runtimes'])} mapped, 1 is right)",
         "threads": "threads (torch.get_num_threads())",

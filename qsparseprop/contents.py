@@ -10,6 +10,8 @@ from torch import Tensor
 from qsparseprop._kernels._tensor import check_storage
 from qsparseprop._torch_compat import FakeTensor
 
+__all__ = ["holds_tensors", "is_convertible", "unreadable"]
+
 
 @functools.cache
 def is_convertible(dtype: torch.dtype) -> bool:

@@ -1,6 +1,6 @@
 """Calls the operators with random nonsense, every tensor ending at the edge of memory that must not be touched.
 
-Run by test_ops in a process of its own: an access beyond a tensor ends it. Arguments: seed, number of calls.
+Run by test_ops_arguments in a process of its own: an access beyond a tensor ends it. Arguments: seed, number of calls.
 """
 
 import ctypes

@@ -9,7 +9,7 @@ import time
 import torch
 
 from qsparseprop.nn.deferred import conditions
-from tests._program_runs import fault
+from tests._program_faults import fault
 from tests._programs import Program, random_program, shrunk, source
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ ROUNDING = 2e-6
 #: Sums of a few hundred float32 products, relative to the largest result.
 FLOAT_SUM = 1e-5
 
+DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = ("contiguous", "reversed", "channels_last", "expanded", "sliced", "offset")
 VALUES = ("normal", "positive", "negative", "skewed", "constant", "zero", "small", "large")
 
@@ -35,6 +37,14 @@ needs_inductor = pytest.mark.skipif(
     shutil.which("g++") is None or os.environ.get("ATEN_CPU_CAPABILITY") == "default",
     reason="inductor needs a C++ compiler, and what it writes for ATEN_CPU_CAPABILITY=default does not compile",
 )
+
+
+def examples(count: int) -> settings:
+    """Decorates a test of hypothesis that tries so many examples at night, and at every push its share of them.
+
+    The share is that of the profile (conftest.py), whose ``max_examples`` are those of a test without this decorator.
+    """
+    return settings(max_examples=-(-count * settings.default.max_examples // 100))
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -2,7 +2,8 @@
 
 A program is a list of statements, each a name and a number from which its details are drawn; those that do not go with
 what stands before them write nothing, so that any statement can be left out: that is how programs are shrunk, by
-hypothesis as well as by `shrunk`. `source` writes a program down; `_program_runs` runs it.
+hypothesis as well as by `shrunk`. `source` writes a program down; `_program_runs` runs it, and `_program_faults`
+compares the runs.
 """
 
 from __future__ import annotations

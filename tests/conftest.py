@@ -18,6 +18,10 @@ import torch
 
 from qsparseprop._kernels import _dispatch
 from qsparseprop.nn.deferred import conditions
+from qsparseprop.utils import _layer_timing
+
+from ._helpers import generator
+from ._swapping import SHAPE, Net
 
 # Expected values must not depend on the libraries that torch calls on some processors: .ci/nightly runs without them.
 if os.environ.get("QSPARSEPROP_TEST_NO_MKLDNN"):
@@ -27,12 +31,14 @@ if os.environ.get("QSPARSEPROP_TEST_NO_MKLDNN"):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Timings of a shared machine must not fail a test, and a failing example must be found again.
-hypothesis.settings.register_profile(
-    "qsparseprop", deadline=None, derandomize=True, print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-hypothesis.settings.load_profile("qsparseprop")
+# Timings of a shared machine must not fail a test, and a failing example must be found again. At every push a third of
+# the examples is tried, at night all (pytest --hypothesis-profile=nightly).
+for _tier, _percent in ("push", 34), ("nightly", 100):
+    hypothesis.settings.register_profile(
+        _tier, max_examples=_percent, deadline=None, derandomize=True, print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    )  # fmt: skip
+hypothesis.settings.load_profile("push")
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,35 @@ def _seeded() -> Iterator[None]:
 def _defer_small_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks form on the small tensors of tests, too."""
     monkeypatch.setattr(conditions, "LEAST_ELEMENTS", 0)
+
+
+@pytest.fixture
+def one_thread(_seeded: None) -> None:
+    """Small tensors only: on a busy machine a team of threads costs more than the work. Some tests set their own."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def sparse_is_faster(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which layers a swap replaces must not depend on the machine."""
+
+    def pays(dense, sparse, seen, decision, fuse):
+        decision.dense_ms, decision.sparse_ms = 2.0, 1.0
+        return True
+
+    monkeypatch.setattr(_layer_timing, "_pays", pays)
+
+
+@pytest.fixture
+def net() -> Net:
+    """A network with layers to replace."""
+    return Net()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """An input of that network."""
+    return torch.randn(SHAPE, generator=generator(1))
 
 
 @pytest.fixture(params=_dispatch.built_isas())

@@ -2,7 +2,7 @@
 # Build the kernels with AddressSanitizer and UndefinedBehaviorSanitizer (gcc, Linux) and run the kernel tests on them.
 #
 #   tests/sanitize.sh                      the operators, layers and their bad input
-#   tests/sanitize.sh tests/test_ops.py    other pytest arguments
+#   tests/sanitize.sh tests/test_ops_*.py  other pytest arguments
 #
 # Run it in the environment of the tests (CONTRIBUTING.md). The build goes to a temporary folder.
 set -euo pipefail
@@ -20,10 +20,13 @@ CC="${CC:-gcc} $flags" python setup.py -q build --build-base "$work/base" --buil
 # given corrupted arguments ask for more memory than there is, which must be an error of torch and not of the sanitizer.
 runtimes=$(${CC:-gcc} -print-file-name=libasan.so):$(${CC:-gcc} -print-file-name=libubsan.so)
 tests=("$@")
-[ ${#tests[@]} -gt 0 ] || tests=(tests/test_{ops,linear,conv2d,bad_input,quantization,epilogue,norm_statistics,blocks,packed}.py)
+if [ ${#tests[@]} -eq 0 ]; then
+    tests=(tests/test_{ops_*,linear,from_dense,layer_*,not_finite,weight_changes,process,conv2d,bad_input}.py
+           tests/test_{quantization,fake_quant,epilogue,norm_statistics,blocks,packed}.py)
+fi
 cp -r tests pyproject.toml "$work/"
 cd "$work"
 LD_PRELOAD=$runtimes PYTHONPATH="$work/lib" QSPARSEPROP_SANITIZED=1 PYTHONMALLOC=malloc \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_segv=1:abort_on_error=1 \
     UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    python -m pytest -q -p no:cacheprovider "${tests[@]}"
+    python -m pytest -q -p no:cacheprovider --hypothesis-profile=nightly "${tests[@]}"

@@ -1,13 +1,30 @@
-"""The page on the package's rooms is that of its imports."""
+"""The page on the package's rooms is that of its imports; and what lies in a room of its own."""
 
+import ast
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+import qsparseprop
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
-pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="docs/ is not beside the folder of the tests")
+needs_docs = pytest.mark.skipif(not DOCS.is_dir(), reason="docs/ is not beside the folder of the tests")
+
+
+def test_functions_of_autograd_lie_in_their_room():
+    package = Path(qsparseprop.__file__).parent
+    functions = {}  # class -> file
+    classes = [(node, path) for path in package.rglob("*.py") for node in ast.walk(ast.parse(path.read_bytes()))
+               if isinstance(node, ast.ClassDef)]  # fmt: skip
+    known = {"Function"}
+    while found := {node.name: path for node, path in classes if node.name not in functions
+                    and any(ast.unparse(base).rpartition(".")[2] in known for base in node.bases)}:  # fmt: skip
+        functions.update(found)
+        known.update(found)
+    assert "SparseProduct" in functions
+    assert {path.parent for path in functions.values()} == {package / "nn" / "autograd"}
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +35,13 @@ def draw():
     return module
 
 
+@needs_docs
 def test_the_pictures_are_those_of_the_imports(draw):
     text = draw.PAGE.read_text(encoding="utf-8")
     assert text == draw.redrawn(text), "python docs/draw_architecture.py draws them anew"
 
 
+@needs_docs
 def test_what_is_an_arrow(draw, tmp_path, monkeypatch):
     files = {
         "a/__init__.py": "from a import top",  # the front door

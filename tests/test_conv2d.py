@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -21,6 +21,7 @@ from ._helpers import (
     conv_cases,
     dequantized,
     dequantized_weight,
+    examples,
     gradient_of,
     laid_out,
     plane_groups,
@@ -33,14 +34,11 @@ from ._helpers import (
 
 GRADIENTS = [*LAYOUTS, "sum"]
 
-# by torch, of its own implementation
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    """Small tensors only: on a busy machine a team of threads costs more than the work."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # by torch, of its own implementation
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+]
 
 
 def run(layer, x, grad_layout, seed):
@@ -105,7 +103,7 @@ def check_float(conv, x, grad_layout="contiguous", seed=0, hint=None):
        grad_layout=st.sampled_from(GRADIENTS), scheme=st.sampled_from(["absmax", "standard"]),
        grad_scheme=st.sampled_from(["stochastic", "absmax"]),
        granularity=st.sampled_from(["tensor", "channel"]))  # fmt: skip
-@settings(max_examples=350)
+@examples(350)
 def test_quantised_conv_is_float64_on_dequantised_operands(
     case, layout, values, grad_layout, scheme, grad_scheme, granularity
 ):
@@ -118,7 +116,7 @@ def test_quantised_conv_is_float64_on_dequantised_operands(
 
 @given(case=conv_cases(), layout=st.sampled_from(LAYOUTS), values=st.sampled_from(VALUES),
        grad_layout=st.sampled_from(GRADIENTS))  # fmt: skip
-@settings(max_examples=150)
+@examples(150)
 def test_float_conv_is_float64_to_rounding(case, layout, values, grad_layout):
     x = laid_out(random_values(case.shape, values, case.seed + 2), layout)
     check_float(case.conv(), x, grad_layout, case.seed, case.batch_innermost)
@@ -176,7 +174,7 @@ def test_settings_of_convolutions(name, channels_last, check):
 
 
 @given(case=conv_cases(), layout=st.sampled_from(LAYOUTS))
-@settings(max_examples=50)
+@examples(50)
 def test_the_hint_changes_no_bit_of_integers(case, layout):
     x = laid_out(random_values(case.shape, "normal", case.seed), layout)
     results = [run(QuantizedSparseConv2d.from_dense(case.conv(), hint), x, "contiguous", 3)

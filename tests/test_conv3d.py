@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -14,22 +14,20 @@ from qsparseprop import nn as qnn
 from qsparseprop.layout.geometry import conv_geometry
 from qsparseprop.quantization import QuantConfig
 
-from ._helpers import LAYOUTS, VALUES, laid_out, random_values, relative_error, set_weight
+from ._helpers import LAYOUTS, VALUES, examples, laid_out, random_values, relative_error, set_weight
 from ._layers import LayerCase, check_float, check_quantised, check_reference, layer_cases, run
 
 CLASSES = (qnn.SparseConv3d, qnn.QuantizedSparseConv3d)
 
-# by torch, of its own implementation
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # by torch, of its own implementation
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+]
 
 
 @given(case=layer_cases(("Conv3d", "Conv3d", "Conv2d", "Conv1d")), layout=st.sampled_from(LAYOUTS))
-@settings(max_examples=120)
+@examples(120)
 def test_float_layers_are_float64_to_rounding(case, layout):
     check_float(case, laid_out(random_values(case.shape, "normal", case.seed + 2), layout))
 
@@ -38,7 +36,7 @@ def test_float_layers_are_float64_to_rounding(case, layout):
        values=st.sampled_from(VALUES), scheme=st.sampled_from(["absmax", "standard"]),
        grad=st.sampled_from(["stochastic", "absmax"]),
        granularity=st.sampled_from(["tensor", "channel"]))  # fmt: skip
-@settings(max_examples=200)
+@examples(200)
 def test_quantised_layers_are_float64_on_dequantised_operands(case, layout, values, scheme, grad, granularity):
     x = laid_out(random_values(case.shape, values, case.seed + 2), layout)
     if granularity == "channel" and values == "normal" and layout != "expanded":

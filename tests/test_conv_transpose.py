@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,6 +16,7 @@ from qsparseprop.quantization import QuantConfig
 from ._helpers import (
     LAYOUTS,
     VALUES,
+    examples,
     generator,
     laid_out,
     random_values,
@@ -28,14 +29,11 @@ from ._layers import check_float, check_quantised, check_reference, layer_cases,
 KINDS = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 CLASSES = (qnn.SparseConvTranspose2d, qnn.QuantizedSparseConvTranspose2d)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @given(case=layer_cases(KINDS), layout=st.sampled_from(LAYOUTS))
-@settings(max_examples=120)
+@examples(120)
 def test_float_layers_are_float64_to_rounding(case, layout):
     check_float(case, laid_out(random_values(case.shape, "normal", case.seed + 2), layout))
 
@@ -43,7 +41,7 @@ def test_float_layers_are_float64_to_rounding(case, layout):
 @given(case=layer_cases(KINDS), layout=st.sampled_from(LAYOUTS), values=st.sampled_from(VALUES),
        scheme=st.sampled_from(["absmax", "standard"]), grad=st.sampled_from(["stochastic", "absmax"]),
        granularity=st.sampled_from(["tensor", "channel"]))  # fmt: skip
-@settings(max_examples=200)
+@examples(200)
 def test_quantised_layers_are_float64_on_dequantised_operands(case, layout, values, scheme, grad, granularity):
     x = laid_out(random_values(case.shape, values, case.seed + 2), layout)
     if granularity == "channel" and values == "normal" and layout != "expanded":

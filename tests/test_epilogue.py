@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -14,6 +14,8 @@ from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
 from qsparseprop.ops import reference
+
+from ._helpers import examples
 
 ACTIVATIONS = [
     ("identity", []), ("clamp", [0.0, math.inf]), ("clamp", [0.0, 6.0]), ("clamp", [-0.5, 0.25]),
@@ -71,7 +73,7 @@ def same(mine, wanted):
             assert torch.equal(a, b)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(shape=SHAPES, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, save=st.booleans(), spread=SPREADS)
 def test_forward_is_the_reference(isa, shape, dtype, activation, parts, save, spread):
     arguments, codes = inputs(shape, dtype, parts, spread)
@@ -79,7 +81,7 @@ def test_forward_is_the_reference(isa, shape, dtype, activation, parts, save, sp
     same(mine, evaluate(arguments, *activation, *codes, save, reference))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(shape=SHAPES, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, factors=st.booleans(), want_g=st.booleans(),
        spread=SPREADS)  # fmt: skip
 def test_gradient_is_the_reference(isa, shape, dtype, activation, parts, factors, want_g, spread):
@@ -95,7 +97,7 @@ def test_gradient_is_the_reference(isa, shape, dtype, activation, parts, factors
     assert torch.equal(sums[:, 2], wanted[:, 2])
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(shape=SHAPES, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, spread=SPREADS)
 def test_range_is_the_reference_and_holds_the_result(isa, shape, dtype, activation, parts, spread):
     arguments, _ = inputs(shape, dtype, parts, spread)
@@ -194,7 +196,7 @@ def as_images(rows, shape):
     return rows.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(shape=IMAGES, kind=KINDS, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, per_channel=st.booleans(),
        keep=st.booleans(), save=st.booleans(), scheme=st.sampled_from(["absmax", "symmetric", "standard"]))  # fmt: skip
 def test_packing_on_the_way_is_packing_afterwards(isa, shape, kind, dtype, activation, parts, per_channel, keep, save,
@@ -218,7 +220,7 @@ def test_packing_on_the_way_is_packing_afterwards(isa, shape, kind, dtype, activ
     same(packed, reference.epilogue_pack(*parts[0], *parts[1:], ops.Kept(), ranges, layout, scheme, keep)[1])
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(shape=IMAGES, kind=KINDS, activation=ACTIVATION, affine=st.booleans(), per_channel=st.booleans(),
        scheme=st.sampled_from(["absmax", "standard"]))  # fmt: skip
 def test_packing_from_codes_is_packing_from_their_numbers(isa, shape, kind, activation, affine, per_channel, scheme):
@@ -233,7 +235,7 @@ def test_packing_from_codes_is_packing_from_their_numbers(isa, shape, kind, acti
     same(ops.epilogue_pack(codes, *rest)[1], ops.epilogue_pack(codes.float(), *rest)[1])
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(shape=IMAGES, kind=KINDS, dtype=DTYPES, activation=ACTIVATION, parts=PARTS, factors=st.booleans(),
        per_channel=st.booleans(), want_g=st.booleans(),
        scheme=st.sampled_from(["stochastic", "symmetric", "luq"]))  # fmt: skip

@@ -1,12 +1,7 @@
-"""Whole trainings: position, checkpoints, log, signals, and how they go on afterwards."""
+"""Whole trainings: any batch, loss, optimizer and schedule; files, log, progress, and how they go on afterwards."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -14,67 +9,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import qsparseprop
-from qsparseprop.training.data import evaluation_loader, training_loader
+from qsparseprop.training.data import evaluation_loader
 from qsparseprop.training.finetuner import (
     CheckpointError,
     Finetuner,
-    LayerTimer,
     NonFiniteLossError,
-    layer_table,
     read_checkpoint,
     write_checkpoint,
 )
-from qsparseprop.training.models import resnet20
-from qsparseprop.utils.network_utils import swap_modules_with_sparse
-from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
 
-
-def problem(count=64):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 4
-    images = 0.3 * torch.randn(count, 3, 8, 8, generator=generator)
-    images[:, 0, 0, 0] += labels
-    return images, labels
-
-
-def sparse_finetuner(**kwargs):
-    """Quantised sparse layers (stochastic rounding), dropout, momentum and a schedule: all that has a state."""
-    torch.manual_seed(0)
-    model = nn.Sequential(resnet20(num_classes=16, width=4), nn.Dropout(0.2), nn.Linear(16, 4))
-    layerwise_magnitude_prune(model, 0.8)
-    make_pruning_permanent(model)
-    model = swap_modules_with_sparse(model, (16, 3, 8, 8), verbose=False, include_dense=False, min_sparsity=0.7)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=100)
-    return Finetuner(model, optimizer, scheduler=scheduler, **kwargs)
-
-
-def plain_finetuner(**kwargs):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-    return Finetuner(model, torch.optim.SGD(model.parameters(), lr=0.1), **kwargs)
-
-
-def assert_same_training(ours, theirs):
-    assert ours.history.losses == theirs.history.losses
-    assert [e.top1 for e in ours.history.evaluations] == [e.top1 for e in theirs.history.evaluations]
-    for (name, a), (_, b) in zip(ours.model.state_dict().items(), theirs.model.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
-    assert torch.equal(torch.as_tensor(ours.optimizer.param_groups[0]["lr"]),
-                       torch.as_tensor(theirs.optimizer.param_groups[0]["lr"]))  # fmt: skip
+from ._finetuning import _loader, assert_same_training, plain_finetuner, problem, sparse_finetuner
 
 
 class _Raises(Exception):
     pass
-
-
-def _loader(kind):
-    images, labels = problem()
-    if kind == "own generator":
-        return training_loader(images, labels, 16, seed=3)
-    dataset = TensorDataset(images, labels)
-    return DataLoader(dataset, batch_size=16, shuffle=True, num_workers=1 if kind == "workers" else 0)
 
 
 @pytest.mark.parametrize("kind", ["own generator", "default generator", "workers"])
@@ -337,52 +285,6 @@ def test_targets_and_inputs_can_be_to_blame(tmp_path):
     assert json.loads(last)["event"] == "error"
 
 
-# ---- time by layer ----
-
-
-def test_layer_times_cover_forward_and_backward_without_counting_twice():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(64, 64)
-            self.relu = nn.ReLU(inplace=True)
-
-        def forward(self, x):
-            out = self.inner(x)
-            out += x
-            out = self.relu(out)
-            time.sleep(0.01)  # its own time, not that of the modules inside
-            return out
-
-    model = nn.Sequential(nn.Linear(64, 64), Block())
-    with LayerTimer(model) as timer:
-        for _ in range(3):
-            model(torch.randn(256, 64)).sum().backward()
-    times = {t.name: t for t in timer.times()}
-    assert set(times) == {"", "0", "1", "1.inner", "1.relu"}
-    assert all(t.calls == 3 for t in times.values())
-    assert times["1"].forward_ms >= 10
-    assert times[""].forward_ms < 10
-    for name in ("0", "1.inner", "1.relu"):
-        assert 0 < times[name].forward_ms < 10
-        assert times[name].backward_ms > 0
-    assert times[""].backward_ms == 0
-    assert "1.inner" in layer_table(timer.times())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_fit_times_layers_on_request(tmp_path):
-    tuner = sparse_finetuner()
-    result = tuner.fit(_loader("own generator"), 2, folder=tmp_path, time_layers=2)
-    assert tuner.history.warmup_steps == {0, 1}
-    kinds = {t.kind for t in result.layer_times}
-    assert {"QuantizedSparseConv2d", "BatchNorm2d", "Linear"} <= kinds
-    assert all(t.calls in (2, 4) for t in result.layer_times if t.kind == "QuantizedSparseConv2d")
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    (logged,) = [line for line in lines if line["event"] == "layer_times"]
-    assert len(logged["layers"]) == len(result.layer_times)
-
-
 # ---- progress ----
 
 
@@ -401,190 +303,3 @@ def test_progress_without_tqdm_names_it(monkeypatch):
         tuner.fit([problem()], 1, progress=True)
     tuner.fit([problem()], 1, progress=None)
     assert len(tuner.history.losses) == 1
-
-
-# ---- processes that end early ----
-
-SCRIPT = """
-import sys, torch
-from torch import nn
-from qsparseprop.training.data import training_loader
-from qsparseprop.training.finetuner import Finetuner
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-# large enough that writing takes a while
-model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3000), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3000, 4))
-tuner = Finetuner(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
-images = torch.randn(48, 3, 8, 8)
-loader = training_loader(images, torch.arange(48) % 4, 8, seed=1)
-print("ready", flush=True)
-result = tuner.fit(loader, int(sys.argv[2]), folder=sys.argv[1], resume=True, checkpoint_every=1)
-print(result.stopped_by and result.stopped_by.name, len(tuner.history.losses), flush=True)
-torch.save(tuner.model.state_dict(), sys.argv[1] + ".result")
-"""
-
-
-#: Sparse layers in 8 bits with stochastic rounding, batch normalisation, dropout, AdamW and a schedule; the process
-#: kills itself at a point inside the writing of its n-th checkpoint.
-SPARSE_SCRIPT = """
-import io, os, random, signal, sys
-import numpy, torch
-from torch import nn
-from qsparseprop.training.data import evaluation_loader, training_loader
-from qsparseprop.training.finetuner import Finetuner, checkpoint
-from qsparseprop.training.models import resnet20
-from qsparseprop.utils.network_utils import swap_modules_with_sparse
-from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
-
-folder, epochs, point, wanted = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-save, replace, writes = checkpoint.save_tensors, os.replace, 0
-
-def die():
-    print(len(tuner.history.losses), flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def saving(content, target):
-    global writes
-    if ".last.pt." in target.name:
-        writes += 1
-        if writes == wanted and point == "half":
-            buffer = io.BytesIO()
-            torch.save(content, buffer)
-            target.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
-            die()
-    return save(content, target)
-
-def replacing(source, target):
-    ours = str(target).endswith("last.pt") and writes == wanted
-    if ours and point == "before":
-        die()
-    replace(source, target)
-    if ours and point == "after":
-        die()
-
-checkpoint.save_tensors, os.replace = saving, replacing
-torch.set_num_threads(1)
-random.seed(0)
-numpy.random.seed(0)
-torch.manual_seed(0)
-model = nn.Sequential(resnet20(num_classes=16, width=4), nn.Dropout(0.2), nn.Linear(16, 4))
-layerwise_magnitude_prune(model, 0.8)
-make_pruning_permanent(model)
-model = swap_modules_with_sparse(model, (16, 3, 8, 8), verbose=False, include_dense=False, min_sparsity=0.7)
-optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-tuner = Finetuner(model, optimizer, scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=100))
-images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 4
-tuner.fit(training_loader(images, labels, 16, seed=3), epochs, folder=folder, resume=True, checkpoint_every=2,
-          evaluation_batches=evaluation_loader(images, labels, 32))
-print(len(tuner.history.losses), flush=True)
-"""
-
-
-@pytest.fixture
-def start(tmp_path):
-    package = str(Path(qsparseprop.__file__).parents[1])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-    def run(folder, *arguments, script=SCRIPT):
-        file = tmp_path / f"train{len(script)}.py"
-        file.write_text(textwrap.dedent(script))
-        return subprocess.Popen([sys.executable, str(file), str(folder), *map(str, arguments)], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
-
-    return run
-
-
-def assert_same_content(ours, theirs, where=""):
-    """Equality of all that a checkpoint holds, except for times."""
-    if isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in theirs:
-            if "seconds" not in str(key):
-                assert_same_content(ours[key], theirs[key], f"{where}/{key}")
-    elif isinstance(theirs, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for i, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same_content(*pair, f"{where}/{i}")
-    else:
-        assert ours == theirs, where
-
-
-@pytest.mark.nightly
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_kill_at_any_point_of_writing_a_checkpoint_changes_nothing_but_the_time(start, tmp_path):
-    """A resumed training ends with the uninterrupted one's last checkpoint, bit for bit and as a whole."""
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    assert finish(start(whole, 3, "never", 0, script=SPARSE_SCRIPT)) == ["12"]
-    before = 0
-    for point, number in (("half", 1), ("half", 2), ("before", 2), ("after", 2), ("half", 2)):
-        process = start(folder, 3, point, number, script=SPARSE_SCRIPT)
-        out, errors = process.communicate(timeout=120)
-        assert (process.returncode, errors) == (-signal.SIGKILL, "")
-        killed_at = int(out)
-        assert before <= killed_at <= 12
-        assert any(folder.glob(".last.pt.*.tmp")) == (point != "after")
-        done = 0
-        if (folder / "last.pt").exists():
-            done = len(read_checkpoint(folder / "last.pt")["history"]["losses"])
-        # at the end of an epoch the same step is written twice, with the evaluation
-        assert done == killed_at if point == "after" else killed_at - 2 <= done <= killed_at
-        before = done
-    assert before > 0
-    assert finish(start(folder, 3, "never", 0, script=SPARSE_SCRIPT)) == ["12"]
-    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
-    for name in ("last.pt", "best.pt"):
-        assert_same_content(read_checkpoint(folder / name), read_checkpoint(whole / name))
-
-
-def finish(process):
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert errors == ""
-    return out.split()
-
-
-@pytest.mark.nightly
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_kill_while_a_checkpoint_is_written_loses_nothing_but_the_last_step(start, tmp_path):
-    folder = tmp_path / "killed"
-    whole = start(tmp_path / "whole", 2)
-    assert finish(whole) == ["ready", "None", "12"]
-    killed_inside = 0
-    for wanted in (3, 7):
-        process = start(folder, 2)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            log = folder / "log.jsonl"
-            written = log.read_text().count('"event": "checkpoint"') if log.exists() else 0
-            if written >= wanted and any(folder.glob(".last.pt.*.tmp")):
-                process.kill()
-                break
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-        killed_inside += any(folder.glob(".last.pt.*.tmp"))
-        done = len(read_checkpoint(folder / "last.pt")["history"]["losses"])
-        logged = [line for line in (folder / "log.jsonl").read_text().splitlines() if '"checkpoint"' in line]
-        assert json.loads(logged[-1])["step"] <= done <= 11
-    assert killed_inside, "no kill hit the writing of a checkpoint"
-    assert finish(start(folder, 2)) == ["ready", "None", "12"]
-    assert not any(folder.glob(".*.tmp"))
-    ours, theirs = torch.load(f"{folder}.result"), torch.load(tmp_path / "whole.result")
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(number, start, tmp_path):
-    folder = tmp_path / "stopped"
-    process = start(folder, 10_000)
-    assert process.stdout.readline() == "ready\n"
-    deadline = time.monotonic() + 60
-    while not (folder / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    name, steps = finish(process)
-    assert name == number.name
-    assert len(read_checkpoint(folder / "last.pt")["history"]["losses"]) == int(steps)
-    assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["stopped_by"] == number.name

@@ -7,20 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparseprop.layout.geometry import UNIT, Geometry, Grid, conv_geometry, linear_geometry
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import make_plan
 
-from ._helpers import conv_cases
+from ._helpers import conv_cases, examples
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    """Small tensors only: on a busy machine a team of threads costs more than the work."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _blocks(grid: Grid, images: int) -> torch.Tensor:
@@ -147,7 +143,7 @@ def _check(g: Geometry, case, batch: int) -> None:
 
 
 @given(case=conv_cases(most_channels=3), other=st.integers(1, 70))
-@settings(max_examples=250)
+@examples(250)
 def test_every_tap_finds_its_pixel_in_both_directions(case, other):
     g = case.geometry()
     out = [(n + p + q - d * (k - 1) - 1) // s + 1
@@ -159,7 +155,7 @@ def test_every_tap_finds_its_pixel_in_both_directions(case, other):
 
 
 @given(case=conv_cases(most_channels=2), pads=st.tuples(*[st.integers(0, 4)] * 4))
-@settings(max_examples=100)
+@examples(100)
 def test_padding_may_differ_on_every_side(case, pads):
     padded = SimpleNamespace(**{**vars(case), "pads": pads})
     reach = [d * (k - 1) + 1 for d, k in zip(case.dilation, case.kernel, strict=True)]
@@ -193,7 +189,7 @@ def test_linear_is_a_convolution_of_single_pixels(features, batch):
 
 
 @given(case=conv_cases(most_channels=3))
-@settings(max_examples=60)
+@examples(60)
 def test_lists_of_a_full_weight_stay_within_the_planes(case):
     g = case.geometry()
     mask = torch.ones(case.out_channels, case.in_channels // case.groups * len(g.tap_shift), dtype=torch.bool)

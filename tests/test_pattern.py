@@ -1,19 +1,15 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparseprop.layout.geometry import linear_geometry
+from qsparseprop.layout.geometry import GROUP, linear_geometry
 from qsparseprop.layout.pattern import check_pattern, dense_pattern, row_indices
-from qsparseprop.layout.plan import GROUP, make_plan
+from qsparseprop.layout.plan import make_plan
 
-from ._helpers import conv_cases, random_mask
+from ._helpers import conv_cases, examples, random_mask
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    """Small tensors only: on a busy machine a team of threads costs more than the work."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _int32(*values):
@@ -109,7 +105,7 @@ def _check_list(rows, count, nonzeros, rows_of, offset_of):
 
 
 @given(case=conv_cases(most_channels=4))
-@settings(max_examples=150)
+@examples(150)
 def test_lists_hold_every_nonzero_once(case):
     g = case.geometry()
     x, y = g.input_grid, g.output_grid

@@ -5,19 +5,20 @@ More of them, outside of the suite: ``PYTHONPATH=. python tests/_fuzz_programs.p
 
 import ast
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparseprop.nn.deferred.pending import Pending
 
-from ._program_runs import fault
+from ._helpers import examples
+from ._program_faults import fault
 from ._programs import STATEMENTS, Program, random_program, shrunk, source
 
 _NAMES = [name for name, (weight, _) in STATEMENTS.items() for _ in range(int(weight))]
 _NUMBERS = st.integers(0, 2**20 - 1)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.builds(Program, _NUMBERS, st.lists(st.tuples(st.sampled_from(_NAMES), _NUMBERS), min_size=4, max_size=24)))
 def test_blocks_make_no_difference_to_a_program(program):
     text = source(program)

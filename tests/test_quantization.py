@@ -1,27 +1,25 @@
-"""Schemes: their formulas in float64 NumPy, what they guarantee, and layers that simulate them."""
+"""Schemes: their formulas in float64 NumPy, and what they guarantee."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-from qsparseprop import nn as qnn
 from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
 from qsparseprop.ops import reference
 from qsparseprop.quantization import SAWB_CONSTANTS, QuantConfig, dequantize, quantize
-from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
-from ._helpers import LAYOUTS, VALUES, dense_example, generator, laid_out, random_values, relative_error
+from ._helpers import DTYPES, LAYOUTS, VALUES, examples, generator, laid_out, random_values
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCHEMES = ("absmax", "standard", "sawb", "stochastic", "dithered", "luq")
 RANDOM = ("stochastic", "dithered", "luq")
-DTYPES = (torch.float32, torch.bfloat16)
 
 DEGENERATE = {
     "empty": torch.empty(0),
@@ -36,11 +34,6 @@ DEGENERATE = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    torch.set_num_threads(1)
-
-
 def options_of(scheme):
     return {"sawb": (12.1, 12.2, 1.0), "dithered": (0.5,), "luq": (5.0,)}.get(scheme, ())
 
@@ -49,7 +42,7 @@ def options_of(scheme):
        kind=st.sampled_from(VALUES), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES),
        bits=st.integers(2, 8), mode=st.sampled_from(["tensor", "dim", "group"]), unsigned=st.booleans(),
        given_options=st.booleans(), number=st.integers(0, 2**63 - 1))  # fmt: skip
-@settings(max_examples=200)
+@examples(200)
 def test_quantize_is_the_reference(
     isa, shape, scheme, kind, layout, dtype, bits, mode, unsigned, given_options, number
 ):
@@ -421,57 +414,3 @@ def test_a_group_may_be_larger_than_the_tensor():
 def test_configs_that_make_no_sense_are_refused(arguments, word):
     with pytest.raises(ValueError, match=word):
         QuantConfig(**arguments)
-
-
-# ---- simulated layers ----
-
-CONFIGS = {
-    "default": QuantConfig(),
-    "channel": QuantConfig(granularity="channel"),
-    "standard, channel": QuantConfig(input="standard", granularity="channel"),
-    "ancestor": QuantConfig.ancestor(),
-    "sawb, channel": QuantConfig(input="sawb", grad="dithered", dither_step=0.7, granularity="channel"),
-    "luq": QuantConfig(grad="luq", luq_levels=6),
-    "luq, channel": QuantConfig(grad="luq", granularity="channel"),
-    "absmax": QuantConfig(grad="absmax"),
-    "float weight gradient": QuantConfig(grad_weight="float32"),
-}
-
-
-def passes(layer, x, seed):
-    x = x.clone().requires_grad_()
-    torch.manual_seed(seed)
-    y = layer(x)
-    y.backward(torch.randn(y.shape, generator=generator(seed)).to(y.dtype))
-    return y.detach(), x.grad, layer.weight.grad, layer.bias.grad
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_simulated_layers_are_the_real_ones(isa, config, kind, dtype):
-    dense, x = dense_example(f"QuantizedSparse{kind}")
-    for inputs in (x, x.abs()):
-        inputs = inputs.to(dtype)
-        real = getattr(qnn, f"QuantizedSparse{kind}").from_dense(dense, qconfig=CONFIGS[config])
-        fake = getattr(qnn, f"FakeQuant{kind}").from_dense(dense, qconfig=CONFIGS[config])
-        actual, expected = passes(fake, inputs, 3), passes(real, inputs, 3)
-        assert (actual[2][~fake.mask] == 0).all()
-        actual = (*actual[:2], actual[2][fake.mask], actual[3])
-        for a, e in zip(actual, expected, strict=True):
-            assert a.dtype == e.dtype
-            assert relative_error(a, e) < (5e-6 if e.dtype == torch.float32 else 2**-7)
-
-
-def test_a_model_of_simulated_layers():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10), nn.Linear(10, 4))
-    for module in (model[0], model[3]):
-        module.weight.data *= torch.rand(module.weight.shape) < 0.1
-    swap_modules_with_sparse(model, (2, 3, 8, 8), verbose=False, prototype=True, qconfig=CONFIGS["channel"])
-    kinds = [type(m).__name__ for m in model]
-    assert kinds == ["FakeQuantConv2d", "ReLU", "Flatten", "FakeQuantLinear", "Linear"]
-    assert model[0].qconfig == CONFIGS["channel"]
-    model(torch.randn(2, 3, 8, 8)).sum().backward()
-    state = model.state_dict()
-    assert state["0.mask"].dtype == torch.bool
-    model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What is saved, and what is accepted or refused when it is loaded."""
+"""What is saved, and what a layer or a model is after it was loaded."""
 
 from __future__ import annotations
 
@@ -15,53 +15,12 @@ from torch.nn.utils import prune
 
 from qsparseprop import nn as qnn
 from qsparseprop.nn import accept_dense_state
-from qsparseprop.nn._state import FORMAT
 from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.training.models import resnet18, resnet20
 from qsparseprop.utils.network_utils import swap_modules_for_state, swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune
 
-from ._helpers import dense_example, set_weight
-
-KINDS = ("QuantizedSparseLinear", "SparseLinear", "QuantizedSparseConv2d", "SparseConv1d")
-
-
-def layer_and_input(kind: str, density: float = 0.3, seed: int = 0) -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    if "Conv1d" in kind:
-        dense, x = set_weight(nn.Conv1d(6, 8, 3, 2, 1, groups=2), density, seed), torch.randn(5, 6, 11)
-    else:
-        dense, x = dense_example(kind, density, seed)
-    return getattr(qnn, kind).from_dense(dense), dense, x
-
-
-def skeleton(layer: SparseWeight, device: str | None = None) -> SparseWeight:
-    if hasattr(layer, "in_features"):
-        return type(layer)(layer.in_features, layer.out_features, device=device)
-    return type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                       groups=layer.groups, device=device)
-
-
-def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
-
-
-def swapped(seed: int, quantize: bool = True) -> nn.Module:
-    """A small network with sparse layers, a shared one among them, and dense ones."""
-    torch.manual_seed(seed)
-    shared = nn.Linear(16, 16)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 16), shared, nn.ReLU(),
-                          shared, nn.Linear(16, 3))
-    for index in (0, 3, 4):
-        set_weight(model[index], 0.15, seed + index)
-    return swap_modules_with_sparse(model, (2, 3, 4, 4), quantize=quantize, include_dense=False, verbose=False,
-                                    skip_modules=["7"], min_sparsity=0.5)  # fmt: skip
-
+from ._states import KINDS, assert_same, layer_and_input, skeleton, snapshot, swapped
 
 # ---- round trips ----
 
@@ -270,139 +229,6 @@ def test_a_dense_state_of_another_shape():
 
 
 # ---- refusals ----
-
-
-def _bad(key: str, change) -> tuple[str, object]:
-    return pytest.param(key, change, id=f"{key}-{change.__name__}")
-
-
-def too_short(t):
-    return t[:-1]
-
-
-def unsorted(t):
-    return t.flip(0)
-
-
-def duplicates(t):
-    return torch.cat([t[:1], t[:-1]])
-
-
-def out_of_range(t):
-    return t + 10_000
-
-
-def negative(t):
-    return t - 10_000
-
-
-def int64(t):
-    return t.to(torch.int64)
-
-
-def float32(t):
-    return t.to(torch.float32)
-
-
-def two_dimensional(t):
-    return t[None]
-
-
-def newer(t):
-    return t + torch.eye(len(t), dtype=t.dtype)[0]
-
-
-def other_shape(t):
-    return t + torch.eye(len(t), dtype=t.dtype)[-1]
-
-
-def not_a_tensor(t):
-    return t.tolist()
-
-
-def wrapping(t):
-    """Row pointers whose differences are all positive in 32 bits."""
-    bad = t.clone()
-    bad[1:4] = torch.tensor([2**31 - 1, -(2**31), -1], dtype=torch.int32)
-    return bad
-
-
-BAD = [
-    _bad("weight", too_short), _bad("weight", int64), _bad("weight", not_a_tensor),
-    _bad("crow_indices", too_short), _bad("crow_indices", int64), _bad("crow_indices", unsorted),
-    _bad("crow_indices", out_of_range), _bad("crow_indices", float32), _bad("crow_indices", wrapping),
-    _bad("crow_indices", not_a_tensor), _bad("crow_indices", two_dimensional),
-    _bad("col_indices", too_short), _bad("col_indices", int64), _bad("col_indices", unsorted),
-    _bad("col_indices", duplicates), _bad("col_indices", out_of_range), _bad("col_indices", negative),
-    _bad("bias", too_short), _bad("bias", int64),
-    _bad("_extra_state", newer), _bad("_extra_state", other_shape), _bad("_extra_state", float32),
-    _bad("_extra_state", not_a_tensor),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["QuantizedSparseLinear", "SparseConv1d"])
-@pytest.mark.parametrize(("key", "change"), BAD)
-def test_bad_states_of_a_layer(kind, key, change):
-    layer, _, x = layer_and_input(kind)
-    state = snapshot(layer)
-    state["weight"] *= 2
-    state[key] = change(state[key])
-    before, wanted = snapshot(layer), layer(x)
-    with pytest.raises(RuntimeError, match=f"{key}|crow_indices" if key == "col_indices" else key):
-        layer.load_state_dict(state)
-    assert_same(before, layer.state_dict())
-    assert torch.equal(layer(x), wanted)
-
-
-@pytest.mark.parametrize(("key", "change"), BAD)
-def test_bad_states_of_a_model_change_no_layer(key, change):
-    """The bad layer is the last one, after dense and sparse layers that would be loaded."""
-    model = swapped(0)
-    state = snapshot(swapped(1))
-    name = f"6.{key}"
-    state[name] = change(state[name])
-    before = snapshot(model)
-    with pytest.raises(RuntimeError, match=r"6\." + (key if key != "col_indices" else "c")):
-        model.load_state_dict(state)
-    assert_same(before, model.state_dict())
-
-
-@pytest.mark.parametrize("missing", ["weight", "crow_indices", "col_indices", "bias", "_extra_state"])
-@pytest.mark.parametrize("strict", [True, False])
-def test_missing_keys(missing, strict):
-    layer, _, _ = layer_and_input("QuantizedSparseLinear")
-    other, _, _ = layer_and_input("QuantizedSparseLinear", 0.6, seed=5)
-    before = snapshot(layer)
-    state = {k: v for k, v in other.state_dict().items() if k != missing}
-    if strict or missing in ("weight", "crow_indices", "col_indices"):
-        with pytest.raises(RuntimeError, match=missing):
-            layer.load_state_dict(state, strict=strict)
-    else:
-        assert layer.load_state_dict(state, strict=strict).missing_keys == [missing]
-    assert_same(before, layer.state_dict())
-
-
-def test_unexpected_keys():
-    layer, _, _ = layer_and_input("SparseLinear")
-    state = {**snapshot(layer), "scale": torch.ones(1)}
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*scale"):
-        layer.load_state_dict(state)
-    assert layer.load_state_dict(state, strict=False).unexpected_keys == ["scale"]
-    without = type(layer)(20, 12, bias=False)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*bias"):
-        without.load_state_dict(layer.state_dict())
-
-
-def test_a_newer_format_names_both_numbers():
-    layer, _, _ = layer_and_input("SparseLinear")
-    state = snapshot(layer)
-    assert state["_extra_state"].tolist() == [FORMAT, 12, 20]
-    state["_extra_state"][0] = FORMAT + 6
-    with pytest.raises(RuntimeError, match=f"in format {FORMAT + 6} of .* this version .* format {FORMAT}"):
-        layer.load_state_dict(state)
-    with pytest.raises(RuntimeError, match=f"in format {FORMAT + 6}"):
-        layer.set_extra_state(state["_extra_state"])
-    layer.set_extra_state(layer.get_extra_state())
 
 
 def test_a_file_of_this_format_is_read():

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
@@ -20,6 +20,7 @@ from ._helpers import (
     ROUNDING,
     dequantized,
     dequantized_weight,
+    examples,
     generator,
     random_values,
     relative_error,
@@ -33,10 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 CLASSES = (qnn.SparseTransposedLinear, qnn.QuantizedSparseTransposedLinear)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def conv1d(nf=12, nx=20, density=0.3, seed=0):
@@ -53,7 +51,7 @@ CASES = {
 
 
 @given(**CASES)
-@settings(max_examples=60)
+@examples(60)
 def test_float_layers_are_float64_to_rounding(nx, nf, batch, density, seed):
     dense = conv1d(nf, nx, density, seed)
     x, dy = torch.randn(batch, nx, generator=generator(seed)), torch.randn(batch, nf, generator=generator(seed + 1))
@@ -65,7 +63,7 @@ def test_float_layers_are_float64_to_rounding(nx, nf, batch, density, seed):
 
 @given(**CASES, values=st.sampled_from(["normal", "positive", "zero", "small"]),
        scheme=st.sampled_from(["absmax", "standard"]), per_channel=st.booleans())  # fmt: skip
-@settings(max_examples=100)
+@examples(100)
 def test_quantised_layers_are_float64_on_dequantised_operands(
     nx, nf, batch, density, seed, values, scheme, per_channel
 ):

@@ -28,6 +28,8 @@ from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
 from qsparseprop._kernels._plan import GatherList, ProductRows
 from qsparseprop.layout.geometry import GROUP, UNIT, Geometry, linear_geometry
 
+__all__ = ["Costs", "costs_file", "machine_costs", "measure_costs"]
+
 
 class Costs(NamedTuple):
     """Nanoseconds for one unit of 64 lanes, on one thread.

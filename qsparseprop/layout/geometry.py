@@ -26,6 +26,13 @@ from dataclasses import dataclass, replace
 
 from qsparseprop._kernels._plan import PlaneLayout
 
+__all__ = ["BLOCK_LANES", "SAVED_LANES", "UNIT", "ConvSizes", "Geometry", "Grid", "batch_magnitude", "conv_geometry",
+           "embedded", "linear_geometry", "linear_numbers", "prefer_batch_innermost"]  # fmt: skip
+
+_Size = tuple[int, ...]
+#: Channels of the input and of the output, the input's size, that of the kernel, stride, padding and dilation.
+ConvSizes = tuple[int, int, _Size, _Size, _Size, _Size, _Size]
+
 #: Lanes that a kernel works on at a time.
 UNIT = 64
 #: Nonzeros that the kernels take at a time; rows of lists are padded to it.
@@ -220,8 +227,8 @@ def conv_geometry(
     ValueError
         If the kernel does not fit into the padded input, or the planes are too large for 32-bit offsets.
     """
-    return _conv_geometry(in_channels, out_channels, input_size, kernel_size, stride, padding, dilation,
-                          batch_magnitude(batch), batch_innermost, transposed)
+    sizes = in_channels, out_channels, input_size, kernel_size, stride, padding, dilation
+    return _conv_geometry(sizes, batch_magnitude(batch), batch_innermost, transposed)
 
 
 def batch_magnitude(batch: int) -> int:
@@ -258,18 +265,9 @@ def _input_views(channels: int, axes: tuple[_Axis, _Axis, _Axis], lanes: tuple[i
 
 
 @functools.lru_cache(maxsize=1024)
-def _conv_geometry(
-    in_channels: int,
-    out_channels: int,
-    input_size: tuple[int, ...],
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    batch: int,
-    batch_innermost: bool,
-    transposed: bool,
-) -> Geometry:
+def _conv_geometry(sizes: ConvSizes, batch: int, batch_innermost: bool, transposed: bool) -> Geometry:
+    """`conv_geometry` for the magnitude of a batch."""
+    in_channels, out_channels, input_size, kernel_size, stride, padding, dilation = sizes
     axes = [_axis(n, k, s, (p, q), d, transposed) for n, k, s, p, q, d in
             zip(input_size, kernel_size, stride, padding[::2], padding[1::2], dilation, strict=True)]  # fmt: skip
     output_size = tuple(axis.out for axis in axes)

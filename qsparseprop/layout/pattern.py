@@ -7,6 +7,8 @@ from torch import Tensor
 
 from qsparseprop.contents import holds_tensors, unreadable
 
+__all__ = ["check_pattern", "dense_pattern", "pattern_stamp", "row_indices", "tensor_version"]
+
 
 def check_pattern(crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], prefix: str = "") -> None:
     """Check a CSR pattern, sizes before contents: in memory of the order of what the tensors take.

@@ -10,20 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop import ops
-from qsparseprop._torch_compat import transforms_active
+from qsparseprop._torch_compat import is_jit_tracing, transforms_active
 from qsparseprop.contents import is_convertible
 from qsparseprop.layout.geometry import Geometry
+from qsparseprop.layout.modes import DENSE, LIST, Modes
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, PlanCache
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
+from qsparseprop.nn._product import ProductCall
 from qsparseprop.nn._traced import config_text, traced_product
 from qsparseprop.nn._values import SparseValues
 from qsparseprop.nn._weight import SparseWeight
-from qsparseprop.nn.deferred import DeferredTensor, deferred_product, may_defer
+from qsparseprop.nn.blocks import deferred_product
+from qsparseprop.nn.deferred import DeferredTensor, may_defer
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.usage import Operation, longest
-from qsparseprop.nn.functional import ProductCall, sparse_product
+from qsparseprop.nn.functional import sparse_product
 from qsparseprop.quantization import QuantConfig
 
 #: What the kernels read and write; other dtypes are converted.
@@ -154,10 +157,34 @@ class SparseModule(SparseWeight):
         self._check_stamp()
         cache = self.__dict__.get("_plans")
         if cache is None:
-            cache = self.__dict__["_plans"] = PlanCache()
-        pattern = self.crow_indices, self.col_indices
-        plan = cache.find(*pattern, geometry, groups)
-        return cache.get(*pattern, self._matrix_shape(), geometry, groups) if plan is None else plan
+            cache = self.__dict__["_plans"] = PlanCache(modes=self.__dict__.get("_modes"))
+        crow, col = self.crow_indices, self.col_indices
+        plan = cache.find(crow, col, geometry, groups)
+        return cache.get(crow, col, self._matrix_shape(), geometry, groups) if plan is None else plan
+
+    def last_plan(self) -> Plan | None:
+        """The plan of the size of input that came last for the first time."""
+        cache = self.__dict__.get("_plans")
+        return None if cache is None else cache.last()
+
+    @property
+    def product_modes(self) -> Modes | None:
+        """How products on codes walk the weight: "list" or "dense" for each, at the input that came last.
+
+        They give the same bits; None where there was no input yet. Set them to choose, or to None to let plans choose
+        by what the machine costs (`qsparseprop.layout.modes.choose_modes`).
+        """
+        plan = self.last_plan()
+        return self.__dict__.get("_modes") if plan is None else plan.modes
+
+    @product_modes.setter
+    def product_modes(self, modes: Modes | None) -> None:
+        if modes is not None:
+            modes = Modes(*modes)
+            if not set(modes) <= {LIST, DENSE}:
+                raise ValueError(f"product_modes must each be {LIST!r} or {DENSE!r}, got {tuple(modes)}")
+        self.__dict__["_modes"] = modes
+        self.__dict__.pop("_plans", None)
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
@@ -195,7 +222,7 @@ class SparseModule(SparseWeight):
     def _is_usual(self, x: Tensor) -> bool:
         """Whether nothing is to be said against an input, found out by a few quick questions."""
         # tracing first: then questions may be answered by tensors
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        if torch.compiler.is_compiling() or is_jit_tracing() or type(x) is not Tensor:
             return False
         return x.dtype in KERNEL_DTYPES and ops.are_plain(x) and not transforms_active()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from qsparseprop.layout.geometry import batch_magnitude, conv_geometry, prefer_batch_innermost
+from qsparseprop.layout.geometry import ConvSizes, batch_magnitude, conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
 from qsparseprop.nn.deferred import ordinary
@@ -17,9 +17,6 @@ from qsparseprop.nn.deferred.layout import images as images_layout
 from qsparseprop.quantization import QuantConfig
 
 _Conv = TypeVar("_Conv", bound="SparseConvNd")
-_Sizes = tuple[int, ...]
-#: Channels of the input and of the output, the input's size, that of the kernel, stride, padding and dilation.
-_Layout = tuple[int, int, _Sizes, _Sizes, _Sizes, _Sizes, _Sizes]
 
 
 class SparseConvNd(SparseModule):
@@ -211,14 +208,14 @@ class SparseConvNd(SparseModule):
         return tuple((n + p + q - d * (k - 1) - 1) // s + 1 for n, p, q, d, k, s in
                      zip(size, pads[::2], pads[1::2], self.dilation, self.kernel_size, self.stride, strict=True))
 
-    def _layout(self, size: tuple[int, ...], pads: tuple[int, ...]) -> _Layout:
+    def _layout(self, size: tuple[int, ...], pads: tuple[int, ...]) -> ConvSizes:
         """The arguments of `conv_geometry` for a size of the input, without those of the batch."""
         flat = (1,) * (2 - len(self._axes))
         return (self.in_channels, self.out_channels, flat + size, flat + self.kernel_size, flat + self.stride,
                 (0, 0) * len(flat) + pads, flat + self.dilation)  # fmt: skip
 
     def _convolve(
-        self, x: Tensor, images: Tensor, layout: _Layout, out_size: tuple[int, ...]
+        self, x: Tensor, images: Tensor, layout: ConvSizes, out_size: tuple[int, ...]
     ) -> Tensor:
         dims = len(self._axes)
         batch, batch_innermost = images.shape[0], self.vectorizing_over_on

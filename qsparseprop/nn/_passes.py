@@ -22,14 +22,39 @@ def check_finite(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} has NaN or Inf (check_finite is on)")
 
 
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a dtype; a call of `to` costs as much where it does nothing."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+def as_dtype(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """The tensor, if there is one, in a dtype; a call of `to` costs as much where it does nothing."""
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
-def value_gradient(gradient: Tensor, values: Tensor) -> Tensor | None:
-    """Gradient of the values; none where there are none, since optimizers may divide by the number of elements."""
+def value_gradient(gradient: Tensor | None, values: Tensor) -> Tensor | None:
+    """Gradient of the values, if wanted; none where there are none: optimizers may divide by the number of elements."""
     return as_dtype(gradient, values.dtype) if values.numel() else None
+
+
+def input_quantisation(values: Tensor, plan: Plan, qconfig: QuantConfig | None) -> ops.Quantisation:
+    """How a forward pass quantises; `values` are those of the weight, see `plain`."""
+    if qconfig is None:
+        return _IN_FLOATS
+    return ops.Quantisation(qconfig.input_scheme, qconfig.weight_clip(values, plan.entries), None,
+                            qconfig.grad_weight == "float32")  # fmt: skip
+
+
+def gradient_quantisation(values: Tensor, plan: Plan, qconfig: QuantConfig | None) -> ops.Quantisation:
+    """How a backward pass quantises, with a seed of its own where it rounds at random."""
+    if qconfig is None:
+        return _IN_FLOATS
+    scheme = qconfig.grad_scheme
+    return ops.Quantisation(scheme, qconfig.weight_clip(values, plan.entries),
+                            ops.draw_seed() if scheme.random else None)  # fmt: skip
+
+
+def of_kernel_dtype(dy: Tensor) -> Tensor:
+    """A gradient in a dtype that the kernels read."""
+    if dy.dtype in (torch.float32, torch.bfloat16):
+        return dy
+    ops.check_storage(dy, "the gradient of the output")
+    return dy.to(torch.float32)
 
 
 def forward_pass(
@@ -43,10 +68,8 @@ def forward_pass(
     save: bool = True,
 ) -> tuple[Tensor, ops.Packed | None]:
     """The product, and the packed input; see `ops.layer_forward`."""
-    values, quantisation = plain(values), _IN_FLOATS
-    if qconfig is not None:
-        quantisation = ops.Quantisation(qconfig.input_scheme, qconfig.weight_clip(values, plan.entries), None,
-                                        qconfig.grad_weight == "float32")  # fmt: skip
+    values = plain(values)
+    quantisation = input_quantisation(values, plan, qconfig)
     return ops.layer_forward(x, values, bias, plan, quantisation, dtype, channels_last, save)
 
 
@@ -61,14 +84,8 @@ def backward_pass(
     channels_last: bool | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the input, the values and the bias, as far as `grads` wants them; see `ops.layer_backward`."""
-    values, quantisation = plain(values), _IN_FLOATS
-    if dy.dtype not in (torch.float32, torch.bfloat16):
-        ops.check_storage(dy, "the gradient of the output")
-        dy = dy.to(torch.float32)
-    if qconfig is not None:
-        scheme = qconfig.grad_scheme
-        quantisation = ops.Quantisation(scheme, qconfig.weight_clip(values, plan.entries),
-                                        ops.draw_seed() if scheme.random else None)  # fmt: skip
+    values, dy = plain(values), of_kernel_dtype(dy)
+    quantisation = gradient_quantisation(values, plan, qconfig)
     return ops.layer_backward(dy, values, packed, plan, quantisation, grads, x_dtype, channels_last)
 
 

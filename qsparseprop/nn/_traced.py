@@ -21,7 +21,7 @@ from qsparseprop import ops
 from qsparseprop.layout.geometry import Geometry, conv_geometry
 from qsparseprop.layout.plan import Plan, shared_plan_cache
 from qsparseprop.nn._interop import refuse_onnx
-from qsparseprop.nn._passes import backward_pass, check_finite, forward_pass, value_gradient
+from qsparseprop.nn._passes import as_dtype, backward_pass, check_finite, forward_pass, value_gradient
 from qsparseprop.quantization import QuantConfig
 
 
@@ -81,11 +81,12 @@ def _layer_fake(
     grid, shape = g.input_grid, (x.shape[0], g.output_grid.planes, *g.output_image)
     if g.transposed:
         grid, shape = g.output_grid, (x.shape[0], g.in_channels, *g.input_image)
-    in_floats = config is None or config.grad_weight == "float32"
-    scales = 0 if in_floats else grid.planes if config.granularity == "channel" else 1
+    in_codes, scales = False, 0
+    if config is not None and config.grad_weight == "int8":
+        in_codes, scales = True, grid.planes if config.granularity == "channel" else 1
     return (
         _empty_image(x, shape, dtype),
-        x.new_empty(grid.lanes(x.shape[0]), dtype=torch.float32 if in_floats else torch.uint8),
+        x.new_empty(grid.lanes(x.shape[0]), dtype=torch.uint8 if in_codes else torch.float32),
         x.new_empty(scales, dtype=torch.float32),
         x.new_empty(scales, dtype=torch.int32),
     )
@@ -99,7 +100,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     values, crow, col, *packed = ctx.saved_tensors
     grads = list(ctx.needs_input_grad[:3])
     dx, dvalues, dbias = sparse_layer_backward.overload(
@@ -108,7 +109,7 @@ def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return (
         dx if grads[0] else None,
         value_gradient(dvalues, values) if grads[1] else None,
-        dbias.to(ctx.bias_dtype) if grads[2] else None,
+        as_dtype(dbias, ctx.bias_dtype) if grads[2] else None,
         None, None, None, None, None, None,
     )  # fmt: skip
 
@@ -117,7 +118,7 @@ def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     "sparse_layer(Tensor x, Tensor values, Tensor? bias, Tensor crow_indices, Tensor col_indices, int[] geometry, "
     "int groups, str qconfig, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _layer_fake,
-    backward=_gradients,
+    backward=_backward,
     setup_context=_setup_context,
 )
 def sparse_layer(
@@ -150,8 +151,9 @@ def sparse_layer(
         check_finite(x, "the input")
         check_finite(values, "the weight")
     plan = _find_plan(crow_indices, col_indices, geometry, groups)
-    out, (planes, scale, zero_point) = forward_pass(x, values, bias, plan, config, dtype)
-    return out, planes, _or_empty(scale), _or_empty(zero_point, torch.int32)
+    out, packed = forward_pass(x, values, bias, plan, config, dtype)
+    assert packed is not None  # which was to be saved
+    return out, packed.planes, _or_empty(packed.scale), _or_empty(packed.zero_point, torch.int32)
 
 
 def _or_empty(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -22,7 +22,7 @@ from qsparseprop.nn._interop import (
 )
 from qsparseprop.nn._state import FORMAT, check_format, read_state
 from qsparseprop.nn._values import SparseValues, as_values, plain
-from qsparseprop.nn.functional import NoGradient
+from qsparseprop.nn.autograd.graph import NoGradient
 from qsparseprop.ops import are_plain, check_storage
 
 _PATTERN = ("crow_indices", "col_indices")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from qsparseprop.layout.geometry import Geometry, linear_geometry, linear_numbers
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
+from qsparseprop.nn._docstrings import describes_quantised
+from qsparseprop.nn.autograd.graph import NoGradient
 from qsparseprop.nn.deferred import ordinary
 from qsparseprop.nn.deferred.layout import linear as linear_layout
-from qsparseprop.nn.functional import NoGradient
 from qsparseprop.quantization import QuantConfig
 
 __all__ = ["QuantizedSparseLinear", "SparseLinear"]
@@ -58,14 +59,14 @@ class SparseLinear(SparseModule):
         self._set_up(bias, qconfig, device, dtype)
 
     @classmethod
-    def from_dense(cls: type[_Linear], linear: nn.Linear, *, qconfig: QuantConfig | None = None) -> _Linear:
+    def from_dense(cls: type[_Linear], linear: nn.Module, *, qconfig: QuantConfig | None = None) -> _Linear:
         """Take over the nonzeros of a dense layer.
 
         Parameters
         ----------
-        linear : torch.nn.Linear
-            With zeros in its weight, or pruned by torch.nn.utils.prune or torch.ao.pruning (mask attached or removed).
-            It is not changed.
+        linear : torch.nn.Module
+            A torch.nn.Linear, or Conv1D of transformers where the class is for that, with zeros in its weight, or
+            pruned by torch.nn.utils.prune or torch.ao.pruning (mask attached or removed). It is not changed.
         qconfig : QuantConfig, optional
             For quantised layers.
 
@@ -172,11 +173,9 @@ class SparseLinear(SparseModule):
                 f"sparsity={self.sparsity:.4f}")
 
 
+@describes_quantised
 class QuantizedSparseLinear(SparseLinear):
-    """``y = x @ W.T + b`` with a sparse weight, in 8-bit integers forward and backward.
-
-    The float32 weight is requantised at every step that trains it; see `QuantConfig` for the schemes.
-    """
+    """``y = x @ W.T + b`` with a sparse weight, in 8-bit integers forward and backward."""
 
     quantized = True
     can_defer = True

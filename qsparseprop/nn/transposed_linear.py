@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.layout.geometry import Geometry, linear_geometry, linear_numbers
-from qsparseprop.nn._dense import dense_bias, held, trains_weight
+from qsparseprop.nn._dense import held
+from qsparseprop.nn._docstrings import describes_quantised
 from qsparseprop.nn.linear import SparseLinear
 from qsparseprop.quantization import QuantConfig
 
@@ -72,41 +73,8 @@ class SparseTransposedLinear(SparseLinear):
                             f"got {type(module).__module__}.{type(module).__qualname__}")
 
     @classmethod
-    def from_dense(cls: type[_Linear], linear: nn.Module, *, qconfig: QuantConfig | None = None) -> _Linear:
-        """Take over the nonzeros of a dense layer.
-
-        Parameters
-        ----------
-        linear : transformers.pytorch_utils.Conv1D
-            With zeros in its weight, or pruned by torch.nn.utils.prune or torch.ao.pruning (mask attached or removed).
-            It is not changed.
-        qconfig : QuantConfig, optional
-            For quantised layers.
-
-        Raises
-        ------
-        TypeError
-            For another kind of module, or an integer weight.
-        ValueError
-            If the weight has NaN or Inf, or is not on the CPU.
-        """
-        weight, mask = cls._check_dense(linear)
-        return cls.like(linear, qconfig)._fill(weight, mask, dense_bias(linear), trains_weight(linear))
-
-    @classmethod
     def like(cls: type[_Linear], dense: nn.Module, qconfig: QuantConfig | None = None) -> _Linear:
-        """A layer without weights, with the settings of a dense one.
-
-        Parameters
-        ----------
-        dense : transformers.pytorch_utils.Conv1D
-        qconfig : QuantConfig, optional
-            For quantised layers.
-
-        Returns
-        -------
-        SparseTransposedLinear
-        """
+        """See `SparseLinear.like`; the dense layer is a Conv1D of transformers."""
         weight = held(dense, "weight")
         nx, nf = weight.shape
         return cls(nf, nx, weight.device, weight.dtype, qconfig=qconfig).train(dense.training)
@@ -157,10 +125,8 @@ class SparseTransposedLinear(SparseLinear):
         return [*linear_numbers(self.out_features, self.in_features), 1]
 
 
+@describes_quantised
 class QuantizedSparseTransposedLinear(SparseTransposedLinear):
-    """``y = x @ W + b`` with a sparse weight of shape (in_features, out_features), in 8-bit integers.
-
-    The float32 weight is requantised at every step that trains it; see `QuantConfig` for the schemes.
-    """
+    """``y = x @ W + b`` with a sparse weight of shape (in_features, out_features), in 8-bit integers."""
 
     quantized = True

@@ -39,6 +39,9 @@ from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.ops._registration import check_tensors, operator, recorded
 from qsparseprop.ops.products import Packed
 
+__all__ = ["ACTIVATIONS", "Activation", "Affine", "Kept", "activation_range", "codes_like", "epilogue", "epilogue_grad",
+           "epilogue_grad_pack", "epilogue_pack", "epilogue_range", "epilogue_sums", "saved_like"]  # fmt: skip
+
 #: Names of the activations.
 ACTIVATIONS = _epilogue.ACTIVATIONS
 

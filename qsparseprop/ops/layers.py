@@ -16,8 +16,9 @@ from torch import Tensor
 from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._plan import PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
+from qsparseprop._kernels._sums import channel_sums
 from qsparseprop.layout.plan import Plan
-from qsparseprop.ops._registration import check_tensors, in_memory, recorded
+from qsparseprop.ops._registration import are_plain, check_tensors, in_memory, recorded
 from qsparseprop.ops.products import (
     Packed,
     empty_result,
@@ -27,6 +28,11 @@ from qsparseprop.ops.products import (
     quantize_pack_plain,
     sddmm_plain,
 )
+
+__all__ = ["Quantisation", "bias_gradient", "is_channels_last", "layer_backward", "layer_forward", "packed_backward"]
+
+#: Elements up to which a gradient is added up by one thread, which takes less time than starting torch's reduction.
+FEW = 1 << 12
 
 
 class Quantisation(NamedTuple):
@@ -75,7 +81,6 @@ def _packed_by(x: Tensor, layout: PlaneLayout, scheme: Scheme | None, seed: Tens
     return pack_plain(x, layout) if scheme is None else quantize_pack_plain(x, layout, scheme, seed)
 
 
-@recorded
 def layer_forward(
     x: Tensor,
     values: Tensor,
@@ -112,13 +117,28 @@ def layer_forward(
     """
     x, values, bias = in_memory(x, "x"), in_memory(values, "values"), in_memory(bias, "bias")
     check_tensors(clip=quantisation.clip)
-    transposed, images, scheme = plan.geometry.transposed, len(x), quantisation.scheme
+    return layer_forward_plain(x, values, bias, plan, quantisation, dtype, channels_last, save)
+
+
+@recorded
+def layer_forward_plain(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    quantisation: Quantisation,
+    dtype: torch.dtype,
+    channels_last: bool | None = None,
+    save: bool = True,
+) -> tuple[Tensor, Packed | None]:
+    """`layer_forward` for those who have looked at the tensors already."""
+    transposed, scheme = plan.geometry.transposed, quantisation.scheme
     rows = plan.multiplied(scheme is not None, transposed)
     packed = _packed_by(x, rows.source, scheme, quantisation.seed)
     if transposed:
         bias = _bias_of_phases(bias, rows.rows)
         if scheme is not None and scheme.per_channel:
-            _give_own_fronts(packed, plan, images)
+            _give_own_fronts(packed, plan, x.shape[0])
     out = multiply_plain(packed, values, rows, _result_like(x, rows, dtype, channels_last), bias, quantisation.clip)
     if not save:
         return out, None
@@ -156,7 +176,6 @@ def _is_around_128(packed: Packed, scheme: Scheme) -> bool:
     return scheme.name != "standard" and zero_point is not None and bool((zero_point == 128).all())
 
 
-@recorded
 def layer_backward(
     dy: Tensor,
     values: Tensor,
@@ -191,11 +210,26 @@ def layer_backward(
         The latter two in float32; None where not wanted.
     """
     dy, values, packed = in_memory(dy, "dy"), in_memory(values, "values"), packed and in_memory_parts(packed)
+    check_tensors(clip=quantisation.clip)
+    return layer_backward_plain(dy, values, packed, plan, quantisation, grads, x_dtype, channels_last)
+
+
+@recorded
+def layer_backward_plain(
+    dy: Tensor,
+    values: Tensor,
+    packed: Packed | None,
+    plan: Plan,
+    quantisation: Quantisation,
+    grads: Sequence[bool],
+    x_dtype: torch.dtype,
+    channels_last: bool | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`layer_backward` for those who have looked at the tensors already."""
     scheme, clip, seed, _ = quantisation
-    check_tensors(clip=clip)
     if scheme is not None and scheme.name == "absmax":
         scheme = Scheme("symmetric", (), scheme.per_channel)  # around 128, whatever the signs
-    transposed, images = plan.geometry.transposed, len(dy)
+    transposed = plan.geometry.transposed
     rows = plan.multiplied(scheme is not None, not transposed)
     dx = dvalues = gradient = None
     in_floats = grads[1] and _is_in_floats(packed)
@@ -207,7 +241,7 @@ def layer_backward(
         if in_floats and (gradient is None or scheme is not None):
             gradient = pack_plain(dy, rows.source)
         operands = (gradient, packed) if transposed else (packed, gradient)
-        dvalues = sddmm_plain(*operands, plan.differentiated(not in_floats), images, values.shape[0])
+        dvalues = sddmm_plain(*operands, plan.differentiated(not in_floats), dy.shape[0], values.shape[0])
     return dx, dvalues, bias_gradient(dy) if grads[2] else None
 
 
@@ -224,6 +258,8 @@ def bias_gradient(dy: Tensor) -> Tensor:
     Tensor
         (channels,).
     """
+    if dy.numel() <= FEW and dy.dtype is torch.float32 and are_plain(dy):
+        return channel_sums(dy)
     dims = 0 if dy.ndim == 2 else (0, 2, 3)
     return dy.sum(dims) if dy.dtype is torch.float32 else dy.sum(dims, dtype=torch.float32)
 

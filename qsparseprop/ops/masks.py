@@ -9,6 +9,8 @@ from qsparseprop._kernels import _mask
 from qsparseprop._kernels._memory import empty
 from qsparseprop.ops._registration import operator
 
+__all__ = ["dense_layout", "keep_masked", "relu_mask", "relu_mask_", "words"]
+
 
 def words(elements: int) -> int:
     """16-bit words of a mask."""

@@ -21,6 +21,10 @@ from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._torch_compat import profiler_is_on
 from qsparseprop.ops._registration import are_plain, check_tensors, in_memory, recorded, seen_as
 
+__all__ = ["Packed", "Weights", "empty_result", "gather_weight", "gather_weight_plain", "in_memory_parts", "multiply",
+           "multiply_plain", "pack", "pack_plain", "quantize_pack", "quantize_pack_plain", "quantize_weight",
+           "quantize_weight_plain", "sddmm", "sddmm_plain", "spmm"]  # fmt: skip
+
 
 class Packed(NamedTuple):
     """A tensor laid out as planes of lanes.
@@ -306,7 +310,8 @@ def multiply_plain(
     limits: Sequence[float] = (),
 ) -> Tensor:
     """`multiply` for those who have looked at the tensors already."""
-    _check_limits(limits, bias)
+    if limits:
+        _check_limits(limits, bias)
     if values.dtype is not torch.float32:
         values = values.to(torch.float32)
     if bias is not None and bias.dtype is not torch.float32:

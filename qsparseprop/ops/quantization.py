@@ -13,6 +13,8 @@ from qsparseprop._kernels._memory import empty
 from qsparseprop.ops._registration import operator
 from qsparseprop.ops.schemes import seed_bits
 
+__all__ = ["dequantize", "line_sizes", "quantize"]
+
 
 def line_sizes(shape: Sequence[int], dim: int | None, group_size: int | None) -> tuple[int, int, int]:
     """Channels, elements of a channel that are neighbours, and elements of a group (then channels is 0).

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from qsparseprop._kernels import _statistics
 
+__all__ = ["MIN_SCALE", "RANDOM_SCHEMES", "SCHEMES", "draw_seed", "mix_seed", "seed_bits", "symmetric_scale"]
+
 SCHEMES = tuple(_statistics.SCHEMES)
 
 #: Schemes that round at random and want a seed.

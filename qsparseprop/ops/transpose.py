@@ -9,6 +9,8 @@ from qsparseprop._kernels import _transpose
 from qsparseprop._kernels._memory import empty
 from qsparseprop.ops._registration import operator
 
+__all__ = ["transpose"]
+
 
 @operator(
     "transpose(Tensor x, int images, int rows, int columns) -> Tensor",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from qsparseprop.nn.deferred.start import is_start
+from qsparseprop.nn.blocks.start import is_start
 
 #: Of nn.Module: what it calls by itself, and flags of these.
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)

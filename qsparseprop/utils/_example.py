@@ -24,7 +24,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qsparseprop.nn._dense import dense_type, dense_weight, held, trains_weight
-from qsparseprop.nn.deferred.start import last_chain, start_chains
+from qsparseprop.nn.blocks.start import last_chain, start_chains
 from qsparseprop.nn.deferred.usage import Operation
 
 #: Runs a model once.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn.deferred.start import is_starting, start_chains, stop_chains
+from qsparseprop.nn.blocks.start import is_starting, start_chains, stop_chains
 from qsparseprop.nn.deferred.usage import name_of
 
 __all__ = ["Chain", "chains", "fuse_modules", "unfuse_modules"]

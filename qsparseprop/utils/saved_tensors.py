@@ -30,10 +30,11 @@ from torch.overrides import TorchFunctionMode
 
 from qsparseprop._torch_compat import is_parameter_node, name_of_node, saved_tensors_hook
 from qsparseprop.contents import holds_tensors
+from qsparseprop.nn.autograd.masked import BitDropout, BitHardtanh, BitReLU, ByteMaxPool2d
 from qsparseprop.nn.deferred.tensor import pending_of
+from qsparseprop.ops.masks import dense_layout
 
 from ._codec import SCHEMES, Codes, encode
-from ._masked_ops import BitDropout, BitHardtanh, BitReLU, ByteMaxPool2d, dense_layout
 
 __all__ = ["CompressedModule", "SavedBytes", "compress_saved_tensors"]
 
@@ -311,7 +312,7 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 
 class _Exchange(TorchFunctionMode):
-    """Runs the operators of `_masked_ops` in place of torch's."""
+    """Runs the nodes of `autograd.masked` in place of torch's."""
 
     #: See `qsparseprop.nn.deferred.conditions`: blocks keep codes and bits by themselves.
     leaves_deferred_tensors = True

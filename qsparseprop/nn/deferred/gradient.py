@@ -68,24 +68,24 @@ class PendingGradient:
         with self._lock:
             if self._values is None:
                 with torch.no_grad():
-                    self._take(passes.gradient(self.dy, self.codes, self.saved, self.activation, self.factor))
+                    return self._take(passes.gradient(self.dy, self.codes, self.saved, self.activation, self.factor))
             return self._values
 
-    def _take(self, rows: Tensor) -> None:
+    def _take(self, rows: Tensor) -> Tensor:
         self._values = self.layout.tensor(rows).detach()
+        return self._values
 
     def pack(self, geometry: Geometry, qconfig: QuantConfig) -> tuple[Packed, Tensor]:
         """The packed form for the layer before, and the sum over rows, part of a larger tensor."""
         with self._lock:
             ranges, total = self.ranges, self.total
-            if ranges is None:
+            if ranges is None or total is None:
                 total, _, most = passes.sums(self.dy, None, self.saved, self.activation).float().unbind(1)
                 ranges = torch.stack([-most, most], 1)
             behind = None if self._behind is None else self._behind()
-            wanted = behind is not None and behind.open
             packed, g = passes.gradient_pack(self.dy, self.codes, self.saved, self.activation, self.factor, ranges,
-                                             geometry, qconfig, wanted)  # fmt: skip
-            if wanted and g is not None:
+                                             geometry, qconfig, behind is not None and behind.open)  # fmt: skip
+            if behind is not None and g is not None:
                 with behind._lock:
                     if behind.open:
                         behind._take(g)

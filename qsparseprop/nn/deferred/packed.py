@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -37,14 +37,9 @@ class PackedSource(NamedTuple):
     activation: passes.Activation
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The first four attributes."""
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All but the last attribute."""
         return self[:4]
-
-    @property
-    def rest(self) -> tuple[Any, ...]:
-        """The other."""
-        return self[4:]
 
     def pack(self, geometry: Geometry, qconfig: QuantConfig) -> Packed:
         """The packed form of what the codes stand for."""

@@ -15,7 +15,7 @@ from qsparseprop.layout.geometry import Geometry
 from qsparseprop.nn.deferred import passes
 from qsparseprop.nn.deferred.layout import Layout
 from qsparseprop.nn.deferred.packed import PackedInput, PackedSource, packs_input
-from qsparseprop.nn.deferred.passes import IDENTITY, NO_AFFINE, Activation, Affine, Kept
+from qsparseprop.nn.deferred.passes import IDENTITY, NO_AFFINE, NOTHING_KEPT, Activation, Affine, Kept
 from qsparseprop.nn.deferred.usage import Operation, Usage
 from qsparseprop.quantization import QuantConfig
 
@@ -29,23 +29,23 @@ class Codes:
     ----------
     codes : Tensor
         uint8, (rows, channels).
-    coding : Affine
-        What makes codes of the input, see `ops.epilogue`.
-    decoding : Affine
-        What makes the normalised input of codes.
+    coding : (Tensor, Tensor)
+        Scale and shift that make codes of the input, see `ops.epilogue`.
+    decoding : (Tensor, Tensor)
+        Scale and shift that make the normalised input of codes.
     """
 
     __slots__ = ("_rows", "codes", "coding", "decoding")
 
-    def __init__(self, rows: Tensor, coding: Affine, decoding: Affine) -> None:
+    def __init__(self, rows: Tensor, coding: tuple[Tensor, Tensor], decoding: tuple[Tensor, Tensor]) -> None:
         self._rows: Tensor | None = rows
         self.coding, self.decoding = coding, decoding
         self.codes = ops.codes_like(rows)
 
     @property
-    def wanted(self) -> Tensor | None:
-        """The buffer, if it is still to be filled."""
-        return None if self._rows is None else self.codes
+    def wanted(self) -> Kept:
+        """The buffer and what fills it, if it is still to be filled."""
+        return NOTHING_KEPT if self._rows is None else Kept(*self.coding, self.codes)
 
     def filled(self) -> None:
         """Somebody has filled it."""
@@ -54,7 +54,7 @@ class Codes:
     def fill(self) -> None:
         """Fill it now if nobody has."""
         if self._rows is not None:
-            passes.apply(self._rows, None, NO_AFFINE, IDENTITY, Kept(*self.coding, self.codes))
+            passes.apply(self._rows, None, NO_AFFINE, IDENTITY, self.wanted)
             self.filled()
 
 
@@ -122,7 +122,7 @@ class Pending:
     def _follow(self, operation: Operation) -> Pending:
         """A chain that goes on from here, so far with the same values."""
         self.usage.absorbed = True
-        new = Pending(self._rows, self.layout, self.usage.branch(operation))
+        new = Pending(self._rows_now(), self.layout, self.usage.branch(operation))
         self._shared = new._shared = True
         return new
 
@@ -150,7 +150,7 @@ class Pending:
         new._activation = activation
         if self._of_codes is not None and self._of_codes[1] is IDENTITY:
             new._of_codes = self._of_codes[0], activation
-        slopes = new._slopes = Slopes(self._rows, self._affine, activation) if save else None
+        slopes = new._slopes = Slopes(new._rows_now(), self._affine, activation) if save else None
         if self._borrowed:
             new.compute()
         return new, slopes
@@ -190,13 +190,12 @@ class Pending:
 
     def _buffers(self) -> Kept:
         """What is to be filled on the way."""
-        codes = None if self._codes is None else self._codes.wanted
-        saved = None if self._slopes is None else self._slopes.wanted
-        return Kept(*(NO_AFFINE if codes is None else self._codes.coding), codes, saved)
+        codes = NOTHING_KEPT if self._codes is None else self._codes.wanted
+        return codes if self._slopes is None else codes._replace(saved=self._slopes.wanted)
 
     def _apply(self, residual: Tensor | None = None) -> Tensor:
         with self._mode():
-            rows = passes.apply(self._rows, residual, self._affine, self._activation, self._buffers())
+            rows = passes.apply(self._rows_now(), residual, self._affine, self._activation, self._buffers())
         self._filled()
         return rows
 
@@ -219,10 +218,15 @@ class Pending:
             self._become(self._apply())
 
     def _settled(self) -> Tensor:
-        if self._rows is None:  # another thread has wanted the values meanwhile
-            return self.layout.rows(self._values).clone()
         self._settle()
-        return self._rows
+        return self._rows_now()
+
+    def _rows_now(self) -> Tensor:
+        """What affine map and activation are still to be done on."""
+        if self._rows is not None:
+            return self._rows
+        assert self._values is not None  # one of both is there
+        return self.layout.rows(self._values).clone()  # another thread has wanted the values meanwhile
 
     @property
     def open(self) -> bool:
@@ -252,7 +256,7 @@ class Pending:
                 with self._mode(), torch.no_grad():
                     self.usage.read = True
                     self._settle()
-                    rows = self._rows
+                    rows = self._rows_now()
                     values = self.layout.tensor(rows)
                     shared = self._shared and not self._borrowed and values.data_ptr() == rows.data_ptr()
                     if shared or values.is_inference() is not self.inference:
@@ -273,8 +277,9 @@ class Pending:
                 return None  # values: packed as those of any tensor
             # a layer may take it in inference mode, and then another one whose node saves it
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
-                ranges = passes.output_range(self._rows, self._affine, self._activation, self._ends)
-                rows, packed = passes.pack(self._rows, self._affine, self._activation, self._buffers(), ranges,
+                start = self._rows_now()
+                ranges = passes.output_range(start, self._affine, self._activation, self._ends)
+                rows, packed = passes.pack(start, self._affine, self._activation, self._buffers(), ranges,
                                            geometry, qconfig, self.usage.keeps_values)  # fmt: skip
             self._filled()
             self.packed = PackedInput(packed, geometry, qconfig.input_scheme, self._source(ranges))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
-from qsparseprop.layout.plan import Plan
-from qsparseprop.ops.layers import Quantisation
+from qsparseprop.ops import layers
 from qsparseprop.ops.products import Packed
+from qsparseprop.ops.reference._signature import reference_of
 from qsparseprop.ops.reference.products import multiply, pack, quantize_pack, sddmm
+
+__all__ = ["layer_backward", "layer_forward", "packed_backward"]
 
 
 def _packed(x: Tensor, layout: PlaneLayout, scheme: Scheme | None, seed: Tensor | None) -> Packed:
@@ -21,6 +21,10 @@ def _packed(x: Tensor, layout: PlaneLayout, scheme: Scheme | None, seed: Tensor 
 
 def _around_128(scheme: Scheme) -> Scheme:
     return Scheme("symmetric", (), scheme.per_channel)
+
+
+def _is_around_128(packed: Packed) -> bool:
+    return packed.zero_point is not None and bool((packed.zero_point == 128).all())
 
 
 def _last(x: Tensor, channels_last: bool | None) -> bool:
@@ -33,16 +37,8 @@ def _result(rows: GatherList, images: int, dtype: torch.dtype, channels_last: bo
     return torch.empty(rows.target.shape(images), dtype=dtype, memory_format=memory_format)
 
 
-def layer_forward(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    quantisation: Quantisation,
-    dtype: torch.dtype,
-    channels_last: bool | None = None,
-    save: bool = True,
-) -> tuple[Tensor, Packed | None]:
+@reference_of(layers.layer_forward)
+def layer_forward(x, values, bias, plan, quantisation, dtype, channels_last, save):
     """See `qsparseprop.ops.layer_forward`."""
     scheme, clip, seed, in_floats = quantisation
     transposed = plan.geometry.transposed
@@ -50,7 +46,8 @@ def layer_forward(
     packed = _packed(x, rows.source, scheme, seed)
     if transposed:
         bias = None if bias is None else bias.repeat(rows.rows // len(bias))
-        if scheme is not None and scheme.per_channel:  # taps read the front of their own plane
+        # taps read the front of their own plane
+        if scheme is not None and scheme.per_channel and packed.zero_point is not None:
             grid = plan.geometry.output_grid
             blocks = packed.planes[: -(-len(x) // grid.images) * grid.block].view(-1, grid.block)
             for plane in range(grid.planes):
@@ -60,21 +57,13 @@ def layer_forward(
         return out, None
     if scheme is None or in_floats:
         return out, pack(x, rows.source)
-    if transposed and (scheme.name == "standard" or (packed.zero_point != 128).any()):
+    if transposed and (scheme.name == "standard" or not _is_around_128(packed)):
         packed = quantize_pack(x, rows.source, _around_128(scheme))
     return out, packed
 
 
-def layer_backward(
-    dy: Tensor,
-    values: Tensor,
-    packed: Packed | None,
-    plan: Plan,
-    quantisation: Quantisation,
-    grads: Sequence[bool],
-    x_dtype: torch.dtype,
-    channels_last: bool | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+@reference_of(layers.layer_backward)
+def layer_backward(dy, values, packed, plan, quantisation, grads, x_dtype, channels_last):
     """See `qsparseprop.ops.layer_backward`."""
     scheme, clip, seed, _ = quantisation
     if scheme is not None and scheme.name == "absmax":
@@ -86,26 +75,21 @@ def layer_backward(
     if grads[0]:
         dx = multiply(gradient, values, rows, _result(rows, len(dy), x_dtype, _last(dy, channels_last)), None, clip)
     if grads[1]:
+        assert packed is not None
         if packed.planes.dtype == torch.float32:
             gradient = pack(dy, rows.source)
-        operands = (gradient, packed) if transposed else (packed, gradient)
-        dvalues = sddmm(*operands, plan.forward, len(dy), len(values))
+        operand, gradient = (gradient, packed) if transposed else (packed, gradient)
+        dvalues = sddmm(operand, gradient, plan.forward, len(dy), len(values))
     return dx, dvalues, dy.to(torch.float64).sum((0, 2, 3)).to(torch.float32) if grads[2] else None
 
 
-def packed_backward(
-    dy: Packed,
-    values: Tensor,
-    packed: Packed | None,
-    plan: Plan,
-    images: int,
-    clip: Tensor | None,
-    grads: Sequence[bool],
-    x_dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+@reference_of(layers.packed_backward)
+def packed_backward(dy, values, packed, plan, images, clip, grads, x_dtype, channels_last):
     """See `qsparseprop.ops.packed_backward`."""
-    dx = None
+    dx = dvalues = None
     if grads[0]:
         dx = multiply(dy, values, plan.backward, _result(plan.backward, images, x_dtype, channels_last), None, clip)
-    return dx, sddmm(packed, dy, plan.forward, images, len(values)) if grads[1] else None
+    if grads[1]:
+        assert packed is not None
+        dvalues = sddmm(packed, dy, plan.forward, images, len(values))
+    return dx, dvalues

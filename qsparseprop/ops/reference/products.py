@@ -10,9 +10,13 @@ from torch import Tensor
 
 from qsparseprop._kernels._plan import GatherList, PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
+from qsparseprop.ops import products
 from qsparseprop.ops.products import Packed, Weights
+from qsparseprop.ops.reference._signature import reference_of
 from qsparseprop.ops.reference.quantization import quantize_values
 from qsparseprop.ops.schemes import seed_bits, symmetric_scale
+
+__all__ = ["gather_weight", "multiply", "pack", "pack_codes", "quantize_pack", "quantize_weight", "sddmm", "spmm"]
 
 
 def _lanes(grid: Sequence[int], view: Sequence[int], images: int) -> Tensor:
@@ -49,7 +53,8 @@ def _gap_zeros(zero_point: Tensor, grid: Sequence[int], images: int, lanes: int)
     return zero_point[torch.where(lane < -(-images // grid[0]) * block, owner, planes - 1)]
 
 
-def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
+@reference_of(products.quantize_pack)
+def quantize_pack(x, layout, scheme, seed):
     """See `qsparseprop.ops.quantize_pack`."""
     return pack_codes(x.to(torch.float32), layout, scheme, seed)
 
@@ -76,7 +81,8 @@ def pack_codes(
     return Packed(planes, scale, zero_point)
 
 
-def pack(x: Tensor, layout: PlaneLayout) -> Packed:
+@reference_of(products.pack)
+def pack(x, layout):
     """See `qsparseprop.ops.pack`."""
     planes = torch.zeros(layout.lanes(len(x)), dtype=torch.float32)
     _fill(planes, x.to(torch.float32), layout.numbers, layout.views)
@@ -101,13 +107,8 @@ def _slots(rows: ProductRows) -> _Slots:
     return _Slots(row, *(t.to(torch.int64) for t in (rows.offset, rows.plane, rows.index)))
 
 
-def quantize_weight(
-    values: Tensor,
-    rows: ProductRows,
-    factor: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    clip: Tensor | None = None,
-) -> Weights:
+@reference_of(products.quantize_weight)
+def quantize_weight(values, rows, factor, zero_point, clip):
     """See `qsparseprop.ops.quantize_weight`."""
     row, _, plane, index = _slots(rows)
     slots = gather_weight(values, rows).slots
@@ -138,21 +139,14 @@ def quantize_weight(
     return Weights(codes.to(torch.int8), scale * common, total)
 
 
-def gather_weight(values: Tensor, rows: ProductRows) -> Weights:
+@reference_of(products.gather_weight)
+def gather_weight(values, rows):
     """See `qsparseprop.ops.gather_weight`."""
     return Weights(torch.cat([values, values.new_zeros(1)])[_slots(rows).index])
 
 
-def spmm(
-    operand: Packed,
-    weights: Weights,
-    rows: ProductRows,
-    images: int,
-    bias: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    limits: Sequence[float] = (),
-) -> Tensor:
+@reference_of(products.spmm)
+def spmm(operand, weights, rows, images, bias, dtype, channels_last, limits):
     """See `qsparseprop.ops.spmm`."""
     planes, x_scale, x_zero_point = operand
     slots, scale, total = weights
@@ -171,7 +165,7 @@ def spmm(
             x = planes[offset[slot][:, None] + lanes.reshape(1, -1)].to(sums.dtype)
             sums.index_add_(0, row[slot] - view[0], x * slots[slot].to(sums.dtype)[:, None])
         own = slice(view[0], view[0] + channels)
-        if codes:
+        if scale is not None and total is not None:
             sums -= total[own][:, None] * (1 if x_zero_point is None else x_zero_point.to(torch.int64))
             sums = sums.to(torch.float32) * (scale[own] * (1 if x_scale is None else x_scale))[:, None]
         if bias is not None:
@@ -183,15 +177,8 @@ def spmm(
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
 
-def multiply(
-    operand: Packed,
-    values: Tensor,
-    rows: ProductRows,
-    out: Tensor,
-    bias: Tensor | None = None,
-    clip: Tensor | None = None,
-    limits: Sequence[float] = (),
-) -> Tensor:
+@reference_of(products.multiply)
+def multiply(operand, values, rows, out, bias, clip, limits):
     """See `qsparseprop.ops.multiply`."""
     values = values.to(torch.float32)
     if operand.scale is None:
@@ -199,7 +186,8 @@ def multiply(
     elif operand.scale.numel() == 1:
         weights = quantize_weight(values, rows, clip=clip)
     else:
-        weights, operand = quantize_weight(values, rows, *operand[1:], clip), Packed(operand.planes)
+        weights = quantize_weight(values, rows, operand.scale, operand.zero_point, clip)
+        operand = Packed(operand.planes)
     bias = None if bias is None else bias.to(torch.float32)
     return out.copy_(spmm(operand, weights, rows, len(out), bias, out.dtype, False, limits).view(out.shape))
 
@@ -212,7 +200,8 @@ def _whole_view(layout: PlaneLayout) -> Sequence[int]:
     return plane, channels, origin, rows, cols
 
 
-def sddmm(operand: Packed, gradient: Packed, rows: ProductRows, images: int, nonzeros: int) -> Tensor:
+@reference_of(products.sddmm)
+def sddmm(operand, gradient, rows, images, nonzeros):
     """See `qsparseprop.ops.sddmm`."""
     planes, dy = operand.planes, gradient.planes
     grid, dy_grid, view = rows.source.numbers, rows.target.numbers, _whole_view(rows.target)
@@ -225,7 +214,7 @@ def sddmm(operand: Packed, gradient: Packed, rows: ProductRows, images: int, non
     for slot in (index >= 0).nonzero().squeeze(1).split(256):
         g = dy[row[slot][:, None] * dy_grid[5] + dy_lanes].to(wide)
         x = planes[offset[slot][:, None] + x_lanes].to(wide)
-        if codes:
+        if operand.zero_point is not None and operand.scale is not None and gradient.scale is not None:
             zero, scale = (t.expand(grid[4])[plane[slot]] for t in (operand.zero_point, operand.scale))
             scale = scale * gradient.scale.expand(rows.rows)[row[slot]]
             sums = ((g - 128) * (x - zero.to(wide)[:, None])).sum(1)

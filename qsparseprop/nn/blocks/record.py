@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qsparseprop.nn.deferred import nodes
+from qsparseprop.nn.blocks import operations
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.passes import Activation
+from qsparseprop.nn.deferred.steps import Normalisation
 from qsparseprop.nn.deferred.tensor import HANDLERS, DeferredTensor, pending_of
 from qsparseprop.ops import check_storage
 
@@ -42,7 +43,7 @@ def _activation(source: Any, activation: Activation, in_place: bool) -> Any:
             return NotImplemented
         if in_place and not _can_be_changed(source):
             return NotImplemented
-        return nodes.activate(source, activation, in_place)
+        return operations.activate(source, activation, in_place)
 
 
 def _is_number(value: Any) -> bool:
@@ -124,9 +125,9 @@ def _batch_norm(
         if not (_known(running_mean) and _known(running_var) and _known(weight) and _known(bias)
                 and _is_number(momentum) and _is_number(eps)):  # fmt: skip
             return NotImplemented
-        norm = nodes.Normalisation(running_mean, running_var, bool(training), float(momentum), float(eps))
+        norm = Normalisation(running_mean, running_var, bool(training), float(momentum), float(eps))
         try:
-            return nodes.batch_norm(input, weight, bias, norm)
+            return operations.batch_norm(input, weight, bias, norm)
         except (TypeError, ValueError):  # the kernels refuse it before anything has changed: torch knows more
             for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running_mean),
                                  ("running_var", running_var)):  # fmt: skip
@@ -146,14 +147,14 @@ def _addition(source: Any, other: Any, in_place: bool) -> Any:
         if not in_place and _goes_first(other, source):
             source, other = other, source
         if not in_place and _is_for_channels(source, other):
-            return nodes.channel_map(source, None, other)
+            return operations.channel_map(source, None, other)
         # torch's result looks like the first one
         looks_other = not in_place and source.stride() != other.stride() and (source is not first or 1 in source.shape)
         if (pending_of(source) is None or source.shape != other.shape or source.dtype is not other.dtype or looks_other
                 or not (type(other) is DeferredTensor or _is_plain(other))
                 or (in_place and not _can_be_changed(source))):  # fmt: skip
             return NotImplemented
-        return nodes.add(source, other, in_place)
+        return operations.add(source, other, in_place)
 
 
 def _goes_first(other: Tensor, source: Tensor) -> bool:
@@ -180,7 +181,7 @@ def _mul(input: Any, other: Any, *, out: Any = None) -> Any:
         if out is not None or not isinstance(input, Tensor) or not isinstance(other, Tensor) or not may_defer():
             return NotImplemented
         source, factor = (input, other) if pending_of(input) is not None else (other, input)
-        return nodes.channel_map(source, factor, None) if _is_for_channels(source, factor) else NotImplemented
+        return operations.channel_map(source, factor, None) if _is_for_channels(source, factor) else NotImplemented
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -13,35 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop._torch_compat import forward_hooks, forward_pre_hooks
+from qsparseprop.nn.autograd.blocks import BlockStart
+from qsparseprop.nn.autograd.graph import records_gradients
 from qsparseprop.nn.deferred import conditions
 from qsparseprop.nn.deferred.conditions import may_defer
 from qsparseprop.nn.deferred.layout import Layout, images, linear
 from qsparseprop.nn.deferred.pending import Pending
 from qsparseprop.nn.deferred.tensor import DeferredTensor, ordinary, pending_of
 from qsparseprop.nn.deferred.usage import Operation, Usage, longest
-from qsparseprop.nn.functional import records_gradients, refuse_forward_mode
 from qsparseprop.ops import are_plain
 
 #: Layers whose results start chains, and those that start them with their own inputs.
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, pending: Pending) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return DeferredTensor(pending, x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if type(dy) is not DeferredTensor:
-            return dy, None
-        return dy._pending.plain(), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        refuse_forward_mode()
 
 
 class _Hook:
@@ -72,7 +56,7 @@ class _Hook:
             return None
         pending = Pending(layout.rows(x.detach()), layout, usage, borrowed)
         if trains and x.requires_grad:
-            return _Start.apply(x, pending)
+            return BlockStart.apply(x, pending)
         return DeferredTensor(pending, x.dtype)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from qsparseprop import ops
 from qsparseprop.ops.masks import dense_layout
 
-__all__ = ["BitDropout", "BitHardtanh", "BitReLU", "ByteMaxPool2d", "dense_layout"]
+__all__ = ["BitDropout", "BitHardtanh", "BitReLU", "ByteMaxPool2d"]
 
 
 #: What the kernels of `ops.masks` take.
@@ -60,6 +60,7 @@ class BitReLU(_Masked):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        """The result; bits say where it is greater than 0."""
         ops.check_storage(x, "the input of relu")
         if x.dtype not in _KERNEL_DTYPES or dense_layout(x) is None or not ops.are_plain(x):
             y = x.relu_() if inplace else x.relu()
@@ -78,6 +79,7 @@ class BitReLU(_Masked):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
+        """Where a bit is set."""
         return _Masked.backward(ctx, dy)[:2]
 
 
@@ -86,6 +88,7 @@ class BitHardtanh(_Masked):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float, inplace: bool) -> Tensor:
+        """The result; bits say where torch lets gradients pass."""
         # torch's own rule, which is subtle about bounds that a 16-bit number cannot hold
         mask = torch.ops.aten.hardtanh_backward(torch.ones_like(x), x, low, high) != 0
         y = torch.ops.aten.hardtanh_(x, low, high) if inplace else torch.ops.aten.hardtanh(x, low, high)
@@ -101,6 +104,7 @@ class BitDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        """The result; bits say what was kept."""
         noise = torch.empty_like(x).bernoulli_(1 - p)
         mask = noise != 0
         ctx.layout, ctx.p = _dense_like(mask), p
@@ -109,16 +113,18 @@ class BitDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
+        """Where a bit is set, scaled as the result was."""
         (bits,) = ops.saved_tensors(ctx)
         return dy * _unpack_bits(bits, ctx.layout, dy.dtype).div_(1 - ctx.p), None
 
 
 class ByteMaxPool2d(torch.autograd.Function):
-    """``max_pool2d`` of ``[batch, channels, height, width]`` whose windows have at most 256 places."""
+    """``max_pool2d`` of (batch, channels, height, width) whose windows have at most 256 places."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
                 dilation: tuple[int, int], ceil_mode: bool) -> Tensor:  # fmt: skip
+        """The result; a byte each says which place of a window it came from."""
         settings = (kernel, stride, padding, dilation)
         y, index = torch.ops.aten.max_pool2d_with_indices(x, *settings, ceil_mode)
         first_row, first_column = _window_starts(y, stride, padding)
@@ -130,6 +136,7 @@ class ByteMaxPool2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
+        """To the places that the results came from."""
         (place,) = ops.saved_tensors(ctx)
         kernel, stride, padding, dilation = ctx.settings
         place = place.long()

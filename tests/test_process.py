@@ -1,0 +1,48 @@
+"""Importing the package leaves the process as it was."""
+
+import pytest
+
+from qsparseprop import config
+
+from ._helpers import example, run_python
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_importing_leaves_the_process_as_it_was():
+    """Denormals survive, in every thread, and there is one OpenMP runtime."""
+    process = run_python("""
+import qsparseprop
+import torch
+from qsparseprop import config
+from qsparseprop.nn import QuantizedSparseLinear
+import qsparseprop.utils.network_utils
+layer = QuantizedSparseLinear.from_dense(torch.nn.Linear(300, 300))
+layer(torch.randn(200, 300)).sum().backward()
+tiny = torch.full((1 << 20,), 1e-40)
+assert (tiny * 0.5 != 0).all() and (tiny + tiny > tiny).all(), "denormals are flushed to zero"
+import numpy
+assert (numpy.full(10, 1e-40, numpy.float32) * numpy.float32(0.5) != 0).all()
+print(torch.get_num_threads(), len(config.openmp_runtimes()))
+""")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split()[0] == run_python("import torch; print(torch.get_num_threads())").stdout.strip()
+
+
+def test_one_openmp_runtime():
+    runtimes = config.openmp_runtimes()
+    if not runtimes:
+        pytest.skip("this operating system does not tell what is mapped")
+    if not config.get_config()["openmp"]:
+        pytest.skip("a build without OpenMP")
+    layer, _, x = example("QuantizedSparseLinear")
+    layer(x)
+    process = run_python("""
+import qsparseprop.nn
+import torch
+qsparseprop.nn.QuantizedSparseLinear.from_dense(torch.nn.Linear(300, 300))(torch.randn(200, 300)).sum().backward()
+from qsparseprop import config
+print(*config.openmp_runtimes(), sep="\\n")
+""")
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.split("\n")) == 2, process.stdout
