@@ -70,7 +70,7 @@ cdef class ValuePattern:
             raise ValueError(f"a pattern must have rows and columns, got {self.rows} and {columns}")
         check_storage(crow_indices, "crow_indices")
         check_storage(col_indices, "col_indices")
-        own = crow_indices.clone()
+        own, col_indices = crow_indices.clone(), col_indices.resolve_neg()
         cdef int32_t *ptr = <int32_t *> pointer(own, _int32, self.rows + 1, "crow_indices")
         for i in range(self.rows):
             if ptr[i + 1] < ptr[i] or <int64_t> ptr[i + 1] - ptr[i] > columns:
