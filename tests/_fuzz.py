@@ -12,8 +12,20 @@ import sys
 import torch
 
 from qsparseprop import ops
-from qsparseprop._kernels import _dispatch, _epilogue, _matmul, _norm, _pack, _plan, _quantize, _statistics
+from qsparseprop._kernels import (
+    _dense_rows,
+    _dispatch,
+    _epilogue,
+    _matmul,
+    _norm,
+    _pack,
+    _plan,
+    _quantize,
+    _statistics,
+)
+from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
+from qsparseprop.layout.modes import Modes
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, make_plan
 from qsparseprop.ops import epilogues, layers, normalisation, products, quantization
@@ -121,6 +133,27 @@ def sddmm(operand, gradient, rows, source, target, images, nonzeros):
     ops.sddmm(ops.Packed(*operand), ops.Packed(*gradient), gather_list(rows, source, target), images, nonzeros)
 
 
+def dense_rows(pattern, groups, phase, shift, source, target, swapped):
+    return DenseRows(ValuePattern(*pattern), groups, phase, shift, ops.PlaneLayout(*source), ops.PlaneLayout(*target),
+                     swapped)  # fmt: skip
+
+
+def quantize_weight_dense(values, factor, zero_point, *rows):
+    ops.quantize_weight(values, dense_rows(*rows), factor, zero_point)
+
+
+def spmm_dense(operand, weights, images, bias, dtype, channels_last, *rows):
+    ops.spmm(ops.Packed(*operand), ops.Weights(*weights), dense_rows(*rows), images, bias, dtype, channels_last)
+
+
+def multiply_dense(operand, values, out, bias, *rows):
+    ops.multiply(ops.Packed(*operand), values, dense_rows(*rows), out, bias)
+
+
+def sddmm_dense(operand, gradient, images, nonzeros, *rows):
+    ops.sddmm(ops.Packed(*operand), ops.Packed(*gradient), dense_rows(*rows), images, nonzeros)
+
+
 class Passes:
     """Both passes of a layer; the geometry itself is never corrupted."""
 
@@ -128,7 +161,11 @@ class Passes:
         self.geometry = geometry
 
     def plan(self, rows, columns, source, target):
-        return Plan(self.geometry, gather_list(rows, source, target), gather_list(columns, target, source), 1, 1)
+        pattern = ValuePattern(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), 1)
+        plan = Plan(pattern, self.geometry, 1, Modes())
+        lists = {"forward": gather_list(rows, source, target), "backward": gather_list(columns, target, source)}
+        vars(plan).update(lists)  # in place of those of the pattern
+        return plan
 
     def forward(self, x, values, bias, rows, columns, source, target, scheme, per_channel, in_floats, dtype, save):
         given = ops.Quantisation(scheme_of(scheme, per_channel), None, None, in_floats)
@@ -202,6 +239,37 @@ def valid_calls():
                 yield Passes(g).backward, [dy.to(dtype), values, list(px), *lists, scheme and "stochastic",
                                            dtype == torch.bfloat16, seed, [True, True, True], dtype]  # fmt: skip
             yield sddmm, [list(px), list(py), lists[0], source, target, images, values.numel()]
+
+
+def valid_dense():
+    """Arguments of the products by dense rows."""
+    scheme = ops.Scheme("standard", [], True)
+    for g, images, groups, density in (
+        (linear_geometry(20, 30), 70, 1, 0.5), (linear_geometry(1030, 19), 3, 1, 1.0), (volumes(), 3, 1, 1.0),
+        (conv_geometry(4, 18, (6, 5), (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 5, False), 5, 2, 0.5),
+        (conv_geometry(6, 6, (4, 7), (3, 2), (3, 2), (1, 1, 1, 1), (1, 1), 18, True), 18, 6, 1.0),
+    ):  # fmt: skip
+        outputs, columns = g.output_grid.planes, g.in_channels // groups * len(g.tap_shift)
+        pattern = [*dense_pattern(torch.rand(outputs, columns) < density)[:2], columns]
+        values, bias = torch.randn(pattern[1].numel()), torch.randn(outputs)
+        layouts, packed = (g.input_layout, g.output_layout), []
+        for swapped in (False, True):
+            source, target = layouts[:: -1 if swapped else 1]
+            rows = [pattern, groups, list(g.tap_phase), list(g.tap_shift), numbers_of(source), numbers_of(target), swapped]
+            made, own_bias, out = dense_rows(*rows), None if swapped else bias, torch.empty(target.shape(images))
+            operand = ops.quantize_pack(torch.randn(source.shape(images)), source, ops.Scheme("symmetric"))
+            folded = ops.quantize_pack(torch.randn(source.shape(images)), source, scheme)
+            packed.append(operand)
+            yield quantize_weight_dense, [values, None, None, *rows]
+            yield quantize_weight_dense, [values, *folded[1:], *rows]
+            yield multiply_dense, [list(folded), values, out, own_bias, *rows]
+            yield multiply_dense, [list(operand), values, out.bfloat16(), own_bias, *rows]
+            for channels_last in (False, True):
+                yield spmm_dense, [list(operand), list(ops.quantize_weight(values, made)), images, own_bias, torch.float32,
+                                   channels_last, *rows]  # fmt: skip
+            if swapped:
+                rows = [*rows[:4], rows[5], rows[4], False]
+                yield sddmm_dense, [*map(list, packed), images, values.numel(), *rows]
 
 
 def volumes(transposed=False):
@@ -379,11 +447,11 @@ def main():
     random.seed(seed)
     torch.manual_seed(seed)
     families = products, layers, quantization, normalisation, epilogues
-    for module in (*families, _plan, _matmul, _pack, _quantize, _norm, _epilogue, _statistics):
+    for module in (*families, _plan, _dense_rows, _matmul, _pack, _quantize, _norm, _epilogue, _statistics):
         module.torch = GuardedTorch()
     for module in (products, layers, quantization, epilogues, _pack):
         module.empty = guarded_empty
-    valid, others = [*valid_calls(), *valid_transposed()], [*valid_quantizations(), *valid_rows()]
+    valid, others = [*valid_calls(), *valid_transposed(), *valid_dense()], [*valid_quantizations(), *valid_rows()]
     refused = accepted = 0
     for isa in _dispatch.supported_isas():
         _dispatch.set_isa(isa)

@@ -47,7 +47,19 @@ _forced: Modes | None = None
 
 @contextlib.contextmanager
 def use_modes(modes: Modes | None) -> Iterator[None]:
-    """Let plans that are made inside use these modes where they can; with None as `choose_modes` finds best."""
+    """Let plans that are made inside use these modes where they can; with None as `choose_modes` finds best.
+
+    Parameters
+    ----------
+    modes : Modes, optional
+
+    Raises
+    ------
+    ValueError
+        If one of them is neither "list" nor "dense".
+    """
+    if modes is not None and not set(modes) <= {LIST, DENSE}:
+        raise ValueError(f"modes must be {LIST!r} or {DENSE!r}, got {modes!r}")
     global _forced
     before, _forced = _forced, modes
     try:
