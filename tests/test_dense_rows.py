@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparseprop import ops
@@ -15,7 +15,7 @@ from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, make_plan
 from qsparseprop.ops import reference
 
-from ._helpers import conv_cases, generator, random_mask
+from ._helpers import conv_cases, examples, generator, random_mask
 
 DENSITIES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -109,7 +109,7 @@ def packed(shape, layout, scheme, per_channel, seed, kind="normal"):
 
 
 @given(case=CASES, swapped=st.booleans())
-@settings(max_examples=150)
+@examples(250)
 def test_tables_lead_where_lists_do(case, swapped):
     plan, values = case.plan()
     in_list, dense = both(plan, swapped)
@@ -130,7 +130,7 @@ def test_tables_lead_where_lists_do(case, swapped):
        factors=st.sampled_from(["none", "one", "normal", "small", "large", "zero", "bad"]),
        zeros=st.sampled_from(["none", "one", "same", "mixed"]),
        clip=st.sampled_from([None, None, 0.5, 1e-30, 0.0, float("nan")]))  # fmt: skip
-@settings(max_examples=150)
+@examples(250)
 def test_weights(isa, case, swapped, kind, factors, zeros, clip):
     torch.set_num_threads(1)
     plan, values = case.plan()
@@ -165,7 +165,7 @@ def test_weights(isa, case, swapped, kind, factors, zeros, clip):
        per_channel=st.booleans(), kind=st.sampled_from(["normal", "positive", "bad"]), channels_last=st.booleans(),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]), clip=st.sampled_from([None, 0.5]),
        after=st.sampled_from(["nothing", "bias", "limits"]), bad_value=st.booleans())  # fmt: skip
-@settings(max_examples=150)
+@examples(250)
 def test_products(isa, case, swapped, scheme, per_channel, kind, channels_last, dtype, clip, after, bad_value):
     torch.set_num_threads(1)
     plan, values = case.plan()
@@ -190,7 +190,7 @@ def test_products(isa, case, swapped, scheme, per_channel, kind, channels_last, 
 
 @given(case=CASES, scheme=st.sampled_from(["absmax", "symmetric", "standard"]), per_channel=st.booleans(),
        kind=st.sampled_from(["normal", "positive", "bad"]))  # fmt: skip
-@settings(max_examples=150)
+@examples(250)
 def test_weight_gradients(isa, case, scheme, per_channel, kind):
     torch.set_num_threads(1)
     plan, values = case.plan()
