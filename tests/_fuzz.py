@@ -255,7 +255,7 @@ def valid_dense():
         layouts, packed = (g.input_layout, g.output_layout), []
         for swapped in (False, True):
             source, target = layouts[:: -1 if swapped else 1]
-            rows = [pattern, groups, list(g.tap_phase), list(g.tap_shift), numbers_of(source), numbers_of(target), swapped]
+            rows = [pattern, groups, list(g.tap_phase), list(g.tap_shift), *map(numbers_of, (source, target)), swapped]
             made, own_bias, out = dense_rows(*rows), None if swapped else bias, torch.empty(target.shape(images))
             operand = ops.quantize_pack(torch.randn(source.shape(images)), source, ops.Scheme("symmetric"))
             folded = ops.quantize_pack(torch.randn(source.shape(images)), source, scheme)
@@ -265,8 +265,8 @@ def valid_dense():
             yield multiply_dense, [list(folded), values, out, own_bias, *rows]
             yield multiply_dense, [list(operand), values, out.bfloat16(), own_bias, *rows]
             for channels_last in (False, True):
-                yield spmm_dense, [list(operand), list(ops.quantize_weight(values, made)), images, own_bias, torch.float32,
-                                   channels_last, *rows]  # fmt: skip
+                weights = list(ops.quantize_weight(values, made))
+                yield spmm_dense, [list(operand), weights, images, own_bias, torch.float32, channels_last, *rows]
             if swapped:
                 rows = [*rows[:4], rows[5], rows[4], False]
                 yield sddmm_dense, [*map(list, packed), images, values.numel(), *rows]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparseprop import ops
@@ -15,7 +15,7 @@ from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, make_plan
 from qsparseprop.ops import reference
 
-from ._helpers import conv_cases, generator, random_mask
+from ._helpers import conv_cases, examples, generator, random_mask
 
 DENSITIES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -109,7 +109,7 @@ def packed(shape, layout, scheme, per_channel, seed, kind="normal"):
 
 
 @given(case=CASES, swapped=st.booleans())
-@settings(max_examples=150)
+@examples(250)
 def test_tables_lead_where_lists_do(case, swapped):
     plan, values = case.plan()
     in_list, dense = both(plan, swapped)
@@ -130,7 +130,7 @@ def test_tables_lead_where_lists_do(case, swapped):
        factors=st.sampled_from(["none", "one", "normal", "small", "large", "zero", "bad"]),
        zeros=st.sampled_from(["none", "one", "same", "mixed"]),
        clip=st.sampled_from([None, None, 0.5, 1e-30, 0.0, float("nan")]))  # fmt: skip
-@settings(max_examples=150)
+@examples(250)
 def test_weights(isa, case, swapped, kind, factors, zeros, clip):
     torch.set_num_threads(1)
     plan, values = case.plan()
@@ -165,7 +165,7 @@ def test_weights(isa, case, swapped, kind, factors, zeros, clip):
        per_channel=st.booleans(), kind=st.sampled_from(["normal", "positive", "bad"]), channels_last=st.booleans(),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]), clip=st.sampled_from([None, 0.5]),
        after=st.sampled_from(["nothing", "bias", "limits"]), bad_value=st.booleans())  # fmt: skip
-@settings(max_examples=150)
+@examples(250)
 def test_products(isa, case, swapped, scheme, per_channel, kind, channels_last, dtype, clip, after, bad_value):
     torch.set_num_threads(1)
     plan, values = case.plan()
@@ -190,7 +190,7 @@ def test_products(isa, case, swapped, scheme, per_channel, kind, channels_last, 
 
 @given(case=CASES, scheme=st.sampled_from(["absmax", "symmetric", "standard"]), per_channel=st.booleans(),
        kind=st.sampled_from(["normal", "positive", "bad"]))  # fmt: skip
-@settings(max_examples=150)
+@examples(250)
 def test_weight_gradients(isa, case, scheme, per_channel, kind):
     torch.set_num_threads(1)
     plan, values = case.plan()
@@ -223,29 +223,29 @@ def large(kind: str, density: float) -> Case:
                                   "grouped", "stride 2", "1x1"])  # fmt: skip
 @pytest.mark.parametrize("density", [0.3, 1.0])
 def test_large_layers_with_threads(isa, kind, density):
-    case = large(kind, density)
+    case, per_channel = large(kind, density), density < 1
     plan, values = case.plan()
-    for per_channel in (False, True):
-        torch.set_num_threads(1)
-        x = packed(plan.forward.source.shape(case.batch), plan.forward.source, "standard", per_channel, 1)
-        dy = packed(plan.forward.target.shape(case.batch), plan.forward.target, "symmetric", per_channel, 2)
-        wanted = []
-        for which in (0, 1):
-            rows = both(plan, False)[which], both(plan, True)[which]
-            for threads in (1,) if which == 0 else (1, 2):
-                torch.set_num_threads(threads)
-                y, dx = (ops.multiply(operand, values, one, ops.empty_result(one, case.batch, torch.float32, last))
-                         for operand, one, last in zip((x, dy), rows, (False, True), strict=True))  # fmt: skip
-                found = y, dx, ops.sddmm(x, dy, rows[0], case.batch, values.numel())
-                wanted = wanted or found
-                for mine, theirs in zip(found, wanted, strict=True):
-                    assert_same(mine, theirs, (threads, per_channel))
+    torch.set_num_threads(1)
+    x = packed(plan.forward.source.shape(case.batch), plan.forward.source, "standard", per_channel, 1)
+    dy = packed(plan.forward.target.shape(case.batch), plan.forward.target, "symmetric", per_channel, 2)
+
+    def run(which, threads):
+        torch.set_num_threads(threads)
+        rows = both(plan, False)[which], both(plan, True)[which]
+        y, dx = (ops.multiply(operand, values, one, ops.empty_result(one, case.batch, torch.float32, last))
+                 for operand, one, last in zip((x, dy), rows, (False, True), strict=True))  # fmt: skip
+        return y, dx, ops.sddmm(x, dy, rows[0], case.batch, values.numel())
+
+    wanted = run(0, 1)
+    for threads in (1, 2) if per_channel or kind == "grouped" else (1,):  # teams are slow on a busy machine
+        for mine, theirs in zip(run(1, threads), wanted, strict=True):
+            assert_same(mine, theirs, threads)
 
 
 # ---- sums at the bounds ----
 
 
-@pytest.mark.parametrize("columns", [4, 1023, 1029, 65_535, 65_536])
+@pytest.mark.parametrize("columns", [4, 1029, 65_535, 65_536])
 def test_products_are_exact_up_to_the_longest_rows(isa, columns):
     """255 * 127 * 65,536 is what an int32 just holds; 16 bits hold no two products."""
     batch, rows = 65, 8

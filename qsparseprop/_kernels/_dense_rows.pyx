@@ -148,8 +148,8 @@ cdef class DenseRows(ProductRows):
         If these do not go together, or rows are longer than what an int32 sums up exactly.
     """
 
-    def __cinit__(self, ValuePattern pattern not None, int64_t groups, tap_phase, tap_shift, PlaneLayout source not None,
-                  PlaneLayout target not None, bint swapped):
+    def __cinit__(self, ValuePattern pattern not None, int64_t groups, tap_phase, tap_shift,
+                  PlaneLayout source not None, PlaneLayout target not None, bint swapped):
         cdef PlaneLayout x = target if swapped else source, y = source if swapped else target
         cdef list phase = [whole(p) for p in tap_phase], shift = [whole(s) for s in tap_shift]
         self._given = (pattern, groups, tuple(phase), tuple(shift), source, target, swapped)
@@ -203,7 +203,8 @@ cdef class DenseRows(ProductRows):
         cdef qsp_band *to = <qsp_band *> PyBytes_AS_STRING(self._bands)
         planes, offsets, entries = [], [], 0
         for first, last, plane, offset in bands:
-            rest = (QSP_GROUP - plane.numel() % QSP_GROUP) % QSP_GROUP  # repeats the last entry: memory that is in the cache, times zero
+            # padding repeats the last entry: memory that is in the cache, times zero
+            rest = (QSP_GROUP - plane.numel() % QSP_GROUP) % QSP_GROUP
             planes += [plane, plane[plane.numel() - 1:].expand(rest)]
             offsets += [offset, offset[offset.numel() - 1:].expand(rest)]
             to.first, to.last, to.table, to.size = first, last, entries, plane.numel() + rest

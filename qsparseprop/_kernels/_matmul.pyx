@@ -298,7 +298,8 @@ cdef int64_t _take_list(qsp_sddmm *a, GatherList rows, int64_t values) except -1
 cdef int64_t _take_dense(qsp_sddmm *a, DenseRows rows, int64_t values) except -1:
     a.dense = &rows.dense
     if rows.swapped:
-        raise ValueError("the weight gradient wants rows that are planes of the output, got those of the input gradient")
+        raise ValueError("the weight gradient wants rows that are planes of the output, got those of the input "
+                         "gradient")
     if rows.pattern.count != values:
         raise ValueError(f"values must be {rows.pattern.count}, those of the pattern, got {values}")
     return 0

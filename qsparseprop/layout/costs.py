@@ -28,7 +28,7 @@ from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
 from qsparseprop._kernels._plan import GatherList, ProductRows
 from qsparseprop.layout.geometry import GROUP, UNIT, Geometry, linear_geometry
 
-__all__ = ["Costs", "costs_file", "machine_costs", "measure_costs"]
+__all__ = ["Costs", "cost_key", "costs_file", "machine_costs", "measure_costs"]
 
 
 class Costs(NamedTuple):
@@ -59,15 +59,15 @@ def costs_file() -> Path:
     return Path(cache, "qsparseprop", "product_costs.json")
 
 
-def _machine() -> str:
-    """What the constants depend on besides the instruction set."""
+def cost_key(isa: str) -> str:
+    """What the constants depend on, the machine and the instruction set: their name in the file."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return name
+    return f"{name}, {isa}"
 
 
 def _read(path: Path) -> dict[str, object] | None:
@@ -106,7 +106,7 @@ def machine_costs(isa: str) -> Costs:
     -------
     Costs
     """
-    path, key = costs_file(), f"{_machine()}, {isa}"
+    path, key = costs_file(), cost_key(isa)
     kept = _read(path)
     if kept and (costs := _as_costs(kept.get(key))) is not None:
         return costs
