@@ -1,5 +1,6 @@
-"""Products of dense rows in tiles: on AMX where the processor has it, everywhere else on a model of its instructions, which
-is compared with the manual's formulas, as the instructions are with its encodings.
+"""Products of dense rows in tiles: on AMX where the processor has it, elsewhere on a model of its instructions.
+
+The model is compared with the manual's formulas, and how the instructions are encoded with the manual's encodings.
 """
 
 from __future__ import annotations
@@ -78,12 +79,13 @@ def assert_same(results: tuple[list[Tensor], list[Tensor]]) -> None:
         assert torch.equal(found, expected)
 
 
-# Rows, which are planes of the other product: fewer than tiles are for, a part of a tile, of a second, several blocks of
-# them; planes: steps of equal size, parts that stay in the cache, more than are interleaved at a time.
+# Rows, which are planes of the other product: fewer than tiles are for, a part of a tile, of a second, several blocks;
+# planes: steps of equal size, parts that stay in the cache, more than are interleaved at a time.
 @pytest.mark.parametrize(
     ("inputs", "outputs", "batch"),
     [(12, 3, 5), (13, 4, 64), (28, 16, 65), (33, 8, 130), (36, 17, 70), (50, 31, 64), (64, 32, 600), (65, 33, 64),
-     (260, 48, 200), (300, 64, 64), (520, 70, 64), (1024, 40, 64), (1100, 100, 130), (40, 2100, 64), (17, 129, 1200)],
+     (260, 48, 200), (300, 64, 64), (520, 70, 64), (1024, 40, 64), (1100, 100, 130), (40, 2100, 64),
+     (17, 129, 1200)],
 )  # fmt: skip
 def test_linear_layers(tiles, inputs, outputs, batch):
     assert_same(products(linear_geometry(inputs, outputs), batch, 1, tiles))
@@ -98,7 +100,8 @@ def test_linear_layers(tiles, inputs, outputs, batch):
 )  # fmt: skip
 def test_convolutions(tiles, inputs, outputs, size, kernel, stride, groups, innermost):
     batch, padding = 4, (kernel // 2,) * 4
-    g = conv_geometry(inputs, outputs, (size, size + 1), (kernel,) * 2, (stride,) * 2, padding, (1, 1), batch, innermost)
+    sizes = (size, size + 1), (kernel,) * 2, (stride,) * 2
+    g = conv_geometry(inputs, outputs, *sizes, padding, (1, 1), batch, innermost)
     assert_same(products(g, batch, groups, tiles))
 
 
@@ -111,6 +114,54 @@ def test_threads(tiles):
     """Each task brings up tiles of its own."""
     torch.set_num_threads(2)
     assert_same(products(linear_geometry(300, 200), 256, 1, tiles))
+
+
+#: Operands that end where memory does: reading what lies behind one ends the process.
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from qsparseprop import ops
+from qsparseprop._kernels import _dispatch
+from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
+from qsparseprop.layout.geometry import conv_geometry
+from qsparseprop.layout.pattern import dense_pattern
+
+mprotect = ctypes.CDLL(None).mprotect
+mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+def at_the_end(tensor):
+    size = tensor.numel() * tensor.itemsize
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    assert not mprotect(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE, mmap.PAGESIZE, 0)
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * mmap.PAGESIZE - size)
+    return flat.view(tensor.shape).copy_(tensor)
+
+_dispatch.set_isa(sys.argv[1])
+for inputs, outputs, kernel, groups in (50, 50, 1, 1), (70, 35, 1, 1), (36, 98, 3, 1), (20, 9, 3, 1), (48, 72, 3, 2):
+    g = conv_geometry(inputs, outputs, (6, 7), (kernel,) * 2, (1, 1), (kernel // 2,) * 4, (1, 1), 3, False)
+    columns = inputs // groups * kernel * kernel
+    crow, col, _ = dense_pattern(torch.rand(outputs, columns) < 0.8)
+    pattern, values = ValuePattern(crow, col, columns), torch.randn(col.numel())
+    layouts = g.input_layout, g.output_layout
+    x = ops.quantize_pack(torch.randn(3, inputs, 6, 7), layouts[0], ops.Scheme("standard"))
+    dy = ops.quantize_pack(torch.randn(3, outputs, *g.output_size), layouts[1], ops.Scheme("symmetric"))
+    guarded = [packed._replace(planes=at_the_end(packed.planes)) for packed in (x, dy)]
+    rows = [DenseRows(pattern, groups, g.tap_phase, g.tap_shift, *pair, pair is not layouts)
+            for pair in (layouts, layouts[::-1])]
+    for i in range(2):
+        weights = ops.quantize_weight(values, rows[i])
+        found = ops.spmm(guarded[i], weights._replace(slots=at_the_end(weights.slots)), rows[i], 3)
+        assert torch.equal(found, ops.spmm((x, dy)[i], weights, rows[i], 3))
+    assert torch.equal(ops.sddmm(*guarded, rows[0], 3, len(values)), ops.sddmm(x, dy, rows[0], 3, len(values)))
+print("done")
+"""
+
+
+def test_nothing_behind_the_operands_is_read(tiles):
+    process = run_python(GUARDED, tiles)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "done\n"
 
 
 def test_a_model_is_never_the_default():
