@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qsparseprop._kernels._dense_rows import DenseRows
 from qsparseprop._kernels._plan import GatherList, PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.ops import products
@@ -95,10 +96,11 @@ class _Slots(NamedTuple):
     row: Tensor
     offset: Tensor
     plane: Tensor
-    index: Tensor
+    value: Tensor
 
 
 def _slots(rows: ProductRows) -> _Slots:
+    assert isinstance(rows, GatherList | DenseRows)
     if isinstance(rows, GatherList):
         each = 4 * rows.group_ptr.diff().to(torch.int64)
     else:
