@@ -144,7 +144,7 @@ def quantize_weight(values, rows, factor, zero_point, clip):
 @reference_of(products.gather_weight)
 def gather_weight(values, rows):
     """See `qsparseprop.ops.gather_weight`."""
-    return Weights(torch.cat([values, values.new_zeros(1)])[_slots(rows).index])
+    return Weights(torch.cat([values, values.new_zeros(1)])[_slots(rows).value])
 
 
 @reference_of(products.spmm)
