@@ -357,7 +357,8 @@ def measure_rounding(x: Tensor, geometry: Geometry, isa: str, args: argparse.Nam
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
-    supported = _dispatch.supported_isas()
+    # the model of AMX is for tests; its other functions are those of avx512vnni
+    supported = [isa for isa in _dispatch.supported_isas() if isa != "amx_model"]
     parser = make_parser(__doc__, repeats=7, sparsity=(), threads=(1,))
     parser.add_argument("--isa", nargs="+", choices=supported, default=supported[::-1],
                         help="instruction sets (default: all that this build has and this machine runs, %(default)s)")

@@ -78,7 +78,7 @@ def sparse_is_faster(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def pays(dense, sparse, seen, decision, fuse):
         decision.dense_ms, decision.sparse_ms = 2.0, 1.0
-        return True
+        return True, None
 
     monkeypatch.setattr(_layer_timing, "_pays", pays)
 

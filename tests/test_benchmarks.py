@@ -130,7 +130,7 @@ def test_network_profile(tmp_path):
 
 def test_kernels(tmp_path):
     document, printed = run(tmp_path, "kernels.py", "--threads", "1")
-    isas = set(_dispatch.supported_isas())
+    isas = set(_dispatch.supported_isas()) - {"amx_model"}
     measured = {}
     for result in document["results"]:
         measured.setdefault((result["case"].split()[0], result["kernel"]), set()).add(result["isa"])

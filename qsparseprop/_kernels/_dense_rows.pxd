@@ -19,7 +19,6 @@ cdef class DenseRows(ProductRows):
     cdef qsp_dense dense
     cdef readonly ValuePattern pattern
     cdef readonly bint swapped
-    cdef int64_t grad_blocks
     cdef tuple _given
     cdef tuple _held
     cdef bytes _bands

@@ -7,7 +7,7 @@ import torch
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int32_t, int64_t, uint16_t
 
-from qsparseprop._kernels._dispatch cimport QSP_GROUP, QSP_MAX_EXACT, QSP_UNIT, qsp_band, qsp_grad_blocks
+from qsparseprop._kernels._dispatch cimport QSP_GROUP, QSP_MAX_EXACT, QSP_UNIT, qsp_band
 from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows
 from qsparseprop._kernels._tensor cimport numel, pointer
 
@@ -209,7 +209,6 @@ cdef class DenseRows(ProductRows):
             offsets += [offset, offset[offset.numel() - 1:].expand(rest)]
             to.first, to.last, to.table, to.size = first, last, entries, plane.numel() + rest
             entries += plane.numel() + rest
-            self.grad_blocks += qsp_grad_blocks(to)
             to += 1
         d.bands, d.band_count = <const qsp_band *> PyBytes_AS_STRING(self._bands), len(bands)
         d.pitch = (size + QSP_UNIT - 1) // QSP_UNIT * QSP_UNIT

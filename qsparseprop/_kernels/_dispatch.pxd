@@ -231,6 +231,7 @@ cdef extern from "kernels.h" nogil:
         void (*spmm_dense_u8)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
         void (*sddmm_dense_u8)(const qsp_sddmm *, int64_t) noexcept nogil
         void (*sddmm_dense_units)(const qsp_sddmm *) noexcept nogil
+        int64_t grad_rows
         void (*dense_rows)(const qsp_weight *, int64_t, int64_t, float *) noexcept nogil
         void (*dense_column_max)(const qsp_weight *, int64_t, int64_t, uint32_t *) noexcept nogil
         void (*dense_scales)(const qsp_weight *, uint32_t *) noexcept nogil
@@ -253,7 +254,7 @@ cdef extern from "kernels.h" nogil:
         void (*relu)(const void *, int, int64_t, int64_t, void *, uint16_t *) noexcept nogil
         void (*keep)(const void *, int, int64_t, int64_t, const uint16_t *, void *) noexcept nogil
 
-    int64_t qsp_grad_blocks(const qsp_band *)
+    int64_t qsp_grad_blocks(const qsp_band *, int64_t)
     int64_t qsp_count_units(const qsp_grid *, const qsp_view *, int64_t)
     int64_t qsp_cut_rows(const qsp_list *, int64_t, int64_t)
 

@@ -13,6 +13,7 @@ from qsparseprop._kernels._dispatch cimport (
     active_kernels,
     qsp_count_units,
     qsp_cut_rows,
+    qsp_grad_blocks,
     qsp_dense,
     qsp_kernels,
     qsp_list,
@@ -95,16 +96,16 @@ def quantized_spmm(values, ProductRows rows not None, x_scale, x_zero_point, cli
     """
     cdef qsp_spmm a
     cdef qsp_weight w
-    cdef int64_t size
+    cdef int64_t size, lines = (rows.rows + 15) // 16 * 16  # so that codes begin a line of the cache
     cdef bint one = numel(x_scale) == 1
     memset(&a, 0, sizeof(a))
     memset(&w, 0, sizeof(w))
     threads = max(threads, 1)
-    size = rows.rows + (4 * rows.rows + rows.slots + 7) // 8
+    size = lines + (4 * lines + rows.slots + 7) // 8
     scratch = _take_scratch(size)
     w.total = <int64_t *> pointer(scratch, _int64, size, "scratch")
-    w.scale = <float *> (w.total + rows.rows)
-    w.codes = <int8_t *> (w.scale + rows.rows)
+    w.scale = <float *> (w.total + lines)
+    w.codes = <int8_t *> (w.scale + lines)
     _run_quantize(&w, rows, values, None if one else x_scale, None if one else x_zero_point, clip, threads)
     a.weights, a.scale, a.correction = w.codes, w.scale, w.total
     a.scale_factor, a.correction_factor, a.low, a.high = 1, -1, least, greatest
@@ -272,8 +273,10 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None
     cdef const qsp_sddmm *args = &a
     if dense:
         kernels.sddmm_dense_units(args)
-        for chunk in prange((<DenseRows> rows).grad_blocks, nogil=True, num_threads=threads, schedule="dynamic",
-                            use_threads_if=threads > 1):
+        chunks = 0
+        for chunk in range(a.dense.band_count):
+            chunks += qsp_grad_blocks(&a.dense.bands[chunk], kernels.grad_rows)
+        for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic", use_threads_if=threads > 1):
             kernels.sddmm_dense_u8(args, chunk)
     elif codes:
         for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic", use_threads_if=threads > 1):

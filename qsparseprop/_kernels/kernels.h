@@ -17,8 +17,7 @@
 #define QSP_GROUP 4       /* nonzeros that one step of gather-SpMM takes */
 #define QSP_ROW_BLOCK 64  /* rows whose sums wait in a buffer before they are unpacked */
 #define QSP_DENSE_PLANES 1024 /* of a product of dense rows that are interleaved at a time */
-#define QSP_GRAD_ROWS 16  /* rows, and entries of a table, of a block of the weight gradient by dense rows */
-#define QSP_GRAD_ENTRIES 256
+#define QSP_GRAD_ENTRIES 256 /* of a table, in a block of the weight gradient by dense rows */
 #define QSP_MAX_EXACT 65536 /* u8 x s8 products that an int32 holds exactly: 255 * 127 * 65536 < 2^31 */
 
 /* Element type of a tensor; QSP_U8 are saved codes, of what an epilogue read. */
@@ -234,6 +233,7 @@ typedef struct {
     void (*spmm_dense_u8)(const qsp_spmm *, int64_t unit, int64_t chunk);
     void (*sddmm_dense_u8)(const qsp_sddmm *, int64_t task);
     void (*sddmm_dense_units)(const qsp_sddmm *);
+    int64_t grad_rows; /* of a block */
     /* Weights of dense rows. Where a matrix' rows are the values' rows: rows [first, last), with two lines of
      * floats, of the columns in sixteens, as scratch. Elsewhere first what is the largest of each column, as bits, in value rows [first, last), added
      * to most [groups][columns]; then scales, and what each column is multiplied by in their place; then the codes of
@@ -283,6 +283,11 @@ extern const qsp_kernels qsp_kernels_avx512vnni;
 #if defined(__clang__) ? __clang_major__ >= 12 : !defined(__GNUC__) || __GNUC__ >= 11
 #define QSP_AVXVNNI 1 /* older compilers and assemblers do not know it */
 extern const qsp_kernels qsp_kernels_avxvnni;
+#endif
+#if defined(QSP_AVXVNNI) && defined(__GNUC__)
+#define QSP_AMX 1 /* nor that */
+extern const qsp_kernels qsp_kernels_amx;
+extern const qsp_kernels qsp_kernels_amx_model;
 #endif
 #endif
 
@@ -369,11 +374,10 @@ static inline int64_t qsp_cut_rows(const qsp_list *l, int64_t chunk, int64_t chu
     return low;
 }
 
-/* Blocks of the weight gradient by dense rows: of a band, and of all. */
-static inline int64_t qsp_grad_blocks(const qsp_band *b)
+/* Blocks of the weight gradient by dense rows, of a band. */
+static inline int64_t qsp_grad_blocks(const qsp_band *b, int64_t grad_rows)
 {
-    return (b->last - b->first + QSP_GRAD_ROWS - 1) / QSP_GRAD_ROWS *
-           ((b->size + QSP_GRAD_ENTRIES - 1) / QSP_GRAD_ENTRIES);
+    return (b->last - b->first + grad_rows - 1) / grad_rows * ((b->size + QSP_GRAD_ENTRIES - 1) / QSP_GRAD_ENTRIES);
 }
 
 #endif

@@ -67,7 +67,7 @@ def _set_modes(layer: nn.Module, modes: Modes | None) -> None:
         layer.product_modes = modes
 
 
-def _with_other_modes(sparse: nn.Module) -> nn.Module | None:
+def _with_other_modes(sparse: nn.Module) -> SparseModule | None:
     """A copy of a layer that has seen its input, whose products go the other way where that may be faster."""
     if not isinstance(sparse, SparseModule) or (plan := sparse.last_plan()) is None or not sparse.quantized:
         return None
@@ -93,25 +93,23 @@ def _pays(
         except (NotImplementedError, TypeError, ValueError) as error:
             decision.reason = f"cannot take its input: {error}"
             return False, None
-        layers = {"dense": dense, "sparse": sparse}
-        if (other := _with_other_modes(sparse)) is not None:
-            layers["other"] = other
-        for layer in layers.values():
+        def step(layer: nn.Module) -> Callable[[], None]:
             if isinstance(layer, SparseModule):
                 layer.deferring = fuse and layer.can_defer
-        timed = compare_interleaved({
-            name: _training_step(nn.Sequential(layer, *_followers(seen.chain, y)), seen.x, seen.requires_grad)
-            for name, layer in layers.items()
-        })  # fmt: skip
-    better = other is not None and timed.medians["other"] < _CLEARLY * timed.medians["sparse"]
-    best = layers["other" if better else "sparse"]
-    ours = timed.medians["other" if better else "sparse"]
-    decision.dense_ms, decision.sparse_ms = 1e3 * timed.medians["dense"], 1e3 * ours
-    modes = best.product_modes if isinstance(best, SparseModule) and best.quantized else None
-    decision.products = "" if modes is None else str(modes)
+            return _training_step(nn.Sequential(layer, *_followers(seen.chain, y)), seen.x, seen.requires_grad)
+
+        modes = None
+        if (other := _with_other_modes(sparse)) is not None:
+            between = compare_interleaved({"sparse": step(sparse), "other": step(other)}).medians
+            if between["other"] < _CLEARLY * between["sparse"]:
+                sparse, modes = other, other.product_modes
+        timed = compare_interleaved({"dense": step(dense), "sparse": step(sparse)})
+    decision.dense_ms, decision.sparse_ms = 1e3 * timed.medians["dense"], 1e3 * timed.medians["sparse"]
+    if isinstance(sparse, SparseModule) and sparse.quantized:
+        decision.products = str(sparse.product_modes)
     faster = decision.dense_ms > decision.sparse_ms
     decision.reason = ", ".join(part for part in ("" if faster else "faster dense", timed.note) if part)
-    return faster, modes if better else None
+    return faster, modes
 
 
 class _With(nn.Module):

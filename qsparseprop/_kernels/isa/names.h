@@ -41,6 +41,14 @@
 #define relu_kernel QSP_NAMED(relu)
 #define keep_kernel QSP_NAMED(keep)
 
+/* amx_tiles.h */
+#define tile_model_release QSP_NAMED(tile_model_release)
+#define tile_model_config QSP_NAMED(tile_model_config)
+#define tile_model_zero QSP_NAMED(tile_model_zero)
+#define tile_model_load QSP_NAMED(tile_model_load)
+#define tile_model_store QSP_NAMED(tile_model_store)
+#define tile_model_dot QSP_NAMED(tile_model_dot)
+
 /* unpack.h */
 #define locate_unit QSP_NAMED(locate_unit)
 #define target_init QSP_NAMED(target_init)

@@ -9,6 +9,8 @@
  *   ISA_SPMM_TILE, ISA_SDDMM_TILE   lanes x nonzeros of one step of a product on codes, for the names of the kernels
  *   ISA_OWN_ROWS     defined where the header brings whole rows (spmm_row_u8s8, sddmm_row_u8s8 and pair_kernel, as
  *                    avx2_maddubs_*.h) in place of the primitives marked so below
+ *   ISA_DENSE_TILES  defined where the header brings tiles, registers that a task sets up and gives back, for products of
+ *                    dense rows that are large enough (amx.h has the contract)
  * and the types f32x16, f64x16, i32x16, u32x16, u8x16, random_rows, sddmm_acc and, without ISA_OWN_ROWS, spmm_acc and
  * sddmm_grad, of any layout.
  *

@@ -30,6 +30,9 @@ static void spmm_dense_kernel(const qsp_spmm *a, int64_t unit, int64_t chunk)
     const int64_t origin = a->view.plane, rows = a->view.channels; /* other rows belong to other views */
     const int64_t last = rows * (chunk + 1) / a->row_chunks;
     const qsp_band *b = d->bands, *interleaved = NULL;
+#ifdef ISA_DENSE_TILES
+    dense_tiles tiles = {{0, 0}, 0};
+#endif
     for (int64_t row = rows * chunk / a->row_chunks; row < last; row += QSP_ROW_BLOCK) {
         const int n = (int)qsp_min(QSP_ROW_BLOCK, last - row);
         for (int i = 0; i < n; i++) {
@@ -51,13 +54,22 @@ static void spmm_dense_kernel(const qsp_spmm *a, int64_t unit, int64_t chunk)
                     for (int64_t i = 0; i < size; i += QSP_GROUP)
                         dense_interleave(quads + QSP_UNIT * i, x, d->offset + b->table + k + i);
                 interleaved = b;
-                dense_spmm_rows(sums[done].i32, quads, (const int8_t *)a->weights + at * d->pitch + k, d->pitch,
-                                size / QSP_GROUP, m);
+                const int8_t *weights = (const int8_t *)a->weights + at * d->pitch + k;
+#ifdef ISA_DENSE_TILES
+                if (dense_spmm_wants_tiles(size / QSP_GROUP, m)) {
+                    dense_spmm_tiles(&tiles, sums[done].i32, quads, weights, d->pitch, size / QSP_GROUP, m);
+                    continue;
+                }
+#endif
+                dense_spmm_rows(sums[done].i32, quads, weights, d->pitch, size / QSP_GROUP, m);
             }
             done += m;
         }
         unpack_rows(a, &target, row, n, sums, 0);
     }
+#ifdef ISA_DENSE_TILES
+    dense_tiles_release(&tiles);
+#endif
 }
 
 /* ---- the weight gradient ---- */
@@ -75,6 +87,11 @@ static void sddmm_dense_units_kernel(const qsp_sddmm *a)
 }
 
 enum {
+#ifdef ISA_DENSE_TILES
+    GRAD_ROWS = 32,    /* two tiles, for which the planes are read once */
+#else
+    GRAD_ROWS = 16,    /* of a block */
+#endif
     STRIP_UNITS = 16,  /* of which a few rows and planes stay in the first cache */
     EXACT_STRIPS = QSP_MAX_EXACT / (STRIP_UNITS * QSP_UNIT) /* whose sums fit into 32 bits */
 };
@@ -125,26 +142,41 @@ QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, const qsp_band *b, int64_
     }
 }
 
+/* part[j][k] += sum over units of dy[j] times x at offset[k]. */
+QSP_INLINE void sddmm_dense_part(int32_t (*part)[QSP_GRAD_ENTRIES], const uint8_t *x, const int64_t *x_lane,
+                                 const int32_t *offset, int64_t size, const uint8_t *const *dy, const int64_t *dy_lane,
+                                 int64_t units, int rows)
+{
+    for (int64_t u = 0; u < units; u += STRIP_UNITS)
+        for (int64_t k = 0; k < size; k += 4)
+            for (int j = 0; j < rows; j += 4)
+                dense_sddmm_block(part[j] + k, QSP_GRAD_ENTRIES, x, x_lane + u, offset + k, dy + j, dy_lane + u,
+                                  qsp_min(STRIP_UNITS, units - u), rows - j < 4 ? rows - j : 4);
+}
+
 /* One task: a block of rows and entries of their table, all units. */
 static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
 {
-    QSP_ALIGNED(64) int32_t part[QSP_GRAD_ROWS][QSP_GRAD_ENTRIES];
-    QSP_ALIGNED(64) int64_t sums[QSP_GRAD_ROWS][QSP_GRAD_ENTRIES];
-    int64_t dy_sum[QSP_GRAD_ROWS] = {0};
+    QSP_ALIGNED(64) int32_t part[GRAD_ROWS][QSP_GRAD_ENTRIES];
+    QSP_ALIGNED(64) int64_t sums[GRAD_ROWS][QSP_GRAD_ENTRIES];
+    int64_t dy_sum[GRAD_ROWS] = {0};
     const qsp_dense *d = a->dense;
     const qsp_band *b = d->bands;
-    for (; task >= qsp_grad_blocks(b); b++)
-        task -= qsp_grad_blocks(b);
+    for (; task >= qsp_grad_blocks(b, GRAD_ROWS); b++)
+        task -= qsp_grad_blocks(b, GRAD_ROWS);
     const int64_t columns = (b->size + QSP_GRAD_ENTRIES - 1) / QSP_GRAD_ENTRIES;
-    const int64_t row = b->first + task / columns * QSP_GRAD_ROWS, entry = task % columns * QSP_GRAD_ENTRIES;
+    const int64_t row = b->first + task / columns * GRAD_ROWS, entry = task % columns * QSP_GRAD_ENTRIES;
     const int64_t size = qsp_min(QSP_GRAD_ENTRIES, b->size - entry);
-    const int rows = (int)qsp_min(QSP_GRAD_ROWS, b->last - row);
+    const int rows = (int)qsp_min(GRAD_ROWS, b->last - row);
     const int64_t units = qsp_count_units(&a->dy_grid, &a->view, a->images);
     const int64_t *x_lane = (const int64_t *)a->sums, *dy_lane = x_lane + units;
     const int32_t *offset = d->offset + b->table + entry;
-    const uint8_t *dy[QSP_GRAD_ROWS];
-    for (int j = 0; j < QSP_GRAD_ROWS; j++) /* rows that do not exist repeat the last one */
+    const uint8_t *dy[GRAD_ROWS];
+    for (int j = 0; j < GRAD_ROWS; j++) /* rows that do not exist repeat the last one */
         dy[j] = (const uint8_t *)a->dy + (row + qsp_min(j, rows - 1)) * a->dy_grid.pitch;
+#ifdef ISA_DENSE_TILES
+    dense_tiles tiles = {{0, 0}, 0};
+#endif
     for (int j = 0; j < rows; j++)
         for (int64_t k = 0; k < size; k++)
             sums[j][k] = 0;
@@ -158,15 +190,21 @@ static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
                     total = sddmm_acc_add_grad(total, dy[j] + dy_lane[u] + v);
             dy_sum[j] += sddmm_acc_reduce_add(total);
         }
-        for (int64_t u = from; u < to; u += STRIP_UNITS)
-            for (int64_t k = 0; k < size; k += 4)
-                for (int j = 0; j < rows; j += 4)
-                    dense_sddmm_block(part[j] + k, QSP_GRAD_ENTRIES, (const uint8_t *)a->planes, x_lane + u, offset + k,
-                                      dy + j, dy_lane + u, qsp_min(STRIP_UNITS, to - u), rows - j < 4 ? rows - j : 4);
+#ifdef ISA_DENSE_TILES
+        if (dense_sddmm_wants_tiles(size, rows))
+            dense_sddmm_tiles(&tiles, part[0], QSP_GRAD_ENTRIES, (const uint8_t *)a->planes, x_lane + from, offset,
+                              size, dy, dy_lane + from, to - from, rows);
+        else
+#endif
+            sddmm_dense_part(part, (const uint8_t *)a->planes, x_lane + from, offset, size, dy, dy_lane + from,
+                             to - from, rows);
         for (int j = 0; j < rows; j++)
             for (int64_t k = 0; k < size; k++)
                 sums[j][k] += part[j][k];
     }
+#ifdef ISA_DENSE_TILES
+    dense_tiles_release(&tiles);
+#endif
     for (int j = 0; j < rows; j++)
         sddmm_dense_finish(a, b, row + j, entry, size, sums[j], dy_sum[j]);
 }

@@ -1,5 +1,6 @@
 /* The loops, written once over the primitives of the ISA header that was included before, and the table of one
- * instruction set; with ISA_PRODUCTS_ONLY those of spmm and sddmm, see qsp_table. No loop has an intrinsic in it. */
+ * instruction set; with ISA_PRODUCTS_ONLY those of spmm and sddmm, with ISA_DENSE_ONLY those by dense rows, see
+ * qsp_table. No loop has an intrinsic in it. */
 #include "isa/primitives.h"
 
 #include "loops/scale.h"
@@ -8,13 +9,15 @@
 
 #include "loops/unpack.h"
 
+#ifndef ISA_DENSE_ONLY
 #include "loops/spmm.h"
 
 #include "loops/sddmm.h"
+#endif
 
 #include "loops/dense.h"
 
-#ifndef ISA_PRODUCTS_ONLY
+#if !defined(ISA_PRODUCTS_ONLY) && !defined(ISA_DENSE_ONLY)
 #include "loops/norm.h"
 
 #include "loops/activation.h"
@@ -45,17 +48,20 @@
 
 const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .name = QSP_TEXT(ISA_NAME),
+    .spmm_dense_u8 = spmm_dense_kernel,
+    .sddmm_dense_u8 = sddmm_dense_kernel,
+    .sddmm_dense_units = sddmm_dense_units_kernel,
+    .grad_rows = GRAD_ROWS,
+#ifndef ISA_DENSE_ONLY
     .spmm_u8 = spmm_u8_kernel,
     .spmm_f32 = spmm_f32_kernel,
     .sddmm_u8 = sddmm_u8_kernel,
     .sddmm_f32 = sddmm_f32_kernel,
-    .spmm_dense_u8 = spmm_dense_kernel,
-    .sddmm_dense_u8 = sddmm_dense_kernel,
-    .sddmm_dense_units = sddmm_dense_units_kernel,
+#endif
 #ifdef ISA_OWN_ROWS
     .pair = pair_kernel,
 #endif
-#ifndef ISA_PRODUCTS_ONLY
+#if !defined(ISA_PRODUCTS_ONLY) && !defined(ISA_DENSE_ONLY)
     .pack_u8 = pack_u8_kernel,
     .pack_f32 = pack_f32_kernel,
     .range = range_kernel,
