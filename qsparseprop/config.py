@@ -100,7 +100,7 @@ def show_config() -> None:
         "isa_built": "ISA built",
         "isa_supported": "ISA supported",
         "isa_chosen": "ISA chosen (QSPARSEPROP_ISA overrides)",
-        "dense_rows": "products by dense rows (QSPARSEPROP_PRODUCTS overrides)",
+        "dense_rows": "dense rows (or by QSPARSEPROP_PRODUCTS)",
         "openmp": "OpenMP",
         "openmp_runtimes": f"OpenMP runtimes ({len(found['openmp_runtimes'])} mapped, 1 is right)",
         "threads": "threads (torch.get_num_threads())",

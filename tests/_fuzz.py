@@ -8,7 +8,7 @@ import random
 import sys
 
 import torch
-from _guarded_memory import GuardedTorch, guarded_copy, guarded_empty
+from _guarded import GuardedTorch, guarded_copy, guarded_empty
 
 from qsparseprop import ops
 from qsparseprop._kernels import (
@@ -421,4 +421,5 @@ def main():
     assert refused > calls // 4
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Tensors at the edge of memory that must not be touched: an access beyond one ends the process."""
+"""Tensors that end, or begin, at the edge of memory that must not be touched; by calls of Linux."""
 
 import ctypes
 import mmap
