@@ -22,22 +22,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import _common as common
 import torch
 import torch.nn.functional as F
-from _common import (
-    DENSE,
-    Competitor,
-    Table,
-    make_parser,
-    ms_cells,
-    precision,
-    put_zeros,
-    race,
-    remark_noise,
-    say,
-    start,
-    write_json,
-)
 from _networks import vit
 from _profile import profile_step, show_rows
 from torch import nn
@@ -48,7 +35,7 @@ from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 NETWORKS = ("mlp gelu", "mlp relu", "gated", "vit")
 #: Name, group, bfloat16 autocast, blocks.
-SETTINGS = (("fp32", DENSE, False, False), ("bf16", DENSE, True, False), ("int8", "int8", False, False),
+SETTINGS = (("fp32", common.DENSE, False, False), ("bf16", common.DENSE, True, False), ("int8", "int8", False, False),
             ("fused", "fused", False, True))  # fmt: skip
 
 
@@ -91,7 +78,7 @@ def training_step(
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
         def forward() -> torch.Tensor:
-            with precision(bf16):
+            with common.precision(bf16):
                 return F.cross_entropy(model(x), labels)
 
         def step() -> None:
@@ -107,7 +94,7 @@ def training_step(
         grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
         def forward() -> torch.Tensor:
-            with precision(bf16):
+            with common.precision(bf16):
                 return model(x)
 
         def step() -> None:
@@ -127,7 +114,7 @@ def with_zeros(model: nn.Module, sparsity: float) -> nn.Module:
     pruned = copy.deepcopy(model)
     for seed, (layer, module) in enumerate(pruned.named_modules()):
         if isinstance(module, nn.Linear) and layer != "head":
-            put_zeros(module.weight, sparsity, seed)
+            common.put_zeros(module.weight, sparsity, seed)
     return pruned
 
 
@@ -138,8 +125,8 @@ def show_profiles(args: argparse.Namespace, networks: Sequence[str]) -> list[dic
     for name, threads, sparsity in itertools.product(networks, args.threads, args.sparsity):
         torch.set_num_threads(threads)
         model, x = build(name, args.quick)
-        step, _ = training_step(name, with_zeros(model, sparsity), x, bf16, group != DENSE, fuse, sparsity)
-        ms = race([Competitor(setting, group, step)], args)["ms"][setting]
+        step, _ = training_step(name, with_zeros(model, sparsity), x, bf16, group != common.DENSE, fuse, sparsity)
+        ms = common.race([common.Competitor(setting, group, step)], args)["ms"][setting]
         rows = profile_step(step, args.quick)
         show_rows(f"{name}, {setting}", rows, ms, sparsity, threads)
         results.append({"network": name, "setting": setting, "threads": threads, "sparsity": sparsity, "step_ms": ms,
@@ -154,39 +141,39 @@ def compare(args: argparse.Namespace, networks: Sequence[str]) -> list[dict[str,
     for name, threads in itertools.product(networks, args.threads):
         torch.set_num_threads(threads)
         model, x = build(name, args.quick)
-        say(f"\n{name}: training step in ms and MB saved for the backward pass, {threads} "
-            f"thread{'s' if threads > 1 else ''}\n")
-        table = Table(["zeros", *(s[0] for s in settings), "best dense", "x int8", "x fused",
-                       *(f"MB {s[0]}" for s in settings)], 6)  # fmt: skip
+        common.say(f"\n{name}: training step in ms and MB saved for the backward pass, {threads} "
+                   f"thread{'s' if threads > 1 else ''}\n")
+        table = common.Table(["zeros", *(s[0] for s in settings), "best dense", "x int8", "x fused",
+                              *(f"MB {s[0]}" for s in settings)], 6)  # fmt: skip
         for sparsity in args.sparsity:
             pruned = with_zeros(model, sparsity)
-            steps = {n: training_step(name, pruned, x, bf16, group != DENSE, fuse, sparsity)
+            steps = {n: training_step(name, pruned, x, bf16, group != common.DENSE, fuse, sparsity)
                      for n, group, bf16, fuse in settings}  # fmt: skip
-            result = race([Competitor(n, group, steps[n][0]) for n, group, *_ in settings], args)
+            result = common.race([common.Competitor(n, group, steps[n][0]) for n, group, *_ in settings], args)
             result = {"network": name, "threads": threads, "sparsity": sparsity,
                       "saved_mb": {n: saved for n, (_, saved) in steps.items()}, **result}  # fmt: skip
             results.append(result)
-            table.row(f"{100 * sparsity:g} %", *ms_cells(result), result["best"][DENSE], result["ratio"]["int8"],
-                      result["ratio"]["fused"], *result["saved_mb"].values())
-    say("\nx: time of the best dense setting / time of ours")
+            table.row(f"{100 * sparsity:g} %", *common.ms_cells(result), result["best"][common.DENSE],
+                      result["ratio"]["int8"], result["ratio"]["fused"], *result["saved_mb"].values())
+    common.say("\nx: time of the best dense setting / time of ours")
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = make_parser(__doc__, repeats=5, sparsity=(0.9, 0.95), threads=(1, 2))
+    parser = common.make_parser(__doc__, repeats=5, sparsity=(0.9, 0.95), threads=(1, 2))
     parser.add_argument("--only", choices=NETWORKS, nargs="+", default=NETWORKS, help="networks (default: all)")
     parser.add_argument("--no-bf16", action="store_true",
                         help="leave out dense bfloat16 (for processors that emulate it)")  # fmt: skip
     parser.add_argument("--profile", nargs="?", const="fused", metavar="SETTING", choices=[s[0] for s in SETTINGS],
                         help="instead: time by kind of operator, of this column of the table (default: %(const)s)")
-    args, document = start("mlp", parser, argv)
+    args, document = common.start("mlp", parser, argv)
     if args.profile:
         document["profiles"] = show_profiles(args, args.only)
     else:
         document["results"] = compare(args, args.only)
-        remark_noise(document["results"])
-    write_json(args.json, document)
+        common.remark_noise(document["results"])
+    common.write_json(args.json, document)
 
 
 if __name__ == "__main__":

@@ -23,22 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import _common as common
 import torch
 import torch.nn.functional as F
-from _common import (
-    DENSE,
-    Competitor,
-    Table,
-    make_parser,
-    ms_cells,
-    precision,
-    put_zeros,
-    race,
-    remark_noise,
-    say,
-    start,
-    write_json,
-)
 from _profile import profile_step, show_rows
 from torch import nn
 from torch.profiler import record_function
@@ -92,7 +79,7 @@ class Setting:
     """How a network is run: memory format, autocast, and which layers replace the sparse convolutions, if any."""
 
     name: str
-    group: str = DENSE
+    group: str = common.DENSE
     channels_last: bool = False
     bf16: bool = False
     quantize: bool = True
@@ -100,7 +87,7 @@ class Setting:
 
     @property
     def swapped(self) -> bool:
-        return self.group != DENSE
+        return self.group != common.DENSE
 
 
 SETTINGS = (
@@ -122,7 +109,7 @@ def sparse_network(network: Network, sparsity: float) -> nn.Module:
     model = network.build()
     for seed, (name, module) in enumerate(model.named_modules()):
         if isinstance(module, nn.Conv2d) and name not in KEPT_DENSE:
-            put_zeros(module.weight, sparsity, seed)
+            common.put_zeros(module.weight, sparsity, seed)
     return model
 
 
@@ -156,7 +143,7 @@ def training_step(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True)
 
     def step() -> None:
-        with record_function("forward"), precision(setting.bf16):
+        with record_function("forward"), common.precision(setting.bf16):
             loss = F.cross_entropy(model(images), labels)
         with record_function("backward"):
             loss.backward()
@@ -174,23 +161,24 @@ def compare(args: argparse.Namespace, networks: Sequence[Network]) -> list[dict[
     results = []
     for network, threads in itertools.product(networks, args.threads):
         torch.set_num_threads(threads)
-        say(f"\nResNet-18 {network.name}, {network.size}x{network.size}, batch {network.batch}: training step in ms, "
-            f"{threads} thread{'s' if threads > 1 else ''}\n")
-        table = Table(["zeros", *(s.name for s in settings), "best dense", *(f"x {group}" for group in groups)], 6)
+        common.say(f"\nResNet-18 {network.name}, {network.size}x{network.size}, batch {network.batch}: training step "
+                   f"in ms, {threads} thread{'s' if threads > 1 else ''}\n")
+        table = common.Table(["zeros", *(s.name for s in settings), "best dense", *(f"x {group}" for group in groups)],
+                             6)
         for sparsity in args.sparsity:
             model = sparse_network(network, sparsity)
-            result = race([
-                Competitor(s.name, s.group, training_step(network, model, s, sparsity, args.include_dense))
+            result = common.race([
+                common.Competitor(s.name, s.group, training_step(network, model, s, sparsity, args.include_dense))
                 for s in settings
             ], args)  # fmt: skip
             result = {"network": network.name, "batch": network.batch, "size": network.size, "threads": threads,
                       "sparsity": sparsity, **result}  # fmt: skip
             result["ratio_to_fp32"] = {name: result["ms"]["fp32"] / ms for name, ms in result["ms"].items()}
             results.append(result)
-            table.row(f"{100 * sparsity:g} %", *ms_cells(result), result["best"][DENSE],
+            table.row(f"{100 * sparsity:g} %", *common.ms_cells(result), result["best"][common.DENSE],
                       *(result["ratio"][group] for group in groups))
-    say("\nx: time of the best dense setting / time of our best\n")
-    table = Table(["fp32 (contiguous) time / time", "zeros", "threads", *(s.name for s in settings[1:])], 30)
+    common.say("\nx: time of the best dense setting / time of our best\n")
+    table = common.Table(["fp32 (contiguous) time / time", "zeros", "threads", *(s.name for s in settings[1:])], 30)
     for r in results:
         table.row(r["network"], f"{100 * r['sparsity']:g} %", str(r["threads"]),
                   *(r["ratio_to_fp32"][s.name] for s in settings[1:]))
@@ -205,7 +193,7 @@ def show_profiles(args: argparse.Namespace, networks: Sequence[Network]) -> list
         torch.set_num_threads(threads)
         model = sparse_network(network, sparsity)
         step = training_step(network, model, setting, sparsity, args.include_dense)
-        ms = race([Competitor(setting.name, setting.group, step)], args)["ms"][setting.name]
+        ms = common.race([common.Competitor(setting.name, setting.group, step)], args)["ms"][setting.name]
         rows = profile_step(step, args.quick)
         show_rows(f"ResNet-18 {network.name}, {setting.name}", rows, ms, sparsity, threads)
         results.append({"network": network.name, "setting": setting.name, "threads": threads, "sparsity": sparsity,
@@ -215,7 +203,7 @@ def show_profiles(args: argparse.Namespace, networks: Sequence[Network]) -> list
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
-    parser = make_parser(__doc__, repeats=9, sparsity=(0.9, 0.95, 0.98), threads=(1, 2))
+    parser = common.make_parser(__doc__, repeats=9, sparsity=(0.9, 0.95, 0.98), threads=(1, 2))
     parser.add_argument("--only", choices=[network.name for network in NETWORKS], help="one of the networks")
     parser.add_argument("--include-dense", action="store_true",
                         help="let swap_modules_with_sparse time each layer and leave it dense where that is faster, as "
@@ -224,14 +212,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", nargs="?", const="int8 cl", metavar="SETTING",
                         choices=[s.name for s in (*SETTINGS, FLOAT_SETTING)],
                         help="instead: time by kind of operator, of this column of the table (default: %(const)s)")
-    args, document = start("network", parser, argv)
+    args, document = common.start("network", parser, argv)
     networks = [n for n in (QUICK_NETWORKS if args.quick else NETWORKS) if args.only in (None, n.name)]
     if args.profile:
         document["profiles"] = show_profiles(args, networks)
     else:
         document["results"] = compare(args, networks)
-        remark_noise(document["results"])
-    write_json(args.json, document)
+        common.remark_noise(document["results"])
+    common.write_json(args.json, document)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from qsparseprop import ops
+from qsparseprop._kernels._dense_rows import ValuePattern
 from qsparseprop.layout.geometry import conv_geometry
+from qsparseprop.layout.modes import Modes
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, make_plan
 
@@ -43,7 +45,10 @@ def _call_sddmm(planes, dy, group_ptr, offset, index, plane, x_scale, x_zero_poi
 
 def _plan(geometry, rows, columns, grid, views, dy_grid, dy_views):
     x, y = (grid, views, geometry.input_image), (dy_grid, dy_views, geometry.output_image)
-    return Plan(geometry, _list(rows, x, y), _list(columns, y, x), 1, 135)
+    pattern = ValuePattern(torch.zeros(6, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), 27)
+    plan = Plan(pattern, geometry, 1, Modes())
+    vars(plan).update(forward=_list(rows, x, y), backward=_list(columns, y, x))  # in place of those of the pattern
+    return plan
 
 
 def _call_layer_forward(x, values, bias, geometry, rows, columns, grid, views, out_grid, out_views, scheme, seed,

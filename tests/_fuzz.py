@@ -3,81 +3,38 @@
 Run by test_ops_arguments in a process of its own: an access beyond a tensor ends it. Arguments: seed, number of calls.
 """
 
-import ctypes
 import faulthandler
-import mmap
 import random
 import sys
 
 import torch
+from _guarded_memory import GuardedTorch, guarded_copy, guarded_empty
 
 from qsparseprop import ops
-from qsparseprop._kernels import _dispatch, _epilogue, _matmul, _norm, _pack, _plan, _quantize, _statistics
+from qsparseprop._kernels import (
+    _dense_rows,
+    _dispatch,
+    _epilogue,
+    _matmul,
+    _norm,
+    _pack,
+    _plan,
+    _quantize,
+    _statistics,
+)
+from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
+from qsparseprop.layout.modes import Modes
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, make_plan
 from qsparseprop.ops import epilogues, layers, normalisation, products, quantization
 
-PAGE = mmap.PAGESIZE
-LARGEST = 1 << 24  # bytes; what asks for more counts as refused
 INTEGERS = [0, 1, -1, 2, 3, 4, 5, 63, 64, 65, 128, 1 << 16, 1 << 20, (1 << 31) - 1, 1 << 31, -(1 << 31), 1 << 34,
             1 << 39, (1 << 40) - 1, 1 << 40, (1 << 62) + 64, (1 << 63) - 1, -(1 << 63)]  # fmt: skip
 FLOATS = [0.0, -1.0, 0.5, 3.0, 7.0, 1e-45, 1e-300, 1e300, float("inf"), -float("inf"), float("nan")]
 SCHEMES = ["absmax", "symmetric", "standard", "sawb", "stochastic", "dithered", "luq", "int4", ""]
 ACTIVATIONS = ["gelu", "gelu_tanh", "selu", "identity", "clamp", "leaky_relu", "silu", "hardswish"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.bool]
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-class TooLarge(RuntimeError):
-    pass
-
-
-def guarded(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
-    """An uninitialised tensor whose last byte is the last one that may be touched, or whose first byte is the first."""
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    if any(n < 0 for n in shape):
-        raise RuntimeError(f"negative size {shape}")
-    numel = torch.Size(shape).numel()
-    size = numel * dtype.itemsize
-    if size > LARGEST:
-        raise TooLarge(f"{size} bytes")
-    pages = max(-(-size // PAGE), 1)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for edge in (address, address + (pages + 1) * PAGE):
-        if libc.mprotect(edge, PAGE, 0):
-            raise OSError(ctypes.get_errno(), "mprotect")
-    if numel == 0:
-        return torch.empty(shape, dtype=dtype)
-    start = PAGE if random.random() < 0.3 else (pages + 1) * PAGE - size
-    flat = torch.frombuffer(memory, dtype=dtype, count=numel, offset=start)
-    like = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
-    return flat.as_strided(shape, like.stride())
-
-
-def guarded_empty(shape, dtype, channels_last=False):
-    """In place of `_memory.empty`."""
-    return guarded(shape, dtype, torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def guarded_copy(tensor):
-    """The same values and, where they do not overlap, strides."""
-    dims = sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))
-    out = guarded(tuple(tensor.shape[d] for d in dims), tensor.dtype)
-    return out.permute(*(dims.index(d) for d in range(tensor.ndim))).copy_(tensor) if tensor.ndim else tensor.clone()
-
-
-class GuardedTorch:
-    """`torch` as the operators see it: what they allocate is guarded as well."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    @staticmethod
-    def empty(*shape, dtype=torch.float32, memory_format=torch.contiguous_format):
-        return guarded(shape[0] if len(shape) == 1 else shape, dtype, memory_format)
 
 
 # ---- the operators, made of numbers and tensors that can be corrupted ----
@@ -121,6 +78,27 @@ def sddmm(operand, gradient, rows, source, target, images, nonzeros):
     ops.sddmm(ops.Packed(*operand), ops.Packed(*gradient), gather_list(rows, source, target), images, nonzeros)
 
 
+def dense_rows(pattern, groups, phase, shift, source, target, swapped):
+    return DenseRows(ValuePattern(*pattern), groups, phase, shift, ops.PlaneLayout(*source), ops.PlaneLayout(*target),
+                     swapped)  # fmt: skip
+
+
+def quantize_weight_dense(values, factor, zero_point, *rows):
+    ops.quantize_weight(values, dense_rows(*rows), factor, zero_point)
+
+
+def spmm_dense(operand, weights, images, bias, dtype, channels_last, *rows):
+    ops.spmm(ops.Packed(*operand), ops.Weights(*weights), dense_rows(*rows), images, bias, dtype, channels_last)
+
+
+def multiply_dense(operand, values, out, bias, *rows):
+    ops.multiply(ops.Packed(*operand), values, dense_rows(*rows), out, bias)
+
+
+def sddmm_dense(operand, gradient, images, nonzeros, *rows):
+    ops.sddmm(ops.Packed(*operand), ops.Packed(*gradient), dense_rows(*rows), images, nonzeros)
+
+
 class Passes:
     """Both passes of a layer; the geometry itself is never corrupted."""
 
@@ -128,7 +106,11 @@ class Passes:
         self.geometry = geometry
 
     def plan(self, rows, columns, source, target):
-        return Plan(self.geometry, gather_list(rows, source, target), gather_list(columns, target, source), 1, 1)
+        pattern = ValuePattern(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), 1)
+        plan = Plan(pattern, self.geometry, 1, Modes())
+        lists = {"forward": gather_list(rows, source, target), "backward": gather_list(columns, target, source)}
+        vars(plan).update(lists)  # in place of those of the pattern
+        return plan
 
     def forward(self, x, values, bias, rows, columns, source, target, scheme, per_channel, in_floats, dtype, save):
         given = ops.Quantisation(scheme_of(scheme, per_channel), None, None, in_floats)
@@ -202,6 +184,37 @@ def valid_calls():
                 yield Passes(g).backward, [dy.to(dtype), values, list(px), *lists, scheme and "stochastic",
                                            dtype == torch.bfloat16, seed, [True, True, True], dtype]  # fmt: skip
             yield sddmm, [list(px), list(py), lists[0], source, target, images, values.numel()]
+
+
+def valid_dense():
+    """Arguments of the products by dense rows."""
+    scheme = ops.Scheme("standard", [], True)
+    for g, images, groups, density in (
+        (linear_geometry(20, 30), 70, 1, 0.5), (linear_geometry(1030, 19), 3, 1, 1.0), (volumes(), 3, 1, 1.0),
+        (conv_geometry(4, 18, (6, 5), (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 5, False), 5, 2, 0.5),
+        (conv_geometry(6, 6, (4, 7), (3, 2), (3, 2), (1, 1, 1, 1), (1, 1), 18, True), 18, 6, 1.0),
+    ):  # fmt: skip
+        outputs, columns = g.output_grid.planes, g.in_channels // groups * len(g.tap_shift)
+        pattern = [*dense_pattern(torch.rand(outputs, columns) < density)[:2], columns]
+        values, bias = torch.randn(pattern[1].numel()), torch.randn(outputs)
+        layouts, packed = (g.input_layout, g.output_layout), []
+        for swapped in (False, True):
+            source, target = layouts[:: -1 if swapped else 1]
+            rows = [pattern, groups, list(g.tap_phase), list(g.tap_shift), *map(numbers_of, (source, target)), swapped]
+            made, own_bias, out = dense_rows(*rows), None if swapped else bias, torch.empty(target.shape(images))
+            operand = ops.quantize_pack(torch.randn(source.shape(images)), source, ops.Scheme("symmetric"))
+            folded = ops.quantize_pack(torch.randn(source.shape(images)), source, scheme)
+            packed.append(operand)
+            yield quantize_weight_dense, [values, None, None, *rows]
+            yield quantize_weight_dense, [values, *folded[1:], *rows]
+            yield multiply_dense, [list(folded), values, out, own_bias, *rows]
+            yield multiply_dense, [list(operand), values, out.bfloat16(), own_bias, *rows]
+            for channels_last in (False, True):
+                weights = list(ops.quantize_weight(values, made))
+                yield spmm_dense, [list(operand), weights, images, own_bias, torch.float32, channels_last, *rows]
+            if swapped:
+                rows = [*rows[:4], rows[5], rows[4], False]
+                yield sddmm_dense, [*map(list, packed), images, values.numel(), *rows]
 
 
 def volumes(transposed=False):
@@ -379,11 +392,11 @@ def main():
     random.seed(seed)
     torch.manual_seed(seed)
     families = products, layers, quantization, normalisation, epilogues
-    for module in (*families, _plan, _matmul, _pack, _quantize, _norm, _epilogue, _statistics):
+    for module in (*families, _plan, _dense_rows, _matmul, _pack, _quantize, _norm, _epilogue, _statistics):
         module.torch = GuardedTorch()
     for module in (products, layers, quantization, epilogues, _pack):
         module.empty = guarded_empty
-    valid, others = [*valid_calls(), *valid_transposed()], [*valid_quantizations(), *valid_rows()]
+    valid, others = [*valid_calls(), *valid_transposed(), *valid_dense()], [*valid_quantizations(), *valid_rows()]
     refused = accepted = 0
     for isa in _dispatch.supported_isas():
         _dispatch.set_isa(isa)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from qsparseprop._kernels import _dispatch
+from qsparseprop.layout import costs
 from qsparseprop.nn.deferred import conditions
 from qsparseprop.utils import _layer_timing
 
@@ -26,6 +29,13 @@ from ._swapping import SHAPE, Net
 # Expected values must not depend on the libraries that torch calls on some processors: .ci/nightly runs without them.
 if os.environ.get("QSPARSEPROP_TEST_NO_MKLDNN"):
     torch.backends.mkldnn.set_flags(False)
+
+# Which way products go must not depend on the machine, and nothing is written into anybody's home: with these costs, in
+# the processes that tests start as well, dense rows are faster from half of the weights on.
+_folder = tempfile.TemporaryDirectory(prefix="qsparseprop-")
+os.environ["QSPARSEPROP_COSTS"] = str(Path(_folder.name, "costs.json"))
+_COSTS = costs.Costs(spmm_list=1.0, spmm_dense=0.5, sddmm_list=1.0, sddmm_dense=0.5, interleave=1.0)
+costs.costs_file().write_text(json.dumps({costs.cost_key(isa): _COSTS._asdict() for isa in _dispatch.built_isas()}))
 
 # Jobs that a script starts in the background ignore Ctrl-C, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -68,7 +78,7 @@ def sparse_is_faster(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def pays(dense, sparse, seen, decision, fuse):
         decision.dense_ms, decision.sparse_ms = 2.0, 1.0
-        return True
+        return True, None
 
     monkeypatch.setattr(_layer_timing, "_pays", pays)
 

@@ -61,11 +61,17 @@ def test_enormous_numbers_are_refused():
     assert (process.stdout, process.returncode) == ("done\n", 0), process.stderr
 
 
+_RUN = """
+import runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+runpy.run_path(f"{sys.path[0]}/_fuzz.py", run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="guards memory by calls of Linux")
 def test_random_corruptions_do_not_touch_memory_that_is_not_theirs(number):
     """In a process of its own, with every tensor at the edge of memory that must not be touched."""
-    script = Path(__file__).with_name("_fuzz.py").read_text()
-    process = run_python(script, str(number), "400")
+    process = run_python(_RUN, str(Path(__file__).parent), str(number), "400")
     assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-3000:]}"
     assert "done" in process.stdout

@@ -1,5 +1,7 @@
 """Rows of weights as a matrix with its zeros: what dense rows and their weights are made from, checked once."""
 
+from operator import index as whole
+
 import torch
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -24,11 +26,12 @@ cdef extern from *:
     {
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = ptr[r], least = 0; i < ptr[r + 1]; i++) {
-                if (column[i] < least || column[i] >= columns)
+                const int32_t c = *(const volatile int32_t *)(column + i); /* once: others may be writing there */
+                if (c < least || c >= columns)
                     return i;
-                least = (int64_t)column[i] + 1;
+                least = (int64_t)c + 1;
                 if (out)
-                    out[i] = (uint16_t)column[i];
+                    out[i] = (uint16_t)c;
             }
         return ptr[rows];
     }
@@ -59,15 +62,18 @@ cdef class ValuePattern:
 
     def __cinit__(self, crow_indices, col_indices, int64_t columns):
         cdef int64_t i
+        for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         self.rows, self.columns, self.count = numel(crow_indices) - 1, columns, numel(col_indices)
         if self.rows < 1 or not 1 <= columns < <int64_t> 1 << 31:
             raise ValueError(f"a pattern must have rows and columns, got {self.rows} and {columns}")
         check_storage(crow_indices, "crow_indices")
         check_storage(col_indices, "col_indices")
-        own = crow_indices.clone()
+        own, col_indices = crow_indices.clone(), col_indices.resolve_neg()
         cdef int32_t *ptr = <int32_t *> pointer(own, _int32, self.rows + 1, "crow_indices")
         for i in range(self.rows):
-            if ptr[i + 1] < ptr[i] or ptr[i + 1] - ptr[i] > columns:
+            if ptr[i + 1] < ptr[i] or <int64_t> ptr[i + 1] - ptr[i] > columns:
                 raise ValueError(f"crow_indices must ascend, by at most {columns}")
         if ptr[0] != 0 or ptr[self.rows] != self.count:
             raise ValueError(f"crow_indices must ascend from 0 to {self.count}")
@@ -133,6 +139,8 @@ cdef class DenseRows(ProductRows):
     source, target : PlaneLayout
     pattern : ValuePattern
     swapped : bool
+    offset, index, plane : Tensor
+        Of all slots, as those of a `GatherList`; copies.
 
     Raises
     ------
@@ -140,10 +148,11 @@ cdef class DenseRows(ProductRows):
         If these do not go together, or rows are longer than what an int32 sums up exactly.
     """
 
-    def __cinit__(self, ValuePattern pattern not None, int64_t groups, tap_phase, tap_shift, PlaneLayout source not None,
-                  PlaneLayout target not None, bint swapped):
+    def __cinit__(self, ValuePattern pattern not None, int64_t groups, tap_phase, tap_shift,
+                  PlaneLayout source not None, PlaneLayout target not None, bint swapped):
         cdef PlaneLayout x = target if swapped else source, y = source if swapped else target
-        cdef list phase = [int(p) for p in tap_phase], shift = [int(s) for s in tap_shift]
+        cdef list phase = [whole(p) for p in tap_phase], shift = [whole(s) for s in tap_shift]
+        self._given = (pattern, groups, tuple(phase), tuple(shift), source, target, swapped)
         self._take_layouts(source, target, target.grid.planes)
         if pattern.columns > QSP_MAX_EXACT:
             raise ValueError(f"a row has {pattern.columns} weights, of which an int32 holds the sum of {QSP_MAX_EXACT}")
@@ -156,6 +165,8 @@ cdef class DenseRows(ProductRows):
                              f"group do not make {pattern.columns} columns")
         if not all(0 <= p < x.grid.planes // x.channels for p in phase):
             raise ValueError(f"tap_phase must lie in [0, {x.grid.planes // x.channels}), got {phase}")
+        if not all(-x.grid.pitch <= s <= x.grid.pitch for s in shift):
+            raise ValueError(f"tap_shift must lie within the {x.grid.pitch} lanes of a plane, got {shift}")
         self.dense.rows, self.dense.groups = self.rows, groups
         self.dense.value_rows, self.dense.columns = pattern.rows, pattern.columns
         self.dense.value_ptr, self.dense.column = pattern.ptr, pattern.column
@@ -192,7 +203,8 @@ cdef class DenseRows(ProductRows):
         cdef qsp_band *to = <qsp_band *> PyBytes_AS_STRING(self._bands)
         planes, offsets, entries = [], [], 0
         for first, last, plane, offset in bands:
-            rest = (QSP_GROUP - plane.numel() % QSP_GROUP) % QSP_GROUP  # repeats the last entry: memory that is in the cache, times zero
+            # padding repeats the last entry: memory that is in the cache, times zero
+            rest = (QSP_GROUP - plane.numel() % QSP_GROUP) % QSP_GROUP
             planes += [plane, plane[plane.numel() - 1:].expand(rest)]
             offsets += [offset, offset[offset.numel() - 1:].expand(rest)]
             to.first, to.last, to.table, to.size = first, last, entries, plane.numel() + rest
@@ -220,5 +232,44 @@ cdef class DenseRows(ProductRows):
         self._held = tuple(held)
         return 0
 
+    cdef object _of_slots(self, object table):
+        """What a number of the tables' entries is for every slot; that of the last entry behind a table, of none 0."""
+        cdef const qsp_band *b = self.dense.bands
+        cdef int64_t i
+        out = torch.zeros(self.rows, self.dense.pitch, dtype=_int32, device="cpu")
+        for i in range(self.dense.band_count):
+            if b[i].size:
+                own = table[b[i].table:b[i].table + b[i].size]
+                out[b[i].first:b[i].last, :b[i].size] = own
+                out[b[i].first:b[i].last, b[i].size:] = own[b[i].size - 1]
+        return out.view(-1)
+
+    @property
+    def offset(self):
+        """Lanes from the start of a block."""
+        return self._of_slots(self._held[0])
+
+    @property
+    def plane(self):
+        """Plane that the offset lies in."""
+        return self._of_slots(self._held[1])
+
+    @property
+    def index(self):
+        """Which value a slot holds, -1 for none."""
+        cdef int64_t in_group = self.dense.value_rows // self.dense.groups, count = self.pattern.count
+        counts = self.pattern.crow_indices.diff()
+        row = torch.arange(self.dense.value_rows, device="cpu").repeat_interleave(counts)
+        entry = column = self.pattern.col_indices.to(torch.int64)
+        if self.swapped:
+            entry = self._held[3][column] + row % in_group
+            row = self._held[2][column] + row // in_group * self.dense.group_rows
+        out = torch.full((self.slots,), -1, dtype=_int32, device="cpu")
+        out[row * self.dense.pitch + entry] = torch.arange(count, dtype=_int32, device="cpu")
+        return out
+
     def __repr__(self):
         return f"DenseRows({self.rows} rows, {self.slots} slots)"
+
+    def __reduce__(self):
+        return DenseRows, self._given

@@ -4,7 +4,7 @@ import torch
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
-from libc.math cimport INFINITY, isfinite
+from libc.math cimport INFINITY, NAN, isfinite
 from libc.stdint cimport int8_t, int32_t, int64_t, uint32_t
 from libc.string cimport memset
 
@@ -298,7 +298,8 @@ cdef int64_t _take_list(qsp_sddmm *a, GatherList rows, int64_t values) except -1
 cdef int64_t _take_dense(qsp_sddmm *a, DenseRows rows, int64_t values) except -1:
     a.dense = &rows.dense
     if rows.swapped:
-        raise ValueError("the weight gradient wants rows that are planes of the output, got those of the input gradient")
+        raise ValueError("the weight gradient wants rows that are planes of the output, got those of the input "
+                         "gradient")
     if rows.pattern.count != values:
         raise ValueError(f"values must be {rows.pattern.count}, those of the pattern, got {values}")
     return 0
@@ -410,7 +411,8 @@ cdef object _fold(qsp_weight *a, ProductRows rows, object factor, object zero_po
     """Factors and zero points of the planes; returns what holds the former.
 
     The factors are divided by a power of two near the largest, which the scale gets back, so that no product becomes so
-    small that it loses digits.
+    small that it loses digits. Those that are not finite become NaN: zero times Inf, as padding has it, would be NaN
+    where a row's weights are Inf.
     """
     cdef int64_t planes = rows.source.grid.planes, i
     cdef const float *given
@@ -443,6 +445,6 @@ cdef object _fold(qsp_weight *a, ProductRows rows, object factor, object zero_po
     exponent = max(-126, min(126, exponent))
     a.scale_factor = ldexpf(1, exponent)
     for i in range(planes):
-        folded[i] = given[i] * ldexpf(1, -exponent)
+        folded[i] = given[i] * ldexpf(1, -exponent) if isfinite(given[i]) else NAN
     a.factor = folded
     return out

@@ -85,8 +85,7 @@ class CompareConfig:
     scheme : str
         How the swapped layers compute, see `parse_scheme`.
     min_sparsity : float or None
-        Layers with a smaller share of zeros stay dense in the swapped runs; ``None`` for the smaller one of 0.5 and
-        `sparsity`.
+        Layers with a smaller share of zeros stay dense in the swapped runs; ``None`` leaves it to the stopwatch alone.
     compress_saved : bool
         Make a further run, swapped and with `compress_saved_tensors`.
     sparse_fp32 : bool
@@ -320,7 +319,7 @@ def _run_specs(config: CompareConfig, best: TrainingMode) -> dict[str, RunSpec]:
     swapped = RunSpec(
         mode=TrainingMode(bf16=best.bf16, channels_last=True), swap=True, fuse=config.blocks == "all",
         # Pruning globally leaves some layers much denser than others; which are worth it is for the stopwatch to say.
-        min_sparsity=min(0.5, config.sparsity) if config.min_sparsity is None else config.min_sparsity,
+        min_sparsity=0.0 if config.min_sparsity is None else config.min_sparsity,
     )
     if config.sparse_fp32:
         specs["sparse_fp32"] = replace(swapped, scheme="float32")

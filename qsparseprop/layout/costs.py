@@ -28,6 +28,8 @@ from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
 from qsparseprop._kernels._plan import GatherList, ProductRows
 from qsparseprop.layout.geometry import GROUP, UNIT, Geometry, linear_geometry
 
+__all__ = ["Costs", "cost_key", "costs_file", "machine_costs", "measure_costs"]
+
 
 class Costs(NamedTuple):
     """Nanoseconds for one unit of 64 lanes, on one thread.
@@ -57,28 +59,43 @@ def costs_file() -> Path:
     return Path(cache, "qsparseprop", "product_costs.json")
 
 
-def _machine() -> str:
-    """What the constants depend on besides the instruction set."""
+def cost_key(isa: str) -> str:
+    """What the constants depend on, the machine and the instruction set: their name in the file."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return name
+    return f"{name}, {isa}"
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
+def _read(path: Path) -> dict[str, object] | None:
+    """What a file has, by machine and instruction set; None of one that is not ours, which stays as it is."""
     try:
-        kept = json.loads(path.read_text())
-        return {key: dict(Costs(**{k: float(v) for k, v in value.items()})._asdict()) for key, value in kept.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # not there, or not ours: measured anew
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(kept, dict) and all(isinstance(value, dict) for value in kept.values())
+    return kept if ours else None
+
+
+def _as_costs(value: object) -> Costs | None:
+    """What somebody measured; None where it is not that, or of a version that measured something else."""
+    try:
+        costs = Costs(**{name: float(number) for name, number in value.items()})  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return costs if all(0 <= number < float("inf") for number in costs) else None
 
 
 @functools.lru_cache(maxsize=16)
 def machine_costs(isa: str) -> Costs:
     """The constants of this machine for an instruction set: from the file of `costs_file`, or measured and put there.
+
+    A file that holds anything else is left as it is; then, and where nothing can be written, every process measures.
 
     Parameters
     ----------
@@ -89,18 +106,26 @@ def machine_costs(isa: str) -> Costs:
     -------
     Costs
     """
-    path, key = costs_file(), f"{_machine()}, {isa}"
+    path, key = costs_file(), cost_key(isa)
     kept = _read(path)
-    if key in kept:
-        return Costs(**kept[key])
+    if kept and (costs := _as_costs(kept.get(key))) is not None:
+        return costs
     costs = measure_costs()
-    kept[key] = costs._asdict()
-    with contextlib.suppress(OSError):  # a machine without a place to write measures in every process
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.{os.getpid()}")
-        new.write_text(json.dumps(kept, indent=1))
-        new.replace(path)  # others may be reading
+    if kept is not None:
+        _write(path, {**kept, key: costs._asdict()})
     return costs
+
+
+def _write(path: Path, kept: dict[str, object]) -> None:
+    """Put a file in the place of another one, which others may be reading; nothing where that cannot be done."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        new.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
 
 
 def _nanoseconds(call: Callable[[], object], times: int = 5) -> float:
@@ -129,6 +154,11 @@ def measure_costs() -> Costs:
     -------
     Costs
     """
+    with torch.device("cpu"):  # whatever the default is
+        return _measure()
+
+
+def _measure() -> Costs:
     # each row has every fourth column, from another one on
     col = torch.arange(0, _FEATURES, _ONE_OF).repeat(_FEATURES).view(_FEATURES, -1)
     col = (col + torch.arange(_FEATURES)[:, None] % _ONE_OF).flatten().to(torch.int32)
@@ -137,10 +167,11 @@ def measure_costs() -> Costs:
     offset = col * g.input_grid.pitch + g.input_grid.front
     as_list = GatherList(crow // GROUP, offset, torch.arange(col.numel(), dtype=torch.int32), col, g.input_layout,
                          g.output_layout)  # fmt: skip
-    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    floats = torch.float32
+    one, zero = torch.ones(1, dtype=floats), torch.zeros(1, dtype=torch.int32)
     planes = torch.full((g.input_layout.lanes(_BATCH),), 1, dtype=torch.uint8)
-    scale, total = torch.ones(_FEATURES), torch.zeros(_FEATURES, dtype=torch.int64)
-    out = torch.empty(_BATCH, _FEATURES)
+    scale, total = torch.ones(_FEATURES, dtype=floats), torch.zeros(_FEATURES, dtype=torch.int64)
+    out = torch.empty(_BATCH, _FEATURES, dtype=floats)
     products, gradients = [], []
     rows: ProductRows
     for rows in (as_list, _dense_rows(crow, col, g)):
@@ -153,12 +184,14 @@ def measure_costs() -> Costs:
     few = 8
     g = linear_geometry(_FEATURES, few)
     rows = _dense_rows(crow[: few + 1], col[: int(crow[few])], g)
-    weights, out = torch.ones(rows.slots, dtype=torch.int8), torch.empty(_BATCH, few)
+    weights, out = torch.ones(rows.slots, dtype=torch.int8), torch.empty(_BATCH, few, dtype=floats)
     short = _nanoseconds(functools.partial(
         _matmul.spmm, planes, weights, scale[:few], total[:few], one, zero, rows, None, out, 1))  # fmt: skip
     units, entries = _BATCH / UNIT, _FEATURES * _FEATURES
     # two equations: rows * dense + interleave for each of the table's entries
     dense = (products[1] - short) / (units * _FEATURES * (_FEATURES - few))
+    if dense <= 0:  # something else ran during one of them
+        dense = products[1] / (units * entries)
     return Costs(
         spmm_list=products[0] / (units * col.numel()),
         spmm_dense=dense,

@@ -17,6 +17,8 @@ from qsparseprop._kernels._dense_rows import ValuePattern
 from qsparseprop.layout.costs import machine_costs
 from qsparseprop.layout.geometry import Geometry
 
+__all__ = ["DENSE", "LIST", "LONGEST_ROW", "Modes", "Shape", "choose_modes", "doubtful_modes", "shape_of", "use_modes"]
+
 #: The ways: of a product on codes.
 LIST, DENSE = "list", "dense"
 #: A row's weights beyond which an int32 does not hold the sum of products, see ``QSP_MAX_EXACT``.
@@ -36,13 +38,28 @@ class Modes(NamedTuple):
     backward: str = LIST
     gradient: str = LIST
 
+    def __str__(self) -> str:
+        return self.forward if len(set(self)) == 1 else "/".join(self)
+
 
 _forced: Modes | None = None
 
 
 @contextlib.contextmanager
 def use_modes(modes: Modes | None) -> Iterator[None]:
-    """Let plans that are made inside use these modes where they can; with None as `choose_modes` finds best."""
+    """Let plans that are made inside use these modes where they can; with None as `choose_modes` finds best.
+
+    Parameters
+    ----------
+    modes : Modes, optional
+
+    Raises
+    ------
+    ValueError
+        If one of them is neither "list" nor "dense".
+    """
+    if modes is not None and not set(modes) <= {LIST, DENSE}:
+        raise ValueError(f"modes must be {LIST!r} or {DENSE!r}, got {modes!r}")
     global _forced
     before, _forced = _forced, modes
     try:
@@ -90,6 +107,22 @@ def shape_of(pattern: ValuePattern, geometry: Geometry, groups: int) -> Shape:
                  groups * rows * len(geometry.tap_phase))  # fmt: skip
 
 
+def _ratios(pattern: ValuePattern, geometry: Geometry, groups: int) -> tuple[float, float, float]:
+    """The time of dense rows over that of lists: of the products from input to output and back, and of the gradient."""
+    costs, s = machine_costs(_dispatch.active_isa()), shape_of(pattern, geometry, groups)
+    return (
+        (s.entries * costs.spmm_dense + s.forward_table * costs.interleave) / (s.nonzeros * costs.spmm_list),
+        (s.entries * costs.spmm_dense + s.backward_table * costs.interleave) / (s.nonzeros * costs.spmm_list),
+        s.gradient * costs.sddmm_dense / (s.nonzeros * costs.sddmm_list),
+    )
+
+
+def _is_free(pattern: ValuePattern, geometry: Geometry, groups: int) -> bool:
+    """Whether both ways can be taken."""
+    rows = pattern.rows // groups
+    return pattern.count > 0 and max(pattern.columns, rows * len(geometry.tap_phase)) <= LONGEST_ROW
+
+
 def choose_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Modes:
     """The faster modes for a pattern on a geometry.
 
@@ -109,20 +142,33 @@ def choose_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Mode
     ValueError
         If ``QSPARSEPROP_PRODUCTS`` is not one of auto, list, dense.
     """
-    rows = pattern.rows // groups
-    if max(pattern.columns, rows * len(geometry.tap_phase)) > LONGEST_ROW:
+    if not _is_free(pattern, geometry, groups):
         return Modes()
     if (forced := _forced_modes()) is not None:
         return forced
-    if pattern.count == 0:
-        return Modes()
-    costs, s = machine_costs(_dispatch.active_isa()), shape_of(pattern, geometry, groups)
+    return Modes(*(DENSE if ratio < 1 else LIST for ratio in _ratios(pattern, geometry, groups)))
 
-    def faster(in_list: float, dense: float) -> str:
-        return DENSE if dense < in_list else LIST
 
-    return Modes(
-        faster(s.nonzeros * costs.spmm_list, s.entries * costs.spmm_dense + s.forward_table * costs.interleave),
-        faster(s.nonzeros * costs.spmm_list, s.entries * costs.spmm_dense + s.backward_table * costs.interleave),
-        faster(s.nonzeros * costs.sddmm_list, s.gradient * costs.sddmm_dense),
-    )
+#: How near the times of both ways must be for a model of five constants to be in doubt.
+DOUBT = 1.4
+
+
+def doubtful_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Modes | None:
+    """Those that `choose_modes` was near to choosing: with the other way where times are alike, or None.
+
+    Parameters
+    ----------
+    pattern, geometry, groups
+        As for `choose_modes`.
+
+    Returns
+    -------
+    Modes or None
+    """
+    if not _is_free(pattern, geometry, groups) or _forced_modes() is not None:
+        return None
+    ratios = _ratios(pattern, geometry, groups)
+    doubted = [1 / DOUBT < ratio < DOUBT for ratio in ratios]
+    if not any(doubted):
+        return None
+    return Modes(*(DENSE if (ratio < 1) is not doubt else LIST for ratio, doubt in zip(ratios, doubted, strict=True)))

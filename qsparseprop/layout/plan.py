@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
 from qsparseprop._kernels._plan import GatherList, PlaneLayout, ProductRows
 from qsparseprop.layout.geometry import GROUP, Geometry
-from qsparseprop.layout.modes import Modes, choose_modes
+from qsparseprop.layout.modes import Modes, choose_modes, doubtful_modes
 from qsparseprop.layout.pattern import check_pattern, row_indices, tensor_version
 
 __all__ = ["KEPT_PLANS", "Plan", "PlanCache", "make_plan", "shared_plan_cache"]
@@ -75,6 +75,10 @@ class Plan:
         g = self.geometry
         source, target = (g.output_layout, g.input_layout) if swapped else (g.input_layout, g.output_layout)
         return DenseRows(self._pattern, self.groups, g.tap_phase, g.tap_shift, source, target, swapped)
+
+    def other_modes(self) -> Modes | None:
+        """Modes that may be faster where the costs of both ways are too near for a model to tell; None elsewhere."""
+        return doubtful_modes(self._pattern, self.geometry, self.groups)
 
     def multiplied(self, codes: bool, swapped: bool = False) -> ProductRows:
         """The rows of a product of the weight: from input to output, or with `swapped` the other way round.
@@ -189,16 +193,22 @@ class PlanCache:
     ----------
     hold : bool
         Hold the tensors, so that no others can take their place in memory; otherwise the caller sees to that.
+    modes : Modes, optional
+        Of the plans; without them as each finds best.
     """
 
-    def __init__(self, hold: bool = True) -> None:
-        self._hold = hold
+    def __init__(self, hold: bool = True, modes: Modes | None = None) -> None:
+        self._hold, self._modes = hold, modes
         # patterns may change while other threads compute with them: what belongs together is exchanged together
         self._kept = _Kept((), None, OrderedDict())
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept.plans)
+
+    def last(self) -> Plan | None:
+        """The plan that was made last."""
+        return next(reversed(self._kept.plans.values()), None)
 
     def find(self, crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int) -> Plan | None:
         """The plan of a pattern on a geometry if it is there."""
@@ -236,7 +246,7 @@ class PlanCache:
                 # a thread that makes a plan of the pattern before puts it where nobody looks any more
                 self._kept = _Kept(stamp, (crow, col) if self._hold else None, OrderedDict())
             plans = self._kept.plans
-        plan = make_plan(crow, col, geometry, groups)
+        plan = make_plan(crow, col, geometry, groups, self._modes)
         with self._lock:
             plans[geometry, groups] = plan
             if len(plans) > KEPT_PLANS:

@@ -13,6 +13,7 @@ from qsparseprop import ops
 from qsparseprop._torch_compat import is_jit_tracing, transforms_active
 from qsparseprop.contents import is_convertible
 from qsparseprop.layout.geometry import Geometry
+from qsparseprop.layout.modes import DENSE, LIST, Modes
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, PlanCache
 from qsparseprop.nn._dense import dense_weight
@@ -156,10 +157,34 @@ class SparseModule(SparseWeight):
         self._check_stamp()
         cache = self.__dict__.get("_plans")
         if cache is None:
-            cache = self.__dict__["_plans"] = PlanCache()
+            cache = self.__dict__["_plans"] = PlanCache(modes=self.__dict__.get("_modes"))
         crow, col = self.crow_indices, self.col_indices
         plan = cache.find(crow, col, geometry, groups)
         return cache.get(crow, col, self._matrix_shape(), geometry, groups) if plan is None else plan
+
+    def last_plan(self) -> Plan | None:
+        """The plan of the size of input that came last for the first time."""
+        cache = self.__dict__.get("_plans")
+        return None if cache is None else cache.last()
+
+    @property
+    def product_modes(self) -> Modes | None:
+        """How products on codes walk the weight: "list" or "dense" for each, at the input that came last.
+
+        They give the same bits; None where there was no input yet. Set them to choose, or to None to let plans choose
+        by what the machine costs (`qsparseprop.layout.modes.choose_modes`).
+        """
+        plan = self.last_plan()
+        return self.__dict__.get("_modes") if plan is None else plan.modes
+
+    @product_modes.setter
+    def product_modes(self, modes: Modes | None) -> None:
+        if modes is not None:
+            modes = Modes(*modes)
+            if not set(modes) <= {LIST, DENSE}:
+                raise ValueError(f"product_modes must each be {LIST!r} or {DENSE!r}, got {tuple(modes)}")
+        self.__dict__["_modes"] = modes
+        self.__dict__.pop("_plans", None)
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled

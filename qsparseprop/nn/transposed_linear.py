@@ -74,18 +74,7 @@ class SparseTransposedLinear(SparseLinear):
 
     @classmethod
     def like(cls: type[_Linear], dense: nn.Module, qconfig: QuantConfig | None = None) -> _Linear:
-        """A layer without weights, with the settings of a dense one.
-
-        Parameters
-        ----------
-        dense : transformers.pytorch_utils.Conv1D
-        qconfig : QuantConfig, optional
-            For quantised layers.
-
-        Returns
-        -------
-        SparseTransposedLinear
-        """
+        """See `SparseLinear.like`; the dense layer is a Conv1D of transformers."""
         weight = held(dense, "weight")
         nx, nf = weight.shape
         return cls(nf, nx, weight.device, weight.dtype, qconfig=qconfig).train(dense.training)

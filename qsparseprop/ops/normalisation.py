@@ -5,6 +5,8 @@ All tensors are matrices (rows, channels), which is how a channels_last tensor l
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,17 +16,7 @@ from qsparseprop.ops._registration import operator
 __all__ = ["norm_factors", "norm_statistics"]
 
 
-def _norm_statistics_fake(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    training: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
+def _norm_statistics_fake(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     channels = x.shape[1]
     return (x.new_empty((6, channels), dtype=torch.float32), x.new_empty((channels, 2), dtype=torch.float32),
             x.new_empty((7, channels), dtype=torch.float64))  # fmt: skip
@@ -85,9 +77,7 @@ def norm_statistics(
                             torch.get_num_threads())  # fmt: skip
 
 
-def _norm_factors_fake(
-    sums: Tensor, statistics: Tensor, weight: Tensor | None, count: int, batch_statistics: bool
-) -> tuple[Tensor, ...]:
+def _norm_factors_fake(sums: Tensor, statistics: Tensor, *others: Any) -> tuple[Tensor, ...]:
     channels = statistics.shape[1]
     return tuple(sums.new_empty(shape, dtype=torch.float32) for shape in ((3, channels), (channels, 2), (3, channels)))
 

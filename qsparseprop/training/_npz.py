@@ -62,7 +62,7 @@ class NpzFile:
         self.labels = [torch.from_numpy(self._read(f"y_{part}").astype(np.int64)) for part in PARTS]
 
     def images(self, part: str) -> np.ndarray:
-        """The images of ``"train"`` or ``"test"``, ``[images, height, width(, channels)]``."""
+        """The images of ``"train"`` or ``"test"``, (images, height, width[, channels])."""
         images = self._read(f"x_{part}")
         return np.moveaxis(images, 1, 3) if self._channels_first[PARTS.index(part)] else images
 

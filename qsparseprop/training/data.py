@@ -55,9 +55,9 @@ class ImageData:
     Attributes
     ----------
     train_images, test_images : torch.Tensor
-        float32 ``[images, channels, height, width]``; mean 0 and standard deviation 1 over the training images.
+        float32, (images, channels, height, width); mean 0 and standard deviation 1 over the training images.
     train_labels, test_labels : torch.Tensor
-        int64 ``[images]``.
+        int64, (images,).
     num_classes : int
         Number of different labels.
     name : str
@@ -194,7 +194,7 @@ def _check_size(images: int, channels: int, height: int, width: int) -> None:
 
 
 def _images(arrays: Sequence[np.ndarray], image_size: int | None, normalize: str) -> list[torch.Tensor]:
-    """Turn ``[images, height, width(, channels)]``, bytes or floats, into float32 NCHW, normalised like the first."""
+    """Turn (images, height, width[, channels]), bytes or floats, into float32 NCHW, normalised like the first."""
     tensors = []
     for array in arrays:
         height, width = array.shape[1:3] if image_size is None else (image_size, image_size)
@@ -236,9 +236,9 @@ def load_npz(
     Parameters
     ----------
     path : path-like
-        With the arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``: images ``[images, height, width]`` or
-        ``[images, height, width, channels]``, integers from 0 to 255 or floats; labels integers from 0. Images of 1,
-        3 or 4 channels may be ``[images, channels, height, width]``, too. Nothing is unpickled.
+        With the arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``: images, (images, height, width) or
+        (images, height, width, channels), integers from 0 to 255 or floats; labels integers from 0. Images of 1,
+        3 or 4 channels may be (images, channels, height, width), too. Nothing is unpickled.
     image_size, normalize, max_images
         See `load_data`. Images that are not used are not scaled either, which would take gigabytes.
 
@@ -353,9 +353,9 @@ def training_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int,
     Parameters
     ----------
     images : torch.Tensor
-        ``[images, channels, height, width]``.
+        (images, channels, height, width).
     labels : torch.Tensor
-        ``[images]``.
+        (images,).
     batch_size : int
         Images in a batch; at most as many as there are.
     seed : int
@@ -385,9 +385,9 @@ def evaluation_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: in
     Parameters
     ----------
     images : torch.Tensor
-        ``[images, channels, height, width]``.
+        (images, channels, height, width).
     labels : torch.Tensor
-        ``[images]``.
+        (images,).
     batch_size : int
         Images in a batch.
 

@@ -57,7 +57,7 @@ class SubsampleAndPad(nn.Module):
         self.padding = (extra // 2, extra - extra // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``[batch, in_channels, height, width]`` to ``[batch, out_channels, ceil(h/stride), ceil(w/stride)]``."""
+        """Map (batch, in_channels, height, width) to (batch, out_channels, ceil(h/stride), ceil(w/stride))."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.padding))
 
 
@@ -100,7 +100,7 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if same_shape else make_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``[batch, in_channels, h, w]`` to ``[batch, out_channels, ceil(h/stride), ceil(w/stride)]``."""
+        """Map (batch, in_channels, h, w) to (batch, out_channels, ceil(h/stride), ceil(w/stride))."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += self.shortcut(x)
@@ -155,7 +155,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images ``[batch, in_channels, height, width]`` to logits ``[batch, num_classes]``."""
+        """Map images (batch, in_channels, height, width) to logits (batch, num_classes)."""
         out = self.relu(self.bn1(self.conv1(x)))
         for name in self._stages:
             out = getattr(self, name)(out)
@@ -264,7 +264,7 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``[batch, tokens, width]`` to the same shape."""
+        """Map (batch, tokens, width) to the same shape."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads).unbind(2)
         attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -299,7 +299,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images ``[batch, in_channels, image_size, image_size]`` to logits ``[batch, num_classes]``."""
+        """Map images (batch, in_channels, image_size, image_size) to logits (batch, num_classes)."""
         # contiguous: what is added to the tokens, layer by layer, and normalised, lies in memory as they do
         tokens = (self.patches(x).flatten(2).transpose(1, 2) + self.position).contiguous()
         return self.head(self.norm(self.blocks(tokens)).mean(1))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsparseprop.layout.modes import Modes
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, trains_weight
 from qsparseprop.nn.deferred import ordinary
@@ -24,20 +25,23 @@ __all__ = ["Stopwatch"]
 
 #: Layers of the same kind and sizes whose sparsities differ by no more are timed once: less than a stopwatch can tell.
 _SAME_SPARSITY = 0.01
+#: What a layer's time is multiplied by to be clearly a shorter one.
+_CLEARLY = 0.97
 
 
 class Stopwatch:
     """Times layers, those that are alike once."""
 
     def __init__(self) -> None:
-        self._timed: dict[tuple[Any, ...], list[tuple[SwapDecision, bool]]] = {}
+        self._timed: dict[tuple[Any, ...], list[tuple[SwapDecision, bool, Modes | None]]] = {}
 
     def pays(
         self, dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision, fuse: bool = False
     ) -> bool:
         """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision.
 
-        With `fuse` both are timed together with what would join the sparse one.
+        With `fuse` both are timed together with what would join the sparse one. Where lists and dense rows take about
+        the same time, both are tried, and the layer gets the faster ones.
         """
         weight, bias, x = dense_weight(dense)[0], dense_bias(dense), seen.x
         # what decides how long it takes, except for the zeros
@@ -45,18 +49,42 @@ class Stopwatch:
                None if bias is None else bias[1], x.shape, x.stride(), x.dtype, seen.requires_grad, fuse,
                tuple(seen.chain))  # fmt: skip
         timed = self._timed.setdefault(key, [])
-        for other, pays in timed:
+        for other, pays, modes in timed:
             if abs(other.sparsity - decision.sparsity) <= _SAME_SPARSITY:
                 decision.dense_ms, decision.sparse_ms = other.dense_ms, other.sparse_ms
+                decision.products = other.products
+                _set_modes(sparse, modes)
                 decision.reason = ", ".join(part for part in (other.reason, f"timed as {other.name}") if part)
                 return pays
-        pays = _pays(dense, sparse, seen, decision, fuse)
-        timed.append((replace(decision), pays))
+        pays, modes = _pays(dense, sparse, seen, decision, fuse)
+        _set_modes(sparse, modes)
+        timed.append((replace(decision), pays, modes))
         return pays
 
 
-def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision, fuse: bool) -> bool:
-    """Whether a sparse layer takes the input and is the faster one; times and reason go into the decision."""
+def _set_modes(layer: nn.Module, modes: Modes | None) -> None:
+    if modes is not None and isinstance(layer, SparseModule):
+        layer.product_modes = modes
+
+
+def _with_other_modes(sparse: nn.Module) -> SparseModule | None:
+    """A copy of a layer that has seen its input, whose products go the other way where that may be faster."""
+    if not isinstance(sparse, SparseModule) or (plan := sparse.last_plan()) is None or not sparse.quantized:
+        return None
+    if (modes := plan.other_modes()) is None:
+        return None
+    other = copy.deepcopy(sparse)
+    other.product_modes = modes
+    return other
+
+
+def _pays(
+    dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapDecision, fuse: bool
+) -> tuple[bool, Modes | None]:
+    """Whether a sparse layer takes the input and is the faster one, and modes if others than its own are better.
+
+    Times and reason go into the decision.
+    """
     dense, sparse = _plain_dense(dense), copy.deepcopy(sparse)
     with torch.random.fork_rng(devices=[]):
         try:
@@ -64,17 +92,24 @@ def _pays(dense: nn.Module, sparse: nn.Module, seen: LayerInput, decision: SwapD
                 y = sparse(seen.x)
         except (NotImplementedError, TypeError, ValueError) as error:
             decision.reason = f"cannot take its input: {error}"
-            return False
-        if isinstance(sparse, SparseModule):
-            sparse.deferring = fuse and sparse.can_defer
-        timed = compare_interleaved({
-            "dense": _training_step(nn.Sequential(dense, *_followers(seen.chain, y)), seen.x, seen.requires_grad),
-            "sparse": _training_step(nn.Sequential(sparse, *_followers(seen.chain, y)), seen.x, seen.requires_grad),
-        })
+            return False, None
+        def step(layer: nn.Module) -> Callable[[], None]:
+            if isinstance(layer, SparseModule):
+                layer.deferring = fuse and layer.can_defer
+            return _training_step(nn.Sequential(layer, *_followers(seen.chain, y)), seen.x, seen.requires_grad)
+
+        modes = None
+        if (other := _with_other_modes(sparse)) is not None:
+            between = compare_interleaved({"sparse": step(sparse), "other": step(other)}).medians
+            if between["other"] < _CLEARLY * between["sparse"]:
+                sparse, modes = other, other.product_modes
+        timed = compare_interleaved({"dense": step(dense), "sparse": step(sparse)})
     decision.dense_ms, decision.sparse_ms = 1e3 * timed.medians["dense"], 1e3 * timed.medians["sparse"]
+    if isinstance(sparse, SparseModule) and sparse.quantized:
+        decision.products = str(sparse.product_modes)
     faster = decision.dense_ms > decision.sparse_ms
     decision.reason = ", ".join(part for part in ("" if faster else "faster dense", timed.note) if part)
-    return faster
+    return faster, modes
 
 
 class _With(nn.Module):

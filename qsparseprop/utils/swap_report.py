@@ -29,6 +29,9 @@ class SwapDecision:
         Fraction of zeros, masked ones included.
     dense_ms, sparse_ms : float or None
         Forward + backward, medians in milliseconds; None where nothing was timed.
+    products : str
+        How the sparse layer's products walk its weight: "list", "dense" (rows), or both for the product with the
+        input, that with the gradient, and the weight gradient; empty where nothing was timed, or in float32.
     swapped : bool
     reason : str
     """
@@ -40,6 +43,7 @@ class SwapDecision:
     sparsity: float
     dense_ms: float | None = None
     sparse_ms: float | None = None
+    products: str = ""
     swapped: bool = False
     reason: str = ""
 
@@ -77,7 +81,7 @@ class SwapReport(list[SwapDecision]):
         return [asdict(d) for d in self]
 
     def __str__(self) -> str:
-        head = ("layer", "type", "weight", "input", "sparsity", "dense ms", "sparse ms", "decision")
+        head = ("layer", "type", "weight", "input", "sparsity", "dense ms", "sparse ms", "products", "decision")
         rows = [head]
         for d in self:
             rows.append((
@@ -85,6 +89,7 @@ class SwapReport(list[SwapDecision]):
                 "-" if d.input_shape is None else "x".join(map(str, d.input_shape)), f"{100 * d.sparsity:.1f} %",
                 "-" if d.dense_ms is None else f"{d.dense_ms:.2f}",
                 "-" if d.sparse_ms is None else f"{d.sparse_ms:.2f}",
+                d.products or "-",
                 _decision(d),
             ))  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

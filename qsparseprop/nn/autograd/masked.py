@@ -119,7 +119,7 @@ class BitDropout(torch.autograd.Function):
 
 
 class ByteMaxPool2d(torch.autograd.Function):
-    """``max_pool2d`` of ``[batch, channels, height, width]`` whose windows have at most 256 places."""
+    """``max_pool2d`` of (batch, channels, height, width) whose windows have at most 256 places."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],

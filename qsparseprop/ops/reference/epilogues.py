@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels._plan import PlaneLayout
-from qsparseprop._kernels._statistics import Scheme
-from qsparseprop.ops.epilogues import Activation, Affine, Kept
-from qsparseprop.ops.products import Packed
+from qsparseprop.ops import epilogues
+from qsparseprop.ops.reference._signature import reference_of
 from qsparseprop.ops.reference.masks import bits, words
 from qsparseprop.ops.reference.products import pack_codes
 
@@ -79,18 +78,8 @@ def _before(x: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Ten
     return v if residual is None else v + residual.to(torch.float32)
 
 
-def epilogue(
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    options: Sequence[float],
-    code_scale: Tensor | None,
-    code_shift: Tensor | None,
-    codes: Tensor | None,
-    saved: Tensor | None,
-) -> Tensor:
+@reference_of(epilogues.epilogue)
+def epilogue(x, residual, scale, shift, activation, options, code_scale, code_shift, codes, saved):
     """See `qsparseprop.ops.epilogue`."""
     if codes is not None and code_scale is not None and code_shift is not None:
         codes.copy_((x.to(torch.float32) * code_scale + code_shift).round().clamp(-128, 127) + 128)
@@ -100,7 +89,8 @@ def epilogue(
     return y.to(x.dtype)
 
 
-def activation_range(ranges: Tensor, activation: str, options: Sequence[float]) -> Tensor:
+@reference_of(epilogues.activation_range)
+def activation_range(ranges, activation, options):
     """See `qsparseprop.ops.activation_range`: in float64, where it is least by itself."""
     least_at = {"silu": -1.2784645, "hardswish": -1.5, "gelu": -0.7517916, "gelu_tanh": -0.7524614}
     at = torch.tensor(0.0 if activation == "leaky_relu" and options[0] < 0 else least_at.get(activation, -torch.inf))
@@ -111,14 +101,8 @@ def activation_range(ranges: Tensor, activation: str, options: Sequence[float]) 
     return torch.where((ends.isfinite().all(1) & ~ranges.isnan().any(1))[:, None], ends, torch.nan)
 
 
-def epilogue_range(
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    options: Sequence[float],
-) -> Tensor:
+@reference_of(epilogues.epilogue_range)
+def epilogue_range(x, residual, scale, shift, activation, options):
     """See `qsparseprop.ops.epilogue_range`."""
     before = _before(x, residual, scale, shift)
     if activation == "clamp":
@@ -139,9 +123,8 @@ def _gradient(dy: Tensor, saved: Tensor | None, activation: str, options: Sequen
     return torch.where(bits(saved, dy.shape[1]), g, g * options[0] if activation == "leaky_relu" else 0.0)
 
 
-def epilogue_sums(
-    dy: Tensor, codes: Tensor | None, saved: Tensor | None, activation: str, options: Sequence[float]
-) -> Tensor:
+@reference_of(epilogues.epilogue_sums)
+def epilogue_sums(dy, codes, saved, activation, options):
     """See `qsparseprop.ops.epilogue_sums`."""
     g = _gradient(dy, saved, activation, options).to(torch.float64)
     dot = torch.zeros(g.shape[1], dtype=torch.float64) if codes is None else (g * codes).sum(0)
@@ -149,15 +132,8 @@ def epilogue_sums(
     return torch.stack([g.sum(0), dot, most], 1)
 
 
-def epilogue_grad(
-    dy: Tensor,
-    codes: Tensor | None,
-    saved: Tensor | None,
-    activation: str,
-    options: Sequence[float],
-    factor: Tensor | None,
-    want_g: bool,
-) -> tuple[Tensor, Tensor]:
+@reference_of(epilogues.epilogue_grad)
+def epilogue_grad(dy, codes, saved, activation, options, factor, want_g):
     """See `qsparseprop.ops.epilogue_grad`."""
     g = _gradient(dy, saved, activation, options)
     dx = g
@@ -171,35 +147,16 @@ def _images(rows: Tensor, layout: PlaneLayout) -> Tensor:
     return rows.view(-1, *layout.image, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def epilogue_pack(
-    x: Tensor,
-    residual: Tensor | None,
-    affine: Affine,
-    activation: Activation,
-    kept: Kept,
-    ranges: Tensor,
-    layout: PlaneLayout,
-    scheme: Scheme,
-    keep: bool,
-) -> tuple[Tensor | None, Packed]:
+@reference_of(epilogues.epilogue_pack)
+def epilogue_pack(x, residual, affine, activation, kept, ranges, layout, scheme, keep):
     """See `qsparseprop.ops.epilogue_pack`."""
     y = epilogue(x, residual, *affine, *activation, *kept)
     exact, _ = _activate(_before(x, residual, *affine), *activation)
     return y if keep else None, pack_codes(_images(exact, layout), layout, scheme, None, ranges)
 
 
-def epilogue_grad_pack(
-    dy: Tensor,
-    codes: Tensor | None,
-    saved: Tensor | None,
-    activation: Activation,
-    factor: Tensor | None,
-    ranges: Tensor,
-    layout: PlaneLayout,
-    scheme: Scheme,
-    seed: Tensor | None,
-    want_g: bool,
-) -> tuple[Packed, Tensor | None]:
+@reference_of(epilogues.epilogue_grad_pack)
+def epilogue_grad_pack(dy, codes, saved, activation, factor, ranges, layout, scheme, seed, want_g):
     """See `qsparseprop.ops.epilogue_grad_pack`."""
     _, g = epilogue_grad(dy, codes, saved, *activation, factor, want_g)
     exact, _ = epilogue_grad(dy.to(torch.float32), codes, saved, *activation, factor, False)

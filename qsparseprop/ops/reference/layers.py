@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from qsparseprop._kernels._plan import GatherList, PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
-from qsparseprop.layout.plan import Plan
-from qsparseprop.ops.layers import Quantisation
+from qsparseprop.ops import layers
 from qsparseprop.ops.products import Packed
+from qsparseprop.ops.reference._signature import reference_of
 from qsparseprop.ops.reference.products import multiply, pack, quantize_pack, sddmm
 
 __all__ = ["layer_backward", "layer_forward", "packed_backward"]
@@ -39,16 +37,8 @@ def _result(rows: GatherList, images: int, dtype: torch.dtype, channels_last: bo
     return torch.empty(rows.target.shape(images), dtype=dtype, memory_format=memory_format)
 
 
-def layer_forward(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    quantisation: Quantisation,
-    dtype: torch.dtype,
-    channels_last: bool | None = None,
-    save: bool = True,
-) -> tuple[Tensor, Packed | None]:
+@reference_of(layers.layer_forward)
+def layer_forward(x, values, bias, plan, quantisation, dtype, channels_last, save):
     """See `qsparseprop.ops.layer_forward`."""
     scheme, clip, seed, in_floats = quantisation
     transposed = plan.geometry.transposed
@@ -72,16 +62,8 @@ def layer_forward(
     return out, packed
 
 
-def layer_backward(
-    dy: Tensor,
-    values: Tensor,
-    packed: Packed | None,
-    plan: Plan,
-    quantisation: Quantisation,
-    grads: Sequence[bool],
-    x_dtype: torch.dtype,
-    channels_last: bool | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+@reference_of(layers.layer_backward)
+def layer_backward(dy, values, packed, plan, quantisation, grads, x_dtype, channels_last):
     """See `qsparseprop.ops.layer_backward`."""
     scheme, clip, seed, _ = quantisation
     if scheme is not None and scheme.name == "absmax":
@@ -96,22 +78,13 @@ def layer_backward(
         assert packed is not None
         if packed.planes.dtype == torch.float32:
             gradient = pack(dy, rows.source)
-        operands = (gradient, packed) if transposed else (packed, gradient)
-        dvalues = sddmm(*operands, plan.forward, len(dy), len(values))
+        operand, gradient = (gradient, packed) if transposed else (packed, gradient)
+        dvalues = sddmm(operand, gradient, plan.forward, len(dy), len(values))
     return dx, dvalues, dy.to(torch.float64).sum((0, 2, 3)).to(torch.float32) if grads[2] else None
 
 
-def packed_backward(
-    dy: Packed,
-    values: Tensor,
-    packed: Packed | None,
-    plan: Plan,
-    images: int,
-    clip: Tensor | None,
-    grads: Sequence[bool],
-    x_dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+@reference_of(layers.packed_backward)
+def packed_backward(dy, values, packed, plan, images, clip, grads, x_dtype, channels_last):
     """See `qsparseprop.ops.packed_backward`."""
     dx = dvalues = None
     if grads[0]:

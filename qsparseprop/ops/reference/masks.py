@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qsparseprop.ops import masks
+from qsparseprop.ops.reference._signature import reference_of
+
 __all__ = ["bits", "keep_masked", "relu_mask", "relu_mask_", "words"]
 
 
@@ -26,19 +29,22 @@ def _in_memory(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
+@reference_of(masks.relu_mask)
+def relu_mask(x):
     """See `qsparseprop.ops.relu_mask`."""
     return x.relu(), words(_in_memory(~(x <= 0))[None])[0]
 
 
-def relu_mask_(x: Tensor) -> Tensor:
+@reference_of(masks.relu_mask_)
+def relu_mask_(x):
     """See `qsparseprop.ops.relu_mask_`."""
     y, mask = relu_mask(x)
     x.copy_(y)
     return mask
 
 
-def keep_masked(x: Tensor, mask: Tensor) -> Tensor:
+@reference_of(masks.keep_masked)
+def keep_masked(x, mask):
     """See `qsparseprop.ops.keep_masked`."""
     out = torch.empty_like(x)
     _in_memory(out).copy_(torch.where(bits(mask[None], x.numel())[0], _in_memory(x), 0))

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+
+from qsparseprop.ops import normalisation
+from qsparseprop.ops.reference._signature import reference_of
 
 __all__ = ["norm_factors", "norm_statistics"]
 
 
-def norm_statistics(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    training: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@reference_of(normalisation.norm_statistics)
+def norm_statistics(x, weight, bias, running_mean, running_var, momentum, eps, training, save):
     """See `qsparseprop.ops.norm_statistics`."""
     v, channels = x.to(torch.float64), x.shape[1]
     if training:
@@ -45,9 +38,8 @@ def norm_statistics(
     return singles, ends.sort(0)[0].t().contiguous(), doubles
 
 
-def norm_factors(
-    sums: Tensor, statistics: Tensor, weight: Tensor | None, count: int, batch_statistics: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+@reference_of(normalisation.norm_factors)
+def norm_factors(sums, statistics, weight, count, batch_statistics):
     """See `qsparseprop.ops.norm_factors`."""
     total, with_codes, greatest = sums.unbind(1)
     _, _, rstd, slope, offset, _, _ = statistics

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._dense_rows import DenseRows
+from qsparseprop._kernels._plan import GatherList, PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
+from qsparseprop.ops import products
 from qsparseprop.ops.products import Packed, Weights
+from qsparseprop.ops.reference._signature import reference_of
 from qsparseprop.ops.reference.quantization import quantize_values
 from qsparseprop.ops.schemes import seed_bits, symmetric_scale
 
@@ -50,7 +54,8 @@ def _gap_zeros(zero_point: Tensor, grid: Sequence[int], images: int, lanes: int)
     return zero_point[torch.where(lane < -(-images // grid[0]) * block, owner, planes - 1)]
 
 
-def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
+@reference_of(products.quantize_pack)
+def quantize_pack(x, layout, scheme, seed):
     """See `qsparseprop.ops.quantize_pack`."""
     return pack_codes(x.to(torch.float32), layout, scheme, seed)
 
@@ -77,26 +82,37 @@ def pack_codes(
     return Packed(planes, scale, zero_point)
 
 
-def pack(x: Tensor, layout: PlaneLayout) -> Packed:
+@reference_of(products.pack)
+def pack(x, layout):
     """See `qsparseprop.ops.pack`."""
     planes = torch.zeros(layout.lanes(len(x)), dtype=torch.float32)
     _fill(planes, x.to(torch.float32), layout.numbers, layout.views)
     return Packed(planes)
 
 
-def _slot_rows(group_ptr: Tensor) -> Tensor:
-    return torch.repeat_interleave(torch.arange(group_ptr.numel() - 1), 4 * group_ptr.diff().to(torch.int64))
+class _Slots(NamedTuple):
+    """What rows of either kind are: for each of their slots a row, an offset, the plane there, and a value or -1."""
+
+    row: Tensor
+    offset: Tensor
+    plane: Tensor
+    value: Tensor
 
 
-def quantize_weight(
-    values: Tensor,
-    rows: GatherList,
-    factor: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    clip: Tensor | None = None,
-) -> Weights:
+def _slots(rows: ProductRows) -> _Slots:
+    assert isinstance(rows, GatherList | DenseRows)
+    if isinstance(rows, GatherList):
+        each = 4 * rows.group_ptr.diff().to(torch.int64)
+    else:
+        each = torch.tensor(rows.slots // rows.rows)
+    row = torch.arange(rows.rows).repeat_interleave(each)
+    return _Slots(row, *(t.to(torch.int64) for t in (rows.offset, rows.plane, rows.index)))
+
+
+@reference_of(products.quantize_weight)
+def quantize_weight(values, rows, factor, zero_point, clip):
     """See `qsparseprop.ops.quantize_weight`."""
-    row, plane = _slot_rows(rows.group_ptr), rows.plane
+    row, _, plane, index = _slots(rows)
     slots = gather_weight(values, rows).slots
     common = torch.ones(())
     if factor is not None and factor.numel() == 1:
@@ -106,7 +122,10 @@ def quantize_weight(
         _, exponent = torch.frexp(finite.amax() if finite.numel() else torch.zeros(()))
         exponent = exponent.clamp(-126, 126)
         common = torch.ldexp(common, exponent)
-        slots = slots * (factor * torch.ldexp(torch.ones(()), -exponent))[plane.to(torch.int64)]
+        folded = torch.where(torch.isfinite(factor), factor * torch.ldexp(torch.ones(()), -exponent), torch.nan)
+        slots = slots * folded[plane]
+        if not isinstance(rows, GatherList):  # the padding of a list stands for a value that is there, zeros for none
+            slots = torch.where(index < 0, 0.0, slots)
     absmax = torch.zeros(rows.rows).scatter_reduce(0, row, slots.abs(), "amax")
     if clip is not None and not 0 < clip < torch.inf:
         clip = None
@@ -117,26 +136,19 @@ def quantize_weight(
     zeros: int | Tensor = 1
     if zero_point is not None:
         wide = zero_point.to(torch.int64)
-        zeros = wide if wide.numel() == 1 else wide[plane.to(torch.int64)]
+        zeros = wide if wide.numel() == 1 else wide[plane]
     total = torch.zeros(rows.rows, dtype=torch.int64).index_add(0, row, codes.to(torch.int64) * zeros)
     return Weights(codes.to(torch.int8), scale * common, total)
 
 
-def gather_weight(values: Tensor, rows: GatherList) -> Weights:
+@reference_of(products.gather_weight)
+def gather_weight(values, rows):
     """See `qsparseprop.ops.gather_weight`."""
-    return Weights(torch.cat([values, values.new_zeros(1)])[rows.index.to(torch.int64)])
+    return Weights(torch.cat([values, values.new_zeros(1)])[_slots(rows).value])
 
 
-def spmm(
-    operand: Packed,
-    weights: Weights,
-    rows: GatherList,
-    images: int,
-    bias: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    limits: Sequence[float] = (),
-) -> Tensor:
+@reference_of(products.spmm)
+def spmm(operand, weights, rows, images, bias, dtype, channels_last, limits):
     """See `qsparseprop.ops.spmm`."""
     planes, x_scale, x_zero_point = operand
     slots, scale, total = weights
@@ -144,11 +156,14 @@ def spmm(
     codes = planes.dtype == torch.uint8
     channels = shape[1]
     out = torch.zeros(tuple(shape), dtype=torch.float32)
-    row, offset = _slot_rows(rows.group_ptr), rows.offset.to(torch.int64)
+    row, offset, *_ = _slots(rows)
     for view, (ys, xs) in _views(views):
         lanes = _lanes(grid, view, images)
         sums = torch.zeros(channels, lanes.numel(), dtype=torch.int64 if codes else torch.float32)
-        for slot in ((row >= view[0]) & (row < view[0] + channels)).nonzero().squeeze(1).split(256):
+        own_slots = (row >= view[0]) & (row < view[0] + channels)
+        if codes:
+            own_slots &= slots != 0  # of dense rows most
+        for slot in own_slots.nonzero().squeeze(1).split(256):
             x = planes[offset[slot][:, None] + lanes.reshape(1, -1)].to(sums.dtype)
             sums.index_add_(0, row[slot] - view[0], x * slots[slot].to(sums.dtype)[:, None])
         own = slice(view[0], view[0] + channels)
@@ -164,15 +179,8 @@ def spmm(
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
 
-def multiply(
-    operand: Packed,
-    values: Tensor,
-    rows: GatherList,
-    out: Tensor,
-    bias: Tensor | None = None,
-    clip: Tensor | None = None,
-    limits: Sequence[float] = (),
-) -> Tensor:
+@reference_of(products.multiply)
+def multiply(operand, values, rows, out, bias, clip, limits):
     """See `qsparseprop.ops.multiply`."""
     values = values.to(torch.float32)
     if operand.scale is None:
@@ -180,7 +188,8 @@ def multiply(
     elif operand.scale.numel() == 1:
         weights = quantize_weight(values, rows, clip=clip)
     else:
-        weights, operand = quantize_weight(values, rows, *operand[1:], clip), Packed(operand.planes)
+        weights = quantize_weight(values, rows, operand.scale, operand.zero_point, clip)
+        operand = Packed(operand.planes)
     bias = None if bias is None else bias.to(torch.float32)
     return out.copy_(spmm(operand, weights, rows, len(out), bias, out.dtype, False, limits).view(out.shape))
 
@@ -193,7 +202,8 @@ def _whole_view(layout: PlaneLayout) -> Sequence[int]:
     return plane, channels, origin, rows, cols
 
 
-def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonzeros: int) -> Tensor:
+@reference_of(products.sddmm)
+def sddmm(operand, gradient, rows, images, nonzeros):
     """See `qsparseprop.ops.sddmm`."""
     planes, dy = operand.planes, gradient.planes
     grid, dy_grid, view = rows.source.numbers, rows.target.numbers, _whole_view(rows.target)
@@ -202,16 +212,15 @@ def sddmm(operand: Packed, gradient: Packed, rows: GatherList, images: int, nonz
     x_lanes = _lanes(grid, view, images).reshape(1, -1)
     dy_lanes = _lanes(dy_grid, view, images).reshape(1, -1) + dy_grid[6]
     wide = torch.int64 if codes else torch.float64
-    row, offset, index, plane = _slot_rows(rows.group_ptr), rows.offset.to(torch.int64), rows.index, rows.plane
+    row, offset, plane, index = _slots(rows)
     for slot in (index >= 0).nonzero().squeeze(1).split(256):
         g = dy[row[slot][:, None] * dy_grid[5] + dy_lanes].to(wide)
         x = planes[offset[slot][:, None] + x_lanes].to(wide)
         if operand.zero_point is not None and operand.scale is not None and gradient.scale is not None:
-            of_slot = plane[slot].to(torch.int64)
-            zero, scale = (t.expand(grid[4])[of_slot] for t in (operand.zero_point, operand.scale))
+            zero, scale = (t.expand(grid[4])[plane[slot]] for t in (operand.zero_point, operand.scale))
             scale = scale * gradient.scale.expand(rows.rows)[row[slot]]
             sums = ((g - 128) * (x - zero.to(wide)[:, None])).sum(1)
-            out[index[slot].to(torch.int64)] = sums.to(torch.float32) * scale
+            out[index[slot]] = sums.to(torch.float32) * scale
         else:
-            out[index[slot].to(torch.int64)] = (g * x).sum(1).to(torch.float32)
+            out[index[slot]] = (g * x).sum(1).to(torch.float32)
     return out

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qsparseprop.ops import quantization
+from qsparseprop.ops.reference._signature import reference_of
 from qsparseprop.ops.schemes import mix_seed, symmetric_scale
 
 __all__ = ["dequantize", "limited_inverse", "quantize", "quantize_values", "random_bits", "round_to_power", "sawb_clip",
@@ -153,16 +155,8 @@ def _parts(shape: Sequence[int], dim: int | None, group_size: int | None) -> lis
     return list(index.view(shape).movedim(dim, 0).reshape(shape[dim], index.numel() // max(shape[dim], 1)))
 
 
-def quantize(
-    x: Tensor,
-    scheme: str,
-    bits: int,
-    dim: int | None,
-    group_size: int | None,
-    around_zero: bool,
-    seed: Tensor | None,
-    options: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
+@reference_of(quantization.quantize)
+def quantize(x, scheme, bits, dim, group_size, around_zero, seed, options):
     """See `qsparseprop.ops.quantize`."""
     flat = x.to(torch.float32).reshape(-1)
     parts = _parts(x.shape, dim, group_size)
@@ -175,14 +169,8 @@ def quantize(
     return codes.view(x.shape), scale, zero_point
 
 
-def dequantize(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    dim: int | None,
-    group_size: int | None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+@reference_of(quantization.dequantize)
+def dequantize(codes, scale, zero_point, dim, group_size, dtype):
     """See `qsparseprop.ops.dequantize`."""
     out = torch.empty(codes.numel(), dtype=torch.float32)
     for i, index in enumerate(_parts(codes.shape, dim, group_size)):

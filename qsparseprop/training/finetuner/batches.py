@@ -34,7 +34,7 @@ def are_classes(targets: torch.Tensor) -> bool:
 
 
 def count_correct(outputs: torch.Tensor, targets: torch.Tensor) -> int | None:
-    """How many predictions ``[batch, classes]`` are right; None where nothing is classified."""
+    """How many predictions (batch, classes) are right; None where nothing is classified."""
     if not are_classes(targets) or outputs.ndim != 2:
         return None
     return int((outputs.argmax(dim=1) == targets).sum())

@@ -165,9 +165,9 @@ class Finetuner:
         Parameters
         ----------
         inputs : Tensor, tuple, list or mapping
-            See the class; images are ``[batch, channels, height, width]``.
+            See the class; images are (batch, channels, height, width).
         targets : torch.Tensor
-            What the loss function compares with; class numbers ``[batch]`` by default.
+            What the loss function compares with; class numbers (batch,) by default.
 
         Returns
         -------
@@ -253,7 +253,7 @@ class Finetuner:
         Parameters
         ----------
         batches : iterable
-            As for training. Accuracy is measured where targets are class numbers ``[batch]``.
+            As for training. Accuracy is measured where targets are class numbers (batch,).
 
         Returns
         -------
