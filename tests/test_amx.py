@@ -138,7 +138,7 @@ def at_the_end(tensor):
     return flat.view(tensor.shape).copy_(tensor)
 
 _dispatch.set_isa(sys.argv[1])
-for inputs, outputs, kernel, groups in (50, 50, 1, 1), (70, 35, 1, 1), (36, 98, 3, 1), (20, 9, 3, 1), (48, 72, 3, 2):
+for inputs, outputs, kernel, groups in (52, 50, 1, 1), (76, 35, 1, 1), (36, 98, 3, 1), (20, 9, 3, 1), (48, 72, 3, 2):
     g = conv_geometry(inputs, outputs, (6, 7), (kernel,) * 2, (1, 1), (kernel // 2,) * 4, (1, 1), 3, False)
     columns = inputs // groups * kernel * kernel
     crow, col, _ = dense_pattern(torch.rand(outputs, columns) < 0.8)
