@@ -160,21 +160,8 @@ def _or_empty(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tens
     return torch.empty(0, dtype=dtype) if tensor is None else tensor
 
 
-def _layer_backward_fake(
-    dy: Tensor,
-    values: Tensor,
-    planes: Tensor | None,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    geometry: Sequence[int],
-    groups: int,
-    qconfig: str,
-    x_shape: Sequence[int],
-    grads: Sequence[bool],
-    x_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
+def _layer_backward_fake(dy: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    x_shape, grads, x_dtype = others[-3:]
     make = torch.float32
     return (
         _empty_image(dy, x_shape, x_dtype) if grads[0] else dy.new_empty(0, dtype=make),
