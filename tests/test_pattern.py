@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsparseprop.layout.geometry import linear_geometry
+from qsparseprop.layout.geometry import GROUP, linear_geometry
 from qsparseprop.layout.pattern import check_pattern, dense_pattern, row_indices
-from qsparseprop.layout.plan import GROUP, make_plan
+from qsparseprop.layout.plan import make_plan
 
 from ._helpers import conv_cases, random_mask
 

@@ -8,6 +8,8 @@
 
 #include "loops/unpack.h"
 
+#include "loops/nonzeros.h"
+
 #include "loops/spmm.h"
 
 #include "loops/sddmm.h"
@@ -52,6 +54,7 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .spmm_dense_u8 = spmm_dense_kernel,
     .sddmm_dense_u8 = sddmm_dense_kernel,
     .sddmm_dense_units = sddmm_dense_units_kernel,
+    .offsets = offsets_kernel,
 #ifdef ISA_OWN_ROWS
     .pair = pair_kernel,
 #endif

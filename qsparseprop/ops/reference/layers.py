@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._gather_list import GatherList
+from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.layout.plan import Plan
 from qsparseprop.ops.layers import Quantisation

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._gather_list import GatherList
+from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.ops.products import Packed, Weights
 from qsparseprop.ops.reference.quantization import quantize_values
