@@ -1,7 +1,7 @@
 """Lists of the nonzeros that each row of a product has: where in the planes each reads, and which value goes there.
 
-They are kept in little memory, see `qsp_nonzeros` in ``kernels.h``: two bytes a nonzero and, where the values are not in
-order, four more. What the kernels want of a slot is made from that in each call, for some rows at a time.
+They are kept in little memory, see `qsp_nonzeros` in ``kernels.h``: two bytes a nonzero and, where the values are not
+in order, four more. What the kernels want of a slot is made from that in each call, for some rows at a time.
 """
 
 import torch
@@ -153,7 +153,7 @@ cdef class GatherList(ProductRows):
         first[0] = 0
         for row in range(self.rows):
             slot, n = QSP_GROUP * <int64_t> ptr[row], QSP_GROUP * (ptr[row + 1] - ptr[row])
-            for i in range(min(n, QSP_GROUP - 1)):  # a row has a nonzero in its last group
+            for _ in range(min(n, QSP_GROUP - 1)):  # a row has a nonzero in its last group
                 if index[slot + n - 1] >= 0 or place[slot + n - 1] != place[slot + n - 2]:
                     break
                 n -= 1
@@ -190,19 +190,19 @@ cdef class GatherList(ProductRows):
 
     cdef object _expanded(self, const int32_t *table):
         """What a table has for each slot, or, without one, which value the slot holds."""
-        cdef const qsp_nonzeros *l = &self.nonzeros
+        cdef const qsp_nonzeros *n = &self.nonzeros
         cdef int64_t row, k, i, start, code
         out = torch.empty(self.slots, dtype=_int32)
         cdef int32_t *to = <int32_t *> pointer(out, _int32, self.slots, "out") if self.slots else NULL
         for row in range(self.rows):
-            start = 0 if l.table == NULL else l.table[row]
-            for k in range(QSP_GROUP * <int64_t> l.group_ptr[row], QSP_GROUP * <int64_t> l.group_ptr[row + 1]):
-                i = l.first[row] + k - QSP_GROUP * <int64_t> l.group_ptr[row]
+            start = 0 if n.table == NULL else n.table[row]
+            for k in range(QSP_GROUP * <int64_t> n.group_ptr[row], QSP_GROUP * <int64_t> n.group_ptr[row + 1]):
+                i = n.first[row] + k - QSP_GROUP * <int64_t> n.group_ptr[row]
                 if table == NULL:
-                    to[k] = -1 if i >= l.first[row + 1] else i if l.index == NULL else l.index[i]
+                    to[k] = -1 if i >= n.first[row + 1] else i if n.index == NULL else n.index[i]
                 else:
-                    i = min(i, l.first[row + 1] - 1)
-                    code = l.wide[i] if l.code == NULL else l.code[i]
+                    i = min(i, n.first[row + 1] - 1)
+                    code = n.wide[i] if n.code == NULL else n.code[i]
                     to[k] = table[start + code]
         return out
 
@@ -265,8 +265,8 @@ cdef class PatternList(GatherList):
         If these do not go together, or an offset leads out of the planes.
     """
 
-    def __cinit__(self, ValuePattern pattern not None, int64_t groups, tap_phase, tap_shift, PlaneLayout source not None,
-                  PlaneLayout target not None, bint swapped):
+    def __cinit__(self, ValuePattern pattern not None, int64_t groups, tap_phase, tap_shift,
+                  PlaneLayout source not None, PlaneLayout target not None, bint swapped):
         cdef PlaneLayout x = target if swapped else source, y = source if swapped else target
         cdef int64_t taps, i
         phase, shift = tuple([int(p) for p in tap_phase]), tuple([int(s) for s in tap_shift])

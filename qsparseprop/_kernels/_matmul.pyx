@@ -26,6 +26,7 @@ from qsparseprop._kernels._dispatch cimport (
 from qsparseprop._kernels._dense_rows cimport DenseRows
 from qsparseprop._kernels._gather_list cimport GatherList
 from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows
+from qsparseprop._kernels._tensor cimport image_pointer, numel, optional_pointer, pointer, strides_t
 from qsparseprop._kernels._weights cimport (
     as_dense,
     cut_rows,
@@ -37,7 +38,6 @@ from qsparseprop._kernels._weights cimport (
     take_scratch,
     take_weights,
 )
-from qsparseprop._kernels._tensor cimport image_pointer, numel, optional_pointer, pointer, strides_t
 
 cdef enum:
     # multiply-adds below which starting threads costs more than it gives
@@ -208,14 +208,13 @@ cdef int64_t _spmm_list(qsp_spmm *a, qsp_weight *w, GatherList rows, const qsp_v
                         bint codes, int threads) except -1:
     """Some rows after the other, for which offsets, and weights where they are not given, are written out."""
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef const qsp_nonzeros *l = &rows.nonzeros
-    cdef const qsp_nonzeros *n = l
+    cdef const qsp_nonzeros *n = &rows.nonzeros
     cdef const char *given = <const char *> a.weights
     cdef int64_t first = 0, last, most = 0, slots, size, limit = PART_SLOTS * <int64_t> threads, chunk, chunks, begin
     cdef bint pair = (codes and kernels.pair != NULL and rows.slots >= PAIR_SLOTS * rows.rows and units >= PAIR_UNITS)
-    while first < l.rows:
-        last = _part_end(l, first, limit)
-        most, first = max(most, QSP_GROUP * <int64_t> (l.group_ptr[last] - l.group_ptr[first])), last
+    while first < n.rows:
+        last = _part_end(n, first, limit)
+        most, first = max(most, QSP_GROUP * <int64_t> (n.group_ptr[last] - n.group_ptr[first])), last
     size = (4 * (most + (most + rows.rows if pair else 0)) + most * (pair + (w != NULL)) + 7) // 8
     scratch = take_scratch(size)
     cdef int32_t *offset = <int32_t *> pointer(scratch, _int64, size, "scratch")
@@ -225,12 +224,12 @@ cdef int64_t _spmm_list(qsp_spmm *a, qsp_weight *w, GatherList rows, const qsp_v
     cdef int8_t *paired_weights = made + (most if w != NULL else 0)
     cdef const qsp_list *part = &a.list
     cdef const int8_t *unpaired
-    a.list.group_ptr = l.group_ptr
+    a.list.group_ptr = n.group_ptr
     first = 0
-    while first < l.rows:
-        last = _part_end(l, first, limit)
-        a.list.rows, a.list.base, a.list.offset = last, l.group_ptr[first], offset
-        slots = QSP_GROUP * <int64_t> (l.group_ptr[last] - l.group_ptr[first])
+    while first < n.rows:
+        last = _part_end(n, first, limit)
+        a.list.rows, a.list.base, a.list.offset = last, n.group_ptr[first], offset
+        slots = QSP_GROUP * <int64_t> (n.group_ptr[last] - n.group_ptr[first])
         if w != NULL:
             w.base, w.codes, w.offset = a.list.base, made, offset
             quantize_slots(w, first, last, threads)
@@ -246,8 +245,8 @@ cdef int64_t _spmm_list(qsp_spmm *a, qsp_weight *w, GatherList rows, const qsp_v
             unpaired = <const int8_t *> a.weights
             chunks = parts_of(slots, last - first, threads)
             for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
-                kernels.pair(part, unpaired, cut_rows(n, first, last, chunk, chunks), cut_rows(n, first, last, chunk + 1, chunks),
-                             paired, paired_offset, paired_weights)
+                kernels.pair(part, unpaired, cut_rows(n, first, last, chunk, chunks),
+                             cut_rows(n, first, last, chunk + 1, chunks), paired, paired_offset, paired_weights)
             a.paired, a.list.offset, a.weights = paired, paired_offset, paired_weights
         _spmm_rows(a, each, count, units, first, last, slots, codes, threads)
         first = last

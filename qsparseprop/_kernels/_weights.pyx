@@ -86,7 +86,7 @@ def gather_weight(values, ProductRows given not None, out):
     """The values of the slots of a list, float32, zero for padding."""
     as_dense(given, False)
     cdef GatherList rows = <GatherList> given
-    cdef const qsp_nonzeros *l = &rows.nonzeros
+    cdef const qsp_nonzeros *nz = &rows.nonzeros
     cdef int64_t row, first, n, k
     cdef const float *v
     cdef float *slots
@@ -96,16 +96,16 @@ def gather_weight(values, ProductRows given not None, out):
     slots = <float *> pointer(out, _float32, rows.slots, "out")
     with nogil:
         for row in range(rows.rows):
-            first, n = l.first[row], l.first[row + 1] - l.first[row]
-            if l.index == NULL:
+            first, n = nz.first[row], nz.first[row + 1] - nz.first[row]
+            if nz.index == NULL:
                 for k in range(n):
                     slots[k] = v[first + k]
             else:
                 for k in range(n):
-                    slots[k] = v[l.index[first + k]] if l.index[first + k] >= 0 else 0
-            for k in range(n, QSP_GROUP * <int64_t> (l.group_ptr[row + 1] - l.group_ptr[row])):
+                    slots[k] = v[nz.index[first + k]] if nz.index[first + k] >= 0 else 0
+            for k in range(n, QSP_GROUP * <int64_t> (nz.group_ptr[row + 1] - nz.group_ptr[row])):
                 slots[k] = 0
-            slots += QSP_GROUP * <int64_t> (l.group_ptr[row + 1] - l.group_ptr[row])
+            slots += QSP_GROUP * <int64_t> (nz.group_ptr[row + 1] - nz.group_ptr[row])
 
 
 def quantize_weight(values, ProductRows rows not None, factor, zero_point, clip, codes, scale, total, int threads):
@@ -149,11 +149,11 @@ cdef object take_weights(qsp_weight *a, ProductRows rows, object values, object 
 cdef int64_t quantize_slots(const qsp_weight *a, int64_t first, int64_t last, int threads) except -1:
     """Of rows [first, last) of a list."""
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef const qsp_nonzeros *l = &a.nonzeros
-    cdef int64_t chunk, chunks = parts_of(QSP_GROUP * <int64_t> (l.group_ptr[last] - l.group_ptr[first]), last - first,
-                                           threads)
+    cdef const qsp_nonzeros *nz = &a.nonzeros
+    cdef int64_t slots = QSP_GROUP * <int64_t> (nz.group_ptr[last] - nz.group_ptr[first])
+    cdef int64_t chunk, chunks = parts_of(slots, last - first, threads)
     for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
-        kernels.quantize_rows(a, cut_rows(l, first, last, chunk, chunks), cut_rows(l, first, last, chunk + 1, chunks))
+        kernels.quantize_rows(a, cut_rows(nz, first, last, chunk, chunks), cut_rows(nz, first, last, chunk + 1, chunks))
     return 0
 
 

@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
