@@ -71,6 +71,7 @@ cdef extern from "kernels.h" nogil:
         const int32_t *table
         const int32_t *offset
         const int32_t *plane
+        int32_t step
         const int32_t *index
 
     ctypedef struct qsp_band:

@@ -17,6 +17,7 @@ cdef class GatherList(ProductRows):
     cdef int64_t _take_slots(self, object group_ptr, object offset, object index, object plane) except -1
     cdef int64_t _take_nonzeros(self, const int32_t *offset, const int32_t *index, const int32_t *plane,
                                 object code) except -1
+    cdef int64_t _find_step(self) except -1
     cdef object _expanded(self, const int32_t *table)
 
 

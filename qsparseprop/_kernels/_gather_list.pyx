@@ -137,7 +137,8 @@ cdef class GatherList(ProductRows):
             self.nonzeros.offset = <const int32_t *> pointer(pairs[0], _int32, 1, "offset")
             self.nonzeros.plane = <const int32_t *> pointer(pairs[1], _int32, numel(pairs[0]), "plane")
         self.last_offset = int(pairs[0].max()) if self.slots else -1
-        return self._take_nonzeros(o, i, p, code)
+        self._take_nonzeros(o, i, p, code)
+        return self._find_step()
 
     cdef int64_t _take_nonzeros(self, const int32_t *offset, const int32_t *index, const int32_t *plane,
                                 object code) except -1:
@@ -186,6 +187,18 @@ cdef class GatherList(ProductRows):
                 if value != NULL:
                     value[k] = index[i]
                 k += 1
+        return 0
+
+    cdef int64_t _find_step(self) except -1:
+        """Where offsets ascend evenly, as of linear layers, they need not be looked up."""
+        cdef const int32_t *offset = self.nonzeros.offset
+        cdef int64_t i
+        if self.entries < 2:
+            return 0
+        for i in range(2, self.entries):
+            if <int64_t> offset[i] - offset[i - 1] != <int64_t> offset[1] - offset[0]:
+                return 0
+        self.nonzeros.step = max(0, offset[1] - offset[0])
         return 0
 
     cdef object _expanded(self, const int32_t *table):
@@ -370,6 +383,7 @@ cdef class PatternList(GatherList):
             raise ValueError(f"offsets must lie in [0, {self._furthest()}], got {least} to {most}")
         self.last_offset = <int32_t> most
         self.nonzeros.offset, self.nonzeros.plane, self.entries = offset, plane, entries
+        self._find_step()
         if groups > 1:
             table = self._hold(self.rows)
             for row in range(self.rows):

@@ -63,6 +63,7 @@ typedef struct {
     const int32_t *wide;      /* [nonzeros] */
     const int32_t *table;     /* [rows] where the table of a row begins, or NULL: all have the same */
     const int32_t *offset, *plane; /* of the tables: as in qsp_list; the plane that it lies in */
+    int32_t step;             /* where offsets of all tables, one behind the other, are this far apart; otherwise 0 */
     const int32_t *index;     /* [nonzeros] which value, -1 for none, or NULL: each has its own, in order */
 } qsp_nonzeros;
 

@@ -26,11 +26,26 @@ QSP_INLINE void look_up(const qsp_nonzeros *l, int64_t row, const int32_t *table
         out[k] = out[there - 1];
 }
 
+/* Offsets of all slots of a row; of linear layers they are multiples of the codes, which needs no table. */
+QSP_INLINE void row_offsets(const qsp_nonzeros *l, int64_t row, int32_t *out)
+{
+    const int64_t n = nonzeros_of_row(l, row), slots = slots_of_row(l, row);
+    if (!l->step || !l->code) {
+        look_up(l, row, l->offset, 0, slots, out);
+        return;
+    }
+    const uint16_t *code = l->code + l->first[row];
+    const int32_t start = l->offset[l->table ? l->table[row] : 0], step = l->step;
+    for (int64_t k = 0; k < n; k++)
+        out[k] = start + code[k] * step;
+    for (int64_t k = n; k < slots; k++)
+        out[k] = out[n - 1];
+}
+
 static void offsets_kernel(const qsp_nonzeros *l, int64_t first, int64_t last, int32_t *out)
 {
     for (int64_t row = first; row < last; row++) {
-        const int64_t n = slots_of_row(l, row);
-        look_up(l, row, l->offset, 0, n, out);
-        out += n;
+        row_offsets(l, row, out);
+        out += slots_of_row(l, row);
     }
 }

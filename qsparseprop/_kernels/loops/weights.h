@@ -52,7 +52,7 @@ static void quantize_rows_kernel(const qsp_weight *a, int64_t first, int64_t las
                 f32x16_store(kept + k, v);
         }
         if (a->offset)
-            look_up(l, row, l->offset, 0, slots, a->offset + begin);
+            row_offsets(l, row, a->offset + begin);
         const uint32_t greatest = u32x16_reduce_max(bits);
         float absmax;
         memcpy(&absmax, &greatest, 4);
