@@ -1,12 +1,13 @@
 """What a layer's weights cost in memory: a Linear of 4096 x 4096 (--features), resident after training steps.
 
-Each figure is of a process of its own: the layer is made, pruned and swapped, trains for some steps of SGD with a batch
-of 64, and what the process has more than before is measured when all that is free has been given back to the system. A
-dense weight with its gradient has 8 bytes an entry. A sparse one has 8 bytes a nonzero for these two, 4 for the column
-(`col_indices`), 2 for the pattern that the kernels read, and, where products walk lists, 6 more for the list of the
-input gradient. What figures have above that are activations and buffers, which do not grow with the weight, and of dense
-rows a byte an entry, zeros included, for the codes. So below some 45 % zeros a sparse weight takes more than a dense one
-with its gradient. (A random weight of this size has a zero or two by itself, so no pattern here is full.)
+Each figure is of a process of its own: the layer is made, pruned and swapped, trains for some steps of SGD with a
+batch of 64, and what the process has more than before is measured when all that is free has been given back to the
+system. A dense weight with its gradient has 8 bytes an entry. A sparse one has 8 bytes a nonzero for these two, 4 for
+the column (`col_indices`), 2 for the pattern that the kernels read, and, where products walk lists, 6 more for the
+list of the input gradient (small layers some more, to save time). What figures have above that are activations and
+buffers, which do not grow with the weight, and of dense rows a byte an entry, zeros included, for the codes. So below
+some 45 % zeros a sparse weight takes more than a dense one with its gradient. (A random weight of this size has a
+zero or two by itself, so no pattern here is full.)
 
 "chosen" is what plans choose for each product, "lists" and "dense rows" are forced (QSPARSEPROP_PRODUCTS). "bytes" are
 per nonzero.
@@ -106,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             table.row(f"{100 * sparsity:g} %", mb["dense"], *(cell for kind in per for cell in (mb[kind], per[kind])))
             rows = {kind: result["rows"] for kind, result in measured.items()}
             document["results"].append({"threads": threads, "features": features, "sparsity": sparsity,
-                                        "nonzeros": nonzeros, "mb": mb, "bytes_per_nonzero": per, "rows": rows})  # fmt: skip
+                                        "nonzeros": nonzeros, "mb": mb, "bytes_per_nonzero": per,
+                                        "rows": rows})  # fmt: skip
     say(f"\nbytes that a nonzero has of its own: {sum(OWN)}, and {LISTS} more where products walk lists")
     write_json(args.json, document)
 

@@ -21,6 +21,7 @@ cdef enum:
     MAX_ROWS = 0x7ffffff0
     MOST = 0x7fffffff
     NARROW = 1 << 16  # places of a table that 16 bits number
+    KEPT_SLOTS = 1 << 14
 
 cdef object _int16 = torch.int16
 cdef object _int32 = torch.int32
@@ -138,7 +139,8 @@ cdef class GatherList(ProductRows):
             self.nonzeros.plane = <const int32_t *> pointer(pairs[1], _int32, numel(pairs[0]), "plane")
         self.last_offset = int(pairs[0].max()) if self.slots else -1
         self._take_nonzeros(o, i, p, code)
-        return self._find_step()
+        self._find_step()
+        return self._keep_offsets()
 
     cdef int64_t _take_nonzeros(self, const int32_t *offset, const int32_t *index, const int32_t *plane,
                                 object code) except -1:
@@ -199,6 +201,15 @@ cdef class GatherList(ProductRows):
             if <int64_t> offset[i] - offset[i - 1] != <int64_t> offset[1] - offset[0]:
                 return 0
         self.nonzeros.step = max(0, offset[1] - offset[0])
+        return 0
+
+    cdef int64_t _keep_offsets(self) except -1:
+        """Those of small lists: to write them out in each call would be felt, to keep them is not."""
+        cdef int32_t *offset
+        if 0 < self.slots <= KEPT_SLOTS:
+            offset = self._hold(self.slots)
+            active_kernels().offsets(&self.nonzeros, 0, self.rows, offset)
+            self.kept_offsets = offset
         return 0
 
     cdef object _expanded(self, const int32_t *table):
@@ -390,7 +401,7 @@ cdef class PatternList(GatherList):
                 group = row % channels // inner if self.swapped else row // outer
                 table[row] = <int32_t> (group * (entries // groups))
             self.nonzeros.table = table
-        return 0
+        return self._keep_offsets()
 
     def __reduce__(self):
         return PatternList, (self.pattern, *self._taps, self.source, self.target, self.swapped)

@@ -230,16 +230,19 @@ cdef int64_t _spmm_list(qsp_spmm *a, qsp_weight *w, GatherList rows, const qsp_v
         last = _part_end(n, first, limit)
         a.list.rows, a.list.base, a.list.offset = last, n.group_ptr[first], offset
         slots = QSP_GROUP * <int64_t> (n.group_ptr[last] - n.group_ptr[first])
+        if rows.kept_offsets != NULL:
+            a.list.offset = rows.kept_offsets + QSP_GROUP * a.list.base
         if w != NULL:
-            w.base, w.codes, w.offset = a.list.base, made, offset
+            w.base, w.codes, w.offset = a.list.base, made, NULL if rows.kept_offsets != NULL else offset
             quantize_slots(w, first, last, threads)
             a.weights = made
-        else:
+        elif rows.kept_offsets == NULL:
             chunks = parts_of(slots, last - first, threads)
             for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
                 begin = first + (last - first) * chunk // chunks
                 kernels.offsets(n, begin, first + (last - first) * (chunk + 1) // chunks,
                                 offset + QSP_GROUP * (n.group_ptr[begin] - part.base))
+        if w == NULL:
             a.weights = given + QSP_GROUP * a.list.base * (1 if codes else sizeof(float))
         if pair:
             unpaired = <const int8_t *> a.weights
@@ -356,7 +359,7 @@ cdef int64_t _sddmm_list(qsp_sddmm *a, int64_t slots, bint codes, int threads) e
 
 cdef int64_t _take_list(qsp_sddmm *a, GatherList rows, int64_t values) except -1:
     a.nonzeros = rows.nonzeros
-    a.list.rows, a.list.group_ptr = rows.rows, rows.nonzeros.group_ptr
+    a.list.rows, a.list.group_ptr, a.list.offset = rows.rows, rows.nonzeros.group_ptr, rows.kept_offsets
     if rows.last_index >= values:
         raise ValueError(f"index must lie in [-1, {values}), got {rows.last_index}")
     return 0

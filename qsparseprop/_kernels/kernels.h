@@ -112,7 +112,7 @@ typedef struct {
 
 typedef struct {
     qsp_grid grid, dy_grid;
-    qsp_list list;            /* of a task alone, which makes it */
+    qsp_list list;            /* without offsets a task writes its own out */
     qsp_nonzeros nonzeros;
     const qsp_dense *dense;   /* in place of these, for sddmm_dense_u8 */
     const void *planes, *dy;  /* u8 and u8 around 128, or float and float */

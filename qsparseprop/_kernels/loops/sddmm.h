@@ -131,8 +131,12 @@ QSP_INLINE void sddmm_task(const qsp_sddmm *given, int64_t chunk, const int code
     int64_t *sums = (int64_t *)a->sums, *dy_sums = sums + slots;
     double *float_sums = (double *)a->sums;
     int32_t *offset = (int32_t *)(dy_sums + (last - first));
-    offsets_kernel(&a->nonzeros, first, last, offset);
-    one.list.offset = offset;
+    if (given->list.offset) {
+        one.list.offset = given->list.offset + QSP_GROUP * one.list.base;
+    } else {
+        offsets_kernel(&a->nonzeros, first, last, offset);
+        one.list.offset = offset;
+    }
     for (int64_t k = 0; k < slots; k++)
         if (codes)
             sums[k] = 0;
