@@ -239,6 +239,18 @@ def test_saved(tmp_path):
         assert dense or result["mean_error"] < 0.02
 
 
+def test_weights_memory(tmp_path):
+    document, printed = run(tmp_path, "weights_memory.py", "--sparsity", "0.8")
+    (result,) = document["results"]
+    assert result["nonzeros"] == 256 * 256 - round(0.8 * 256 * 256)
+    assert set(result["mb"]) == {"dense", "chosen", "lists", "dense rows"}
+    assert "80 %" in printed
+    # what no product asks for is not made
+    assert result["rows"]["dense"] == []
+    assert result["rows"]["lists"] == ["backward", "forward"]
+    assert result["rows"]["dense rows"] == ["dense_backward", "dense_forward"]
+
+
 def test_mlp(tmp_path):
     document, printed = run(tmp_path, "mlp.py", "--threads", "1", "--sparsity", "0.9")
     assert [r["network"] for r in document["results"]] == ["mlp gelu", "mlp relu", "gated", "vit"]

@@ -11,7 +11,7 @@ import pytest
 
 from qsparseprop import _kernels
 from qsparseprop._kernels import _dispatch
-from qsparseprop.layout import geometry, plan
+from qsparseprop.layout import geometry
 
 MODULES = sorted(Path(_kernels.__path__[0]).glob("*" + EXTENSION_SUFFIXES[0]))
 
@@ -108,4 +108,4 @@ def test_no_two_functions_have_one_name(kernels):
 
 def test_units_and_groups_are_as_large_as_in_python():
     assert _dispatch.unit == geometry.UNIT
-    assert _dispatch.group == plan.GROUP
+    assert _dispatch.group == geometry.GROUP

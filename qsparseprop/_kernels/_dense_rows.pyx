@@ -53,6 +53,8 @@ cdef class ValuePattern:
     ----------
     rows, columns, count : int
         The latter of values.
+    nbytes : int
+        Bytes that it holds.
 
     Raises
     ------
@@ -94,6 +96,20 @@ cdef class ValuePattern:
             raise ValueError(f"col_indices must ascend in each row and lie in [0, {columns}), got {given[bad]} at "
                              f"{bad}")
         self.ptr, self.column, self._held = ptr, out, (own, columns_held)
+        if columns > WIDE and self.count:
+            self.wide = <const int32_t *> pointer(columns_held, _int32, self.count, "col_indices")
+
+    cdef int64_t check_layouts(self, int64_t groups, tuple phase, tuple shift, PlaneLayout x, PlaneLayout y) except -1:
+        """Check that groups and taps make a convolution of this weight from planes x to y."""
+        if groups < 1 or self.rows % groups or x.channels % groups or self.rows != y.grid.planes:
+            raise ValueError(f"a pattern of {self.rows} rows in {groups} groups does not go with {y.grid.planes} "
+                             f"planes of the output and {x.channels} channels of the input")
+        if not phase or len(phase) != len(shift) or len(phase) * (x.channels // groups) != self.columns:
+            raise ValueError(f"{len(phase)} taps, shifts of {len(shift)} and {x.channels // groups} channels of a "
+                             f"group do not make {self.columns} columns")
+        if not all([0 <= p < x.grid.planes // x.channels for p in phase]):
+            raise ValueError(f"tap_phase must lie in [0, {x.grid.planes // x.channels}), got {list(phase)}")
+        return 0
 
     @property
     def crow_indices(self):
@@ -108,6 +124,11 @@ cdef class ValuePattern:
         if self.column == NULL:
             return self._held[1].clone()
         return self._held[1][:self.count].to(_int32) & 0xffff
+
+    @property
+    def nbytes(self):
+        """Bytes that it holds."""
+        return sum([t.nbytes for t in self._held if t is not None])
 
     def __repr__(self):
         return f"ValuePattern({self.rows} x {self.columns}, {self.count} values)"
@@ -141,6 +162,8 @@ cdef class DenseRows(ProductRows):
     swapped : bool
     offset, index, plane : Tensor
         Of all slots, as those of a `GatherList`; copies.
+    nbytes : int
+        Bytes that it holds, without those of the pattern.
 
     Raises
     ------
@@ -157,15 +180,8 @@ cdef class DenseRows(ProductRows):
         if pattern.columns > QSP_MAX_EXACT:
             raise ValueError(f"a row has {pattern.columns} weights, of which an int32 holds the sum of {QSP_MAX_EXACT}")
         self.pattern, self.swapped = pattern, swapped
-        if groups < 1 or pattern.rows % groups or x.channels % groups or pattern.rows != y.grid.planes:
-            raise ValueError(f"a pattern of {pattern.rows} rows in {groups} groups does not go with {y.grid.planes} "
-                             f"planes of the output and {x.channels} channels of the input")
-        if not phase or len(phase) != len(shift) or len(phase) * (x.channels // groups) != pattern.columns:
-            raise ValueError(f"{len(phase)} taps, shifts of {len(shift)} and {x.channels // groups} channels of a "
-                             f"group do not make {pattern.columns} columns")
-        if not all(0 <= p < x.grid.planes // x.channels for p in phase):
-            raise ValueError(f"tap_phase must lie in [0, {x.grid.planes // x.channels}), got {phase}")
-        if not all(-x.grid.pitch <= s <= x.grid.pitch for s in shift):
+        pattern.check_layouts(groups, tuple(phase), tuple(shift), x, y)
+        if not all([-x.grid.pitch <= s <= x.grid.pitch for s in shift]):
             raise ValueError(f"tap_shift must lie within the {x.grid.pitch} lanes of a plane, got {shift}")
         self.dense.rows, self.dense.groups = self.rows, groups
         self.dense.value_rows, self.dense.columns = pattern.rows, pattern.columns
@@ -267,6 +283,11 @@ cdef class DenseRows(ProductRows):
         out = torch.full((self.slots,), -1, dtype=_int32, device="cpu")
         out[row * self.dense.pitch + entry] = torch.arange(count, dtype=_int32, device="cpu")
         return out
+
+    @property
+    def nbytes(self):
+        """Bytes that it holds, without those of the pattern."""
+        return len(self._bands) + sum([t.nbytes for t in self._held])
 
     def __repr__(self):
         return f"DenseRows({self.rows} rows, {self.slots} slots)"

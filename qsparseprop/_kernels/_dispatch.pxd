@@ -5,6 +5,7 @@ cdef extern from "kernels.h" nogil:
     enum:
         QSP_UNIT
         QSP_GROUP
+        QSP_ROW_BLOCK
         QSP_MAX_EXACT
         QSP_F32
         QSP_U8
@@ -58,7 +59,20 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct qsp_list:
         int64_t rows
         const int32_t *group_ptr
+        int64_t base
         const int32_t *offset
+
+    ctypedef struct qsp_nonzeros:
+        int64_t rows
+        const int32_t *group_ptr
+        const int32_t *first
+        const uint16_t *code
+        const int32_t *wide
+        const int32_t *table
+        const int32_t *offset
+        const int32_t *plane
+        int32_t step
+        const int32_t *index
 
     ctypedef struct qsp_band:
         int64_t first
@@ -106,13 +120,12 @@ cdef extern from "kernels.h" nogil:
         qsp_grid grid
         qsp_grid dy_grid
         qsp_list list
+        qsp_nonzeros nonzeros
         const qsp_dense *dense
         const void *planes
         const void *dy
-        const int32_t *index
         const int32_t *zero_point
         int64_t zero_stride
-        const int32_t *plane
         const float *scale_x
         int64_t scale_x_stride
         const float *scale_dy
@@ -191,17 +204,17 @@ cdef extern from "kernels.h" nogil:
         float max
 
     ctypedef struct qsp_weight:
-        qsp_list list
+        qsp_nonzeros nonzeros
         const qsp_dense *dense
+        int64_t base
         const float *values
-        const int32_t *index
-        const int32_t *plane
         const float *factor
         const int32_t *zero_point
         int64_t zero_factor
         float clip
         float scale_factor
         int8_t *codes
+        int32_t *offset
         float *scale
         int64_t *total
 
@@ -227,6 +240,7 @@ cdef extern from "kernels.h" nogil:
         void (*spmm_f32)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
         void (*sddmm_u8)(const qsp_sddmm *, int64_t) noexcept nogil
         void (*sddmm_f32)(const qsp_sddmm *, int64_t) noexcept nogil
+        void (*offsets)(const qsp_nonzeros *, int64_t, int64_t, int32_t *) noexcept nogil
         void (*pair)(const qsp_list *, const int8_t *, int64_t, int64_t, int32_t *, int32_t *, int8_t *) noexcept nogil
         void (*spmm_dense_u8)(const qsp_spmm *, int64_t, int64_t) noexcept nogil
         void (*sddmm_dense_u8)(const qsp_sddmm *, int64_t) noexcept nogil

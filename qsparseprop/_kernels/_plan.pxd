@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int32_t, int64_t
 
-from qsparseprop._kernels._dispatch cimport qsp_grid, qsp_list, qsp_view
+from qsparseprop._kernels._dispatch cimport qsp_grid, qsp_view
 
 
 cdef class PlaneLayout:
@@ -36,17 +36,6 @@ cdef class ProductRows:
 
     cdef int64_t _take_layouts(self, PlaneLayout source, PlaneLayout target, int64_t rows) except -1
     cdef int64_t _furthest(self) noexcept
-
-
-cdef class GatherList(ProductRows):
-    cdef qsp_list list
-    cdef const int32_t *index
-    cdef const int32_t *plane
-    cdef int32_t last_index
-    cdef tuple _held
-
-    cdef int64_t _take(self, list held, object tensor, int64_t low, int64_t high, str name, const int32_t **out,
-                       int32_t *most) except -1
 
 
 cdef int64_t view_end(const qsp_grid *grid, const qsp_view *view, int64_t images) except -1

@@ -1,7 +1,5 @@
 from collections.abc import Sequence
 
-from torch import Tensor
-
 class PlaneLayout:
     @property
     def numbers(self) -> tuple[int, ...]: ...
@@ -29,22 +27,3 @@ class ProductRows:
     def source(self) -> PlaneLayout: ...
     @property
     def target(self) -> PlaneLayout: ...
-
-class GatherList(ProductRows):
-    @property
-    def group_ptr(self) -> Tensor: ...
-    @property
-    def offset(self) -> Tensor: ...
-    @property
-    def index(self) -> Tensor: ...
-    @property
-    def plane(self) -> Tensor: ...
-    def __new__(
-        cls,
-        group_ptr: Tensor,
-        offset: Tensor,
-        index: Tensor,
-        plane: Tensor,
-        source: PlaneLayout,
-        target: PlaneLayout,
-    ) -> GatherList: ...

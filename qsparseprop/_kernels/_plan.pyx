@@ -1,39 +1,17 @@
-"""What the kernels walk, checked once when it is made: where the planes of a tensor lie, and lists of (offset, value).
+"""What the kernels walk, checked once when it is made: where the planes of a tensor lie, and rows of weights on them.
 
 Nobody can change them afterwards: all numbers are copied, and what Python sees of them are copies again. So the kernels
 read them without looking at them anew, and without the GIL.
 """
 
-import torch
-
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.string cimport memcpy
 
-from qsparseprop._kernels._dispatch cimport QSP_GROUP, QSP_UNIT, active_kernels
-from qsparseprop._kernels._tensor cimport numel, pointer
-
-from qsparseprop._kernels._tensor import check_storage
+from qsparseprop._kernels._dispatch cimport QSP_UNIT
 
 cdef enum:
     VIEW_NUMBERS = 9
     # below: sums of products of two fit into 64 bits, which everything that follows relies on
     LIMIT = 1 << 30
-    # a row of 2**31 - 1 bytes of planes is where int32 offsets end
-    MAX_ROWS = 0x7ffffff0
-
-cdef object _int32 = torch.int32
-
-cdef extern from *:
-    """
-    static int qsp_ascending(const int32_t *v, int64_t n)
-    {
-        int ok = 1;
-        for (int64_t i = 1; i < n; i++)
-            ok &= v[i] >= v[i - 1];
-        return ok;
-    }
-    """
-    int qsp_ascending(const int32_t *v, int64_t n) noexcept nogil
 
 
 ctypedef struct pixels_t:
@@ -244,16 +222,6 @@ cdef int64_t view_end(const qsp_grid *grid, const qsp_view *view, int64_t images
     return end + QSP_UNIT
 
 
-cdef object _copy(object tensor, int64_t size, str name):
-    """A tensor of our own, int32, with `size` elements of another one."""
-    check_storage(tensor, name)
-    cdef const void *given = pointer(tensor, _int32, size, name)
-    own = torch.empty(size, dtype=_int32)
-    if size:
-        memcpy(pointer(own, _int32, size, name), given, size * sizeof(int32_t))
-    return own
-
-
 cdef class ProductRows:
     """Rows of weights that a product multiplies planes of `source` with, for planes of `target`, on the same lanes.
 
@@ -277,90 +245,3 @@ cdef class ProductRows:
     cdef int64_t _furthest(self) noexcept:
         """The last offset from which a unit reads no further than what is allocated behind the last block."""
         return self.source.grid.block + self.source.grid.front + QSP_UNIT - self.target.reach
-
-
-cdef class GatherList(ProductRows):
-    """Rows of slots, each row padded to whole groups of four: offsets into packed planes, and which value goes there.
-
-    Parameters
-    ----------
-    group_ptr : Tensor
-        int32, (rows + 1,): first group of each row.
-    offset : Tensor
-        int32, (slots,): lanes from the start of a block of `source`.
-    index : Tensor
-        int32, (slots,): which value a slot holds, -1 for padding.
-    plane : Tensor
-        int32, (slots,): plane of `source` that the offset lies in.
-    source, target : PlaneLayout
-        What the offsets lead into, and what the rows are the planes of, on the same lanes.
-
-    Attributes
-    ----------
-    group_ptr, offset, index, plane : Tensor
-        Copies.
-    rows, slots : int
-    source, target : PlaneLayout
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a tensor is not as said, an offset leads out of the planes, or the layouts do not go together.
-    """
-
-    def __cinit__(self, group_ptr, offset, index, plane, PlaneLayout source not None, PlaneLayout target not None):
-        self._take_layouts(source, target, numel(group_ptr) - 1)
-        if not 0 <= self.rows < MAX_ROWS or self.rows != target.grid.planes:
-            raise ValueError(f"group_ptr must have an element for each of the {target.grid.planes} planes of the "
-                             f"target, and one more, got {self.rows + 1}")
-        own = _copy(group_ptr, self.rows + 1, "group_ptr")
-        self.list.rows, self.list.group_ptr = self.rows, <const int32_t *> pointer(own, _int32, 0, "group_ptr")
-        if self.list.group_ptr[0] != 0 or not qsp_ascending(self.list.group_ptr, self.rows + 1):
-            raise ValueError("group_ptr must ascend from 0")
-        self.slots = QSP_GROUP * <int64_t> self.list.group_ptr[self.rows]
-        held = [own]
-        self._take(held, offset, 0, self._furthest(), "offset", &self.list.offset, &self.last_offset)
-        self._take(held, index, -1, <int64_t> 1 << 31, "index", &self.index, &self.last_index)
-        self._take(held, plane, 0, source.grid.planes - 1, "plane", &self.plane, NULL)
-        self._held = tuple(held)
-
-    cdef int64_t _take(self, list held, object tensor, int64_t low, int64_t high, str name, const int32_t **out,
-                       int32_t *most) except -1:
-        """A copy of numbers for each slot, which must lie in [low, high]."""
-        cdef int32_t least = 0, greatest = -1
-        own = _copy(tensor, self.slots, name)
-        held.append(own)
-        out[0] = <const int32_t *> pointer(own, _int32, 0, name) if self.slots else NULL
-        if self.slots:
-            active_kernels().extent(out[0], self.slots, &least, &greatest)
-            if least < low or greatest > high:
-                raise ValueError(f"{name} must lie in [{low}, {high}], got {least} to {greatest}")
-        if most != NULL:
-            most[0] = greatest
-        return 0
-
-    @property
-    def group_ptr(self):
-        """First group of each row."""
-        return self._held[0].clone()
-
-    @property
-    def offset(self):
-        """Lanes from the start of a block."""
-        return self._held[1].clone()
-
-    @property
-    def index(self):
-        """Which value a slot holds."""
-        return self._held[2].clone()
-
-    @property
-    def plane(self):
-        """Plane that the offset lies in."""
-        return self._held[3].clone()
-
-    def __repr__(self):
-        return f"GatherList({self.rows} rows, {self.slots} slots)"
-
-    def __reduce__(self):
-        return GatherList, (*(t.clone() for t in self._held), self.source, self.target)

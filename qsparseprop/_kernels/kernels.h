@@ -39,15 +39,32 @@ typedef struct {
     int64_t index, index_b, index_c, index_y, index_x; /* the same for the element's logical number (random numbers) */
 } qsp_view;
 
-/* Lists of (offset, weight) in groups of QSP_GROUP slots: row r owns the groups group_ptr[r] .. group_ptr[r + 1]. */
+/* Lists of (offset, weight) in groups of QSP_GROUP slots: row r owns the groups group_ptr[r] .. group_ptr[r + 1]. What
+ * belongs to slots may be there for some rows only. */
 typedef struct {
     int64_t rows;
     const int32_t *group_ptr; /* [rows + 1] */
+    int64_t base;             /* groups before the first one that offsets, weights and sums are there for */
     const int32_t *offset;    /* [slots] lanes from a block's start, the unit's own lane not included */
 } qsp_list;
 
-/* Of a row; of the one behind the last it is the number of all slots. */
-static inline int64_t qsp_first_slot(const qsp_list *l, int64_t row) { return QSP_GROUP * (int64_t)l->group_ptr[row]; }
+/* Of a row, counted from those that are there; of the one behind the last it is the end of all. */
+static inline int64_t qsp_first_slot(const qsp_list *l, int64_t row) { return QSP_GROUP * (l->group_ptr[row] - l->base); }
+
+/* How a list is kept, in two bytes a nonzero and four more where its values are not in order: nonzeros have codes, which
+ * are places in tables of offsets and planes, and slots that pad a row, less than a group, are those of its last
+ * nonzero, and read no value. Offsets of slots are written out where they are needed, for some rows at a time. */
+typedef struct {
+    int64_t rows;
+    const int32_t *group_ptr; /* [rows + 1] */
+    const int32_t *first;     /* [rows + 1]: the first nonzero of a row */
+    const uint16_t *code;     /* [nonzeros], or NULL where 16 bits are not enough, then */
+    const int32_t *wide;      /* [nonzeros] */
+    const int32_t *table;     /* [rows] where the table of a row begins, or NULL: all have the same */
+    const int32_t *offset, *plane; /* of the tables: as in qsp_list; the plane that it lies in */
+    int32_t step;             /* where offsets of all tables, one behind the other, are this far apart; otherwise 0 */
+    const int32_t *index;     /* [nonzeros] which value, -1 for none, or NULL: each has its own, in order */
+} qsp_nonzeros;
 
 /* Dense rows: the weights of a list as a matrix, zeros included, whose rows share tables of offsets. A band are the rows
  * that have the same one: those of a group of a convolution, and in its input gradient of a phase of the stride. */
@@ -94,19 +111,18 @@ typedef struct {
 
 typedef struct {
     qsp_grid grid, dy_grid;
-    qsp_list list;
-    const qsp_dense *dense;   /* in place of list, index and plane, for sddmm_dense_u8 */
+    qsp_list list;            /* without offsets a task writes its own out */
+    qsp_nonzeros nonzeros;
+    const qsp_dense *dense;   /* in place of these, for sddmm_dense_u8 */
     const void *planes, *dy;  /* u8 and u8 around 128, or float and float */
-    const int32_t *index;     /* [slots]: which value a slot belongs to, -1 for padding */
     const int32_t *zero_point; /* per plane of x, or one value (zero_stride 0) */
     int64_t zero_stride;
-    const int32_t *plane;     /* [slots] plane of a slot; only read where zero_stride is 1 */
     const float *scale_x;     /* one, or per plane (scale_x_stride 1) */
     int64_t scale_x_stride;
     const float *scale_dy;    /* one, or per row */
     int64_t scale_dy_stride;
-    void *sums;               /* scratch: int64 [slots] and behind them [rows] for codes, double [slots] for floats; of
-                               * dense rows where each unit starts in planes, int64 [units], and in dy */
+    void *sums;               /* scratch of a task: int64 or double [slots], int64 [rows], int32 [slots], each of the
+                               * task's own; of dense rows where each unit starts in planes, int64 [units], and in dy */
     float *out;               /* [values] */
     qsp_view view;            /* of dy: which lanes count */
     int64_t images;
@@ -189,17 +205,17 @@ typedef struct {
 enum { QSP_NEED_ABSMAX = 0, QSP_NEED_MIN = 1, QSP_NEED_MAX = 2 };
 
 typedef struct {
-    qsp_list list;
-    const qsp_dense *dense;  /* in place of list, index and plane */
+    qsp_nonzeros nonzeros;
+    const qsp_dense *dense;  /* in place of them */
+    int64_t base;            /* of a list: as in qsp_list, of the slots that are written */
     const float *values;
-    const int32_t *index;    /* [slots]: which value a slot holds, -1 for padding */
-    const int32_t *plane;    /* [slots]: plane that a slot reads; only read where one of the next two is given */
-    const float *factor;     /* per plane, multiplied into the weights, or NULL */
-    const int32_t *zero_point; /* per plane, or NULL: zero_factor for all */
+    const float *factor;     /* multiplied into the weights, or NULL: per plane, of a list per entry of its tables */
+    const int32_t *zero_point; /* likewise, or NULL: zero_factor for all */
     int64_t zero_factor;
     float clip;              /* magnitude that the largest code stands for in every row; 0: a row's own largest */
     float scale_factor;      /* of the scale that is written */
     int8_t *codes;           /* [slots], or the matrix */
+    int32_t *offset;         /* [slots] or NULL: the list's, too */
     float *scale;            /* [rows] */
     int64_t *total;          /* [rows]: sum of code * zero point */
 } qsp_weight;
@@ -223,6 +239,8 @@ typedef struct {
     void (*spmm_f32)(const qsp_spmm *, int64_t unit, int64_t chunk);
     void (*sddmm_u8)(const qsp_sddmm *, int64_t chunk);
     void (*sddmm_f32)(const qsp_sddmm *, int64_t chunk);
+    /* Offsets of the slots of rows [first, last), from the first one's on. */
+    void (*offsets)(const qsp_nonzeros *, int64_t first, int64_t last, int32_t *out);
     /* Rows [first, last) of a list with a row's nonzeros in another order, offsets and weights at the list's places: in
      * the first `paired[row]` groups the codes' products with the first two weights, and those with the last two, have
      * sums of 16 bits. NULL where that does not make spmm_u8 faster. */
@@ -362,11 +380,12 @@ static inline int64_t qsp_cut_rows(const qsp_list *l, int64_t chunk, int64_t chu
         return 0;
     if (chunk >= chunks)
         return l->rows;
-    const int64_t total = l->group_ptr[l->rows] + per_row * l->rows, goal = total * chunk / chunks;
+    const int64_t before = l->group_ptr[0];
+    const int64_t total = l->group_ptr[l->rows] - before + per_row * l->rows, goal = total * chunk / chunks;
     int64_t low = 0, high = l->rows;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (l->group_ptr[middle] + per_row * middle < goal)
+        if (l->group_ptr[middle] - before + per_row * middle < goal)
             low = middle + 1;
         else
             high = middle;

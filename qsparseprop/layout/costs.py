@@ -25,7 +25,8 @@ from torch import Tensor
 
 from qsparseprop._kernels import _matmul
 from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
-from qsparseprop._kernels._plan import GatherList, ProductRows
+from qsparseprop._kernels._gather_list import GatherList
+from qsparseprop._kernels._plan import ProductRows
 from qsparseprop.layout.geometry import GROUP, UNIT, Geometry, linear_geometry
 
 __all__ = ["Costs", "cost_key", "costs_file", "machine_costs", "measure_costs"]

@@ -5,23 +5,24 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
-from qsparseprop._kernels._plan import GatherList, PlaneLayout, ProductRows
-from qsparseprop.layout.geometry import GROUP, Geometry
+from qsparseprop._kernels._gather_list import GatherList, PatternList
+from qsparseprop._kernels._plan import ProductRows
+from qsparseprop.layout.geometry import Geometry
 from qsparseprop.layout.modes import Modes, choose_modes, doubtful_modes
-from qsparseprop.layout.pattern import check_pattern, row_indices, tensor_version
+from qsparseprop.layout.pattern import check_pattern, tensor_version
 
 __all__ = ["KEPT_PLANS", "Plan", "PlanCache", "make_plan", "shared_plan_cache"]
 
 #: Input sizes whose offset tables are kept for a pattern: training and evaluation batches, and the last one of each.
 KEPT_PLANS = 8
+
+_Rows = TypeVar("_Rows", DenseRows, PatternList)
 
 
 class Plan:
@@ -54,27 +55,27 @@ class Plan:
     @functools.cached_property
     def forward(self) -> GatherList:
         """The list of the forward pass and of the weight gradient, from input to output."""
-        return _gather_lists(self._pattern, self.geometry, self.groups)[0]()
+        return self._rows(PatternList, False)
 
     @functools.cached_property
     def backward(self) -> GatherList:
         """The list of the input gradient, the other way round."""
-        return _gather_lists(self._pattern, self.geometry, self.groups)[1]()
+        return self._rows(PatternList, True)
 
     @functools.cached_property
     def dense_forward(self) -> DenseRows:
         """What `forward` has, as dense rows."""
-        return self._dense_rows(False)
+        return self._rows(DenseRows, False)
 
     @functools.cached_property
     def dense_backward(self) -> DenseRows:
         """What `backward` has, as dense rows."""
-        return self._dense_rows(True)
+        return self._rows(DenseRows, True)
 
-    def _dense_rows(self, swapped: bool) -> DenseRows:
+    def _rows(self, kind: type[_Rows], swapped: bool) -> _Rows:
         g = self.geometry
         source, target = (g.output_layout, g.input_layout) if swapped else (g.input_layout, g.output_layout)
-        return DenseRows(self._pattern, self.groups, g.tap_phase, g.tap_shift, source, target, swapped)
+        return kind(self._pattern, self.groups, g.tap_phase, g.tap_shift, source, target, swapped)
 
     def other_modes(self) -> Modes | None:
         """Modes that may be faster where the costs of both ways are too near for a model to tell; None elsewhere."""
@@ -100,48 +101,6 @@ class Plan:
     def differentiated(self, codes: bool) -> ProductRows:
         """The rows of the weight gradient, as `multiplied`."""
         return self.dense_forward if codes and self.modes.gradient == "dense" else self.forward
-
-
-def _gather_list(
-    row: Tensor, plane: Tensor, offset: Tensor, order: Tensor, source: PlaneLayout, target: PlaneLayout
-) -> GatherList:
-    """List whose row r holds, padded, the nonzeros `order[row == r]`; `row` ascends."""
-    rows = target.planes
-    count = torch.bincount(row, minlength=rows)
-    groups = (count + GROUP - 1) // GROUP
-    group_ptr = torch.zeros(rows + 1, dtype=torch.int64)
-    torch.cumsum(groups, 0, out=group_ptr[1:])
-    slot_row = torch.repeat_interleave(torch.arange(rows), GROUP * groups)
-    place = torch.arange(slot_row.numel()) - GROUP * group_ptr[slot_row]
-    start = count.cumsum(0) - count
-    # padding reads where the row's last nonzero reads: memory that is in the cache, times zero
-    slot = order[start[slot_row] + torch.minimum(place, count[slot_row] - 1)]
-    index = torch.where(place < count[slot_row], slot, -1)
-    kept = torch.int32
-    return GatherList(group_ptr.to(kept), offset[slot].to(kept), index.to(kept), plane[slot].to(kept), source, target)
-
-
-def _gather_lists(
-    pattern: ValuePattern, geometry: Geometry, groups: int
-) -> tuple[Callable[[], GatherList], Callable[[], GatherList]]:
-    """What makes the lists of a pattern, from input to output and the other way round."""
-    row, col = row_indices(pattern.crow_indices), pattern.col_indices.to(torch.int64)
-    taps = len(geometry.tap_shift)
-    tap = col % taps
-    channel = col // taps + row // max(pattern.rows // groups, 1) * (geometry.in_channels // groups)
-    shift = torch.tensor(geometry.tap_shift)[tap]
-    plane = torch.tensor(geometry.tap_phase)[tap] * geometry.in_channels + channel
-    x, y, layouts = geometry.input_grid, geometry.output_grid, (geometry.input_layout, geometry.output_layout)
-
-    def forward() -> GatherList:
-        nonzeros = torch.arange(col.numel())
-        return _gather_list(row, plane, plane * x.pitch + x.front + shift, nonzeros, *layouts)
-
-    def backward() -> GatherList:
-        order = torch.argsort(plane, stable=True)
-        return _gather_list(plane[order], row, row * y.pitch + y.front - shift, order, *layouts[::-1])
-
-    return forward, backward
 
 
 def make_plan(

@@ -7,7 +7,8 @@ graphs and whoever else sees operators see the one that a layer is, see ``qspars
 """
 
 from qsparseprop._kernels._dense_rows import DenseRows
-from qsparseprop._kernels._plan import GatherList, PlaneLayout, ProductRows
+from qsparseprop._kernels._gather_list import GatherList
+from qsparseprop._kernels._plan import PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._kernels._tensor import are_plain, check_storage
 from qsparseprop.ops._registration import Operator, in_memory, operator, saved_tensors

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels import _matmul, _pack
+from qsparseprop._kernels import _matmul, _pack, _weights
 from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._plan import PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
@@ -158,7 +158,7 @@ def quantize_weight_plain(
     """`quantize_weight` for those who have looked at the tensors already."""
     weights = Weights(torch.empty(rows.slots, dtype=torch.int8), torch.empty(rows.rows, dtype=torch.float32),
                       torch.empty(rows.rows, dtype=torch.int64))  # fmt: skip
-    _matmul.quantize_weight(values, rows, factor, zero_point, clip, *weights, torch.get_num_threads())
+    _weights.quantize_weight(values, rows, factor, zero_point, clip, *weights, torch.get_num_threads())
     return weights
 
 
@@ -182,7 +182,7 @@ def gather_weight(values: Tensor, rows: ProductRows) -> Weights:
 def gather_weight_plain(values: Tensor, rows: ProductRows) -> Weights:
     """`gather_weight` for those who have looked at the tensor already."""
     slots = torch.empty(rows.slots, dtype=torch.float32)
-    _matmul.gather_weight(values, rows, slots)
+    _weights.gather_weight(values, rows, slots)
     return Weights(slots)
 
 

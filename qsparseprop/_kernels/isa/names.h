@@ -23,6 +23,7 @@
 #define dense_scales_kernel QSP_NAMED(dense_scales)
 #define dense_columns_kernel QSP_NAMED(dense_columns)
 #define dense_totals_kernel QSP_NAMED(dense_totals)
+#define offsets_kernel QSP_NAMED(offsets)
 #define pair_kernel QSP_NAMED(pair)
 #define pack_u8_kernel QSP_NAMED(pack_u8)
 #define pack_f32_kernel QSP_NAMED(pack_f32)

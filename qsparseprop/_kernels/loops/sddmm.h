@@ -74,29 +74,28 @@ QSP_INLINE void sddmm_row_f32(const qsp_sddmm *a, const float *x, const float *d
 /* Sums of a row -> values: minus the zero point's share, times the scales. */
 QSP_INLINE void sddmm_finish_u8(const qsp_sddmm *a, int64_t row, const int64_t *sums, int64_t dy_sum)
 {
+    const qsp_nonzeros *l = &a->nonzeros;
     const float scale_dy = a->scale_dy[row * a->scale_dy_stride];
-    const int64_t begin = qsp_first_slot(&a->list, row), end = qsp_first_slot(&a->list, row + 1);
-    int64_t n = end - begin;
-    while (n && a->index[begin + n - 1] < 0)
-        n--;
-    const int32_t *index = a->index + begin;
-    sums += begin;
+    const int64_t first = l->first[row], n = nonzeros_of_row(l, row);
+    const int32_t *index = l->index ? l->index + first : NULL;
     if (a->zero_stride || a->scale_x_stride) {
-        for (int64_t k = 0; k < n; k++) {
-            const int64_t plane = a->plane[begin + k];
-            const int64_t exact = sums[k] - a->zero_point[plane * a->zero_stride] * dy_sum;
-            if (index[k] >= 0)
-                a->out[index[k]] = (float)exact * (a->scale_x[plane * a->scale_x_stride] * scale_dy);
+        int32_t planes[64];
+        for (int64_t k = 0; k < n; k += 64) {
+            const int64_t m = qsp_min(64, n - k);
+            look_up(l, row, l->plane, k, m, planes);
+            for (int64_t i = 0; i < m; i++) {
+                const int64_t plane = planes[i], value = index ? index[k + i] : first + k + i;
+                const int64_t exact = sums[k + i] - a->zero_point[plane * a->zero_stride] * dy_sum;
+                if (value >= 0)
+                    a->out[value] = (float)exact * (a->scale_x[plane * a->scale_x_stride] * scale_dy);
+            }
         }
         return;
     }
     const int64_t excess = a->zero_point[0] * dy_sum;
     const float scale = a->scale_x[0] * scale_dy;
-    int ascending = n > 0 && index[0] >= 0;
-    for (int64_t k = 0; k < n; k++)
-        ascending &= index[k] - index[0] == k;
-    if (ascending) { /* as in every list sorted by row: one run of values */
-        float *out = a->out + index[0];
+    if (!index) {
+        float *out = a->out + first;
         for (int64_t k = 0; k < n; k++)
             out[k] = (float)(sums[k] - excess) * scale;
     } else {
@@ -106,23 +105,45 @@ QSP_INLINE void sddmm_finish_u8(const qsp_sddmm *a, int64_t row, const int64_t *
     }
 }
 
-/* One task: all units for the rows of part `chunk`. */
-QSP_INLINE void sddmm_task(const qsp_sddmm *a, int64_t chunk, const int codes)
+QSP_INLINE void sddmm_finish_f32(const qsp_sddmm *a, int64_t row, const double *sums)
 {
-    const int64_t first = qsp_cut_rows(&a->list, chunk, a->row_chunks);
-    const int64_t last = qsp_cut_rows(&a->list, chunk + 1, a->row_chunks);
-    const int64_t begin = qsp_first_slot(&a->list, first), end = qsp_first_slot(&a->list, last);
+    const qsp_nonzeros *l = &a->nonzeros;
+    const int64_t first = l->first[row], n = nonzeros_of_row(l, row);
+    for (int64_t k = 0; k < n; k++) {
+        const int64_t value = l->index ? l->index[first + k] : first + k;
+        if (value >= 0)
+            a->out[value] = (float)sums[k];
+    }
+}
+
+/* One task: all units for the rows of part `chunk`. */
+QSP_INLINE void sddmm_task(const qsp_sddmm *given, int64_t chunk, const int codes)
+{
+    qsp_sddmm one = *given;
+    const qsp_sddmm *a = &one;
+    const int64_t first = qsp_cut_rows(&given->list, chunk, a->row_chunks);
+    const int64_t last = qsp_cut_rows(&given->list, chunk + 1, a->row_chunks);
+    one.list.rows = last;
+    one.list.base = one.list.group_ptr[first];
+    const int64_t slots = qsp_first_slot(&a->list, last);
     const int64_t units = qsp_count_units(&a->dy_grid, &a->view, a->images);
     /* of codes one for a slot, and behind them one for a row; of floats one for a slot */
-    int64_t *sums = (int64_t *)a->sums, *dy_sums = sums + qsp_first_slot(&a->list, a->list.rows);
+    int64_t *sums = (int64_t *)a->sums, *dy_sums = sums + slots;
     double *float_sums = (double *)a->sums;
-    for (int64_t k = begin; k < end; k++)
+    int32_t *offset = (int32_t *)(dy_sums + (last - first));
+    if (given->list.offset) {
+        one.list.offset = given->list.offset + QSP_GROUP * one.list.base;
+    } else {
+        offsets_kernel(&a->nonzeros, first, last, offset);
+        one.list.offset = offset;
+    }
+    for (int64_t k = 0; k < slots; k++)
         if (codes)
             sums[k] = 0;
         else
             float_sums[k] = 0.0;
-    for (int64_t row = first; codes && row < last; row++)
-        dy_sums[row] = 0;
+    for (int64_t i = 0; codes && i < last - first; i++)
+        dy_sums[i] = 0;
 
     const int64_t size = codes ? 1 : (int64_t)sizeof(float);
     for (int64_t unit = 0; unit < units;) {
@@ -142,20 +163,20 @@ QSP_INLINE void sddmm_task(const qsp_sddmm *a, int64_t chunk, const int codes)
                 sddmm_row_f32(a, (const float *)x[0], (const float *)dy[0], row, float_sums);
         else if (n == ISA_SDDMM_UNITS)
             for (int64_t row = first; row < last; row++)
-                sddmm_row_u8s8(a, x, dy, row, sums, dy_sums + row, ISA_SDDMM_UNITS);
+                sddmm_row_u8s8(a, x, dy, row, sums, dy_sums + (row - first), ISA_SDDMM_UNITS);
         else if (ISA_SDDMM_UNITS > 2 && n == 2)
             for (int64_t row = first; row < last; row++)
-                sddmm_row_u8s8(a, x, dy, row, sums, dy_sums + row, 2);
+                sddmm_row_u8s8(a, x, dy, row, sums, dy_sums + (row - first), 2);
         else
             for (int64_t row = first; row < last; row++)
-                sddmm_row_u8s8(a, x, dy, row, sums, dy_sums + row, 1);
+                sddmm_row_u8s8(a, x, dy, row, sums, dy_sums + (row - first), 1);
     }
 
-    for (int64_t row = first; codes && row < last; row++)
-        sddmm_finish_u8(a, row, sums, dy_sums[row]);
-    for (int64_t k = begin; !codes && k < end; k++)
-        if (a->index[k] >= 0)
-            a->out[a->index[k]] = (float)float_sums[k];
+    for (int64_t row = first; row < last; row++)
+        if (codes)
+            sddmm_finish_u8(a, row, sums + qsp_first_slot(&a->list, row), dy_sums[row - first]);
+        else
+            sddmm_finish_f32(a, row, float_sums + qsp_first_slot(&a->list, row));
 }
 
 static void sddmm_u8_kernel(const qsp_sddmm *a, int64_t chunk) { sddmm_task(a, chunk, 1); }

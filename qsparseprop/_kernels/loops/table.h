@@ -10,6 +10,8 @@
 #include "loops/unpack.h"
 
 #ifndef ISA_DENSE_ONLY
+#include "loops/nonzeros.h"
+
 #include "loops/spmm.h"
 
 #include "loops/sddmm.h"
@@ -57,6 +59,7 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .spmm_f32 = spmm_f32_kernel,
     .sddmm_u8 = sddmm_u8_kernel,
     .sddmm_f32 = sddmm_f32_kernel,
+    .offsets = offsets_kernel,
 #endif
 #ifdef ISA_OWN_ROWS
     .pair = pair_kernel,

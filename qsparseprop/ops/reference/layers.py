@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels._plan import GatherList, PlaneLayout
+from qsparseprop._kernels._gather_list import GatherList
+from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.ops import layers
 from qsparseprop.ops.products import Packed

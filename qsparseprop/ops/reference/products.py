@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels._dense_rows import DenseRows
-from qsparseprop._kernels._plan import GatherList, PlaneLayout, ProductRows
+from qsparseprop._kernels._gather_list import GatherList
+from qsparseprop._kernels._plan import PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.ops import products
 from qsparseprop.ops.products import Packed, Weights
