@@ -249,7 +249,7 @@ def test_plans_make_what_they_need():
         plan = make_plan(crow, col, g, 1, modes)
         taken = plan.multiplied(True), plan.multiplied(True, swapped=True), plan.differentiated(True)
         assert [type(rows).__name__ for rows in taken] == [
-            {"list": "GatherList", "dense": "DenseRows"}[mode] for mode in modes]  # fmt: skip
+            {"list": "PatternList", "dense": "DenseRows"}[mode] for mode in modes]  # fmt: skip
         made = {name for name in ("forward", "backward", "dense_forward", "dense_backward") if name in vars(plan)}
         assert made == {("dense_" if dense else "") + name for name, dense in zip(
             ("forward", "backward", "forward"), (mode == "dense" for mode in modes), strict=True)}  # fmt: skip
