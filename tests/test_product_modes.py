@@ -25,6 +25,7 @@ from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import make_plan
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils.fusion import fuse_modules
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 from ._helpers import generator, run_python, set_weight
 
@@ -217,7 +218,7 @@ def test_modes_for_a_while(by_costs, monkeypatch):
         assert chosen() == mixed
     assert chosen() == ALL[-1]
     for wrong in (Modes("list", "lists", "dense"), Modes(None), (True, False, True)):
-        with pytest.raises(ValueError, match="modes must be 'list' or 'dense'"), use_modes(wrong):
+        with pytest.raises(ValueError, match="modes must be three, each 'list' or 'dense'"), use_modes(wrong):
             pass
     assert modes_module._forced is None
 
@@ -346,7 +347,7 @@ def test_layers_keep_the_modes_that_were_set():
         assert all(torch.equal(a, b) for a, b in zip(run(other, torch.ones(3, 20)), wanted, strict=True))
         assert other.product_modes == Modes("dense", "list", "dense")
     for wrong in (("dense", "list", "fast"), (1, 2, 3)):
-        with pytest.raises(ValueError, match="product_modes must each be 'list' or 'dense'"):
+        with pytest.raises(ValueError, match="modes must be three, each 'list' or 'dense'"):
             layer.product_modes = wrong
     layer.product_modes = None
     with use_modes(ALL[-1]):
@@ -365,3 +366,42 @@ def test_dense_rows_of_a_pattern_that_changes():
         fresh.product_modes = Modes()
         for a, b in zip(run(layer, x)[:2], run(fresh, x)[:2], strict=True):
             assert torch.equal(a, b)
+
+
+def test_tried_modes_go_with_the_pattern():
+    """What a swap has tried holds for these nonzeros, and for nobody who forces another way."""
+    layer = qnn.QuantizedSparseLinear.from_dense(nn.Linear(20, 12))
+    tried = Modes("dense", "list", "list")
+    layer.suggest_modes(tried)
+    layer(torch.randn(3, 20))
+    assert layer.product_modes == tried
+    assert "_tried" not in copy.deepcopy(layer).__dict__
+    layer.suggest_modes(tried)
+    with use_modes(Modes()):
+        layer(torch.randn(3, 20))
+    assert layer.product_modes == Modes()
+    layer.suggest_modes(tried)
+    weight = layer.dense_weight().detach().abs()
+    layer.apply_further_mask(weight > weight.median())
+    layer(torch.randn(3, 20))
+    assert layer.product_modes != tried
+
+
+def test_a_typo_stops_a_swap(monkeypatch):
+    monkeypatch.setenv("QSPARSEPROP_PRODUCTS", "fast")
+    with pytest.raises(ValueError, match="QSPARSEPROP_PRODUCTS must be auto, list or dense"):
+        swap_modules_with_sparse(nn.Sequential(nn.Linear(20, 12)), (3, 20), min_sparsity=0)
+
+
+def test_rows_that_are_too_long_fall_back_to_lists():
+    layer = qnn.QuantizedSparseLinear.from_dense(nn.Linear(70000, 2))
+    layer.product_modes = ("dense", "dense", "dense")
+    layer(torch.randn(2, 70000, requires_grad=True)).sum().backward()
+    assert layer.product_modes == Modes()
+
+
+def test_without_a_home(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "QSPARSEPROP_COSTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert not costs_file().is_absolute()  # nothing is written to it

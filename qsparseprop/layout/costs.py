@@ -55,8 +55,9 @@ class Costs(NamedTuple):
 def costs_file() -> Path:
     """Where what was measured is kept: ``QSPARSEPROP_COSTS``, or a file in the user's cache."""
     if given := os.environ.get("QSPARSEPROP_COSTS"):
-        return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(os.path.expanduser(given))
+    # which stays as it is for a user without a home; nothing can be written there then
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "qsparseprop", "product_costs.json")
 
 
@@ -89,7 +90,9 @@ def _as_costs(value: object) -> Costs | None:
         costs = Costs(**{name: float(number) for name, number in value.items()})  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError):
         return None
-    return costs if all(0 <= number < float("inf") for number in costs) else None
+    interleave_may_be_none = costs._replace(interleave=costs.interleave + 1)
+    valid = all(0 < number < float("inf") for number in interleave_may_be_none) and costs.interleave >= 0
+    return costs if valid else None
 
 
 @functools.lru_cache(maxsize=16)
@@ -112,7 +115,7 @@ def machine_costs(isa: str) -> Costs:
     if kept and (costs := _as_costs(kept.get(key))) is not None:
         return costs
     costs = measure_costs()
-    if kept is not None:
+    if kept is not None and path.is_absolute():
         _write(path, {**kept, key: costs._asdict()})
     return costs
 

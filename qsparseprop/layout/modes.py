@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from qsparseprop._kernels import _dispatch
@@ -17,7 +17,8 @@ from qsparseprop._kernels._dense_rows import ValuePattern
 from qsparseprop.layout.costs import machine_costs
 from qsparseprop.layout.geometry import Geometry
 
-__all__ = ["DENSE", "LIST", "LONGEST_ROW", "Modes", "Shape", "choose_modes", "doubtful_modes", "shape_of", "use_modes"]
+__all__ = ["DENSE", "LIST", "LONGEST_ROW", "Modes", "Shape", "checked_modes", "choose_modes",
+           "doubtful_modes", "forced_modes", "shape_of", "usable_modes", "use_modes"]
 
 #: The ways: of a product on codes.
 LIST, DENSE = "list", "dense"
@@ -45,6 +46,19 @@ class Modes(NamedTuple):
 _forced: Modes | None = None
 
 
+def checked_modes(modes: Sequence[str]) -> Modes:
+    """Three ways as `Modes`.
+
+    Raises
+    ------
+    ValueError
+        If these are not three, each "list" or "dense".
+    """
+    if not isinstance(modes, tuple | list) or len(modes) != 3 or not all(mode in (LIST, DENSE) for mode in modes):
+        raise ValueError(f"modes must be three, each {LIST!r} or {DENSE!r}, got {modes!r}")
+    return Modes(*modes)
+
+
 @contextlib.contextmanager
 def use_modes(modes: Modes | None) -> Iterator[None]:
     """Let plans that are made inside use these modes where they can; with None as `choose_modes` finds best.
@@ -58,8 +72,7 @@ def use_modes(modes: Modes | None) -> Iterator[None]:
     ValueError
         If one of them is neither "list" nor "dense".
     """
-    if modes is not None and not set(modes) <= {LIST, DENSE}:
-        raise ValueError(f"modes must be {LIST!r} or {DENSE!r}, got {modes!r}")
+    modes = None if modes is None else checked_modes(modes)
     global _forced
     before, _forced = _forced, modes
     try:
@@ -68,7 +81,8 @@ def use_modes(modes: Modes | None) -> Iterator[None]:
         _forced = before
 
 
-def _forced_modes() -> Modes | None:
+def forced_modes() -> Modes | None:
+    """Those of `use_modes` or ``QSPARSEPROP_PRODUCTS``, or None; ValueError where that names no way."""
     if _forced is not None:
         return _forced
     wanted = os.environ.get("QSPARSEPROP_PRODUCTS", "").strip().lower()
@@ -144,9 +158,14 @@ def choose_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Mode
     """
     if not _is_free(pattern, geometry, groups):
         return Modes()
-    if (forced := _forced_modes()) is not None:
+    if (forced := forced_modes()) is not None:
         return forced
     return Modes(*(DENSE if ratio < 1 else LIST for ratio in _ratios(pattern, geometry, groups)))
+
+
+def usable_modes(modes: Modes, pattern: ValuePattern, geometry: Geometry, groups: int) -> Modes:
+    """Modes that somebody has chosen, or lists where rows are too long for dense ones."""
+    return modes if _is_free(pattern, geometry, groups) else Modes()
 
 
 #: How near the times of both ways must be for a model of five constants to be in doubt.
@@ -165,7 +184,7 @@ def doubtful_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Mo
     -------
     Modes or None
     """
-    if not _is_free(pattern, geometry, groups) or _forced_modes() is not None:
+    if not _is_free(pattern, geometry, groups) or forced_modes() is not None:
         return None
     ratios = _ratios(pattern, geometry, groups)
     doubted = [1 / DOUBT < ratio < DOUBT for ratio in ratios]

@@ -14,7 +14,7 @@ from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
 from qsparseprop._kernels._gather_list import GatherList, PatternList
 from qsparseprop._kernels._plan import ProductRows
 from qsparseprop.layout.geometry import Geometry
-from qsparseprop.layout.modes import Modes, choose_modes, doubtful_modes
+from qsparseprop.layout.modes import Modes, choose_modes, doubtful_modes, usable_modes
 from qsparseprop.layout.pattern import check_pattern, tensor_version
 
 __all__ = ["KEPT_PLANS", "Plan", "PlanCache", "make_plan", "shared_plan_cache"]
@@ -47,7 +47,8 @@ class Plan:
 
     def __init__(self, pattern: ValuePattern, geometry: Geometry, groups: int, modes: Modes | None = None) -> None:
         self._pattern, self.geometry, self.groups = pattern, geometry, groups
-        self.modes = choose_modes(pattern, geometry, groups) if modes is None else modes
+        choose = choose_modes if modes is None else functools.partial(usable_modes, modes)
+        self.modes = choose(pattern, geometry, groups)
         self.entries = pattern.rows * pattern.columns
 
     # What nobody asks for is not made: dense rows need no lists, products of float32 nothing else.
@@ -152,12 +153,10 @@ class PlanCache:
     ----------
     hold : bool
         Hold the tensors, so that no others can take their place in memory; otherwise the caller sees to that.
-    modes : Modes, optional
-        Of the plans; without them as each finds best.
     """
 
-    def __init__(self, hold: bool = True, modes: Modes | None = None) -> None:
-        self._hold, self._modes = hold, modes
+    def __init__(self, hold: bool = True) -> None:
+        self._hold = hold
         # patterns may change while other threads compute with them: what belongs together is exchanged together
         self._kept = _Kept((), None, OrderedDict())
         self._lock = threading.Lock()
@@ -167,7 +166,8 @@ class PlanCache:
 
     def last(self) -> Plan | None:
         """The plan that was made last."""
-        return next(reversed(self._kept.plans.values()), None)
+        with self._lock:
+            return next(reversed(self._kept.plans.values()), None)
 
     def find(self, crow_indices: Tensor, col_indices: Tensor, geometry: Geometry, groups: int) -> Plan | None:
         """The plan of a pattern on a geometry if it is there."""
@@ -175,7 +175,8 @@ class PlanCache:
         return kept.plans.get((geometry, groups)) if kept.are_of(crow_indices, col_indices) else None
 
     def get(
-        self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], geometry: Geometry, groups: int
+        self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], geometry: Geometry, groups: int,
+        modes: Modes | None = None,
     ) -> Plan:
         """Plan of a pattern on a geometry.
 
@@ -188,6 +189,8 @@ class PlanCache:
         geometry : Geometry
         groups : int
             Groups of the convolution.
+        modes : Modes, optional
+            Of a plan that has to be made; without them as it finds best.
 
         Raises
         ------
@@ -205,7 +208,7 @@ class PlanCache:
                 # a thread that makes a plan of the pattern before puts it where nobody looks any more
                 self._kept = _Kept(stamp, (crow, col) if self._hold else None, OrderedDict())
             plans = self._kept.plans
-        plan = make_plan(crow, col, geometry, groups, self._modes)
+        plan = make_plan(crow, col, geometry, groups, modes)
         with self._lock:
             plans[geometry, groups] = plan
             if len(plans) > KEPT_PLANS:

@@ -13,7 +13,7 @@ from qsparseprop import ops
 from qsparseprop._torch_compat import is_jit_tracing, transforms_active
 from qsparseprop.contents import is_convertible
 from qsparseprop.layout.geometry import Geometry
-from qsparseprop.layout.modes import DENSE, LIST, Modes
+from qsparseprop.layout.modes import Modes, checked_modes, forced_modes
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, PlanCache
 from qsparseprop.nn._dense import dense_weight
@@ -157,10 +157,12 @@ class SparseModule(SparseWeight):
         self._check_stamp()
         cache = self.__dict__.get("_plans")
         if cache is None:
-            cache = self.__dict__["_plans"] = PlanCache(modes=self.__dict__.get("_modes"))
+            cache = self.__dict__["_plans"] = PlanCache()
         crow, col = self.crow_indices, self.col_indices
         plan = cache.find(crow, col, geometry, groups)
-        return cache.get(crow, col, self._matrix_shape(), geometry, groups) if plan is None else plan
+        if plan is not None:
+            return plan
+        return cache.get(crow, col, self._matrix_shape(), geometry, groups, self._wanted_modes())
 
     def last_plan(self) -> Plan | None:
         """The plan of the size of input that came last for the first time."""
@@ -179,16 +181,29 @@ class SparseModule(SparseWeight):
 
     @product_modes.setter
     def product_modes(self, modes: Modes | None) -> None:
-        if modes is not None:
-            modes = Modes(*modes)
-            if not set(modes) <= {LIST, DENSE}:
-                raise ValueError(f"product_modes must each be {LIST!r} or {DENSE!r}, got {tuple(modes)}")
-        self.__dict__["_modes"] = modes
-        self.__dict__.pop("_plans", None)
+        self.__dict__["_modes"] = None if modes is None else checked_modes(modes)
+        self._forget_tried_modes()
+
+    def suggest_modes(self, modes: Modes) -> None:
+        """Take modes that were faster when tried, with as many nonzeros; copies and other machines choose anew."""
+        self._forget_tried_modes()
+        self.__dict__["_tried"] = (self.nonzeros, modes)
+
+    def _forget_tried_modes(self) -> None:
+        for name in ("_plans", "_tried"):
+            self.__dict__.pop(name, None)
+
+    def _wanted_modes(self) -> Modes | None:
+        """Those of the user, or that were tried with as many nonzeros, where nothing else is forced."""
+        modes: Modes | None = self.__dict__.get("_modes")
+        nonzeros, tried = self.__dict__.get("_tried", (None, None))
+        if modes is None and nonzeros == self.nonzeros and forced_modes() is None:
+            return tried
+        return modes
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_copies", "_usages")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_tried", "_copies", "_usages")}
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_scripting(self)

@@ -64,7 +64,7 @@ class Stopwatch:
 
 def _set_modes(layer: nn.Module, modes: Modes | None) -> None:
     if modes is not None and isinstance(layer, SparseModule):
-        layer.product_modes = modes
+        layer.suggest_modes(modes)
 
 
 def _with_other_modes(sparse: nn.Module) -> SparseModule | None:

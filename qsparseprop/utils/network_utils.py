@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qsparseprop import nn as sparse_nn
+from qsparseprop.layout.modes import forced_modes
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_type
 from qsparseprop.quantization import QuantConfig
@@ -137,6 +138,7 @@ def swap_modules_with_sparse(  # noqa: PLR0913 - settings, by keyword
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     options = SwapOptions(prototype, quantize, min_sparsity, qconfig, fuse)
     options.check()
+    forced_modes()  # a setting that makes no sense must not look like layers that do not pay
     if input_shape is None and include_dense and not prototype:
         raise ValueError("input_shape=None runs nothing and only goes with include_dense=False")
     run = None if input_shape is None else make_runner(model, input_shape)
