@@ -57,7 +57,7 @@ def openmp_runtimes() -> list[str]:
     return sorted(p for p in paths if p.rsplit("/", 1)[-1].startswith(names))
 
 
-def dense_rows_pay() -> str:
+def _where_dense_rows_pay() -> str:
     """Up to which share of zeros dense rows are the faster way here, as measured; see `qsparseprop.layout.costs`."""
     costs = machine_costs(_dispatch.active_isa())
     shares = (1 - costs.spmm_dense / costs.spmm_list, 1 - costs.sddmm_dense / costs.sddmm_list)
@@ -79,7 +79,7 @@ def get_config() -> dict[str, Any]:
         "isa_built": _dispatch.built_isas(),
         "isa_supported": _dispatch.supported_isas(),
         "isa_chosen": _dispatch.active_isa(),
-        "dense_rows": dense_rows_pay(),
+        "dense_rows": _where_dense_rows_pay(),
         "openmp": _dispatch.have_openmp,
         "openmp_runtimes": openmp_runtimes(),
         "threads": torch.get_num_threads() if _dispatch.have_openmp else 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qsparseprop import ops
-from qsparseprop._kernels._dense_rows import ValuePattern
+from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop.layout.geometry import conv_geometry
 from qsparseprop.layout.modes import Modes
 from qsparseprop.layout.pattern import dense_pattern

@@ -22,7 +22,8 @@ from qsparseprop._kernels import (
     _quantize,
     _statistics,
 )
-from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
+from qsparseprop._kernels._dense_rows import DenseRows
+from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
 from qsparseprop.layout.modes import Modes
 from qsparseprop.layout.pattern import dense_pattern

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
-from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
+from qsparseprop._kernels._dense_rows import DenseRows
+from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop.layout.geometry import Geometry, conv_geometry, linear_geometry
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import make_plan
@@ -122,7 +123,8 @@ import ctypes, mmap, sys
 import torch
 from qsparseprop import ops
 from qsparseprop._kernels import _dispatch
-from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
+from qsparseprop._kernels._dense_rows import DenseRows
+from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop.layout.geometry import conv_geometry
 from qsparseprop.layout.pattern import dense_pattern
 

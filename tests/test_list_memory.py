@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from qsparseprop import ops
-from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
+from qsparseprop._kernels._dense_rows import DenseRows
 from qsparseprop._kernels._gather_list import PatternList
+from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
 from qsparseprop.layout.modes import Modes
 from qsparseprop.layout.pattern import dense_pattern

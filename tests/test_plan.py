@@ -164,3 +164,17 @@ def test_a_plan_that_is_late_does_not_stand_for_a_new_pattern(monkeypatch):
     found = cache.get(*new, (6, 8), geometry, 1)
     assert found is wanted
     assert torch.equal(found.forward.offset, make_plan(*new, geometry).forward.offset)
+
+
+def test_the_last_plan_is_not_looked_for_while_plans_come_and_go():
+    """As where a thread asks for the modes of a layer that others give inputs of new sizes."""
+    crow, col, _ = dense_pattern(torch.eye(4) > 0)
+    cache, found = PlanCache(), []
+    plan = cache.get(crow, col, (4, 4), linear_geometry(4, 4), 1)
+    thread = threading.Thread(target=lambda: found.append(cache.last()))
+    with cache._lock:
+        thread.start()
+        thread.join(0.2)
+        assert not found
+    thread.join(30)
+    assert found == [plan]

@@ -15,7 +15,7 @@ from torch import nn
 
 from qsparseprop import nn as qnn
 from qsparseprop._kernels import _dispatch
-from qsparseprop._kernels._dense_rows import ValuePattern
+from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop.layout import costs as costs_module
 from qsparseprop.layout import modes as modes_module
 from qsparseprop.layout.costs import Costs, cost_key, costs_file, machine_costs, measure_costs
@@ -89,7 +89,7 @@ def test_what_others_measured_stays(file, measured):
 
 @pytest.mark.parametrize("kept", [{}, {"spmm_list": 1.0}, {**COSTS._asdict(), "amx": 1.0},
                                   *(COSTS._replace(spmm_dense=cost) for cost in
-                                    (-1.0, float("nan"), float("inf"), "fast", None))])  # fmt: skip
+                                    (-1.0, 0.0, float("nan"), float("inf"), "fast", None))])  # fmt: skip
 def test_costs_that_make_no_sense_are_measured_anew(file, measured, kept):
     file.parent.mkdir()
     file.write_text(json.dumps({cost_key(isa()): kept._asdict() if isinstance(kept, Costs) else kept}))
@@ -404,4 +404,6 @@ def test_without_a_home(monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME", "QSPARSEPROP_COSTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert not costs_file().is_absolute()  # nothing is written to it
+    assert not costs_file().is_absolute()
+    monkeypatch.setattr(costs_module, "_write", lambda *_: pytest.fail("nothing can be written there"))
+    assert costs_module._as_costs(machine_costs.__wrapped__(_dispatch.active_isa())._asdict()) is not None

@@ -2,22 +2,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qsparseprop._kernels._plan import PlaneLayout, ProductRows
-
-class ValuePattern:
-    @property
-    def rows(self) -> int: ...
-    @property
-    def columns(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    def __new__(cls, crow_indices: Tensor, col_indices: Tensor, columns: int) -> ValuePattern: ...
-    @property
-    def crow_indices(self) -> Tensor: ...
-    @property
-    def col_indices(self) -> Tensor: ...
+from qsparseprop._kernels._plan import PlaneLayout, ProductRows, ValuePattern
 
 class DenseRows(ProductRows):
     @property

@@ -1,157 +1,23 @@
-"""Rows of weights as a matrix with its zeros: what dense rows and their weights are made from, checked once."""
+"""Rows of weights as a matrix with its zeros, checked once when they are made."""
 
 from operator import index as whole
 
 import torch
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport int32_t, int64_t, uint16_t
+from libc.stdint cimport int32_t, int64_t
 
 from qsparseprop._kernels._dispatch cimport QSP_GROUP, QSP_MAX_EXACT, QSP_UNIT, qsp_band
-from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows
-from qsparseprop._kernels._tensor cimport numel, pointer
+from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows, ValuePattern
+from qsparseprop._kernels._tensor cimport pointer
 
-from qsparseprop._kernels._tensor import check_storage
-
-cdef enum:
-    WIDE = 1 << 16  # columns that 16 bits number
-
-cdef object _int16 = torch.int16
 cdef object _int32 = torch.int32
-
-cdef extern from *:
-    """
-    /* Columns as 16 bits, those of a row ascending and below `columns`; returns the first bad one, or n. */
-    static int64_t qsp_narrow(const int32_t *column, const int32_t *ptr, int64_t rows, int64_t columns, uint16_t *out)
-    {
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = ptr[r], least = 0; i < ptr[r + 1]; i++) {
-                const int32_t c = *(const volatile int32_t *)(column + i); /* once: others may be writing there */
-                if (c < least || c >= columns)
-                    return i;
-                least = (int64_t)c + 1;
-                if (out)
-                    out[i] = (uint16_t)c;
-            }
-        return ptr[rows];
-    }
-    """
-    int64_t qsp_narrow(const int32_t *, const int32_t *, int64_t, int64_t, uint16_t *) noexcept nogil
-
-
-cdef class ValuePattern:
-    """Which entries of a weight, (rows, columns), its values are: in two bytes a value, none where they are all.
-
-    Parameters
-    ----------
-    crow_indices, col_indices : Tensor
-        CSR, int32; columns ascend in each row. They are copied.
-    columns : int
-        Above 65,536 they take four bytes.
-
-    Attributes
-    ----------
-    rows, columns, count : int
-        The latter of values.
-    nbytes : int
-        Bytes that it holds.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a tensor is not as said.
-    """
-
-    def __cinit__(self, crow_indices, col_indices, int64_t columns):
-        cdef int64_t i
-        for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        self.rows, self.columns, self.count = numel(crow_indices) - 1, columns, numel(col_indices)
-        if self.rows < 1 or not 1 <= columns < <int64_t> 1 << 31:
-            raise ValueError(f"a pattern must have rows and columns, got {self.rows} and {columns}")
-        check_storage(crow_indices, "crow_indices")
-        check_storage(col_indices, "col_indices")
-        own, col_indices = crow_indices.clone(), col_indices.resolve_neg()
-        cdef int32_t *ptr = <int32_t *> pointer(own, _int32, self.rows + 1, "crow_indices")
-        for i in range(self.rows):
-            if ptr[i + 1] < ptr[i] or <int64_t> ptr[i + 1] - ptr[i] > columns:
-                raise ValueError(f"crow_indices must ascend, by at most {columns}")
-        if ptr[0] != 0 or ptr[self.rows] != self.count:
-            raise ValueError(f"crow_indices must ascend from 0 to {self.count}")
-        cdef const int32_t *given = NULL
-        if self.count:
-            given = <const int32_t *> pointer(col_indices, _int32, self.count, "col_indices")
-        cdef uint16_t *out = NULL
-        columns_held = None
-        if columns > WIDE:
-            columns_held = col_indices.clone()
-        elif self.count != self.rows * columns:
-            columns_held = torch.empty(max(self.count, 1), dtype=_int16)
-            out = <uint16_t *> pointer(columns_held, _int16, self.count, "col_indices")
-        cdef int64_t bad
-        with nogil:
-            bad = qsp_narrow(given, ptr, self.rows, columns, out)
-        if bad != self.count:
-            raise ValueError(f"col_indices must ascend in each row and lie in [0, {columns}), got {given[bad]} at "
-                             f"{bad}")
-        self.ptr, self.column, self._held = ptr, out, (own, columns_held)
-        if columns > WIDE and self.count:
-            self.wide = <const int32_t *> pointer(columns_held, _int32, self.count, "col_indices")
-
-    cdef int64_t check_layouts(self, int64_t groups, tuple phase, tuple shift, PlaneLayout x, PlaneLayout y) except -1:
-        """Check that groups and taps make a convolution of this weight from planes x to y."""
-        if groups < 1 or self.rows % groups or x.channels % groups or self.rows != y.grid.planes:
-            raise ValueError(f"a pattern of {self.rows} rows in {groups} groups does not go with {y.grid.planes} "
-                             f"planes of the output and {x.channels} channels of the input")
-        if not phase or len(phase) != len(shift) or len(phase) * (x.channels // groups) != self.columns:
-            raise ValueError(f"{len(phase)} taps, shifts of {len(shift)} and {x.channels // groups} channels of a "
-                             f"group do not make {self.columns} columns")
-        if not all([0 <= p < x.grid.planes // x.channels for p in phase]):
-            raise ValueError(f"tap_phase must lie in [0, {x.grid.planes // x.channels}), got {list(phase)}")
-        return 0
-
-    @property
-    def crow_indices(self):
-        """First value of each row, int32."""
-        return self._held[0].clone()
-
-    @property
-    def col_indices(self):
-        """Column of each value, int32."""
-        if self._held[1] is None:
-            return torch.arange(self.columns, dtype=_int32).repeat(self.rows)
-        if self.column == NULL:
-            return self._held[1].clone()
-        return self._held[1][:self.count].to(_int32) & 0xffff
-
-    @property
-    def nbytes(self):
-        """Bytes that it holds."""
-        return sum([t.nbytes for t in self._held if t is not None])
-
-    def __repr__(self):
-        return f"ValuePattern({self.rows} x {self.columns}, {self.count} values)"
-
-    def __reduce__(self):
-        return ValuePattern, (self.crow_indices, self.col_indices, self.columns)
 
 
 cdef class DenseRows(ProductRows):
     """Rows of weights as a matrix with its zeros, int8; rows that read the same planes share a table of offsets.
 
-    Parameters
-    ----------
-    pattern : ValuePattern
-        (out_channels, in_channels / groups * taps).
-    groups : int
-        Of the convolution.
-    tap_phase, tap_shift : sequence of int
-        Of each tap the phase of the input that it reads, and by how many lanes it is further on there.
-    source, target : PlaneLayout
-        Of the input and the output, or with `swapped` of the output and the input.
-    swapped : bool
-        Whether rows are planes of the input, as its gradient wants it.
+    Parameters are those of `PatternList`.
 
     Attributes
     ----------
@@ -181,8 +47,6 @@ cdef class DenseRows(ProductRows):
             raise ValueError(f"a row has {pattern.columns} weights, of which an int32 holds the sum of {QSP_MAX_EXACT}")
         self.pattern, self.swapped = pattern, swapped
         pattern.check_layouts(groups, tuple(phase), tuple(shift), x, y)
-        if not all([-x.grid.pitch <= s <= x.grid.pitch for s in shift]):
-            raise ValueError(f"tap_shift must lie within the {x.grid.pitch} lanes of a plane, got {shift}")
         self.dense.rows, self.dense.groups = self.rows, groups
         self.dense.value_rows, self.dense.columns = pattern.rows, pattern.columns
         self.dense.value_ptr, self.dense.column = pattern.ptr, pattern.column

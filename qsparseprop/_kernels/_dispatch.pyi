@@ -2,6 +2,7 @@ have_openmp: bool
 compiler: str
 unit: int
 group: int
+longest_row: int
 
 def built_isas() -> list[str]: ...
 def supported_isas() -> list[str]: ...

@@ -32,8 +32,8 @@ cdef const qsp_kernels *_active = NULL
 
 have_openmp = bool(QSP_HAVE_OPENMP)
 compiler = QSP_COMPILER.decode()
-#: Lanes of a unit, and slots of a group.
-unit, group = QSP_UNIT, QSP_GROUP
+#: Lanes of a unit, slots of a group, and products of codes that an int32 sums up exactly.
+unit, group, longest_row = QSP_UNIT, QSP_GROUP, QSP_MAX_EXACT
 
 
 cdef const qsp_kernels *active_kernels() noexcept nogil:

@@ -2,9 +2,8 @@
 
 from libc.stdint cimport int32_t, int64_t
 
-from qsparseprop._kernels._dense_rows cimport ValuePattern
 from qsparseprop._kernels._dispatch cimport qsp_nonzeros
-from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows
+from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows, ValuePattern
 
 
 cdef class GatherList(ProductRows):

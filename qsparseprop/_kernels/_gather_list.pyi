@@ -2,8 +2,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qsparseprop._kernels._dense_rows import ValuePattern
-from qsparseprop._kernels._plan import PlaneLayout, ProductRows
+from qsparseprop._kernels._plan import PlaneLayout, ProductRows, ValuePattern
 
 class GatherList(ProductRows):
     @property

@@ -11,9 +11,8 @@ import torch
 from libc.stdint cimport int32_t, int64_t, uint16_t
 from libc.string cimport memcpy, memset
 
-from qsparseprop._kernels._dense_rows cimport ValuePattern
 from qsparseprop._kernels._dispatch cimport QSP_GROUP, active_kernels, qsp_nonzeros
-from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows
+from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows, ValuePattern
 from qsparseprop._kernels._tensor cimport numel, pointer
 
 from qsparseprop._kernels._tensor import check_storage
@@ -23,7 +22,7 @@ cdef enum:
     MAX_ROWS = 0x7ffffff0
     MOST = 0x7fffffff
     NARROW = 1 << 16  # places of a table that 16 bits number
-    KEPT_SLOTS = 1 << 14
+    SMALL_LIST = 1 << 14  # slots up to which offsets are kept
 
 cdef object _int16 = torch.int16
 cdef object _int32 = torch.int32
@@ -208,7 +207,7 @@ cdef class GatherList(ProductRows):
     cdef int64_t _keep_offsets(self) except -1:
         """Those of small lists: to write them out in each call would be felt, to keep them is not."""
         cdef int32_t *offset
-        if 0 < self.slots <= KEPT_SLOTS:
+        if 0 < self.slots <= SMALL_LIST:
             offset = self._hold(self.slots)
             active_kernels().offsets(&self.nonzeros, 0, self.rows, offset)
             self.kept_offsets = offset

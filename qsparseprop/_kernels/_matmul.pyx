@@ -64,6 +64,12 @@ cdef int64_t _chunks(int64_t rows, int64_t units, int threads):
     return max(1, min((4 * threads + units - 1) // max(units, 1), rows // 16))
 
 
+cdef bint _are_codes(object planes) except -1:
+    if not isinstance(planes, torch.Tensor):
+        raise TypeError(f"planes must be a tensor, got {type(planes).__name__}")
+    return planes.dtype is _uint8
+
+
 def spmm(planes, weights, scale, correction, x_scale, x_zero_point, ProductRows rows not None, bias, out, int threads,
          float least=-INFINITY, float greatest=INFINITY):
     """out[row, lane] = sum_k weights[row, k] * planes[offset[row, k] + lane], unpacked into `out`.
@@ -73,7 +79,7 @@ def spmm(planes, weights, scale, correction, x_scale, x_zero_point, ProductRows 
     float32 or bfloat16, of any strides that do not overlap. `least` and `greatest` limit the result; without a bias it
     has no limits.
     """
-    cdef bint codes = planes.dtype is _uint8
+    cdef bint codes = _are_codes(planes)
     cdef qsp_spmm a
     memset(&a, 0, sizeof(a))
     as_dense(rows, codes)
@@ -267,7 +273,7 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None
     `planes` and `dy` are both uint8 (`dy` around 128, scales given) or both float32: packed in the source and the
     target of the list, of so many images.
     """
-    cdef bint codes = planes.dtype is _uint8
+    cdef bint codes = _are_codes(planes)
     cdef qsp_sddmm a
     cdef PlaneLayout target = rows.target
     cdef int64_t units, end, lanes

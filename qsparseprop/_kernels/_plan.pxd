@@ -1,6 +1,6 @@
 """What the kernels walk, checked once when it is made: see ``_plan.pyx``."""
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint16_t
 
 from qsparseprop._kernels._dispatch cimport qsp_grid, qsp_view
 
@@ -25,6 +25,23 @@ cdef class PlaneLayout:
     cdef int64_t check_shape(self, const int64_t *shape, str name) except -1
     cdef bytes place(self, int64_t images, const int64_t *stride)
     cdef int64_t whole_view(self, qsp_view *view) except -1
+
+
+cdef class ValuePattern:
+    cdef const int32_t *ptr
+    cdef const uint16_t *column  # NULL where every row has all columns, or where they want 32 bits
+    cdef const int32_t *wide
+    cdef readonly int64_t rows
+    cdef readonly int64_t columns
+    cdef readonly int64_t count
+    cdef tuple _held
+
+    cdef inline int64_t column_of(self, int64_t row, int64_t value) noexcept nogil:
+        if self.column != NULL:
+            return self.column[value]
+        return value - self.ptr[row] if self.wide == NULL else self.wide[value]
+
+    cdef int64_t check_layouts(self, int64_t groups, tuple phase, tuple shift, PlaneLayout x, PlaneLayout y) except -1
 
 
 cdef class ProductRows:

@@ -1,17 +1,27 @@
-"""What the kernels walk, checked once when it is made: where the planes of a tensor lie, and rows of weights on them.
+"""What the kernels walk, checked once when it is made: where planes lie, which values a weight has, and rows of them.
 
 Nobody can change them afterwards: all numbers are copied, and what Python sees of them are copies again. So the kernels
 read them without looking at them anew, and without the GIL.
 """
 
+import torch
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int32_t, int64_t, uint16_t
 
 from qsparseprop._kernels._dispatch cimport QSP_UNIT
+from qsparseprop._kernels._tensor cimport numel, pointer
+
+from qsparseprop._kernels._tensor import check_storage
 
 cdef enum:
     VIEW_NUMBERS = 9
+    WIDE = 1 << 16  # columns that 16 bits number
     # below: sums of products of two fit into 64 bits, which everything that follows relies on
     LIMIT = 1 << 30
+
+cdef object _int16 = torch.int16
+cdef object _int32 = torch.int32
 
 
 ctypedef struct pixels_t:
@@ -220,6 +230,126 @@ cdef int64_t view_end(const qsp_grid *grid, const qsp_view *view, int64_t images
     if grid.front + end > grid.pitch:
         raise ValueError(f"a view has lanes up to {grid.front + end}, its planes only {grid.pitch}")
     return end + QSP_UNIT
+
+
+cdef extern from *:
+    """
+    /* Columns as 16 bits, those of a row ascending and below `columns`; returns the first bad one, or n. */
+    static int64_t qsp_narrow(const int32_t *column, const int32_t *ptr, int64_t rows, int64_t columns, uint16_t *out)
+    {
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = ptr[r], least = 0; i < ptr[r + 1]; i++) {
+                const int32_t c = *(const volatile int32_t *)(column + i); /* once: others may be writing there */
+                if (c < least || c >= columns)
+                    return i;
+                least = (int64_t)c + 1;
+                if (out)
+                    out[i] = (uint16_t)c;
+            }
+        return ptr[rows];
+    }
+    """
+    int64_t qsp_narrow(const int32_t *, const int32_t *, int64_t, int64_t, uint16_t *) noexcept nogil
+
+
+cdef class ValuePattern:
+    """Which entries of a weight, (rows, columns), its values are: in two bytes a value, none where they are all.
+
+    Parameters
+    ----------
+    crow_indices, col_indices : Tensor
+        CSR, int32; columns ascend in each row. They are copied.
+    columns : int
+        Above 65,536 they take four bytes.
+
+    Attributes
+    ----------
+    rows, columns, count : int
+        The latter of values.
+    nbytes : int
+        Bytes that it holds.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a tensor is not as said.
+    """
+
+    def __cinit__(self, crow_indices, col_indices, int64_t columns):
+        cdef int64_t i
+        for name, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        self.rows, self.columns, self.count = numel(crow_indices) - 1, columns, numel(col_indices)
+        if self.rows < 1 or not 1 <= columns < <int64_t> 1 << 31:
+            raise ValueError(f"a pattern must have rows and columns, got {self.rows} and {columns}")
+        check_storage(crow_indices, "crow_indices")
+        check_storage(col_indices, "col_indices")
+        own, col_indices = crow_indices.clone(), col_indices.resolve_neg()
+        cdef int32_t *ptr = <int32_t *> pointer(own, _int32, self.rows + 1, "crow_indices")
+        for i in range(self.rows):
+            if ptr[i + 1] < ptr[i] or <int64_t> ptr[i + 1] - ptr[i] > columns:
+                raise ValueError(f"crow_indices must ascend, by at most {columns}")
+        if ptr[0] != 0 or ptr[self.rows] != self.count:
+            raise ValueError(f"crow_indices must ascend from 0 to {self.count}")
+        cdef const int32_t *given = NULL
+        if self.count:
+            given = <const int32_t *> pointer(col_indices, _int32, self.count, "col_indices")
+        cdef uint16_t *out = NULL
+        columns_held = None
+        if columns > WIDE:
+            columns_held = col_indices.clone()
+        elif self.count != self.rows * columns:
+            columns_held = torch.empty(max(self.count, 1), dtype=_int16)
+            out = <uint16_t *> pointer(columns_held, _int16, self.count, "col_indices")
+        cdef int64_t bad
+        with nogil:
+            bad = qsp_narrow(given, ptr, self.rows, columns, out)
+        if bad != self.count:
+            raise ValueError(f"col_indices must ascend in each row and lie in [0, {columns}), got {given[bad]} at "
+                             f"{bad}")
+        self.ptr, self.column, self._held = ptr, out, (own, columns_held)
+        if columns > WIDE and self.count:
+            self.wide = <const int32_t *> pointer(columns_held, _int32, self.count, "col_indices")
+
+    cdef int64_t check_layouts(self, int64_t groups, tuple phase, tuple shift, PlaneLayout x, PlaneLayout y) except -1:
+        """Check that groups and taps make a convolution of this weight from planes x to y."""
+        if groups < 1 or self.rows % groups or x.channels % groups or self.rows != y.grid.planes:
+            raise ValueError(f"a pattern of {self.rows} rows in {groups} groups does not go with {y.grid.planes} "
+                             f"planes of the output and {x.channels} channels of the input")
+        if not phase or len(phase) != len(shift) or len(phase) * (x.channels // groups) != self.columns:
+            raise ValueError(f"{len(phase)} taps, shifts of {len(shift)} and {x.channels // groups} channels of a "
+                             f"group do not make {self.columns} columns")
+        if not all([0 <= p < x.grid.planes // x.channels for p in phase]):
+            raise ValueError(f"tap_phase must lie in [0, {x.grid.planes // x.channels}), got {list(phase)}")
+        if not all([-LIMIT < s < LIMIT for s in shift]):
+            raise ValueError(f"tap_shift must lie within {LIMIT} lanes, got {list(shift)}")
+        return 0
+
+    @property
+    def crow_indices(self):
+        """First value of each row, int32."""
+        return self._held[0].clone()
+
+    @property
+    def col_indices(self):
+        """Column of each value, int32."""
+        if self._held[1] is None:
+            return torch.arange(self.columns, dtype=_int32).repeat(self.rows)
+        if self.column == NULL:
+            return self._held[1].clone()
+        return self._held[1][:self.count].to(_int32) & 0xffff
+
+    @property
+    def nbytes(self):
+        """Bytes that it holds."""
+        return sum([t.nbytes for t in self._held if t is not None])
+
+    def __repr__(self):
+        return f"ValuePattern({self.rows} x {self.columns}, {self.count} values)"
+
+    def __reduce__(self):
+        return ValuePattern, (self.crow_indices, self.col_indices, self.columns)
 
 
 cdef class ProductRows:

@@ -143,6 +143,8 @@ cdef int64_t _dtype_code(const qsp_dltensor *t) noexcept:
 
 
 cdef int64_t numel(object tensor) except -1:
+    if not isinstance(tensor, _Tensor):
+        raise TypeError(f"expected a tensor, got {type(tensor).__name__}")
     return tensor.numel()
 
 

@@ -129,6 +129,13 @@ typedef struct {
     int64_t row_chunks;
 } qsp_sddmm;
 
+/* A value's gradient: a sum of products of codes, without the zero point's share, in units of the scales. */
+static inline float qsp_gradient(const qsp_sddmm *a, int64_t sum, int64_t dy_sum, int64_t plane, float scale_dy)
+{
+    return (float)(sum - a->zero_point[plane * a->zero_stride] * dy_sum) *
+           (a->scale_x[plane * a->scale_x_stride] * scale_dy);
+}
+
 /* What a scheme does with a range of values; formulas are in loops/scale.h. */
 enum { QSP_ABSMAX, QSP_SYMMETRIC, QSP_AFFINE, QSP_SAWB, QSP_STOCHASTIC, QSP_DITHERED, QSP_LUQ, QSP_SCHEMES };
 
@@ -252,10 +259,10 @@ typedef struct {
     void (*sddmm_dense_u8)(const qsp_sddmm *, int64_t task);
     void (*sddmm_dense_units)(const qsp_sddmm *);
     int64_t grad_rows; /* of a block */
-    /* Weights of dense rows. Where a matrix' rows are the values' rows: rows [first, last), with two lines of
-     * floats, of the columns in sixteens, as scratch. Elsewhere first what is the largest of each column, as bits, in value rows [first, last), added
-     * to most [groups][columns]; then scales, and what each column is multiplied by in their place; then the codes of
-     * sixteen value rows of a group, with sixteen lines of scratch; then `total`. */
+    /* Weights of dense rows. Where a matrix' rows are the values' rows: rows [first, last), with two lines of floats, of
+     * the columns in sixteens, as scratch. Elsewhere first what is the largest of each column, as bits, in value rows
+     * [first, last), added to most [groups][columns]; then scales, and what each column is multiplied by in the place of
+     * its largest; then the codes of sixteen value rows of a group, with sixteen lines of scratch. Then `total`. */
     void (*dense_rows)(const qsp_weight *, int64_t first, int64_t last, float *line);
     void (*dense_column_max)(const qsp_weight *, int64_t first, int64_t last, uint32_t *most);
     void (*dense_scales)(const qsp_weight *, uint32_t *most);

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import platform
 import time
@@ -24,9 +25,9 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _matmul
-from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
+from qsparseprop._kernels._dense_rows import DenseRows
 from qsparseprop._kernels._gather_list import GatherList
-from qsparseprop._kernels._plan import ProductRows
+from qsparseprop._kernels._plan import ProductRows, ValuePattern
 from qsparseprop.layout.geometry import GROUP, UNIT, Geometry, linear_geometry
 
 __all__ = ["Costs", "cost_key", "costs_file", "machine_costs", "measure_costs"]
@@ -90,8 +91,7 @@ def _as_costs(value: object) -> Costs | None:
         costs = Costs(**{name: float(number) for name, number in value.items()})  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError):
         return None
-    interleave_may_be_none = costs._replace(interleave=costs.interleave + 1)
-    valid = all(0 < number < float("inf") for number in interleave_may_be_none) and costs.interleave >= 0
+    valid = 0 <= costs.interleave < math.inf and all(0 < number < math.inf for number in costs[:4])
     return costs if valid else None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from qsparseprop._kernels import _dispatch
-from qsparseprop._kernels._dense_rows import ValuePattern
+from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop.layout.costs import machine_costs
 from qsparseprop.layout.geometry import Geometry
 
@@ -23,7 +23,7 @@ __all__ = ["DENSE", "LIST", "LONGEST_ROW", "Modes", "Shape", "checked_modes", "c
 #: The ways: of a product on codes.
 LIST, DENSE = "list", "dense"
 #: A row's weights beyond which an int32 does not hold the sum of products, see ``QSP_MAX_EXACT``.
-LONGEST_ROW = 65536
+LONGEST_ROW = _dispatch.longest_row
 
 
 class Modes(NamedTuple):

@@ -10,9 +10,9 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qsparseprop._kernels._dense_rows import DenseRows, ValuePattern
+from qsparseprop._kernels._dense_rows import DenseRows
 from qsparseprop._kernels._gather_list import GatherList, PatternList
-from qsparseprop._kernels._plan import ProductRows
+from qsparseprop._kernels._plan import ProductRows, ValuePattern
 from qsparseprop.layout.geometry import Geometry
 from qsparseprop.layout.modes import Modes, choose_modes, doubtful_modes, usable_modes
 from qsparseprop.layout.pattern import check_pattern, tensor_version

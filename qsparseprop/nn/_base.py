@@ -165,16 +165,22 @@ class SparseModule(SparseWeight):
         return cache.get(crow, col, self._matrix_shape(), geometry, groups, self._wanted_modes())
 
     def last_plan(self) -> Plan | None:
-        """The plan of the size of input that came last for the first time."""
+        """The plan that was made last: of the latest size of input that was new."""
         cache = self.__dict__.get("_plans")
         return None if cache is None else cache.last()
 
     @property
     def product_modes(self) -> Modes | None:
-        """How products on codes walk the weight: "list" or "dense" for each, at the input that came last.
+        """How products on codes walk the weight: "list" or "dense" for each, in the plan that was made last.
 
-        They give the same bits; None where there was no input yet. Set them to choose, or to None to let plans choose
-        by what the machine costs (`qsparseprop.layout.modes.choose_modes`).
+        They give the same bits; None where there was no input yet, and of inputs that torch.compile traces. Set them to
+        choose, or to None to let plans choose by what the machine costs (`qsparseprop.layout.modes.choose_modes`); rows
+        that are too long for dense rows are lists in any case.
+
+        Raises
+        ------
+        ValueError
+            When set, if these are not three, each "list" or "dense".
         """
         plan = self.last_plan()
         return self.__dict__.get("_modes") if plan is None else plan.modes

@@ -1,19 +1,16 @@
 /* Dense rows in 256-bit vectors, for what avx2.h names. Sixteen registers hold the sums of a few rows and sixteen lanes,
  * so a unit is walked in four parts. Without VNNI bytes become 16 bits, whose products are summed up in 32. */
 
-/* Two halves of a unit: four planes of 32 lanes each, groups of 4 bytes in the order of spmm_acc_lane. */
+/* Two halves of a unit, one after the other. */
 QSP_INLINE void dense_interleave(uint8_t *quad, const uint8_t *x, const int32_t *offset)
 {
+    const uint8_t *a = x + offset[0], *b = x + offset[1], *c = x + offset[2], *d = x + offset[3];
     QSP_UNROLL
-    for (int h = 0; h < 2; h++, quad += 128, x += 32) {
-        const __m256i a = u8x32_load(x + offset[0]), b = u8x32_load(x + offset[1]);
-        const __m256i c = u8x32_load(x + offset[2]), d = u8x32_load(x + offset[3]);
-        const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
-        const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
-        _mm256_store_si256((__m256i *)quad, _mm256_unpacklo_epi16(ab_low, cd_low));
-        _mm256_store_si256((__m256i *)(quad + 32), _mm256_unpackhi_epi16(ab_low, cd_low));
-        _mm256_store_si256((__m256i *)(quad + 64), _mm256_unpacklo_epi16(ab_high, cd_high));
-        _mm256_store_si256((__m256i *)(quad + 96), _mm256_unpackhi_epi16(ab_high, cd_high));
+    for (int h = 0; h < 2; h++) {
+        const u8x32x4 t = u8x32x4_interleave(a + 32 * h, b + 32 * h, c + 32 * h, d + 32 * h);
+        QSP_UNROLL
+        for (int i = 0; i < QSP_GROUP; i++)
+            _mm256_store_si256((__m256i *)(quad + 128 * h + 32 * i), t.v[i]);
     }
 }
 

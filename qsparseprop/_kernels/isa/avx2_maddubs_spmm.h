@@ -4,21 +4,6 @@
  * brings most of a row into that order. For the rest weights are split into magnitude and sign, and codes are moved to
  * [-128, 127] and mirrored where the sign is negative: 2 * 127 * 128 < 2^15. What moving adds is known beforehand. */
 
-/* 32 lanes of four planes: groups of 4 bytes in the order of spmm_acc_lane. */
-typedef struct {
-    __m256i v[QSP_GROUP];
-} u8x32x4;
-
-QSP_INLINE u8x32x4 u8x32x4_interleave(const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d)
-{
-    const __m256i va = u8x32_load(a), vb = u8x32_load(b), vc = u8x32_load(c), vd = u8x32_load(d);
-    const __m256i ab_low = _mm256_unpacklo_epi8(va, vb), ab_high = _mm256_unpackhi_epi8(va, vb);
-    const __m256i cd_low = _mm256_unpacklo_epi8(vc, vd), cd_high = _mm256_unpackhi_epi8(vc, vd);
-    const u8x32x4 r = {{_mm256_unpacklo_epi16(ab_low, cd_low), _mm256_unpackhi_epi16(ab_low, cd_low),
-                        _mm256_unpacklo_epi16(ab_high, cd_high), _mm256_unpackhi_epi16(ab_high, cd_high)}};
-    return r;
-}
-
 QSP_INLINE __m256i i32x8_add_pairs(__m256i sum, __m256i pairs)
 {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

@@ -17,6 +17,21 @@ QSP_INLINE __m256i s8x32_load_code(const uint8_t *p)
     return _mm256_xor_si256(u8x32_load(p), _mm256_set1_epi8((char)0x80));
 }
 
+/* 32 lanes of four planes: groups of 4 bytes in the order of spmm_acc_lane. */
+typedef struct {
+    __m256i v[QSP_GROUP];
+} u8x32x4;
+
+QSP_INLINE u8x32x4 u8x32x4_interleave(const uint8_t *a, const uint8_t *b, const uint8_t *c, const uint8_t *d)
+{
+    const __m256i va = u8x32_load(a), vb = u8x32_load(b), vc = u8x32_load(c), vd = u8x32_load(d);
+    const __m256i ab_low = _mm256_unpacklo_epi8(va, vb), ab_high = _mm256_unpackhi_epi8(va, vb);
+    const __m256i cd_low = _mm256_unpacklo_epi8(vc, vd), cd_high = _mm256_unpackhi_epi8(vc, vd);
+    const u8x32x4 r = {{_mm256_unpacklo_epi16(ab_low, cd_low), _mm256_unpackhi_epi16(ab_low, cd_low),
+                        _mm256_unpacklo_epi16(ab_high, cd_high), _mm256_unpackhi_epi16(ab_high, cd_high)}};
+    return r;
+}
+
 /* ---- gather-SpMM on codes ---- */
 
 /* Interleaving leaves lane 16 L + 4 k + i of a vector at place i of 128-bit part L of sum k. */
@@ -105,14 +120,10 @@ QSP_INLINE void spmm_acc_dot(spmm_acc *q, const uint8_t *x, const int32_t *offse
     int32_t four;
     memcpy(&four, weight, sizeof four);
     const __m256i w = _mm256_set1_epi32(four);
-    const __m256i a = u8x32_load(x + offset[0]), b = u8x32_load(x + offset[1]);
-    const __m256i c = u8x32_load(x + offset[2]), d = u8x32_load(x + offset[3]);
-    const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
-    const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
-    q->sum[0] = i32x8_dot_u8s8(q->sum[0], _mm256_unpacklo_epi16(ab_low, cd_low), w);
-    q->sum[1] = i32x8_dot_u8s8(q->sum[1], _mm256_unpackhi_epi16(ab_low, cd_low), w);
-    q->sum[2] = i32x8_dot_u8s8(q->sum[2], _mm256_unpacklo_epi16(ab_high, cd_high), w);
-    q->sum[3] = i32x8_dot_u8s8(q->sum[3], _mm256_unpackhi_epi16(ab_high, cd_high), w);
+    const u8x32x4 t = u8x32x4_interleave(x + offset[0], x + offset[1], x + offset[2], x + offset[3]);
+    QSP_UNROLL
+    for (int i = 0; i < QSP_GROUP; i++)
+        q->sum[i] = i32x8_dot_u8s8(q->sum[i], t.v[i], w);
 }
 
 QSP_INLINE void spmm_acc_store(int32_t *p, const spmm_acc *even, const spmm_acc *odd)

@@ -311,23 +311,33 @@ QSP_INLINE void spmm_acc_set1(spmm_acc *q, int32_t v)
     q->sum[0] = q->sum[1] = q->sum[2] = q->sum[3] = _mm512_set1_epi32(v);
 }
 
-QSP_INLINE void spmm_acc_dot(spmm_acc *q, const uint8_t *x, const int32_t *offset, const int8_t *weight)
+/* 64 lanes of four planes: groups of 4 bytes in the order of spmm_acc_lane. */
+typedef struct {
+    __m512i v[QSP_GROUP];
+} u8x64x4;
+
+QSP_INLINE u8x64x4 u8x64x4_interleave(const uint8_t *x, const int32_t *offset)
 {
-    int32_t four;
-    memcpy(&four, weight, sizeof four);
-    const __m512i w = _mm512_set1_epi32(four);
     __m512i a = _mm512_loadu_si512(x + offset[0]), b = _mm512_loadu_si512(x + offset[1]);
     __m512i c = _mm512_loadu_si512(x + offset[2]), d = _mm512_loadu_si512(x + offset[3]);
     KEEP(a);
     KEEP(c);
     const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
     const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
-    const __m512i l0 = _mm512_unpacklo_epi16(ab_low, cd_low), l1 = _mm512_unpackhi_epi16(ab_low, cd_low);
-    const __m512i l2 = _mm512_unpacklo_epi16(ab_high, cd_high), l3 = _mm512_unpackhi_epi16(ab_high, cd_high);
-    DOT(q->sum[0], l0, w);
-    DOT(q->sum[1], l1, w);
-    DOT(q->sum[2], l2, w);
-    DOT(q->sum[3], l3, w);
+    const u8x64x4 r = {{_mm512_unpacklo_epi16(ab_low, cd_low), _mm512_unpackhi_epi16(ab_low, cd_low),
+                        _mm512_unpacklo_epi16(ab_high, cd_high), _mm512_unpackhi_epi16(ab_high, cd_high)}};
+    return r;
+}
+
+QSP_INLINE void spmm_acc_dot(spmm_acc *q, const uint8_t *x, const int32_t *offset, const int8_t *weight)
+{
+    int32_t four;
+    memcpy(&four, weight, sizeof four);
+    const __m512i w = _mm512_set1_epi32(four);
+    const u8x64x4 t = u8x64x4_interleave(x, offset);
+    QSP_UNROLL
+    for (int i = 0; i < QSP_GROUP; i++)
+        DOT(q->sum[i], t.v[i], w);
 }
 
 QSP_INLINE void spmm_acc_store(int32_t *p, const spmm_acc *even, const spmm_acc *odd)
@@ -413,14 +423,10 @@ QSP_INLINE void sddmm_acc_flush(int64_t *sums, const sddmm_acc *d, int n)
 
 QSP_INLINE void dense_interleave(uint8_t *quad, const uint8_t *x, const int32_t *offset)
 {
-    const __m512i a = _mm512_loadu_si512(x + offset[0]), b = _mm512_loadu_si512(x + offset[1]);
-    const __m512i c = _mm512_loadu_si512(x + offset[2]), d = _mm512_loadu_si512(x + offset[3]);
-    const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
-    const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
-    _mm512_store_si512(quad, _mm512_unpacklo_epi16(ab_low, cd_low));
-    _mm512_store_si512(quad + 64, _mm512_unpackhi_epi16(ab_low, cd_low));
-    _mm512_store_si512(quad + 128, _mm512_unpacklo_epi16(ab_high, cd_high));
-    _mm512_store_si512(quad + 192, _mm512_unpackhi_epi16(ab_high, cd_high));
+    const u8x64x4 t = u8x64x4_interleave(x, offset);
+    QSP_UNROLL
+    for (int i = 0; i < QSP_GROUP; i++)
+        _mm512_store_si512(quad + QSP_UNIT * i, t.v[i]);
 }
 
 QSP_INLINE void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8_t *weights, int64_t pitch,

@@ -103,24 +103,18 @@ QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, const qsp_band *b, int64_
     const qsp_dense *d = a->dense;
     const float scale_dy = a->scale_dy[row * a->scale_dy_stride];
     const int each = a->zero_stride || a->scale_x_stride;
-    const int64_t excess = a->zero_point[0] * dy_sum;
+    const int64_t excess = a->zero_point[0] * dy_sum, end = d->value_ptr[row + 1];
     const float scale = a->scale_x[0] * scale_dy;
-    const int64_t end = d->value_ptr[row + 1];
+    const int32_t *plane = d->plane + b->table;
     const uint16_t *column = d->column;
     int64_t i = d->value_ptr[row];
     if (!column) {
-        float *out = a->out + i + first;
-        const int64_t n = qsp_min(size, d->columns - first);
-        if (!each) {
-            for (int64_t k = 0; k < n; k++)
-                out[k] = (float)(sums[k] - excess) * scale;
-            return;
-        }
-        for (int64_t k = 0; k < n; k++) {
-            const int64_t plane = d->plane[b->table + first + k];
-            out[k] = (float)(sums[k] - a->zero_point[plane * a->zero_stride] * dy_sum) *
-                     (a->scale_x[plane * a->scale_x_stride] * scale_dy);
-        }
+        float *out = a->out + i;
+        const int64_t last = qsp_min(first + size, d->columns);
+        for (int64_t k = first; each && k < last; k++)
+            out[k] = qsp_gradient(a, sums[k - first], dy_sum, plane[k], scale_dy);
+        for (int64_t k = first; !each && k < last; k++)
+            out[k] = (float)(sums[k - first] - excess) * scale;
         return;
     }
     for (int64_t high = end; i < high;) { /* the first column that is not below */
@@ -132,13 +126,8 @@ QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, const qsp_band *b, int64_
     }
     for (; i < end && column[i] < first + size; i++) {
         const int64_t k = column[i];
-        if (!each) {
-            a->out[i] = (float)(sums[k - first] - excess) * scale;
-            continue;
-        }
-        const int64_t plane = d->plane[b->table + k];
-        a->out[i] = (float)(sums[k - first] - a->zero_point[plane * a->zero_stride] * dy_sum) *
-                    (a->scale_x[plane * a->scale_x_stride] * scale_dy);
+        a->out[i] = each ? qsp_gradient(a, sums[k - first], dy_sum, plane[k], scale_dy)
+                         : (float)(sums[k - first] - excess) * scale;
     }
 }
 

@@ -30,23 +30,6 @@ QSP_INLINE void expand_row(const qsp_weight *a, int64_t row, float *line, const 
     }
 }
 
-/* To nearest even, limited as weights.h does it. */
-QSP_INLINE i32x16 weight_codes(f32x16 v, f32x16 inverse)
-{
-    const f32x16 q = f32x16_max(f32x16_min(f32x16_mul(v, inverse), f32x16_set1(1024.0f)), f32x16_set1(-1024.0f));
-    return i32x16_max(i32x16_min(i32x16_nearest(q), i32x16_set1(127)), i32x16_set1(-127));
-}
-
-/* The scale of a matrix row whose largest magnitude has these bits; returns what values are multiplied by. */
-QSP_INLINE float weight_scale(const qsp_weight *a, int64_t row, uint32_t bits)
-{
-    float absmax;
-    memcpy(&absmax, &bits, sizeof absmax);
-    const float scale = qsp_symmetric_scale(a->clip && isfinite(absmax) ? a->clip : absmax, 127.0f);
-    a->scale[row] = scale * a->scale_factor;
-    return isfinite(absmax) ? 1.0f / scale : 0.0f;
-}
-
 static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, float *line)
 {
     const qsp_dense *d = a->dense;
@@ -63,7 +46,9 @@ static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, 
         u32x16 bits = u32x16_zero();
         for (int64_t k = 0; k < d->columns; k += 16)
             bits = u32x16_max_abs(bits, f32x16_load(line + k));
-        const f32x16 inverse = f32x16_set1(weight_scale(a, row, u32x16_reduce_max(bits)));
+        float per_step;
+        a->scale[row] = weight_scale(a, u32x16_reduce_max(bits), &per_step) * a->scale_factor;
+        const f32x16 inverse = f32x16_set1(per_step);
         int8_t *codes = a->codes + row * d->pitch;
         for (int64_t k = 0; k < d->columns; k += 16)
             u8x16_store((uint8_t *)codes + k, i32x16_to_s8(weight_codes(f32x16_load(line + k), inverse)));
@@ -104,23 +89,17 @@ static void dense_scales_kernel(const qsp_weight *a, uint32_t *most)
             bits = most[g * d->columns + c] > bits ? most[g * d->columns + c] : bits;
             memcpy(row, &bits, sizeof bits);
         }
+    float per_step;
+    uint32_t bits;
     for (int64_t g = 0; g < d->groups; g++)
         for (int64_t c = 0; c < d->columns; c++) {
-            const float *row = a->scale + d->row_of[c] + g * d->group_rows;
-            memcpy(&most[g * d->columns + c], row, sizeof *row);
+            memcpy(&bits, a->scale + d->row_of[c] + g * d->group_rows, sizeof bits);
+            weight_scale(a, bits, &per_step);
+            memcpy(&most[g * d->columns + c], &per_step, sizeof per_step);
         }
-    /* what a row multiplies by goes through its scale's place to the columns */
     for (int64_t row = 0; row < d->rows; row++) {
-        uint32_t bits;
         memcpy(&bits, &a->scale[row], sizeof bits);
-        weight_scale(a, row, bits);
-    }
-    for (int64_t i = 0; i < d->groups * d->columns; i++) {
-        float absmax;
-        memcpy(&absmax, &most[i], sizeof absmax);
-        const float scale = qsp_symmetric_scale(a->clip && isfinite(absmax) ? a->clip : absmax, 127.0f);
-        const float inverse = isfinite(absmax) ? 1.0f / scale : 0.0f;
-        memcpy(&most[i], &inverse, sizeof inverse);
+        a->scale[row] = weight_scale(a, bits, &per_step) * a->scale_factor;
     }
 }
 

@@ -84,10 +84,9 @@ QSP_INLINE void sddmm_finish_u8(const qsp_sddmm *a, int64_t row, const int64_t *
             const int64_t m = qsp_min(64, n - k);
             look_up(l, row, l->plane, k, m, planes);
             for (int64_t i = 0; i < m; i++) {
-                const int64_t plane = planes[i], value = index ? index[k + i] : first + k + i;
-                const int64_t exact = sums[k + i] - a->zero_point[plane * a->zero_stride] * dy_sum;
+                const int64_t value = index ? index[k + i] : first + k + i;
                 if (value >= 0)
-                    a->out[value] = (float)exact * (a->scale_x[plane * a->scale_x_stride] * scale_dy);
+                    a->out[value] = qsp_gradient(a, sums[k + i], dy_sum, planes[i], scale_dy);
             }
         }
         return;

@@ -28,6 +28,24 @@ QSP_INLINE f32x16 weights_at(const qsp_weight *a, int64_t row, int64_t from, int
     return factor ? f32x16_mul(v, f32x16_gather(factor, place, n)) : v;
 }
 
+/* The scale of weights whose largest magnitude has these bits, and what they are multiplied by: codes of a row with NaN or
+ * Inf mean nothing, its scale keeps the result from looking like a number. */
+QSP_INLINE float weight_scale(const qsp_weight *a, uint32_t bits, float *inverse)
+{
+    float absmax;
+    memcpy(&absmax, &bits, sizeof absmax);
+    const float scale = qsp_symmetric_scale(a->clip && isfinite(absmax) ? a->clip : absmax, 127.0f);
+    *inverse = isfinite(absmax) ? 1.0f / scale : 0.0f;
+    return scale;
+}
+
+QSP_INLINE i32x16 weight_codes(f32x16 v, f32x16 inverse)
+{
+    /* a clipped value may be too large for an integer */
+    const f32x16 q = f32x16_max(f32x16_min(f32x16_mul(v, inverse), f32x16_set1(1024.0f)), f32x16_set1(-1024.0f));
+    return i32x16_max(i32x16_min(i32x16_nearest(q), i32x16_set1(127)), i32x16_set1(-127));
+}
+
 static void quantize_rows_kernel(const qsp_weight *a, int64_t first, int64_t last)
 {
     QSP_ALIGNED(64) float kept[KEPT_SLOTS];
@@ -53,24 +71,16 @@ static void quantize_rows_kernel(const qsp_weight *a, int64_t first, int64_t las
         }
         if (a->offset)
             row_offsets(l, row, a->offset + begin);
-        const uint32_t greatest = u32x16_reduce_max(bits);
-        float absmax;
-        memcpy(&absmax, &greatest, 4);
-        const float scale = qsp_symmetric_scale(a->clip && isfinite(absmax) ? a->clip : absmax, 127.0f);
-        a->scale[row] = scale * a->scale_factor;
-        /* codes of a row with NaN or Inf mean nothing; its scale keeps the result from looking like a number */
-        const f32x16 inverse = f32x16_set1(isfinite(absmax) ? 1.0f / scale : 0.0f);
+        float per_step;
+        a->scale[row] = weight_scale(a, u32x16_reduce_max(bits), &per_step) * a->scale_factor;
+        const f32x16 inverse = f32x16_set1(per_step);
         i32x16 total = i32x16_set1(0);
         for (int64_t k = 0; k < slots; k += 16) {
             const int n = (int)qsp_min(16, slots - k);
             if (!keep && factor)
                 places_at(l, row, k, n, place);
             const f32x16 v = keep ? f32x16_load(kept + k) : weights_at(a, row, k, n, factor, place);
-            /* a clipped value may be too large for an integer */
-            const f32x16 q =
-                f32x16_max(f32x16_min(f32x16_mul(v, inverse), f32x16_set1(1024.0f)), f32x16_set1(-1024.0f));
-            i32x16 c = i32x16_nearest(q);
-            c = i32x16_max(i32x16_min(c, i32x16_set1(127)), i32x16_set1(-127));
+            const i32x16 c = weight_codes(v, inverse);
             total = i32x16_add(total, c);
             u8x16_store_n((uint8_t *)codes + k, i32x16_to_s8(c), n);
         }
