@@ -1,15 +1,17 @@
-"""A training step of ResNet-18: qsparseprop against torch's dense layers.
+"""A training step of a ResNet: qsparseprop against torch's dense layers.
 
 A step is forward, loss, backward, the update by SGD with momentum (torch's fused one, for all alike) and setting the
-gradients to None. Two networks: "cifar" (32x32 images, batch 64, 3x3 stem) and "imagenet" (224x224, batch 16, 7x7 stem
-of stride 2 and max-pooling). All convolutions but the first have the given fraction of zeros, at random positions, and
-are sparse modules in our network; the rest of it is torch's. Dense networks run in float32 and under bfloat16 autocast,
+gradients to None. Three networks: ResNet-18 as "cifar" (32x32 images, batch 64, 3x3 stem) and "imagenet" (224x224, batch
+16, 7x7 stem of stride 2 and max-pooling), and "resnet20", of 16 to 64 channels (32x32, batch 128). All convolutions but
+the first have the given fraction of zeros, at random positions, and are sparse modules in our network; the rest of it is
+torch's, or with ``--all-layers`` the first convolution and the classifier are swapped, too, zeros or not. Dense networks run in float32 and under bfloat16 autocast,
 contiguous and channels_last (cl); ours channels_last, with the dense rest in float32 (int8 cl) or under bfloat16
 autocast (int8 cl bf16), and with batch normalisation, additions and ReLU in blocks with the convolutions (fused cl,
 fused cl bf16). Dense networks do not pay for keeping their zeros.
 
   python benchmarks/network.py --json network.json              allow a quarter of an hour
   python benchmarks/network.py --only cifar --threads 1 --sparsity 0.9
+  python benchmarks/network.py --all-layers                    min_sparsity=0: also layers that have no zeros
   python benchmarks/network.py --profile --threads 1            where our milliseconds go
   python benchmarks/network.py --profile "bf16 cl" --threads 1  the same of a dense network
 """
@@ -30,20 +32,22 @@ from _profile import profile_step, show_rows
 from torch import nn
 from torch.profiler import record_function
 
-from qsparseprop.training.models import resnet18
+from qsparseprop.training.models import resnet18, resnet20
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
-#: Layers that stay dense.
+#: Layers without zeros, which stay dense but for ``--all-layers``.
 KEPT_DENSE = ("conv1", "linear")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A ResNet-18 and its data.
+    """A ResNet and its data.
 
     Attributes
     ----------
     name : str
+    architecture : callable
+        Of `qsparseprop.training.models`.
     batch, size : int
         Images of a step, and their height and width.
     classes : int
@@ -54,15 +58,16 @@ class Network:
     """
 
     name: str
+    architecture: Callable[..., nn.Module]
     batch: int
     size: int
     classes: int
     large_stem: bool
-    width: int = 64
+    width: int
 
     def build(self) -> nn.Module:
         """Randomly initialised from torch's default generator."""
-        model = resnet18(self.classes, width=self.width)
+        model = self.architecture(self.classes, width=self.width)
         if self.large_stem:
             model.conv1 = nn.Conv2d(3, self.width, 7, stride=2, padding=3, bias=False)
             # the activation of the stem, where the pooling follows
@@ -70,8 +75,16 @@ class Network:
         return model
 
 
-NETWORKS = (Network("cifar", 64, 32, 10, False), Network("imagenet", 16, 224, 1000, True))
-QUICK_NETWORKS = (Network("cifar", 4, 16, 10, False, width=8), Network("imagenet", 4, 64, 10, True, width=8))
+NETWORKS = (
+    Network("cifar", resnet18, 64, 32, 10, False, 64),
+    Network("imagenet", resnet18, 16, 224, 1000, True, 64),
+    Network("resnet20", resnet20, 128, 32, 10, False, 16),
+)
+QUICK_NETWORKS = (
+    Network("cifar", resnet18, 4, 16, 10, False, 8),
+    Network("imagenet", resnet18, 4, 64, 10, True, 8),
+    Network("resnet20", resnet20, 4, 16, 10, False, 8),
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,7 @@ def sparse_network(network: Network, sparsity: float) -> nn.Module:
 
 
 def training_step(
-    network: Network, model: nn.Module, setting: Setting, sparsity: float, include_dense: bool
+    network: Network, model: nn.Module, setting: Setting, sparsity: float, args: argparse.Namespace
 ) -> Callable[[], None]:
     """Return a function that trains a copy of a network by one step, always on the same images.
 
@@ -125,8 +138,8 @@ def training_step(
     setting : Setting
     sparsity : float
         Of the layers to replace.
-    include_dense : bool
-        Replace only layers that are faster for it, as ``swap_modules_with_sparse`` does by default.
+    args : argparse.Namespace
+        Of the command line: ``--include-dense`` and ``--all-layers``.
     """
     memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
     generator = torch.Generator().manual_seed(0)
@@ -136,8 +149,10 @@ def training_step(
     model = copy.deepcopy(model).to(memory_format=memory_format).train()
     if setting.swapped:
         swap_modules_with_sparse(
-            model, images, verbose=False, quantize=setting.quantize, skip_modules=KEPT_DENSE,
-            min_sparsity=sparsity - 0.01, include_dense=include_dense, fuse=setting.fuse,
+            model, images, verbose=False, quantize=setting.quantize,
+            skip_modules=None if args.all_layers else KEPT_DENSE,
+            min_sparsity=0.0 if args.all_layers else sparsity - 0.01, include_dense=args.include_dense,
+            fuse=setting.fuse,
         )  # fmt: skip
     # So slow that the network is the same after any number of steps.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True)
@@ -161,14 +176,14 @@ def compare(args: argparse.Namespace, networks: Sequence[Network]) -> list[dict[
     results = []
     for network, threads in itertools.product(networks, args.threads):
         torch.set_num_threads(threads)
-        common.say(f"\nResNet-18 {network.name}, {network.size}x{network.size}, batch {network.batch}: training step "
+        common.say(f"\n{network.name}, {network.size}x{network.size}, batch {network.batch}: training step "
                    f"in ms, {threads} thread{'s' if threads > 1 else ''}\n")
         table = common.Table(["zeros", *(s.name for s in settings), "best dense", *(f"x {group}" for group in groups)],
                              6)
         for sparsity in args.sparsity:
             model = sparse_network(network, sparsity)
             result = common.race([
-                common.Competitor(s.name, s.group, training_step(network, model, s, sparsity, args.include_dense))
+                common.Competitor(s.name, s.group, training_step(network, model, s, sparsity, args))
                 for s in settings
             ], args)  # fmt: skip
             result = {"network": network.name, "batch": network.batch, "size": network.size, "threads": threads,
@@ -192,10 +207,10 @@ def show_profiles(args: argparse.Namespace, networks: Sequence[Network]) -> list
     for network, threads, sparsity in itertools.product(networks, args.threads, args.sparsity):
         torch.set_num_threads(threads)
         model = sparse_network(network, sparsity)
-        step = training_step(network, model, setting, sparsity, args.include_dense)
+        step = training_step(network, model, setting, sparsity, args)
         ms = common.race([common.Competitor(setting.name, setting.group, step)], args)["ms"][setting.name]
         rows = profile_step(step, args.quick)
-        show_rows(f"ResNet-18 {network.name}, {setting.name}", rows, ms, sparsity, threads)
+        show_rows(f"{network.name}, {setting.name}", rows, ms, sparsity, threads)
         results.append({"network": network.name, "setting": setting.name, "threads": threads, "sparsity": sparsity,
                         "step_ms": ms, "rows_ms": rows})  # fmt: skip
     return results
@@ -208,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--include-dense", action="store_true",
                         help="let swap_modules_with_sparse time each layer and leave it dense where that is faster, as "
                              "it does by default; otherwise all convolutions but the first become sparse")
+    parser.add_argument("--all-layers", action="store_true",
+                        help="swap the first convolution and the classifier, too, which have no zeros (min_sparsity=0)")
     parser.add_argument("--sparse-fp32", action="store_true", help="also our network with float32 sparse modules")
     parser.add_argument("--profile", nargs="?", const="int8 cl", metavar="SETTING",
                         choices=[s.name for s in (*SETTINGS, FLOAT_SETTING)],

@@ -59,7 +59,11 @@ QSP_INLINE uint32_t f32x16_between(f32x16 v, f32x16 low, f32x16 high)
 {
     return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(low, v, _CMP_LT_OQ), v, high, _CMP_LT_OQ);
 }
-QSP_INLINE f32x16 f32x16_keep(f32x16 v, uint32_t bits) { return _mm512_maskz_mov_ps((__mmask16)bits, v); }
+QSP_INLINE f32x16 f32x16_keep(f32x16 v, uint32_t bits)
+{
+    KEEP(v); /* in a register: gcc makes a masked load of it, with which no processor here fetches ahead */
+    return _mm512_maskz_mov_ps((__mmask16)bits, v);
+}
 QSP_INLINE f32x16 f32x16_load_u8(const uint8_t *p)
 {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
