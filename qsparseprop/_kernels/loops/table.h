@@ -25,6 +25,7 @@
 #include "loops/activation.h"
 
 #include "loops/epilogue.h"
+#include "loops/epilogue_reduce.h"
 
 #include "loops/rounding.h"
 
