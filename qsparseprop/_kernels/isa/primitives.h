@@ -112,7 +112,6 @@ static inline i32x16 i32x16_apply_sign(i32x16 v, i32x16 sign);
 static inline int32_t i32x16_reduce_add(i32x16 v);
 
 /* ---- sixteen bytes ---- */
-static inline u8x16 u8x16_load(const uint8_t *p);
 static inline void u8x16_store(uint8_t *p, u8x16 v);
 static inline void u8x16_store_n(uint8_t *p, u8x16 v, int n);
 /* n bytes from one place to another; may read all sixteen. */

@@ -224,12 +224,6 @@ QSP_INLINE void u8x16_copy_n(uint8_t *p, const uint8_t *from, int n)
         p[i] = from[i];
 }
 QSP_INLINE void u8x16_store_n(uint8_t *p, u8x16 v, int n) { memcpy(p, v.v, (size_t)n); }
-QSP_INLINE u8x16 u8x16_load(const uint8_t *p)
-{
-    u8x16 r;
-    memcpy(r.v, p, 16);
-    return r;
-}
 QSP_INLINE void u8_transpose_16x16(u8x16 *r)
 {
     for (int i = 0; i < 16; i++)

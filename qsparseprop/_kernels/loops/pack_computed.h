@@ -10,7 +10,7 @@ QSP_INLINE int source_of(const qsp_pack *a)
 
 enum {
     BAND = QSP_CACHE_LINE, /* channels that are computed together: a line of codes */
-    BAND_AHEAD = 4,        /* rows */
+    BAND_AHEAD = 10,        /* rows */
 };
 
 /* Of what is computed on the way; 1 where nothing is. */
@@ -51,17 +51,16 @@ QSP_INLINE void source_prefetch(const qsp_pack *a, int64_t row, int64_t c, int n
         prefetch_row(f->saved, at, n, 1);
 }
 
-/* n channels from `c` on of a row, in line if they are `whole`. `variant`: of a gradient, or whether there is a
- * scale. */
-QSP_INLINE f32x16 source_at(const qsp_pack *a, int64_t row, int64_t c, int n, const int dtype, const int source,
-                            const int variant, const int whole)
+/* n channels from `c` on of a row of the one of both that is the source, in line if they are `whole`. `variant`: of a
+ * gradient, or whether there is a scale. */
+QSP_INLINE f32x16 source_at(const qsp_epilogue *f, const qsp_epilogue_grad *g, int64_t row, int64_t c, int n,
+                            const int dtype, const int source, const int variant, const int whole)
 {
-    const qsp_epilogue *f = a->epilogue;
     if (source == CLAMPED)
         return whole ? epilogue_at(f, row, c, 16, dtype, QSP_CLAMP, variant, f->residual != NULL, f->codes != NULL,
                                    f->saved != NULL)
                      : epilogue_any(f, row, c, n);
-    return whole ? epilogue_grad_16(a->gradient, row, c, dtype, variant) : epilogue_grad_any(a->gradient, row, c, n);
+    return whole ? epilogue_grad_16(g, row, c, dtype, variant) : epilogue_grad_any(g, row, c, n);
 }
 
 QSP_INLINE int variant_of_source(const qsp_pack *a, const int source)
@@ -76,7 +75,10 @@ QSP_INLINE int variant_of_source(const qsp_pack *a, const int source)
 QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64_t c, int n, const int dtype,
                           const int rounding, const int source, const int variant, const int fours, const int sixteens)
 {
-    QSP_ALIGNED(64) uint8_t rows[16][BAND];
+    /* Copies that nobody else can reach: codes and masks are stored as bytes, which might change anything else. */
+    const qsp_epilogue f = source == CLAMPED ? *a->epilogue : (qsp_epilogue){0};
+    const qsp_epilogue_grad g = source == GRADIENT ? *a->gradient : (qsp_epilogue_grad){0};
+    i32x16 tile[BAND / 16][16];
     QSP_ALIGNED(64) float line[BAND];
     row_maker *make = source == MADE ? row_maker_of(a->epilogue) : NULL;
     const int lanes = (int)qsp_min(16, r->lanes - k), vectors = (n + 15) / 16;
@@ -87,9 +89,9 @@ QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64
     quantizer q[BAND / 16];
     random_rows random[BAND / 16];
     i32x16 dither[BAND / 16][2];
-    if (lanes < 16)
-        memset(rows, 0, sizeof(rows));
     for (int v = 0; v < vectors; v++) {
+        for (int j = lanes; j < 16; j++)
+            tile[v][j] = i32x16_set1(0);
         q[v] = quantizer_of(a, c + 16 * v, sixteens ? 16 : (int)qsp_min(16, n - 16 * v), rounding);
         random[v] = random_rows_from(a->seed, (uint64_t)(number + 16 * v), r->number_step);
         dither[v][0] = dither[v][1] = i32x16_set1(0);
@@ -104,21 +106,20 @@ QSP_INLINE void pack_band(const qsp_pack *a, const lane_run *r, int64_t k, int64
         for (int v = 0; v < vectors; v++) {
             const int width = sixteens ? 16 : (int)qsp_min(16, n - 16 * v);
             const f32x16 x = source == MADE ? f32x16_load(line + 16 * v)
-                                            : source_at(a, row, c + 16 * v, width, dtype, source, variant, sixteens);
+                                            : source_at(&f, &g, row, c + 16 * v, width, dtype, source, variant, sixteens);
             next_dither(a, &random[v], dither[v], number + 16 * v + j * r->number_step, j, rounding, fours);
-            u8x16_store(rows[j] + 16 * v, i32x16_to_code(quantize_x16(x, &q[v], rounding, dither[v][j % 2])));
+            tile[v][j] = quantize_x16(x, &q[v], rounding, dither[v][j % 2]);
         }
     }
     for (int v = 0; v < vectors; v++) {
-        u8x16 tile[16];
-        for (int j = 0; j < 16; j++)
-            tile[j] = u8x16_load(rows[j] + 16 * v);
-        u8_transpose_16x16(tile);
+        if (sixteens && lanes == 16) {
+            i32_to_code_transpose_16x16(to + 16 * v * pitch, pitch, tile[v]);
+            continue;
+        }
+        QSP_ALIGNED(64) uint8_t bytes[16 * 16];
+        i32_to_code_transpose_16x16(bytes, 16, tile[v]);
         for (int i = 0; i < 16 && 16 * v + i < n; i++)
-            if (lanes == 16)
-                u8x16_store(to + (16 * v + i) * pitch, tile[i]);
-            else
-                u8x16_store_n(to + (16 * v + i) * pitch, tile[i], lanes);
+            u8x16_copy_n(to + (16 * v + i) * pitch, bytes + 16 * i, lanes);
     }
 }
 
