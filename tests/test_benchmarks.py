@@ -107,7 +107,7 @@ def test_layers_complains_about_an_unknown_shape(tmp_path):
 
 def test_network(tmp_path):
     document, printed = run(tmp_path, "network.py", "--threads", "1", "--sparsity", "0.9", "--sparse-fp32")
-    assert [r["network"] for r in document["results"]] == ["cifar", "imagenet"]
+    assert [r["network"] for r in document["results"]] == ["cifar", "imagenet", "resnet20"]
     for result in document["results"]:
         assert_race(result, {"dense", "int8", "sparse fp32"})
         assert set(result["ms"]) == {"fp32", "fp32 cl", "bf16", "bf16 cl", "int8 cl", "int8 cl bf16", "fused cl",

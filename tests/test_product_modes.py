@@ -173,17 +173,34 @@ def test_shapes_of_convolutions():
 
 def test_rows_that_are_too_long_for_dense_rows(monkeypatch):
     monkeypatch.setenv("QSPARSEPROP_PRODUCTS", "dense")
-    for rows, columns in ((1, LONGEST_ROW + 1), (LONGEST_ROW + 1, 1)):
+    backward_only = Modes("dense", "list", "dense")
+    for rows, columns, modes in ((1, LONGEST_ROW + 1, Modes()), (LONGEST_ROW + 1, 1, backward_only)):
         g = linear_geometry(columns, rows)
         crow = torch.zeros(rows + 1, dtype=torch.int32)
         crow[-1] = 1
         long = ValuePattern(crow, torch.zeros(1, dtype=torch.int32), columns)
-        assert choose_modes(long, g, 1) == Modes()
+        assert choose_modes(long, g, 1) == modes
         with use_modes(Modes("dense", "dense", "dense")):
-            assert choose_modes(long, g, 1) == Modes()
+            assert choose_modes(long, g, 1) == modes
     layer = qnn.QuantizedSparseLinear.from_dense(nn.Linear(LONGEST_ROW + 1, 2))
     layer(torch.randn(3, LONGEST_ROW + 1)).sum().backward()
     assert layer.product_modes == Modes()
+
+
+def test_a_large_vocabulary_has_dense_rows_where_they_are_short(monkeypatch):
+    """Those of the input gradient alone are too long: the others are dense, with the bits of lists."""
+    torch.manual_seed(0)
+    dense, x = nn.Linear(3, LONGEST_ROW + 1), torch.randn(5, 3)
+    results = []
+    for products in ("list", "dense"):
+        monkeypatch.setenv("QSPARSEPROP_PRODUCTS", products)
+        layer, own = qnn.QuantizedSparseLinear.from_dense(dense), x.clone().requires_grad_()
+        torch.manual_seed(1)
+        y = layer(own)
+        y.square().sum().backward()
+        results.append((y, own.grad, layer.weight.grad))
+    assert layer.product_modes == Modes("dense", "list", "dense")
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("wanted", ["list", "dense", "auto", " DENSE ", ""])

@@ -131,10 +131,11 @@ def _ratios(pattern: ValuePattern, geometry: Geometry, groups: int) -> tuple[flo
     )
 
 
-def _is_free(pattern: ValuePattern, geometry: Geometry, groups: int) -> bool:
-    """Whether both ways can be taken."""
-    rows = pattern.rows // groups
-    return pattern.count > 0 and max(pattern.columns, rows * len(geometry.tap_phase)) <= LONGEST_ROW
+def _can_be_dense(pattern: ValuePattern, geometry: Geometry, groups: int) -> tuple[bool, bool, bool]:
+    """Which of the three products dense rows can be taken for: their rows are short enough."""
+    forward = pattern.count > 0 and pattern.columns <= LONGEST_ROW
+    backward = forward and pattern.rows // groups * len(geometry.tap_phase) <= LONGEST_ROW
+    return forward, backward, forward
 
 
 def choose_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Modes:
@@ -156,16 +157,17 @@ def choose_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Mode
     ValueError
         If ``QSPARSEPROP_PRODUCTS`` is not one of auto, list, dense.
     """
-    if not _is_free(pattern, geometry, groups):
+    if not pattern.count:
         return Modes()
-    if (forced := forced_modes()) is not None:
-        return forced
-    return Modes(*(DENSE if ratio < 1 else LIST for ratio in _ratios(pattern, geometry, groups)))
+    if (modes := forced_modes()) is None:
+        modes = Modes(*(DENSE if ratio < 1 else LIST for ratio in _ratios(pattern, geometry, groups)))
+    return usable_modes(modes, pattern, geometry, groups)
 
 
 def usable_modes(modes: Modes, pattern: ValuePattern, geometry: Geometry, groups: int) -> Modes:
     """Modes that somebody has chosen, or lists where rows are too long for dense ones."""
-    return modes if _is_free(pattern, geometry, groups) else Modes()
+    can = _can_be_dense(pattern, geometry, groups)
+    return Modes(*(mode if free else LIST for mode, free in zip(modes, can, strict=True)))
 
 
 #: How near the times of both ways must be for a model of five constants to be in doubt.
@@ -184,10 +186,12 @@ def doubtful_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Mo
     -------
     Modes or None
     """
-    if not _is_free(pattern, geometry, groups) or forced_modes() is not None:
+    if not pattern.count or forced_modes() is not None:
         return None
     ratios = _ratios(pattern, geometry, groups)
     doubted = [1 / DOUBT < ratio < DOUBT for ratio in ratios]
     if not any(doubted):
         return None
-    return Modes(*(DENSE if (ratio < 1) is not doubt else LIST for ratio, doubt in zip(ratios, doubted, strict=True)))
+    modes = Modes(*(DENSE if (ratio < 1) is not doubt else LIST for ratio, doubt in zip(ratios, doubted, strict=True)))
+    modes = usable_modes(modes, pattern, geometry, groups)
+    return None if modes == choose_modes(pattern, geometry, groups) else modes
