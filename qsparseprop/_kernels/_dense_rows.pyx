@@ -14,6 +14,11 @@ from qsparseprop._kernels._tensor cimport pointer
 cdef object _int32 = torch.int32
 
 
+cdef object _padded(object table, int64_t width):
+    """Lines of a table with their last entry repeated up to a width, one after the other."""
+    return torch.cat([table, table[:, table.shape[1] - 1:].expand(-1, width - table.shape[1])], 1).flatten()
+
+
 cdef class DenseRows(ProductRows):
     """Rows of weights as a matrix with its zeros, int8; rows that read the same planes share a table of offsets.
 
@@ -59,38 +64,35 @@ cdef class DenseRows(ProductRows):
         phases = self.target.grid.planes // channels if self.swapped else 1
         inner, outer = channels // groups, d.value_rows // groups  # of a group
         pitch, front = self.source.grid.pitch, self.source.grid.front
-        # of each band: rows, and the planes and offsets of its table
-        bands = []
-        tap = torch.arange(taps)
-        tap_phase, tap_shift = torch.tensor(phase), torch.tensor(shift)
+        tap_phase, tap_shift = torch.tensor(phase, device="cpu"), torch.tensor(shift, device="cpu")
+        group = torch.arange(groups, device="cpu")[:, None]
+        tables = []  # of each phase: planes and offsets of all groups, (groups, entries)
         for p in range(phases):
-            for g in range(groups):
-                if self.swapped:
-                    own = tap[tap_phase == p]
-                    plane = (g * outer + torch.arange(outer)).repeat(len(own))
-                    offset = plane * pitch + front - tap_shift[own].repeat_interleave(outer)
-                    first, last = p * channels + g * inner, p * channels + (g + 1) * inner
-                else:
-                    channel = g * inner + torch.arange(inner)
-                    plane = (tap_phase * channels + channel[:, None]).flatten()
-                    offset = plane * pitch + front + tap_shift.repeat(inner)
-                    first, last = g * outer, (g + 1) * outer
-                bands.append((first, last, plane, offset))
-        size = max(plane.numel() for _, _, plane, _ in bands)
+            if self.swapped:
+                own = tap_shift[tap_phase == p]
+                plane = (group * outer + torch.arange(outer, device="cpu")).repeat(1, len(own))
+                offset = plane * pitch + front - own.repeat_interleave(outer)
+            else:
+                channel = group * inner + torch.arange(inner, device="cpu")
+                plane = (tap_phase * channels + channel[..., None]).flatten(1)
+                offset = plane * pitch + front + tap_shift.repeat(inner)
+            tables.append((plane, offset))
+        size = max(plane.shape[1] for plane, _ in tables)
         if size > QSP_MAX_EXACT:
             raise ValueError(f"a row has {size} weights, of which an int32 holds the sum of {QSP_MAX_EXACT}")
-        self._bands = PyBytes_FromStringAndSize(NULL, len(bands) * sizeof(qsp_band))
+        self._bands = PyBytes_FromStringAndSize(NULL, len(tables) * groups * sizeof(qsp_band))
         cdef qsp_band *to = <qsp_band *> PyBytes_AS_STRING(self._bands)
-        planes, offsets, entries = [], [], 0
-        for first, last, plane, offset in bands:
+        cdef int64_t width, first = 0, height = inner if self.swapped else outer, entries = 0
+        planes, offsets = [], []
+        for plane, offset in tables:
+            width = (plane.shape[1] + QSP_GROUP - 1) // QSP_GROUP * QSP_GROUP
             # padding repeats the last entry: memory that is in the cache, times zero
-            rest = (QSP_GROUP - plane.numel() % QSP_GROUP) % QSP_GROUP
-            planes += [plane, plane[plane.numel() - 1:].expand(rest)]
-            offsets += [offset, offset[offset.numel() - 1:].expand(rest)]
-            to.first, to.last, to.table, to.size = first, last, entries, plane.numel() + rest
-            entries += plane.numel() + rest
-            to += 1
-        d.bands, d.band_count = <const qsp_band *> PyBytes_AS_STRING(self._bands), len(bands)
+            planes.append(_padded(plane, width))
+            offsets.append(_padded(offset, width))
+            for _ in range(groups):
+                to.first, to.last, to.table, to.size = first, first + height, entries, width
+                first, entries, to = first + height, entries + width, to + 1
+        d.bands, d.band_count = <const qsp_band *> PyBytes_AS_STRING(self._bands), len(tables) * groups
         d.pitch = (size + QSP_UNIT - 1) // QSP_UNIT * QSP_UNIT
         self.slots = self.rows * d.pitch
         offset, plane = torch.cat(offsets), torch.cat(planes).to(_int32)
@@ -102,8 +104,8 @@ cdef class DenseRows(ProductRows):
         d.offset = <const int32_t *> pointer(offset, _int32, entries, "offset")
         d.plane = <const int32_t *> pointer(plane, _int32, entries, "plane")
         if self.swapped:
-            place = torch.tensor([phase[:t].count(phase[t]) for t in range(taps)])
-            row_of = (tap_phase * channels + torch.arange(inner)[:, None]).flatten().to(_int32)
+            place = torch.tensor([phase[:t].count(phase[t]) for t in range(taps)], device="cpu")
+            row_of = (tap_phase * channels + torch.arange(inner, device="cpu")[:, None]).flatten().to(_int32)
             entry_of = (place * outer).repeat(inner).to(_int32)
             held += [row_of, entry_of]
             d.row_of = <const int32_t *> pointer(row_of, _int32, d.columns, "row_of")
