@@ -3,12 +3,12 @@
 A step is forward, loss, backward, the update by SGD with momentum (torch's fused one, for all alike) and setting the
 gradients to None. Three networks: ResNet-18 as "cifar" (32x32 images, batch 64, 3x3 stem) and "imagenet" (224x224,
 batch 16, 7x7 stem of stride 2 and max-pooling), and "resnet20", of 16 to 64 channels (32x32, batch 128). All
-convolutions but the first have the given fraction of zeros, at random positions, and are sparse modules in our network;
-the rest of it is torch's, or with ``--all-layers`` the first convolution and the classifier are swapped, too, zeros or
-not. Dense networks run in float32 and under bfloat16 autocast, contiguous and channels_last (cl); ours channels_last,
-with the dense rest in float32 (int8 cl) or under bfloat16 autocast (int8 cl bf16), and with batch normalisation,
-additions and ReLU in blocks with the convolutions (fused cl, fused cl bf16). Dense networks do not pay for keeping their
-zeros.
+convolutions but the first have the given fraction of zeros, at random positions, and are sparse modules in our
+network; the rest of it is torch's, or with ``--all-layers`` the first convolution and the classifier are swapped,
+too, zeros or not. Dense networks run in float32 and under bfloat16 autocast, contiguous and channels_last (cl); ours
+channels_last, with the dense rest in float32 (int8 cl) or under bfloat16 autocast (int8 cl bf16), and with batch
+normalisation, additions and ReLU in blocks with the convolutions (fused cl, fused cl bf16). Dense networks do not pay
+for keeping their zeros.
 
   python benchmarks/network.py --json network.json              allow a quarter of an hour
   python benchmarks/network.py --only cifar --threads 1 --sparsity 0.9
