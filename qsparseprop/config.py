@@ -57,6 +57,14 @@ def openmp_runtimes() -> list[str]:
     return sorted(p for p in paths if p.rsplit("/", 1)[-1].startswith(names))
 
 
+def _openmp_waiting() -> str:
+    """How threads wait for each other: what the environment said when GNU's runtime was started, as it is now."""
+    policy, spins = (os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    if spins is not None:
+        return f"GOMP_SPINCOUNT={spins}"
+    return f"OMP_WAIT_POLICY={policy}" if policy is not None else "they spin; see docs/pytorch.md for shared machines"
+
+
 def _where_dense_rows_pay() -> str:
     """Up to which share of zeros dense rows are the faster way here, as measured; see `qsparseprop.layout.costs`."""
     costs = machine_costs(_dispatch.active_isa())
@@ -82,6 +90,7 @@ def get_config() -> dict[str, Any]:
         "dense_rows": _where_dense_rows_pay(),
         "openmp": _dispatch.have_openmp,
         "openmp_runtimes": openmp_runtimes(),
+        "openmp_waiting": _openmp_waiting(),
         "threads": torch.get_num_threads() if _dispatch.have_openmp else 1,
     }
 
@@ -103,6 +112,7 @@ def show_config() -> None:
         "dense_rows": "dense rows (or by QSPARSEPROP_PRODUCTS)",
         "openmp": "OpenMP",
         "openmp_runtimes": f"OpenMP runtimes ({len(found['openmp_runtimes'])} mapped, 1 is right)",
+        "openmp_waiting": "threads that wait for others",
         "threads": "threads (torch.get_num_threads())",
     }
     for key, value in found.items():

@@ -11,7 +11,7 @@ from qsparseprop._kernels import _dispatch
 from ._helpers import run_python
 
 KEYS = {"qsparseprop", "torch", "python", "platform", "isa_built", "isa_supported", "isa_chosen", "openmp",
-        "openmp_runtimes", "threads", "cpu", "processors", "compiler", "torch_build"}  # fmt: skip
+        "openmp_runtimes", "openmp_waiting", "threads", "cpu", "processors", "compiler", "torch_build"}  # fmt: skip
 CHOSEN = "from qsparseprop._kernels import _dispatch; print(_dispatch.active_isa())"
 
 

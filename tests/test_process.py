@@ -1,5 +1,9 @@
 """Importing the package leaves the process as it was."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 
 from qsparseprop import config
@@ -46,3 +50,25 @@ print(*config.openmp_runtimes(), sep="\\n")
 """)
     assert process.returncode == 0, process.stderr
     assert len(process.stdout.split("\n")) == 2, process.stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({}, "threads that wait for others +GOMP_SPINCOUNT="),
+     ({"OMP_WAIT_POLICY": "active"}, "threads that wait for others +OMP_WAIT_POLICY=active\n"),
+     ({"GOMP_SPINCOUNT": "7"}, "threads that wait for others +GOMP_SPINCOUNT=7\n")],
+)  # fmt: skip
+def test_threads_of_the_program_sleep_soon_unless_somebody_says_otherwise(monkeypatch, before, after):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    process = subprocess.run([sys.executable, "-m", "qsparseprop", "info"], capture_output=True, text=True, check=True)
+    assert re.search(after, process.stdout), process.stdout
+
+
+def test_the_environment_of_other_programs_stays_as_it_is(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    process = run_python("import os, qsparseprop; from qsparseprop.cli import main; main(['info']); "
+                         "print('GOMP_SPINCOUNT' in os.environ)")  # fmt: skip
+    assert process.stdout.endswith("False\n"), process.stdout

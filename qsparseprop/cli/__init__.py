@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from . import bench, finetune, info
 from ._arguments import Parser
+from ._waiting import sleep_soon
 
 __all__ = ["main"]
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         From argparse: with code 0 after ``--help`` and ``--version``, with code 2 for arguments it does not accept.
     """
     arguments = _build_parser().parse_args(argv)
+    sleep_soon()
     from qsparseprop.utils.errors import ConfigurationError
 
     parser: Parser = arguments.parser
