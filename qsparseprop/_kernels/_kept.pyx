@@ -1,0 +1,187 @@
+"""Products that keep the codes of a weight while it and the scales in them stay the same, and find out by themselves.
+
+What counts is what a weight holds: many write to `data` or through NumPy, and no version counts that. So a digest of all
+values is compared before codes are used again, which takes a tenth of the time of quantising them or less. Versions only
+save the digest, and the memory, where a weight is multiplied with once and then stepped.
+"""
+
+import torch
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cython.parallel cimport prange
+from libc.math cimport INFINITY
+from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcmp, memcpy
+
+from qsparseprop._kernels._dispatch cimport QSP_DIGEST, active_kernels, qsp_kernels
+from qsparseprop._kernels._plan cimport ProductRows
+from qsparseprop._kernels._tensor cimport numel, pointer
+
+from qsparseprop._kernels._matmul import quantized_spmm, spmm
+from qsparseprop._kernels._weights import quantize_weight
+
+cdef enum:
+    # lanes of a product from which quantising a weight is a small part of it
+    MANY_LANES = 1 << 9
+    # sixteens of values that one thread takes at a time
+    DIGEST_PART = 1 << 13
+    MOST_PARTS = 64
+
+cdef object _float32 = torch.float32
+cdef object _int32 = torch.int32
+cdef object _int8 = torch.int8
+cdef object _int64 = torch.int64
+cdef object _empty = torch.empty
+cdef object _cpu = torch.device("cpu")
+
+
+cdef class Codes:
+    """The codes of a weight, and what they were made of; never changed, so that threads may share them."""
+    cdef tuple parts  # slots, scale, total: see quantize_weight
+    cdef bytes digest
+    cdef bytes folded
+    cdef int64_t size
+    cdef float clip
+
+
+cdef class History:
+    """What rows were multiplied with last, and the codes if these are kept."""
+    cdef const void *values
+    cdef int64_t size, version
+    cdef bytes folded
+    cdef float clip
+    cdef int64_t repeated  # times that the last weight came again
+    cdef int64_t patience  # how often it must before its codes are kept
+    cdef bint used         # whether codes that are kept have been used
+    cdef Codes codes
+
+    def __cinit__(self):
+        self.patience, self.folded = 1, b""
+
+    cdef int64_t forget(self) except -1:
+        """Drop the codes. If they were kept for nothing, the next ones must wait longer."""
+        if self.codes is not None:
+            if not self.used:
+                self.patience = max(1, 2 * self.patience)
+            self.codes = None
+        self.repeated = 0
+        return 0
+
+
+cdef bytes digest_of(const void *values, int64_t size, int threads):
+    """Sums that tell whether so many words of 32 bits have changed."""
+    cdef const qsp_kernels *kernels = active_kernels()
+    cdef uint64_t sums[MOST_PARTS * QSP_DIGEST]
+    cdef uint64_t *each = sums
+    cdef int64_t sixteens = (size + 15) // 16, part, i
+    cdef int64_t parts = 1 if threads == 1 else max(1, min(<int64_t> MOST_PARTS, sixteens // DIGEST_PART))
+    for part in prange(parts, nogil=True, num_threads=threads, schedule="static", use_threads_if=parts > 1):
+        kernels.digest(values, size, sixteens * part // parts, sixteens * (part + 1) // parts, each + part * QSP_DIGEST)
+    for part in range(1, parts):
+        for i in range(QSP_DIGEST):
+            sums[i] += sums[part * QSP_DIGEST + i]
+    return PyBytes_FromStringAndSize(<const char *> each, QSP_DIGEST * sizeof(uint64_t))
+
+
+def digest(values, int threads):
+    """The digest of float32 values, as bytes."""
+    cdef int64_t size = numel(values)
+    return digest_of(pointer(values, _float32, size, "values") if size else NULL, size, max(threads, 1))
+
+
+def kept_bytes(ProductRows rows not None):
+    """Bytes of the codes that are kept for rows."""
+    cdef History history = <History> rows.kept
+    codes = None if history is None else history.codes
+    return 0 if codes is None else sum([part.nbytes for part in (<Codes> codes).parts])
+
+
+cdef bint _holds(bytes folded, const void *scale, const void *zero_point, int64_t size):
+    """Whether those are the scales and zero points that have been folded into a weight."""
+    cdef const char *held = PyBytes_AS_STRING(folded)
+    if len(folded) != 8 * size:
+        return False
+    return size == 0 or (memcmp(held, scale, 4 * size) == 0 and memcmp(held + 4 * size, zero_point, 4 * size) == 0)
+
+
+cdef bytes _together(const void *scale, const void *zero_point, int64_t size):
+    cdef bytes folded = PyBytes_FromStringAndSize(NULL, 8 * size)
+    cdef char *to = PyBytes_AS_STRING(folded)
+    if size:
+        memcpy(to, scale, 4 * size)
+        memcpy(to + 4 * size, zero_point, 4 * size)
+    return folded
+
+
+cdef Codes _codes_of(object values, ProductRows rows, object scale, object zero_point, object clip, int threads):
+    """Codes to be kept of a weight of those values; without a digest if these change meanwhile."""
+    cdef Codes codes = Codes.__new__(Codes)
+    cdef int64_t size = numel(values)
+    cdef const void *data = pointer(values, _float32, size, "values")
+    before = digest_of(data, size, threads)
+    codes.parts = (_empty(rows.slots, dtype=_int8, device=_cpu), _empty(rows.rows, dtype=_float32, device=_cpu),
+                   _empty(rows.rows, dtype=_int64, device=_cpu))
+    quantize_weight(values, rows, scale, zero_point, clip, *codes.parts, threads)
+    codes.digest = before if digest_of(data, size, threads) == before else None
+    return codes
+
+
+cpdef int64_t multiply(object values, ProductRows rows, object scale, object zero_point, object clip, object planes,
+                       object bias, object out, int threads, float least=-INFINITY, float greatest=INFINITY) except -1:
+    """`quantized_spmm` of floats of any width, which keeps the codes of the weight where it comes again and again."""
+    cdef History history
+    cdef Codes codes
+    cdef int64_t size = numel(values), version, folded = numel(scale)
+    cdef const void *data
+    cdef const void *scales = NULL
+    cdef const void *zeros = NULL
+    cdef float limit = 0
+    cdef bint apart = folded > 1  # scales of planes are in the codes
+    threads = max(threads, 1)
+    if bias is not None and bias.dtype is not _float32:
+        bias = bias.to(_float32)
+    if values.dtype is not _float32:
+        values, size = values.to(_float32), 0  # which is another one each time
+    if size == 0 or zero_point is None or numel(planes) > MANY_LANES * rows.source.grid.planes or (
+            numel(zero_point) != folded):
+        quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, threads, least, greatest)
+        return 0
+    data = pointer(values, _float32, size, "values")
+    if apart:
+        scales = pointer(scale, _float32, folded, "scale")
+        zeros = pointer(zero_point, _int32, folded, "zero_point")
+    else:
+        folded = 0
+    if clip is not None:
+        limit = (<const float *> pointer(clip, _float32, 1, "clip"))[0]
+    version = 0 if values.is_inference() else values._version
+    if rows.kept is None:
+        rows.kept = History.__new__(History)
+    history = <History> rows.kept
+    if (history.values == data and history.size == size and history.version == version and history.clip == limit
+            and _holds(history.folded, scales, zeros, folded)):
+        history.repeated += 1
+    else:
+        history.forget()
+        history.values, history.size, history.version, history.clip = data, size, version, limit
+        history.folded = _together(scales, zeros, folded)
+    codes = history.codes
+    if codes is not None:
+        # of threads that share the rows another one may have kept them
+        if (codes.size == size and codes.clip == limit and _holds(codes.folded, scales, zeros, folded)
+                and codes.digest == digest_of(data, size, threads)):
+            history.used, history.patience = True, 0
+        else:
+            history.forget()
+            codes = None
+    if codes is None and history.repeated >= history.patience:
+        codes = _codes_of(values, rows, scale if apart else None, zero_point if apart else None, clip, threads)
+        codes.size, codes.clip, codes.folded = size, limit, _together(scales, zeros, folded)
+        if codes.digest is not None:
+            history.codes, history.used = codes, False
+    if codes is None:
+        quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, threads, least, greatest)
+    else:
+        spmm(planes, *codes.parts, None if apart else scale, None if apart else zero_point, rows, bias, out, threads,
+             least, greatest)
+    return 0
