@@ -61,17 +61,17 @@ cdef class DenseRows(ProductRows):
         pitch, front = self.source.grid.pitch, self.source.grid.front
         # of each band: rows, and the planes and offsets of its table
         bands = []
-        tap = torch.arange(taps)
-        tap_phase, tap_shift = torch.tensor(phase), torch.tensor(shift)
+        tap = torch.arange(taps, device="cpu")
+        tap_phase, tap_shift = torch.tensor(phase, device="cpu"), torch.tensor(shift, device="cpu")
         for p in range(phases):
             for g in range(groups):
                 if self.swapped:
                     own = tap[tap_phase == p]
-                    plane = (g * outer + torch.arange(outer)).repeat(len(own))
+                    plane = (g * outer + torch.arange(outer, device="cpu")).repeat(len(own))
                     offset = plane * pitch + front - tap_shift[own].repeat_interleave(outer)
                     first, last = p * channels + g * inner, p * channels + (g + 1) * inner
                 else:
-                    channel = g * inner + torch.arange(inner)
+                    channel = g * inner + torch.arange(inner, device="cpu")
                     plane = (tap_phase * channels + channel[:, None]).flatten()
                     offset = plane * pitch + front + tap_shift.repeat(inner)
                     first, last = g * outer, (g + 1) * outer
@@ -102,8 +102,8 @@ cdef class DenseRows(ProductRows):
         d.offset = <const int32_t *> pointer(offset, _int32, entries, "offset")
         d.plane = <const int32_t *> pointer(plane, _int32, entries, "plane")
         if self.swapped:
-            place = torch.tensor([phase[:t].count(phase[t]) for t in range(taps)])
-            row_of = (tap_phase * channels + torch.arange(inner)[:, None]).flatten().to(_int32)
+            place = torch.tensor([phase[:t].count(phase[t]) for t in range(taps)], device="cpu")
+            row_of = (tap_phase * channels + torch.arange(inner, device="cpu")[:, None]).flatten().to(_int32)
             entry_of = (place * outer).repeat(inner).to(_int32)
             held += [row_of, entry_of]
             d.row_of = <const int32_t *> pointer(row_of, _int32, d.columns, "row_of")

@@ -1,7 +1,7 @@
 """Products that keep the codes of a weight while it and the scales in them stay the same, and find out by themselves.
 
-What counts is what a weight holds: many write to `data` or through NumPy, and no version counts that. So a digest of all
-values is compared before codes are used again, which takes a tenth of the time of quantising them or less. Versions only
+What counts is what a weight holds: many write to `data` or through NumPy, and no version counts that. So a digest of
+all values is compared before codes are used again, which takes a tenth of the time of quantising them. Versions only
 save the digest, and the memory, where a weight is multiplied with once and then stepped.
 """
 
@@ -11,7 +11,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.parallel cimport prange
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 from qsparseprop._kernels._dispatch cimport QSP_DIGEST, active_kernels, qsp_kernels
 from qsparseprop._kernels._plan cimport ProductRows
@@ -35,6 +35,15 @@ cdef object _empty = torch.empty
 cdef object _cpu = torch.device("cpu")
 
 
+ctypedef struct weight_t:
+    # what a product is given: values, and scales and zero points where they go into the codes
+    const void *values
+    const void *scale
+    const void *zero_point
+    int64_t size, version, folded
+    float clip
+
+
 cdef class Codes:
     """The codes of a weight, and what they were made of; never changed, so that threads may share them."""
     cdef tuple parts  # slots, scale, total: see quantize_weight
@@ -52,19 +61,23 @@ cdef class History:
     cdef float clip
     cdef int64_t repeated  # times that the last weight came again
     cdef int64_t patience  # how often it must before its codes are kept
-    cdef bint used         # whether codes that are kept have been used
+    cdef bint used         # whether the codes have been used
     cdef Codes codes
 
     def __cinit__(self):
         self.patience, self.folded = 1, b""
 
-    cdef int64_t forget(self) except -1:
-        """Drop the codes. If they were kept for nothing, the next ones must wait longer."""
-        if self.codes is not None:
-            if not self.used:
-                self.patience = max(1, 2 * self.patience)
-            self.codes = None
-        self.repeated = 0
+    cdef int64_t begin(self, const weight_t *w, bytes folded) except -1:
+        """Another weight, or other scales: the guess is that it comes again if the one before did."""
+        self.patience = 0 if self.repeated > 0 else 1
+        self.values, self.size, self.version, self.clip, self.folded = w.values, w.size, w.version, w.clip, folded
+        self.repeated, self.codes = 0, None
+        return 0
+
+    cdef int64_t deceived(self) except -1:
+        """The weight has changed without its version. Where codes were kept for nothing, the next ones wait longer."""
+        self.patience = 1 if self.used else max(1, 2 * self.patience)
+        self.repeated, self.codes = 0, None
         return 0
 
 
@@ -96,14 +109,6 @@ def kept_bytes(ProductRows rows not None):
     return 0 if codes is None else sum([part.nbytes for part in (<Codes> codes).parts])
 
 
-cdef bint _holds(bytes folded, const void *scale, const void *zero_point, int64_t size):
-    """Whether those are the scales and zero points that have been folded into a weight."""
-    cdef const char *held = PyBytes_AS_STRING(folded)
-    if len(folded) != 8 * size:
-        return False
-    return size == 0 or (memcmp(held, scale, 4 * size) == 0 and memcmp(held + 4 * size, zero_point, 4 * size) == 0)
-
-
 cdef bytes _together(const void *scale, const void *zero_point, int64_t size):
     cdef bytes folded = PyBytes_FromStringAndSize(NULL, 8 * size)
     cdef char *to = PyBytes_AS_STRING(folded)
@@ -113,75 +118,85 @@ cdef bytes _together(const void *scale, const void *zero_point, int64_t size):
     return folded
 
 
-cdef Codes _codes_of(object values, ProductRows rows, object scale, object zero_point, object clip, int threads):
-    """Codes to be kept of a weight of those values; without a digest if these change meanwhile."""
+cdef bint _are_alike(const weight_t *w, int64_t size, float clip, bytes folded):
+    """Whether a weight has so many values, that clip, and those scales and zero points in its codes."""
+    cdef const char *held = PyBytes_AS_STRING(folded)
+    cdef int64_t n = w.folded
+    if w.size != size or w.clip != clip or len(folded) != 8 * n:
+        return False
+    return n == 0 or (memcmp(held, w.scale, 4 * n) == 0 and memcmp(held + 4 * n, w.zero_point, 4 * n) == 0)
+
+
+cdef Codes _made_codes(const weight_t *w, object values, ProductRows rows, object scale, object zero_point, object clip,
+                       int threads):
+    """Codes of a weight, to be kept; None in place of their digest if it has changed meanwhile."""
     cdef Codes codes = Codes.__new__(Codes)
-    cdef int64_t size = numel(values)
-    cdef const void *data = pointer(values, _float32, size, "values")
-    before = digest_of(data, size, threads)
+    before = digest_of(w.values, w.size, threads)
+    codes.size, codes.clip, codes.folded = w.size, w.clip, _together(w.scale, w.zero_point, w.folded)
     codes.parts = (_empty(rows.slots, dtype=_int8, device=_cpu), _empty(rows.rows, dtype=_float32, device=_cpu),
                    _empty(rows.rows, dtype=_int64, device=_cpu))
-    quantize_weight(values, rows, scale, zero_point, clip, *codes.parts, threads)
-    codes.digest = before if digest_of(data, size, threads) == before else None
+    quantize_weight(values, rows, scale if w.folded else None, zero_point if w.folded else None, clip, *codes.parts,
+                    threads)
+    codes.digest = before if digest_of(w.values, w.size, threads) == before else None
+    return codes
+
+
+cdef Codes _codes_of(object values, ProductRows rows, object scale, object zero_point, object clip, int threads):
+    """The codes of a weight if they are kept; None otherwise."""
+    cdef History history
+    cdef Codes codes
+    cdef weight_t w
+    memset(&w, 0, sizeof(w))
+    w.size, w.folded = numel(values), numel(scale)
+    w.values = pointer(values, _float32, w.size, "values")
+    if w.folded > 1:  # scales of planes are in the codes
+        w.scale = pointer(scale, _float32, w.folded, "scale")
+        w.zero_point = pointer(zero_point, _int32, w.folded, "zero_point")
+    else:
+        w.folded = 0
+    if clip is not None:
+        w.clip = (<const float *> pointer(clip, _float32, 1, "clip"))[0]
+    w.version = 0 if values.is_inference() else values._version
+    if rows.kept is None:
+        rows.kept = History.__new__(History)
+    history = <History> rows.kept
+    if (history.values == w.values and history.version == w.version
+            and _are_alike(&w, history.size, history.clip, history.folded)):
+        history.repeated += 1
+    else:
+        history.begin(&w, _together(w.scale, w.zero_point, w.folded))
+    codes = history.codes
+    if codes is not None:
+        # alike, since of threads that share the rows another one may have kept them
+        if _are_alike(&w, codes.size, codes.clip, codes.folded) and (
+                codes.digest == digest_of(w.values, w.size, threads)):
+            history.used = True
+            return codes
+        history.deceived()
+    if history.repeated < history.patience:
+        return None
+    codes = _made_codes(&w, values, rows, scale, zero_point, clip, threads)
+    if codes.digest is not None:
+        history.codes, history.used = codes, False
     return codes
 
 
 cpdef int64_t multiply(object values, ProductRows rows, object scale, object zero_point, object clip, object planes,
                        object bias, object out, int threads, float least=-INFINITY, float greatest=INFINITY) except -1:
     """`quantized_spmm` of floats of any width, which keeps the codes of the weight where it comes again and again."""
-    cdef History history
-    cdef Codes codes
-    cdef int64_t size = numel(values), version, folded = numel(scale)
-    cdef const void *data
-    cdef const void *scales = NULL
-    cdef const void *zeros = NULL
-    cdef float limit = 0
-    cdef bint apart = folded > 1  # scales of planes are in the codes
+    cdef Codes codes = None
     threads = max(threads, 1)
     if bias is not None and bias.dtype is not _float32:
         bias = bias.to(_float32)
     if values.dtype is not _float32:
-        values, size = values.to(_float32), 0  # which is another one each time
-    if size == 0 or zero_point is None or numel(planes) > MANY_LANES * rows.source.grid.planes or (
-            numel(zero_point) != folded):
-        quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, threads, least, greatest)
-        return 0
-    data = pointer(values, _float32, size, "values")
-    if apart:
-        scales = pointer(scale, _float32, folded, "scale")
-        zeros = pointer(zero_point, _int32, folded, "zero_point")
-    else:
-        folded = 0
-    if clip is not None:
-        limit = (<const float *> pointer(clip, _float32, 1, "clip"))[0]
-    version = 0 if values.is_inference() else values._version
-    if rows.kept is None:
-        rows.kept = History.__new__(History)
-    history = <History> rows.kept
-    if (history.values == data and history.size == size and history.version == version and history.clip == limit
-            and _holds(history.folded, scales, zeros, folded)):
-        history.repeated += 1
-    else:
-        history.forget()
-        history.values, history.size, history.version, history.clip = data, size, version, limit
-        history.folded = _together(scales, zeros, folded)
-    codes = history.codes
-    if codes is not None:
-        # of threads that share the rows another one may have kept them
-        if (codes.size == size and codes.clip == limit and _holds(codes.folded, scales, zeros, folded)
-                and codes.digest == digest_of(data, size, threads)):
-            history.used, history.patience = True, 0
-        else:
-            history.forget()
-            codes = None
-    if codes is None and history.repeated >= history.patience:
-        codes = _codes_of(values, rows, scale if apart else None, zero_point if apart else None, clip, threads)
-        codes.size, codes.clip, codes.folded = size, limit, _together(scales, zeros, folded)
-        if codes.digest is not None:
-            history.codes, history.used = codes, False
+        values = values.to(_float32)  # which is another one each time
+    elif (zero_point is not None and numel(planes) <= MANY_LANES * rows.source.grid.planes and numel(values) > 0
+            and numel(zero_point) == numel(scale)):
+        codes = _codes_of(values, rows, scale, zero_point, clip, threads)
     if codes is None:
         quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, threads, least, greatest)
+    elif len(codes.folded):
+        spmm(planes, *codes.parts, None, None, rows, bias, out, threads, least, greatest)
     else:
-        spmm(planes, *codes.parts, None if apart else scale, None if apart else zero_point, rows, bias, out, threads,
-             least, greatest)
+        spmm(planes, *codes.parts, scale, zero_point, rows, bias, out, threads, least, greatest)
     return 0

@@ -27,6 +27,7 @@ def backward(dy, values, packed, ProductRows rows not None, ProductRows differen
     if differentiated is None:
         return None
     x_planes, x_scale, x_zero_point = packed
+    images, count = dy.shape[0], values.shape[0]
     if swapped:
-        return sddmm(planes, x_planes, scale, zero_point, x_scale, differentiated, dy.shape[0], values.shape[0], threads)
-    return sddmm(x_planes, planes, x_scale, x_zero_point, scale, differentiated, dy.shape[0], values.shape[0], threads)
+        return sddmm(planes, x_planes, scale, zero_point, x_scale, differentiated, images, count, threads)
+    return sddmm(x_planes, planes, x_scale, x_zero_point, scale, differentiated, images, count, threads)

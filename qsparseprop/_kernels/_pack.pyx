@@ -159,7 +159,7 @@ def quantize_pack(x, PlaneLayout layout not None, Scheme scheme not None, seed, 
     if scheme.per_channel:
         channels, count = layout.channels, a.grid.planes
     planes = empty((layout.lane_count(a.images),), _uint8)
-    scale, zero_point = torch.empty(count, dtype=_float32), torch.empty(count, dtype=_int32)
+    scale, zero_point = empty((count,), _float32), empty((count,), _int32)
     cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
     if scheme.per_channel:
@@ -201,7 +201,7 @@ cdef tuple pack_ranged(qsp_pack *a, int64_t rows, int64_t channels, object range
     a.grid, a.images = layout.grid, rows // pixels
     count = a.grid.planes if scheme.per_channel else 1
     planes = empty((layout.lane_count(a.images),), _uint8)
-    scale, zero_point = torch.empty(count, dtype=_float32), torch.empty(count, dtype=_int32)
+    scale, zero_point = empty((count,), _float32), empty((count,), _int32)
     cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
     cdef bytes scratch = PyBytes_FromStringAndSize(NULL, each * sizeof(qsp_range) + count * sizeof(float))

@@ -156,8 +156,9 @@ def quantize_weight_plain(
     values: Tensor, rows: ProductRows, factor: Tensor | None, zero_point: Tensor | None, clip: Tensor | None
 ) -> Weights:
     """`quantize_weight` for those who have looked at the tensors already."""
-    weights = Weights(torch.empty(rows.slots, dtype=torch.int8), torch.empty(rows.rows, dtype=torch.float32),
-                      torch.empty(rows.rows, dtype=torch.int64))  # fmt: skip
+    weights = Weights(torch.empty(rows.slots, dtype=torch.int8, device="cpu"),
+                      torch.empty(rows.rows, dtype=torch.float32, device="cpu"),
+                      torch.empty(rows.rows, dtype=torch.int64, device="cpu"))  # fmt: skip
     _weights.quantize_weight(values, rows, factor, zero_point, clip, *weights, torch.get_num_threads())
     return weights
 
@@ -181,7 +182,7 @@ def gather_weight(values: Tensor, rows: ProductRows) -> Weights:
 @recorded
 def gather_weight_plain(values: Tensor, rows: ProductRows) -> Weights:
     """`gather_weight` for those who have looked at the tensor already."""
-    slots = torch.empty(rows.slots, dtype=torch.float32)
+    slots = torch.empty(rows.slots, dtype=torch.float32, device="cpu")
     _weights.gather_weight(values, rows, slots)
     return Weights(slots)
 
