@@ -8,7 +8,7 @@ def multiply(
     values: Tensor,
     rows: ProductRows,
     scale: Tensor,
-    zero_point: Tensor,
+    zero_point: Tensor | None,
     clip: Tensor | None,
     planes: Tensor,
     bias: Tensor | None,
