@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from qsparseprop.nn.deferred import conditions
 from qsparseprop.utils.measurement_utils import environment, interleaved_times
@@ -270,3 +271,19 @@ def remark_noise(results: Sequence[dict[str, Any]]) -> None:
 def geometric_mean(values: Iterable[float]) -> float:
     """Geometric mean of positive numbers."""
     return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def training_step(module: nn.Module, x: Tensor, dy: Tensor, bf16: bool = False) -> Callable[[], None]:
+    """Return a function that runs forward and backward once; `dy` is of the dtype of the module's output."""
+    parameters = list(module.parameters())
+
+    def step() -> None:
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        with precision(bf16):
+            y = module(x)
+        y.backward(dy)
+        increment_version(parameters)  # as an optimizer would: codes of an unchanged weight are kept
+
+    return step

@@ -19,13 +19,8 @@ import argparse
 import copy
 import importlib.metadata
 import itertools
-import os
-import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,17 +31,17 @@ from _common import (
     geometric_mean,
     make_parser,
     ms_cells,
-    precision,
     put_zeros,
     race,
     remark_noise,
     say,
     start,
+    training_step,
     write_json,
 )
+from _overhead import measure_overhead
 from torch import Tensor, nn
 
-import qsparseprop
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear, SparseConv2d, SparseLinear
 from qsparseprop.utils.measurement_utils import interleaved_times
 
@@ -62,9 +57,6 @@ TARGETS: dict[tuple[str, float], float] = {
     ("conv 3x3", 0.95): 6.0,
     ("conv 3x3", 0.98): 8.0,
 }
-
-#: What ``--overhead`` imports, one after the other.
-IMPORTS = ("torch", "qsparseprop", "qsparseprop.nn", "qsparseprop.utils.network_utils")
 
 SMALL_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 33, 48, 63, 64)
 
@@ -161,21 +153,6 @@ class OneDnnLinear(nn.Linear):
 def has_onednn_linear() -> bool:
     """Whether this build of torch has the operator that `OneDnnLinear` is made of."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def training_step(module: nn.Module, x: Tensor, dy: Tensor, bf16: bool = False) -> Callable[[], None]:
-    """Return a function that runs forward and backward once; `dy` is of the dtype of the module's output."""
-    parameters = list(module.parameters())
-
-    def step() -> None:
-        x.grad = None
-        for parameter in parameters:
-            parameter.grad = None
-        with precision(bf16):
-            y = module(x)
-        y.backward(dy)
-
-    return step
 
 
 def load_sparseprop() -> tuple[Any, str]:
@@ -302,59 +279,6 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def measure_overhead(args: argparse.Namespace) -> dict[str, Any]:
-    """Time a layer so small that only the cost of a call is left, and the import."""
-    dense = nn.Linear(64, 64)
-    put_zeros(dense.weight, 0.9)
-    x, dy = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
-    modules = {
-        "Linear": dense,
-        "QuantizedSparseLinear": QuantizedSparseLinear.from_dense(dense),
-        "SparseLinear": SparseLinear.from_dense(dense),
-    }
-
-    def forward_only(module: nn.Module) -> Callable[[], None]:
-        def step() -> None:
-            with torch.no_grad():
-                module(x)
-
-        return step
-
-    calls: dict[str, Any] = {}
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        say(f"\nmicroseconds of a call, 64 x 64, batch 8, 90 % zeros, {threads} thread{'s' if threads > 1 else ''}\n")
-        table = Table(["", "forward + backward", "forward, no_grad"])
-        both = race([Competitor(name, name, training_step(m, x, dy)) for name, m in modules.items()], args)["ms"]
-        forward = race([Competitor(name, name, forward_only(m)) for name, m in modules.items()], args)["ms"]
-        for name in modules:
-            table.row(name, 1e3 * both[name], 1e3 * forward[name])
-        calls[str(threads)] = {name: {"forward_backward_us": 1e3 * both[name], "forward_us": 1e3 * forward[name]}
-                               for name in modules}  # fmt: skip
-
-    runs = [_time_imports() for _ in range(1 if args.quick else 5)]
-    imports = {name: statistics.median(run[name] for run in runs) for name in IMPORTS}
-    say(f"\nmilliseconds of an import, each after the one above (median of {len(runs)} processes)\n")
-    table = Table(["module", "ms"], first=36)
-    for name, ms in imports.items():
-        table.row(name, ms)
-    return {"calls": calls, "import_ms": imports}
-
-
-def _time_imports() -> dict[str, float]:
-    """Milliseconds of each of `IMPORTS`, one after the other in a process of its own."""
-    code = ("import importlib, sys, time\n"
-            "for name in sys.argv[1:]:\n"
-            "    began = time.perf_counter()\n"
-            "    importlib.import_module(name)\n"
-            "    print(1e3 * (time.perf_counter() - began))\n")  # fmt: skip
-    package = str(Path(qsparseprop.__file__).parents[1])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, "-c", code, *IMPORTS], env={**os.environ, "PYTHONPATH": path},
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    return dict(zip(IMPORTS, map(float, done.stdout.split()), strict=True))
-
-
 def sweep_small_batches(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time a linear layer for batches of 1 to 64; a cliff is where the time per sample jumps up."""
     features = 32 if args.quick else 1024
@@ -386,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                              "(batch, inputs, outputs), `3x3 64@56 b16` and `3x3/2 64@56>128 b16` (kernel/stride, "
                              "channels@size>output channels, batch)")
     parser.add_argument("--overhead", action="store_true",
-                        help="instead: what a call costs on a tiny layer, and the import")
+                        help="instead: what a call costs on small layers, above their kernels too, and the import")
     parser.add_argument("--small-batches", action="store_true",
                         help="instead: time per sample of a linear layer, batches of 1 to 64")
     parser.add_argument("--peers", action="store_true",

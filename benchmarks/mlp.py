@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from _networks import vit
 from _profile import profile_step, show_rows
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.profiler import record_function
 
 from qsparseprop.utils.measurement_utils import saved_for_backward_bytes
@@ -104,6 +105,7 @@ def training_step(
                 y.backward(grad.to(y.dtype))
             model.zero_grad()
             x.grad = None
+            increment_version(model.parameters())  # as an optimizer would: codes of an unchanged weight are kept
 
     forward()  # from which layers guess what will become of their results
     return step, saved_for_backward_bytes(forward, model) / 1e6

@@ -276,7 +276,7 @@ def quantize(
     values = _scheme_options(scheme, bits, scheme_options)
     seed = None
     if scheme in ops.RANDOM_SCHEMES:
-        seed = torch.empty((), dtype=torch.int64).random_(generator=generator)
+        seed = torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator)
     codes, scale, zero = ops.quantize(x.detach(), scheme, bits, dim, group_size, not unsigned, seed, values)
     return QuantizedTensor(codes, scale, zero, scheme, bits, dim, group_size)
 

@@ -5,6 +5,7 @@ cdef extern from "kernels.h" nogil:
     enum:
         QSP_UNIT
         QSP_GROUP
+        QSP_DIGEST
         QSP_ROW_BLOCK
         QSP_MAX_EXACT
         QSP_F32
@@ -267,6 +268,7 @@ cdef extern from "kernels.h" nogil:
         void (*dequantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil
         void (*relu)(const void *, int, int64_t, int64_t, void *, uint16_t *) noexcept nogil
         void (*keep)(const void *, int, int64_t, int64_t, const uint16_t *, void *) noexcept nogil
+        void (*digest)(const void *, int64_t, int64_t, int64_t, uint64_t *) noexcept nogil
 
     int64_t qsp_grad_blocks(const qsp_band *, int64_t)
     int64_t qsp_count_units(const qsp_grid *, const qsp_view *, int64_t)

@@ -177,8 +177,8 @@ def epilogue_range(x, residual, scale, shift, str activation, options, int threa
         raise ValueError("the range of no elements is not defined")
     chunk = reduced_rows(a.channels)
     chunks = (rows + chunk - 1) // chunk
-    parts = torch.empty((chunks, a.channels, 2), dtype=_float32)
-    out = torch.empty((a.channels, 2), dtype=_float32)
+    parts = torch.empty((chunks, a.channels, 2), dtype=_float32, device="cpu")
+    out = torch.empty((a.channels, 2), dtype=_float32, device="cpu")
     cdef float *part = <float *> pointer(parts, _float32, 0, "parts")
     cdef float *ends = <float *> pointer(out, _float32, 0, "out")
     cdef const qsp_epilogue *args = &a
@@ -237,7 +237,7 @@ def activation_range(ranges, str activation, options):
     pointer(ranges, _float32, 0, "ranges")
     if ranges.ndim != 2 or ranges.shape[1] != 2:
         raise ValueError(f"ranges must be of shape (channels, 2), got {tuple(ranges.shape)}")
-    out = torch.empty(tuple(ranges.shape), dtype=_float32)
+    out = torch.empty(tuple(ranges.shape), dtype=_float32, device="cpu")
     out.copy_(ranges)
     _activate_ranges(<float *> pointer(out, _float32, 0, "out"), ranges.shape[0], &act)
     return out
@@ -285,8 +285,8 @@ def epilogue_sums(dy, codes, saved, str activation, options, int threads):
     cdef double most
     chunk = reduced_rows(a.channels)
     chunks = (rows + chunk - 1) // chunk
-    parts = torch.empty((chunks, a.channels, 3), dtype=_float64)
-    out = torch.zeros((a.channels, 3), dtype=_float64)
+    parts = torch.empty((chunks, a.channels, 3), dtype=_float64, device="cpu")
+    out = torch.zeros((a.channels, 3), dtype=_float64, device="cpu")
     cdef double *part = <double *> pointer(parts, _float64, 0, "parts")
     cdef double *total = <double *> pointer(out, _float64, 0, "out")
     cdef const qsp_epilogue_grad *args = &a

@@ -45,7 +45,7 @@ cdef object _copy(object tensor, int64_t size, str name):
     """A tensor of our own, int32, with `size` elements of another one."""
     check_storage(tensor, name)
     cdef const void *given = pointer(tensor, _int32, size, name)
-    own = torch.empty(size, dtype=_int32)
+    own = torch.empty(size, dtype=_int32, device="cpu")
     if size:
         memcpy(pointer(own, _int32, size, name), given, size * sizeof(int32_t))
     return own
@@ -109,7 +109,7 @@ cdef class GatherList(ProductRows):
 
     cdef int32_t *_hold(self, int64_t size) except? NULL:
         """Memory for so many numbers, which goes with the list."""
-        own = torch.empty(max(size, 1), dtype=_int32)
+        own = torch.empty(max(size, 1), dtype=_int32, device="cpu")
         self._held.append(own)
         return <int32_t *> pointer(own, _int32, size, "memory")
 
@@ -171,7 +171,7 @@ cdef class GatherList(ProductRows):
         if size > NARROW:
             self.nonzeros.wide = wide = self._hold(k)
         else:
-            self._held.append(torch.empty(max(k, 1), dtype=_int16))
+            self._held.append(torch.empty(max(k, 1), dtype=_int16, device="cpu"))
             narrow = <uint16_t *> pointer(self._held[len(self._held) - 1], _int16, k, "code")
             self.nonzeros.code = narrow
         if not in_order:
@@ -217,7 +217,7 @@ cdef class GatherList(ProductRows):
         """What a table has for each slot, or, without one, which value the slot holds."""
         cdef const qsp_nonzeros *n = &self.nonzeros
         cdef int64_t row, k, i, start, code
-        out = torch.empty(self.slots, dtype=_int32)
+        out = torch.empty(self.slots, dtype=_int32, device="cpu")
         cdef int32_t *to = <int32_t *> pointer(out, _int32, self.slots, "out") if self.slots else NULL
         for row in range(self.rows):
             start = 0 if n.table == NULL else n.table[row]
@@ -299,7 +299,7 @@ cdef class PatternList(GatherList):
         pattern.check_layouts(groups, phase, shift, x, y)
         self.pattern, self.swapped, self._taps, taps = pattern, swapped, (groups, phase, shift), len(phase)
         cdef int32_t *numbers
-        own = torch.empty(2 * taps, dtype=_int32)
+        own = torch.empty(2 * taps, dtype=_int32, device="cpu")
         numbers = <int32_t *> pointer(own, _int32, 2 * taps, "taps")
         for i in range(taps):
             numbers[i], numbers[taps + i] = phase[i], shift[i]
@@ -322,7 +322,7 @@ cdef class PatternList(GatherList):
         cdef uint16_t *code
         self.nonzeros.first, self.nonzeros.code, self.nonzeros.wide = pattern.ptr, pattern.column, pattern.wide
         if pattern.column == NULL and pattern.wide == NULL:  # all columns, which are kept nowhere
-            own = torch.empty(max(pattern.count, 1), dtype=_int16)
+            own = torch.empty(max(pattern.count, 1), dtype=_int16, device="cpu")
             code = <uint16_t *> pointer(own, _int16, pattern.count, "code")
             for i in range(pattern.count):
                 code[i] = <uint16_t> (i % pattern.columns)
@@ -341,11 +341,11 @@ cdef class PatternList(GatherList):
         if outer * taps > NARROW:
             self.nonzeros.wide = wide = self._hold(p.count)
         else:
-            self._held.append(torch.empty(max(p.count, 1), dtype=_int16))
+            self._held.append(torch.empty(max(p.count, 1), dtype=_int16, device="cpu"))
             narrow = <uint16_t *> pointer(self._held[len(self._held) - 1], _int16, p.count, "code")
             self.nonzeros.code = narrow
         # of each column the row of the first group, and the tap
-        scratch = torch.empty(2 * p.columns + self.rows, dtype=_int32)
+        scratch = torch.empty(2 * p.columns + self.rows, dtype=_int32, device="cpu")
         cdef int32_t *row_of = <int32_t *> pointer(scratch, _int32, 2 * p.columns + self.rows, "scratch")
         cdef int32_t *tap_of = row_of + p.columns
         cdef int32_t *next_one = tap_of + p.columns

@@ -50,6 +50,7 @@ cdef enum:
     PART_SLOTS = 1 << 17
     SUM_SLOTS = 1 << 16
 
+cdef object _cpu = torch.device("cpu")
 cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
 cdef object _int8 = torch.int8
@@ -285,7 +286,7 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None
         _take_dense(&a, <DenseRows> rows, values)
     else:
         _take_list(&a, <GatherList> rows, values)
-    out = torch.empty(values, dtype=_float32)
+    out = torch.empty(values, dtype=_float32, device=_cpu)
     a.out = <float *> pointer(out, _float32, values, "out") if values else NULL
     lanes = target.lanes(images)  # which refuses numbers that are too large
     end = target.whole_view(&a.view)

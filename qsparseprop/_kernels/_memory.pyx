@@ -31,6 +31,7 @@ cdef dict _codes = {  # DLPack's code and bits
 cdef object _contiguous = torch.contiguous_format
 cdef object _channels_last = torch.channels_last
 cdef object _empty = torch.empty
+cdef object _cpu = torch.device("cpu")  # whatever device is the default
 cdef object _from_dlpack = torch.utils.dlpack.from_dlpack
 
 
@@ -62,15 +63,15 @@ def empty(tuple shape, dtype, bint channels_last=False):
     code = _codes.get(dtype) if regular and elements >= LARGE // 4 else None
     if code is None or elements * (code[1] // 8) < LARGE or (channels_last and dims != 4):
         if not channels_last:
-            return _empty(shape, dtype=dtype)
-        return _empty(shape, dtype=dtype, memory_format=_channels_last if channels_last else _contiguous)
+            return _empty(shape, dtype=dtype, device=_cpu)
+        return _empty(shape, dtype=dtype, memory_format=_channels_last if channels_last else _contiguous, device=_cpu)
     m = <mapped *> malloc(sizeof(mapped))
     if m == NULL:
         raise MemoryError()
     data = qsp_pool_take(elements * (code[1] // 8), &m.size)
     if data == NULL:
         free(m)
-        return _empty(shape, dtype=dtype, memory_format=_channels_last if channels_last else _contiguous)
+        return _empty(shape, dtype=dtype, memory_format=_channels_last if channels_last else _contiguous, device=_cpu)
     n = 1
     for i in range(dims - 1, -1, -1):
         m.shape[i], m.strides[i] = shape[i], n

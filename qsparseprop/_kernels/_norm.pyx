@@ -10,6 +10,7 @@ from qsparseprop._kernels._dispatch cimport QSP_F32, active_kernels, qsp_kernels
 from qsparseprop._kernels._rows cimport chunk_rows, team
 from qsparseprop._kernels._tensor cimport exact_pointer, matrix, pointer
 
+cdef object _cpu = torch.device("cpu")
 cdef object _float32 = torch.float32
 cdef object _float64 = torch.float64
 
@@ -26,7 +27,7 @@ cdef object _moments(const void *x, int dtype, int64_t rows, int64_t channels, i
     cdef const char *data = <const char *> x
     chunk = chunk_rows(channels)
     chunks = (rows + chunk - 1) // chunk
-    parts = torch.empty((chunks, channels, 4), dtype=_float64)
+    parts = torch.empty((chunks, channels, 4), dtype=_float64, device=_cpu)
     cdef double *part = <double *> pointer(parts, _float64, 0, "parts")
     cdef double *first
     cdef double *other
@@ -68,10 +69,11 @@ def statistics(x, weight, bias, running_mean, running_var, double momentum, doub
     if training and rows == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     if training or save:
-        parts = _moments(data, dtype, rows, n, threads) if rows else torch.zeros((1, n, 4), dtype=_float64)
+        parts = _moments(data, dtype, rows, n, threads) if rows else torch.zeros((1, n, 4), dtype=_float64, device=_cpu)
         m = <const double *> pointer(parts, _float64, 4 * n, "parts")
-    singles, doubles = torch.empty((6, n), dtype=_float32), torch.empty((7, n), dtype=_float64)
-    ends = torch.empty((n, 2), dtype=_float32)
+    singles = torch.empty((6, n), dtype=_float32, device=_cpu)
+    doubles = torch.empty((7, n), dtype=_float64, device=_cpu)
+    ends = torch.empty((n, 2), dtype=_float32, device=_cpu)
     cdef float *f = <float *> pointer(singles, _float32, 6 * n, "singles")
     cdef float *e = <float *> pointer(ends, _float32, 2 * n, "ends")
     cdef double *d = <double *> pointer(doubles, _float64, 7 * n, "doubles")
@@ -124,8 +126,8 @@ def factors(sums, statistics, weight, int64_t count, bint batch_statistics):
     if count < 0:
         raise ValueError(f"the count must not be negative, got {count}")
     count = max(count, 1)  # without rows all sums are 0
-    factor, ranges = torch.empty((3, n), dtype=_float32), torch.empty((n, 2), dtype=_float32)
-    gradients = torch.empty((3, n), dtype=_float32)
+    factor, ranges = torch.empty((3, n), dtype=_float32, device=_cpu), torch.empty((n, 2), dtype=_float32, device=_cpu)
+    gradients = torch.empty((3, n), dtype=_float32, device=_cpu)
     cdef float *f = <float *> pointer(factor, _float32, 3 * n, "factor")
     cdef float *e = <float *> pointer(ranges, _float32, 2 * n, "ranges")
     cdef float *d = <float *> pointer(gradients, _float32, 3 * n, "gradients")

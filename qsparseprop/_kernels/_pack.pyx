@@ -33,6 +33,7 @@ cdef extern from "loops/scale.h" nogil:
     int qsp_wants_moments(const qsp_scheme *)
     float qsp_scale(const qsp_scheme *, const qsp_range *, const qsp_moments *, int32_t *zero, float *inverse)
 
+cdef object _cpu = torch.device("cpu")
 cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
 cdef object _int64 = torch.int64
@@ -159,7 +160,8 @@ def quantize_pack(x, PlaneLayout layout not None, Scheme scheme not None, seed, 
     if scheme.per_channel:
         channels, count = layout.channels, a.grid.planes
     planes = empty((layout.lane_count(a.images),), _uint8)
-    scale, zero_point = torch.empty(count, dtype=_float32), torch.empty(count, dtype=_int32)
+    scale = torch.empty(count, dtype=_float32, device=_cpu)
+    zero_point = torch.empty(count, dtype=_int32, device=_cpu)
     cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
     if scheme.per_channel:
@@ -201,7 +203,8 @@ cdef tuple pack_ranged(qsp_pack *a, int64_t rows, int64_t channels, object range
     a.grid, a.images = layout.grid, rows // pixels
     count = a.grid.planes if scheme.per_channel else 1
     planes = empty((layout.lane_count(a.images),), _uint8)
-    scale, zero_point = torch.empty(count, dtype=_float32), torch.empty(count, dtype=_int32)
+    scale = torch.empty(count, dtype=_float32, device=_cpu)
+    zero_point = torch.empty(count, dtype=_int32, device=_cpu)
     cdef float *scale_p = <float *> pointer(scale, _float32, count, "scale")
     cdef int32_t *zero_p = <int32_t *> pointer(zero_point, _int32, count, "zero_point")
     cdef bytes scratch = PyBytes_FromStringAndSize(NULL, each * sizeof(qsp_range) + count * sizeof(float))

@@ -50,6 +50,7 @@ cdef class ProductRows:
     cdef readonly int64_t slots
     cdef readonly PlaneLayout source
     cdef readonly PlaneLayout target
+    cdef object kept  # of `_kept`
 
     cdef int64_t _take_layouts(self, PlaneLayout source, PlaneLayout target, int64_t rows) except -1
     cdef int64_t _furthest(self) noexcept

@@ -300,7 +300,7 @@ cdef class ValuePattern:
         if columns > WIDE:
             columns_held = col_indices.clone()
         elif self.count != self.rows * columns:
-            columns_held = torch.empty(max(self.count, 1), dtype=_int16)
+            columns_held = torch.empty(max(self.count, 1), dtype=_int16, device="cpu")
             out = <uint16_t *> pointer(columns_held, _int16, self.count, "col_indices")
         cdef int64_t bad
         with nogil:
@@ -335,7 +335,7 @@ cdef class ValuePattern:
     def col_indices(self):
         """Column of each value, int32."""
         if self._held[1] is None:
-            return torch.arange(self.columns, dtype=_int32).repeat(self.rows)
+            return torch.arange(self.columns, dtype=_int32, device="cpu").repeat(self.rows)
         if self.column == NULL:
             return self._held[1].clone()
         return self._held[1][:self.count].to(_int32) & 0xffff

@@ -82,8 +82,8 @@ def quantize(x, codes, scale, zero_point, int64_t channels, int64_t inner, int64
     a.scale = <float *> pointer(scale, _float32, a.scales, "scale")
     a.zero_point = <int32_t *> pointer(zero_point, _int32, a.scales, "zero_point")
     threads = max(threads, 1)
-    scratch = torch.empty(a.scales * (sizeof(float) if a.own else
-                                      sizeof(qsp_moments) + sizeof(qsp_range) + sizeof(float)), dtype=_uint8)
+    size = sizeof(float) if a.own else sizeof(qsp_moments) + sizeof(qsp_range) + sizeof(float)
+    scratch = torch.empty(a.scales * size, dtype=_uint8, device="cpu")
     if a.own:
         a.inverse = <float *> pointer(scratch, _uint8, 0, "scratch")
     else:

@@ -9,6 +9,7 @@ from libc.string cimport memset
 from qsparseprop._kernels._dispatch cimport QSP_F32
 from qsparseprop._kernels._tensor cimport image_pointer, pointer, strides_t
 
+cdef object _cpu = torch.device("cpu")
 cdef object _float32 = torch.float32
 
 
@@ -25,7 +26,7 @@ def channel_sums(x):
     if dtype != QSP_F32:
         raise TypeError(f"x must be of dtype torch.float32, got {x.dtype}")
     channels = where.size[1]
-    sums = torch.empty(channels, dtype=_float32)
+    sums = torch.empty(channels, dtype=_float32, device=_cpu)
     cdef float *out = <float *> pointer(sums, _float32, channels, "sums")
     cdef bytes scratch = PyBytes_FromStringAndSize(NULL, channels * sizeof(double))
     cdef double *total = <double *> PyBytes_AS_STRING(scratch)

@@ -66,7 +66,7 @@ cdef object take_scratch(int64_t size):
         scratch = _spare_scratch.pop()
         if scratch.numel() >= size:
             return scratch
-    return torch.empty(size, dtype=_int64)
+    return torch.empty(size, dtype=_int64, device="cpu")
 
 
 cdef int64_t give_scratch(object scratch) except -1:

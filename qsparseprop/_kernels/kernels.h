@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #define QSP_UNIT 64       /* lanes of one unit */
+#define QSP_DIGEST 24     /* sums of 64 bits that are a digest */
 #define QSP_GROUP 4       /* nonzeros that one step of gather-SpMM takes */
 #define QSP_ROW_BLOCK 64  /* rows whose sums wait in a buffer before they are unpacked */
 #define QSP_DENSE_PLANES 1024 /* of a product of dense rows that are interleaved at a time */
@@ -297,6 +298,9 @@ typedef struct {
     void (*relu)(const void *x, int dtype, int64_t first, int64_t last, void *out, uint16_t *mask);
     /* x where the mask says so, 0 elsewhere. */
     void (*keep)(const void *x, int dtype, int64_t first, int64_t last, const uint16_t *mask, void *out);
+    /* What tells whether words of 32 bits, `size` in all, are still the same: of the sixteens [first, last), the last one
+     * of which may be shorter. Those of parts are to be added up. */
+    void (*digest)(const void *words, int64_t size, int64_t first, int64_t last, uint64_t *out);
 } qsp_kernels;
 
 extern const qsp_kernels qsp_kernels_scalar;

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from qsparseprop import nn as sparse_nn
 from qsparseprop.config import usable_processors
@@ -328,6 +329,7 @@ def _step(module: nn.Module, x: Tensor, x_grad: bool, mode: TrainingMode) -> Cal
         with torch.autocast("cpu", torch.bfloat16, enabled=mode.bf16):
             y = ordinary(module(x))
         y.backward(grad)
+        increment_version(module.parameters())  # as an optimizer would, see `_layer_timing`
 
     return step
 

@@ -164,22 +164,24 @@ def measure_costs() -> Costs:
 
 def _measure() -> Costs:
     # each row has every fourth column, from another one on
-    col = torch.arange(0, _FEATURES, _ONE_OF).repeat(_FEATURES).view(_FEATURES, -1)
-    col = (col + torch.arange(_FEATURES)[:, None] % _ONE_OF).flatten().to(torch.int32)
-    crow = torch.arange(0, col.numel() + 1, _FEATURES // _ONE_OF, dtype=torch.int32)
+    col = torch.arange(0, _FEATURES, _ONE_OF, device="cpu").repeat(_FEATURES).view(_FEATURES, -1)
+    col = (col + torch.arange(_FEATURES, device="cpu")[:, None] % _ONE_OF).flatten().to(torch.int32)
+    crow = torch.arange(0, col.numel() + 1, _FEATURES // _ONE_OF, dtype=torch.int32, device="cpu")
     g = linear_geometry(_FEATURES, _FEATURES)
     offset = col * g.input_grid.pitch + g.input_grid.front
-    as_list = GatherList(crow // GROUP, offset, torch.arange(col.numel(), dtype=torch.int32), col, g.input_layout,
+    index = torch.arange(col.numel(), dtype=torch.int32, device="cpu")
+    as_list = GatherList(crow // GROUP, offset, index, col, g.input_layout,
                          g.output_layout)  # fmt: skip
     floats = torch.float32
-    one, zero = torch.ones(1, dtype=floats), torch.zeros(1, dtype=torch.int32)
-    planes = torch.full((g.input_layout.lanes(_BATCH),), 1, dtype=torch.uint8)
-    scale, total = torch.ones(_FEATURES, dtype=floats), torch.zeros(_FEATURES, dtype=torch.int64)
-    out = torch.empty(_BATCH, _FEATURES, dtype=floats)
+    one, zero = torch.ones(1, dtype=floats, device="cpu"), torch.zeros(1, dtype=torch.int32, device="cpu")
+    planes = torch.full((g.input_layout.lanes(_BATCH),), 1, dtype=torch.uint8, device="cpu")
+    scale = torch.ones(_FEATURES, dtype=floats, device="cpu")
+    total = torch.zeros(_FEATURES, dtype=torch.int64, device="cpu")
+    out = torch.empty(_BATCH, _FEATURES, dtype=floats, device="cpu")
     products, gradients = [], []
     rows: ProductRows
     for rows in (as_list, _dense_rows(crow, col, g)):
-        weights = torch.ones(rows.slots, dtype=torch.int8)
+        weights = torch.ones(rows.slots, dtype=torch.int8, device="cpu")
         products.append(_nanoseconds(functools.partial(
             _matmul.spmm, planes, weights, scale, total, one, zero, rows, None, out, 1)))
         gradients.append(_nanoseconds(functools.partial(
@@ -188,7 +190,8 @@ def _measure() -> Costs:
     few = 8
     g = linear_geometry(_FEATURES, few)
     rows = _dense_rows(crow[: few + 1], col[: int(crow[few])], g)
-    weights, out = torch.ones(rows.slots, dtype=torch.int8), torch.empty(_BATCH, few, dtype=floats)
+    weights = torch.ones(rows.slots, dtype=torch.int8, device="cpu")
+    out = torch.empty(_BATCH, few, dtype=floats, device="cpu")
     short = _nanoseconds(functools.partial(
         _matmul.spmm, planes, weights, scale[:few], total[:few], one, zero, rows, None, out, 1))  # fmt: skip
     units, entries = _BATCH / UNIT, _FEATURES * _FEATURES

@@ -82,7 +82,7 @@ def pattern_stamp(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
 def dense_pattern(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """CSR pattern of a 2-D mask: row pointers and columns (int32), and flat positions (int64)."""
     flat = mask.reshape(-1).nonzero().squeeze(1)
-    crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
+    crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
     torch.cumsum(mask.sum(1), 0, out=crow[1:])
     return crow.to(torch.int32), (flat % max(mask.shape[1], 1)).to(torch.int32), flat
 

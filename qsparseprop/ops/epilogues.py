@@ -134,7 +134,7 @@ def saved_like(x: Tensor, activation: str) -> Tensor | None:
 
 
 def _or_empty(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.empty(0, dtype=dtype) if tensor is None else tensor
+    return torch.empty(0, dtype=dtype, device="cpu") if tensor is None else tensor
 
 
 @operator(

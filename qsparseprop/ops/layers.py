@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qsparseprop._kernels import _layer
 from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._plan import PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._kernels._sums import channel_sums
+from qsparseprop._torch_compat import profiler_is_on
 from qsparseprop.layout.plan import Plan
 from qsparseprop.ops._registration import are_plain, check_tensors, in_memory, recorded
 from qsparseprop.ops.products import (
@@ -132,17 +134,23 @@ def layer_forward_plain(
     save: bool = True,
 ) -> tuple[Tensor, Packed | None]:
     """`layer_forward` for those who have looked at the tensors already."""
-    transposed, scheme = plan.geometry.transposed, quantisation.scheme
+    scheme, clip, seed, in_floats = quantisation
+    transposed = plan.geometry.transposed
     rows = plan.multiplied(scheme is not None, transposed)
-    packed = _packed_by(x, rows.source, scheme, quantisation.seed)
     if transposed:
         bias = _bias_of_phases(bias, rows.rows)
-        if scheme is not None and scheme.per_channel:
+    out = _result_like(x, rows, dtype, channels_last)
+    own_fronts = transposed and scheme is not None and scheme.per_channel
+    if scheme is None or own_fronts or profiler_is_on():  # which is to see each
+        packed = _packed_by(x, rows.source, scheme, seed)
+        if own_fronts:
             _give_own_fronts(packed, plan, x.shape[0])
-    out = multiply_plain(packed, values, rows, _result_like(x, rows, dtype, channels_last), bias, quantisation.clip)
+        multiply_plain(packed, values, rows, out, bias, clip)
+    else:
+        packed = Packed(*_layer.forward(x, values, bias, rows, scheme, seed, clip, out, torch.get_num_threads()))
     if not save:
         return out, None
-    if scheme is not None and quantisation.in_floats:
+    if scheme is not None and in_floats:
         packed = pack_plain(x, rows.source)
     elif scheme is not None and transposed and not _is_around_128(packed, scheme):
         packed = quantize_pack_plain(x, rows.source, Scheme("symmetric", (), scheme.per_channel))
@@ -231,12 +239,18 @@ def layer_backward_plain(
         scheme = Scheme("symmetric", (), scheme.per_channel)  # around 128, whatever the signs
     transposed = plan.geometry.transposed
     rows = plan.multiplied(scheme is not None, not transposed)
-    dx = dvalues = gradient = None
     in_floats = grads[1] and _is_in_floats(packed)
+    dx = _result_like(dy, rows, x_dtype, channels_last) if grads[0] else None
+    dvalues = gradient = None
+    if scheme is not None and not in_floats and (grads[0] or grads[1]) and not profiler_is_on():
+        differentiated = plan.differentiated(True) if grads[1] else None
+        dvalues = _layer.backward(dy, values, packed, rows, differentiated, scheme, seed, clip, dx, transposed,
+                                  torch.get_num_threads())  # fmt: skip
+        return dx, dvalues, bias_gradient(dy) if grads[2] else None
     if grads[0] or (grads[1] and not in_floats):
         gradient = _packed_by(dy, rows.source, scheme, seed)
-        if grads[0]:
-            dx = multiply_plain(gradient, values, rows, _result_like(dy, rows, x_dtype, channels_last), None, clip)
+        if dx is not None:
+            multiply_plain(gradient, values, rows, dx, None, clip)
     if grads[1]:
         if in_floats and (gradient is None or scheme is not None):
             gradient = pack_plain(dy, rows.source)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from qsparseprop._kernels import _matmul, _pack, _weights
+from qsparseprop._kernels import _kept, _matmul, _pack, _weights
 from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._plan import PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
@@ -156,8 +156,9 @@ def quantize_weight_plain(
     values: Tensor, rows: ProductRows, factor: Tensor | None, zero_point: Tensor | None, clip: Tensor | None
 ) -> Weights:
     """`quantize_weight` for those who have looked at the tensors already."""
-    weights = Weights(torch.empty(rows.slots, dtype=torch.int8), torch.empty(rows.rows, dtype=torch.float32),
-                      torch.empty(rows.rows, dtype=torch.int64))  # fmt: skip
+    weights = Weights(torch.empty(rows.slots, dtype=torch.int8, device="cpu"),
+                      torch.empty(rows.rows, dtype=torch.float32, device="cpu"),
+                      torch.empty(rows.rows, dtype=torch.int64, device="cpu"))  # fmt: skip
     _weights.quantize_weight(values, rows, factor, zero_point, clip, *weights, torch.get_num_threads())
     return weights
 
@@ -181,7 +182,7 @@ def gather_weight(values: Tensor, rows: ProductRows) -> Weights:
 @recorded
 def gather_weight_plain(values: Tensor, rows: ProductRows) -> Weights:
     """`gather_weight` for those who have looked at the tensor already."""
-    slots = torch.empty(rows.slots, dtype=torch.float32)
+    slots = torch.empty(rows.slots, dtype=torch.float32, device="cpu")
     _weights.gather_weight(values, rows, slots)
     return Weights(slots)
 
@@ -312,22 +313,23 @@ def multiply_plain(
     """`multiply` for those who have looked at the tensors already."""
     if limits:
         _check_limits(limits, bias)
+    planes, scale, zero_point = operand
+    threads = torch.get_num_threads()
+    if scale is not None and not profiler_is_on():
+        _kept.multiply(values, rows, scale, zero_point, clip, planes, bias, out, threads, *limits)
+        return out
     if values.dtype is not torch.float32:
         values = values.to(torch.float32)
     if bias is not None and bias.dtype is not torch.float32:
         bias = bias.to(torch.float32)
-    planes, scale, zero_point = operand
-    threads = torch.get_num_threads()
     if scale is None:
         _spmm(operand, gather_weight_plain(values, rows), rows, out, bias, threads, *limits)
-    elif profiler_is_on():  # which is to see both
+    else:  # a profiler is to see both
         if scale.numel() == 1:
             weights = quantize_weight_plain(values, rows, None, None, clip)
         else:
             weights, operand = quantize_weight_plain(values, rows, scale, zero_point, clip), Packed(planes)
         _spmm(operand, weights, rows, out, bias, threads, *limits)
-    else:
-        _matmul.quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, threads, *limits)
     return out
 
 

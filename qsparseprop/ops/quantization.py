@@ -88,8 +88,8 @@ def quantize(
     sizes = line_sizes(x.shape, dim, group_size)
     x = x.contiguous()
     codes = empty(tuple(x.shape), torch.int8 if around_zero else torch.uint8)
-    scale = torch.empty(_scales(x, dim, group_size), dtype=torch.float32)
-    zero_point = torch.empty(scale.shape, dtype=torch.int32)
+    scale = torch.empty(_scales(x, dim, group_size), dtype=torch.float32, device="cpu")
+    zero_point = torch.empty(scale.shape, dtype=torch.int32, device="cpu")
     if scale.numel():
         _quantize.quantize(x, codes, scale, zero_point, *sizes, scheme, bits, options,
                            bits_of_seed, torch.get_num_threads())  # fmt: skip

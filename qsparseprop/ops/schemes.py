@@ -22,7 +22,7 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 
 def draw_seed() -> Tensor:
     """A seed for one call: a 64-bit number from torch's default generator, shape ()."""
-    return torch.empty((), dtype=torch.int64).random_()
+    return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
 
 def seed_bits(scheme: str, seed: Tensor | None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from qsparseprop.layout.modes import Modes
 from qsparseprop.nn._base import SparseModule
@@ -163,6 +164,8 @@ def _training_step(module: nn.Module, x: Tensor, x_grad: bool) -> Callable[[], N
                 grad = torch.ones_like(y)
             if y.requires_grad:
                 y.backward(grad)
+        # as an optimizer would: of a weight that stays the same codes are kept, which training does not have
+        increment_version(parameters)
 
     return step
 

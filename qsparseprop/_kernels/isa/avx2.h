@@ -260,6 +260,7 @@ typedef struct {
     __m256i a, b;
 } i32x16;
 typedef i32x16 u32x16;
+typedef i32x16 u64x8;
 typedef __m128i u8x16;
 
 QSP_INLINE i32x16 i32x16_of(__m256i a, __m256i b)
@@ -307,6 +308,18 @@ QSP_INLINE int32_t i32x8_reduce_add(__m256i v)
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 QSP_INLINE int32_t i32x16_reduce_add(i32x16 v) { return i32x8_reduce_add(_mm256_add_epi32(v.a, v.b)); }
+QSP_INLINE u64x8 u64x8_zero(void) { return i32x16_set1(0); }
+QSP_INLINE u64x8 u64x8_add_pairs(u64x8 sum, i32x16 v) { return EACH_HALF(_mm256_add_epi64, sum, v); }
+QSP_INLINE __m256i i32x8_products(__m256i v) { return _mm256_mul_epu32(v, _mm256_srli_epi64(v, 32)); }
+QSP_INLINE u64x8 u64x8_add_products(u64x8 sum, i32x16 v)
+{
+    return i32x16_of(_mm256_add_epi64(sum.a, i32x8_products(v.a)), _mm256_add_epi64(sum.b, i32x8_products(v.b)));
+}
+QSP_INLINE void u64x8_store(uint64_t *p, u64x8 v)
+{
+    _mm256_storeu_si256((__m256i *)p, v.a);
+    _mm256_storeu_si256((__m256i *)(p + 4), v.b);
+}
 QSP_INLINE u32x16 u32x16_zero(void) { return i32x16_set1(0); }
 QSP_INLINE u32x16 u32x16_load_bits(const float *p)
 {

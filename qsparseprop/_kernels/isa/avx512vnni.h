@@ -142,6 +142,7 @@ QSP_INLINE uint32_t u32x16_reduce_max(u32x16 v) { return _mm512_reduce_max_epu32
 
 /* ---- 16 integers, 16 codes ---- */
 typedef __m512i i32x16;
+typedef __m512i u64x8;
 typedef __m128i u8x16;
 QSP_INLINE i32x16 i32x16_set1(int32_t v) { return _mm512_set1_epi32(v); }
 QSP_INLINE i32x16 i32x16_load_n(const int32_t *p, int n) { return _mm512_maskz_loadu_epi32(mask16_first(n), p); }
@@ -169,6 +170,13 @@ QSP_INLINE i32x16 i32x16_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32
 QSP_INLINE i32x16 i32x16_load_s8(const uint8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 QSP_INLINE f32x16 f32x16_from_i32(i32x16 v) { return _mm512_cvtepi32_ps(v); }
 QSP_INLINE int32_t i32x16_reduce_add(i32x16 v) { return _mm512_reduce_add_epi32(v); }
+QSP_INLINE u64x8 u64x8_zero(void) { return _mm512_setzero_si512(); }
+QSP_INLINE u64x8 u64x8_add_pairs(u64x8 sum, i32x16 v) { return _mm512_add_epi64(sum, v); }
+QSP_INLINE u64x8 u64x8_add_products(u64x8 sum, i32x16 v)
+{
+    return _mm512_add_epi64(sum, _mm512_mul_epu32(v, _mm512_srli_epi64(v, 32)));
+}
+QSP_INLINE void u64x8_store(uint64_t *p, u64x8 v) { _mm512_storeu_si512(p, v); }
 QSP_INLINE u8x16 i32x16_to_s8(i32x16 v) { return _mm512_cvtsepi32_epi8(v); }
 QSP_INLINE u8x16 i32x16_to_code(i32x16 v) { return _mm_xor_si128(i32x16_to_s8(v), _mm_set1_epi8((char)0x80)); }
 QSP_INLINE void u8x16_store(uint8_t *p, u8x16 v) { _mm_storeu_si128((__m128i *)p, v); }

@@ -41,6 +41,7 @@
 #define dequantize_kernel QSP_NAMED(dequantize)
 #define relu_kernel QSP_NAMED(relu)
 #define keep_kernel QSP_NAMED(keep)
+#define digest_kernel QSP_NAMED(digest)
 
 /* amx_tiles.h */
 #define tile_model_release QSP_NAMED(tile_model_release)

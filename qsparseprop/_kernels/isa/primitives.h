@@ -111,6 +111,13 @@ static inline i32x16 i32x16_log2(i32x16 v);
 static inline i32x16 i32x16_apply_sign(i32x16 v, i32x16 sign);
 static inline int32_t i32x16_reduce_add(i32x16 v);
 
+/* ---- eight sums of 64 bits; v are pairs of neighbours (low, high) ---- */
+static inline u64x8 u64x8_zero(void);
+static inline u64x8 u64x8_add_pairs(u64x8 sum, i32x16 v);
+/* Of low times high, both without a sign. */
+static inline u64x8 u64x8_add_products(u64x8 sum, i32x16 v);
+static inline void u64x8_store(uint64_t *p, u64x8 v);
+
 /* ---- sixteen bytes ---- */
 static inline void u8x16_store(uint8_t *p, u8x16 v);
 static inline void u8x16_store_n(uint8_t *p, u8x16 v, int n);

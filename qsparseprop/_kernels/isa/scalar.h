@@ -203,6 +203,30 @@ QSP_INLINE int32_t i32x16_reduce_add(i32x16 v)
         s += v.v[i];
     return s;
 }
+
+typedef struct {
+    uint64_t v[8];
+} u64x8;
+QSP_INLINE u64x8 u64x8_zero(void)
+{
+    u64x8 r;
+    memset(&r, 0, sizeof r);
+    return r;
+}
+QSP_INLINE u64x8 u64x8_add_pairs(u64x8 sum, i32x16 v)
+{
+    for (int i = 0; i < 8; i++)
+        sum.v[i] += (uint32_t)v.v[2 * i] | (uint64_t)(uint32_t)v.v[2 * i + 1] << 32;
+    return sum;
+}
+QSP_INLINE u64x8 u64x8_add_products(u64x8 sum, i32x16 v)
+{
+    for (int i = 0; i < 8; i++)
+        sum.v[i] += (uint64_t)(uint32_t)v.v[2 * i] * (uint32_t)v.v[2 * i + 1];
+    return sum;
+}
+QSP_INLINE void u64x8_store(uint64_t *p, u64x8 v) { memcpy(p, v.v, sizeof v.v); }
+
 QSP_INLINE u8x16 i32x16_to_s8(i32x16 v)
 {
     u8x16 r;

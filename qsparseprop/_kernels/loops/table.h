@@ -44,6 +44,8 @@
 #include "loops/dense_weights.h"
 
 #include "loops/mask.h"
+
+#include "loops/digest.h"
 #endif
 
 #define QSP_TEXT_(a) #a
@@ -87,5 +89,6 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .dequantize = dequantize_kernel,
     .relu = relu_kernel,
     .keep = keep_kernel,
+    .digest = digest_kernel,
 #endif
 };
