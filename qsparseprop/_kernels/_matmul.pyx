@@ -2,6 +2,8 @@
 
 import torch
 
+from qsparseprop._kernels._memory import empty
+
 from cpython.bytes cimport PyBytes_AS_STRING
 from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY
@@ -285,7 +287,7 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None
         _take_dense(&a, <DenseRows> rows, values)
     else:
         _take_list(&a, <GatherList> rows, values)
-    out = torch.empty(values, dtype=_float32)
+    out = empty((values,), _float32)
     a.out = <float *> pointer(out, _float32, values, "out") if values else NULL
     lanes = target.lanes(images)  # which refuses numbers that are too large
     end = target.whole_view(&a.view)
@@ -307,8 +309,8 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None
         a.scale_x_stride = per_channel(x_scale, a.grid.planes, "x_scale")
         a.zero_stride = per_channel(x_zero_point, a.grid.planes, "x_zero_point")
         a.scale_dy_stride = per_channel(dy_scale, rows.rows, "dy_scale")
-    if values:
-        memset(a.out, 0, values * sizeof(float))  # also what no slot names
+    if values and (rows.slots == 0 or images == 0 or not dense):
+        memset(a.out, 0, values * sizeof(float))  # of a list also what no slot names
     if rows.slots == 0 or images == 0:
         return out
     units = qsp_count_units(&a.dy_grid, &a.view, a.images)
