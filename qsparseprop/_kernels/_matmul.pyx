@@ -309,8 +309,8 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None
         a.scale_x_stride = per_channel(x_scale, a.grid.planes, "x_scale")
         a.zero_stride = per_channel(x_zero_point, a.grid.planes, "x_zero_point")
         a.scale_dy_stride = per_channel(dy_scale, rows.rows, "dy_scale")
-    if values and (rows.slots == 0 or images == 0 or not dense):
-        memset(a.out, 0, values * sizeof(float))  # of a list also what no slot names
+    if values:
+        memset(a.out, 0, values * sizeof(float))  # also what no slot names
     if rows.slots == 0 or images == 0:
         return out
     units = qsp_count_units(&a.dy_grid, &a.view, a.images)

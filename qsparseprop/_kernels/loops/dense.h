@@ -96,25 +96,48 @@ enum {
     EXACT_STRIPS = QSP_MAX_EXACT / (STRIP_UNITS * QSP_UNIT) /* whose sums fit into 32 bits */
 };
 
-/* Sums of a row for the entries [first, first + size) of its table -> the values that are there. */
-QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, const qsp_band *b, int64_t row, int64_t first, int64_t size,
-                                   const int64_t *sums, int64_t dy_sum)
+/* What belongs to the entries of a block, and of one row its gradients without scales. */
+typedef struct {
+    int32_t zero[QSP_GRAD_ENTRIES];
+    float scale[QSP_GRAD_ENTRIES], value[QSP_GRAD_ENTRIES];
+} dense_entries;
+
+QSP_INLINE void dense_entries_init(dense_entries *e, const qsp_sddmm *a, const int32_t *plane, int64_t size)
+{
+    for (int64_t k = 0; k < size; k++) {
+        e->zero[k] = a->zero_point[plane[k] * a->zero_stride];
+        e->scale[k] = a->scale_x[plane[k] * a->scale_x_stride];
+    }
+}
+
+/* A row's sums, of up to QSP_MAX_EXACT lanes -> without the zero points' share, which 32 bits hold as well, whatever
+ * wraps on the way: 255 * 128 * QSP_MAX_EXACT < 2^31. */
+QSP_INLINE void dense_entries_exact(dense_entries *e, const int32_t *sums, int64_t size, int64_t dy_sum)
+{
+    const uint32_t dy = (uint32_t)(uint64_t)dy_sum;
+    for (int64_t k = 0; k < size; k++)
+        e->value[k] = (float)(int32_t)((uint32_t)sums[k] - (uint32_t)e->zero[k] * dy);
+}
+
+QSP_INLINE void dense_entries_wide(dense_entries *e, const int64_t *sums, int64_t size, int64_t dy_sum)
+{
+    for (int64_t k = 0; k < size; k++)
+        e->value[k] = (float)(sums[k] - e->zero[k] * dy_sum);
+}
+
+/* Gradients of a row for the entries [first, first + size) of its table -> the values that are there. */
+QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, int64_t row, int64_t first, int64_t size, const dense_entries *e)
 {
     const qsp_dense *d = a->dense;
     const float scale_dy = a->scale_dy[row * a->scale_dy_stride];
-    const int each = a->zero_stride || a->scale_x_stride;
-    const int64_t excess = a->zero_point[0] * dy_sum, end = d->value_ptr[row + 1];
-    const float scale = a->scale_x[0] * scale_dy;
-    const int32_t *plane = d->plane + b->table;
+    const int64_t end = d->value_ptr[row + 1];
     const uint16_t *column = d->column;
     int64_t i = d->value_ptr[row];
     if (!column) {
-        float *out = a->out + i;
-        const int64_t last = qsp_min(first + size, d->columns);
-        for (int64_t k = first; each && k < last; k++)
-            out[k] = qsp_gradient(a, sums[k - first], dy_sum, plane[k], scale_dy);
-        for (int64_t k = first; !each && k < last; k++)
-            out[k] = (float)(sums[k - first] - excess) * scale;
+        float *out = a->out + i + first;
+        const int64_t n = qsp_min(size, d->columns - first);
+        for (int64_t k = 0; k < n; k++)
+            out[k] = e->value[k] * (e->scale[k] * scale_dy);
         return;
     }
     for (int64_t high = end; i < high;) { /* the first column that is not below */
@@ -125,9 +148,8 @@ QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, const qsp_band *b, int64_
             high = middle;
     }
     for (; i < end && column[i] < first + size; i++) {
-        const int64_t k = column[i];
-        a->out[i] = each ? qsp_gradient(a, sums[k - first], dy_sum, plane[k], scale_dy)
-                         : (float)(sums[k - first] - excess) * scale;
+        const int64_t k = column[i] - first;
+        a->out[i] = e->value[k] * (e->scale[k] * scale_dy);
     }
 }
 
@@ -166,7 +188,8 @@ QSP_INLINE void sddmm_dense_part(int32_t (*part)[QSP_GRAD_ENTRIES], const uint8_
 static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
 {
     QSP_ALIGNED(64) int32_t part[GRAD_ROWS][QSP_GRAD_ENTRIES];
-    QSP_ALIGNED(64) int64_t sums[GRAD_ROWS][QSP_GRAD_ENTRIES], line[QSP_GRAD_ENTRIES];
+    QSP_ALIGNED(64) int64_t sums[GRAD_ROWS][QSP_GRAD_ENTRIES];
+    dense_entries entries;
     int64_t dy_sum[GRAD_ROWS] = {0};
     const qsp_dense *d = a->dense;
     const qsp_band *b = d->bands;
@@ -215,9 +238,12 @@ static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
 #ifdef ISA_DENSE_TILES
     dense_tiles_release(&tiles);
 #endif
+    dense_entries_init(&entries, a, d->plane + b->table + entry, size);
     for (int j = 0; j < rows; j++) {
-        for (int64_t k = 0; !parts && k < size; k++)
-            line[k] = part[j][k];
-        sddmm_dense_finish(a, b, row + j, entry, size, parts ? sums[j] : line, dy_sum[j]);
+        if (parts)
+            dense_entries_wide(&entries, sums[j], size, dy_sum[j]);
+        else
+            dense_entries_exact(&entries, part[j], size, dy_sum[j]);
+        sddmm_dense_finish(a, row + j, entry, size, &entries);
     }
 }
