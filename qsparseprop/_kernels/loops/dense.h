@@ -213,9 +213,9 @@ static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
     for (int j = 0; parts && j < rows; j++)
         for (int64_t k = 0; k < size; k++)
             sums[j][k] = 0;
+    memset(part, 0, sizeof part);
     for (int64_t from = 0; from < units; from += EXACT_STRIPS * STRIP_UNITS) {
         const int64_t to = qsp_min(units, from + EXACT_STRIPS * STRIP_UNITS);
-        memset(part, 0, sizeof part);
         for (int j = 0; j < rows; j++) {
             sddmm_acc total = sddmm_acc_zero();
             for (int64_t u = from; u < to; u++)
@@ -231,9 +231,12 @@ static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
 #endif
             sddmm_dense_part(part, (const uint8_t *)a->planes, x_lane + from, offset, size, dy, dy_lane + from,
                              to - from, rows);
-        for (int j = 0; parts && j < rows; j++)
+        if (!parts)
+            break;
+        for (int j = 0; j < rows; j++)
             for (int64_t k = 0; k < size; k++)
                 sums[j][k] += part[j][k];
+        memset(part, 0, sizeof part);
     }
 #ifdef ISA_DENSE_TILES
     dense_tiles_release(&tiles);
