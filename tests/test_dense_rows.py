@@ -298,10 +298,11 @@ def test_weight_gradients_are_exact_beyond_32_bits(isa, layer):
             assert torch.equal(out, exact[mask].float())
 
 
-@pytest.mark.parametrize("batch", [64, 200])
-def test_any_bytes_as_gradients(isa, batch):
-    """A code of 0, which no scheme gives, is -128."""
-    rows, columns = 21, 37
+@pytest.mark.parametrize(("batch", "rows"), [(64, 21), (200, 21), (1100, 24), *((70, rows) for rows in range(1, 10)),
+                                             (70, 31), (70, 50)])  # fmt: skip
+def test_any_bytes_as_gradients(isa, batch, rows):
+    """A code of 0, which no scheme gives, is -128; rows of every remainder of a block."""
+    columns = 37
     g = linear_geometry(columns, rows)
     dense = make_plan(*dense_pattern(torch.ones(rows, columns) > 0)[:2], g).dense_forward
     planes = torch.randint(256, (g.input_grid.lanes(batch),), dtype=torch.uint8)

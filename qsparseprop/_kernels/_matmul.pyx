@@ -2,6 +2,8 @@
 
 import torch
 
+from qsparseprop._kernels._memory import empty
+
 from cpython.bytes cimport PyBytes_AS_STRING
 from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY
@@ -286,7 +288,7 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None
         _take_dense(&a, <DenseRows> rows, values)
     else:
         _take_list(&a, <GatherList> rows, values)
-    out = torch.empty(values, dtype=_float32, device=_cpu)
+    out = empty((values,), _float32)
     a.out = <float *> pointer(out, _float32, values, "out") if values else NULL
     lanes = target.lanes(images)  # which refuses numbers that are too large
     end = target.whole_view(&a.view)

@@ -16,12 +16,14 @@ QSP_INLINE void dense_interleave(uint8_t *quad, const uint8_t *x, const int32_t 
 
 #if ISA_DOT == DOT_MADDUBS
 #define ISA_DENSE_ROWS 4
+#define ISA_DENSE_GRAD_ROWS 4
 
 /* Of each four bytes the first and the third, or the second and the fourth, as 16 bits. */
 QSP_INLINE __m256i u16x16_even(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi16(0xff)); }
 QSP_INLINE __m256i u16x16_odd(__m256i v) { return _mm256_srli_epi16(v, 8); }
 #else
 #define ISA_DENSE_ROWS 6
+#define ISA_DENSE_GRAD_ROWS 6
 #endif
 
 #if ISA_DOT == DOT_MADDUBS
@@ -91,22 +93,23 @@ QSP_INLINE void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8
     }
 }
 
-/* Entries of a table whose sums with four rows stay in registers. */
+/* Entries of a table whose sums with ISA_DENSE_GRAD_ROWS rows stay in registers. */
 enum { DENSE_ENTRIES = ISA_DOT == DOT_EVEX ? 4 : 2 };
 
 QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
-                                  const int32_t *offset, const uint8_t *const *dy, const int64_t *dy_lane,
-                                  int64_t units, int rows)
+                                  const int32_t *offset, const int8_t *grad, int64_t step, int64_t units,
+                                  const int rows)
 {
-    __m256i total[4][4]; /* of row j and entry k */
+    __m256i total[ISA_DENSE_GRAD_ROWS][4]; /* of row j and entry k */
     for (int k = 0; k < 4; k += DENSE_ENTRIES) {
-        __m256i s[4][DENSE_ENTRIES];
+        __m256i s[ISA_DENSE_GRAD_ROWS][DENSE_ENTRIES];
         QSP_UNROLL
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < rows; j++)
             QSP_UNROLL
             for (int e = 0; e < DENSE_ENTRIES; e++)
                 s[j][e] = _mm256_setzero_si256();
-        for (int64_t u = 0; u < units; u++) {
+        const int8_t *q = grad;
+        for (int64_t u = 0; u < units; u++, q += step * QSP_UNIT) {
             const uint8_t *p = x + x_lane[u];
             QSP_UNROLL
             for (int h = 0; h < QSP_UNIT; h += 32) {
@@ -115,8 +118,8 @@ QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x
                 for (int e = 0; e < DENSE_ENTRIES; e++)
                     v[e] = u8x32_load(p + offset[k + e] + h);
                 QSP_UNROLL
-                for (int j = 0; j < 4; j++) {
-                    const __m256i g = s8x32_load_code(dy[j] + dy_lane[u] + h);
+                for (int j = 0; j < rows; j++) {
+                    const __m256i g = _mm256_load_si256((const __m256i *)(q + j * QSP_UNIT + h));
 #if ISA_DOT == DOT_MADDUBS
                     const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(g, 8), 8), odd = _mm256_srai_epi16(g, 8);
 #endif
@@ -133,11 +136,12 @@ QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x
             }
         }
         QSP_UNROLL
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < rows; j++)
             QSP_UNROLL
             for (int e = 0; e < DENSE_ENTRIES; e++)
                 total[j][k + e] = s[j][e];
     }
+    QSP_UNROLL
     for (int j = 0; j < rows; j++) {
         __m128i *to = (__m128i *)(sums + j * pitch);
         _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), i32x8_reduce_four(total[j])));

@@ -432,6 +432,7 @@ QSP_INLINE void sddmm_acc_flush(int64_t *sums, const sddmm_acc *d, int n)
 
 /* ---- dense rows on codes ---- */
 #define ISA_DENSE_ROWS 6
+#define ISA_DENSE_GRAD_ROWS 6
 
 QSP_INLINE void dense_interleave(uint8_t *quad, const uint8_t *x, const int32_t *offset)
 {
@@ -472,50 +473,51 @@ QSP_INLINE void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8
             _mm512_storeu_si512(sums + r * QSP_UNIT + 16 * v, s[r][v]);
 }
 
-QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
-                                  const int32_t *offset, const uint8_t *const *dy, const int64_t *dy_lane,
-                                  int64_t units, int rows)
+/* sums[0..3] and those `pitch` behind += the totals of two rows of four vectors. */
+QSP_INLINE void dense_sddmm_flush(int32_t *sums, int64_t pitch, __m512i (*s)[4])
 {
-    __m512i s[4][4]; /* of row j and entry k */
+    __m512i h[2];
     QSP_UNROLL
-    for (int i = 0; i < 16; i++)
-        s[i / 4][i % 4] = _mm512_setzero_si512();
-    for (int64_t u = 0; u < units; u++) {
-        const uint8_t *p = x + x_lane[u];
-        sddmm_grad g[4];
-        QSP_UNROLL
-        for (int j = 0; j < 4; j++)
-            g[j] = sddmm_grad_load(dy[j] + dy_lane[u]);
-        QSP_UNROLL
-        for (int k = 0; k < 4; k++) {
-            const __m512i v = _mm512_loadu_si512(p + offset[k]);
-            DOT(s[0][k], v, g[0]);
-            DOT(s[1][k], v, g[1]);
-            DOT(s[2][k], v, g[2]);
-            DOT(s[3][k], v, g[3]);
-        }
-    }
-    /* sixteen totals in one vector: 128-bit part j has those of row j */
-    __m512i h[4];
-    QSP_UNROLL
-    for (int j = 0; j < 4; j++) {
+    for (int j = 0; j < 2; j++) {
         const __m512i a =
             _mm512_add_epi32(_mm512_unpacklo_epi32(s[j][0], s[j][1]), _mm512_unpackhi_epi32(s[j][0], s[j][1]));
         const __m512i b =
             _mm512_add_epi32(_mm512_unpacklo_epi32(s[j][2], s[j][3]), _mm512_unpackhi_epi32(s[j][2], s[j][3]));
         h[j] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     }
-    const __m512i e0 =
+    const __m512i e =
         _mm512_add_epi32(_mm512_shuffle_i32x4(h[0], h[1], 0x88), _mm512_shuffle_i32x4(h[0], h[1], 0xdd));
-    const __m512i e1 =
-        _mm512_add_epi32(_mm512_shuffle_i32x4(h[2], h[3], 0x88), _mm512_shuffle_i32x4(h[2], h[3], 0xdd));
-    const __m512i total = _mm512_add_epi32(_mm512_shuffle_i32x4(e0, e1, 0x88), _mm512_shuffle_i32x4(e0, e1, 0xdd));
-    const __m128i part[4] = {_mm512_castsi512_si128(total), _mm512_extracti32x4_epi32(total, 1),
-                             _mm512_extracti32x4_epi32(total, 2), _mm512_extracti32x4_epi32(total, 3)};
+    const __m512i total = _mm512_add_epi32(_mm512_shuffle_i32x4(e, e, 0x88), _mm512_shuffle_i32x4(e, e, 0xdd));
+    __m128i *first = (__m128i *)sums, *second = (__m128i *)(sums + pitch);
+    _mm_storeu_si128(first, _mm_add_epi32(_mm_loadu_si128(first), _mm512_castsi512_si128(total)));
+    _mm_storeu_si128(second, _mm_add_epi32(_mm_loadu_si128(second), _mm512_extracti32x4_epi32(total, 1)));
+}
+
+QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
+                                  const int32_t *offset, const int8_t *grad, int64_t step, int64_t units,
+                                  const int rows)
+{
+    __m512i s[ISA_DENSE_GRAD_ROWS][4]; /* of row j and entry k */
     QSP_UNROLL
-    for (int j = 0; j < 4; j++)
-        if (j < rows) {
-            __m128i *to = (__m128i *)(sums + j * pitch);
-            _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), part[j]));
+    for (int j = 0; j < rows; j++)
+        QSP_UNROLL
+        for (int k = 0; k < 4; k++)
+            s[j][k] = _mm512_setzero_si512();
+    for (int64_t u = 0; u < units; u++, grad += step * QSP_UNIT) {
+        const uint8_t *p = x + x_lane[u];
+        __m512i g[ISA_DENSE_GRAD_ROWS];
+        QSP_UNROLL
+        for (int j = 0; j < rows; j++)
+            g[j] = _mm512_load_si512(grad + j * QSP_UNIT);
+        QSP_UNROLL
+        for (int k = 0; k < 4; k++) {
+            const __m512i v = _mm512_loadu_si512(p + offset[k]);
+            QSP_UNROLL
+            for (int j = 0; j < rows; j++)
+                DOT(s[j][k], v, g[j]);
         }
+    }
+    QSP_UNROLL
+    for (int j = 0; j < rows; j += 2)
+        dense_sddmm_flush(sums + j * pitch, pitch, s + j);
 }

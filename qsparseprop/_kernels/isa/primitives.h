@@ -6,6 +6,7 @@
  *   ISA_SDDMM_UNITS  units whose gradient stays in registers while a row's nonzeros pass: 1, 2 or 4
  *   ISA_SPMM_ACCS    independent sums of one row, for the latency of a dot product: 1 or 2
  *   ISA_DENSE_ROWS   rows whose sums stay in registers in a product of dense rows: 4 or 6
+ *   ISA_DENSE_GRAD_ROWS  rows of a gradient whose sums with four planes stay in registers: 4 or 6
  *   ISA_SPMM_TILE, ISA_SDDMM_TILE   lanes x nonzeros of one step of a product on codes, for the names of the kernels
  *   ISA_OWN_ROWS     defined where the header brings whole rows (spmm_row_u8s8, sddmm_row_u8s8 and pair_kernel, as
  *                    avx2_maddubs_*.h) in place of the primitives marked so below
@@ -184,8 +185,9 @@ static inline void dense_interleave(uint8_t *quad, const uint8_t *x, const int32
  * of spmm_acc_lane, for a constant number of rows, 1 <= rows <= ISA_DENSE_ROWS; exact, modulo 2^32. */
 static inline void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8_t *weights, int64_t pitch,
                                     int64_t groups, const int rows);
-/* sums[j * pitch + k] += sum over units of dy[j] (codes, each minus 128) times x at offset[k], for j < rows <= 4 and
- * k < 4. Unit u of them starts at x_lane[u] and dy_lane[u]; dy has pointers for all four, the last ones repeated. */
+/* sums[j * pitch + k] += sum over units of gradient j (s8) times x at offset[k], for j < rows and k < 4, rows a constant, 4
+ * or ISA_DENSE_GRAD_ROWS. Unit u starts at x_lane[u], and of gradient j at grad + (u * step + j) * QSP_UNIT, aligned to a
+ * unit. */
 static inline void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
-                                     const int32_t *offset, const uint8_t *const *dy, const int64_t *dy_lane,
-                                     int64_t units, int rows);
+                                     const int32_t *offset, const int8_t *grad, int64_t step, int64_t units,
+                                     const int rows);

@@ -386,6 +386,7 @@ QSP_INLINE void sddmm_acc_flush(int64_t *sums, const sddmm_acc *d, int n)
 
 /* ---- dense rows on codes ---- */
 #define ISA_DENSE_ROWS 4
+#define ISA_DENSE_GRAD_ROWS 4
 
 QSP_INLINE void dense_interleave(uint8_t *quad, const uint8_t *x, const int32_t *offset)
 {
@@ -403,16 +404,17 @@ QSP_INLINE void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8
         }
 }
 QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
-                                  const int32_t *offset, const uint8_t *const *dy, const int64_t *dy_lane,
-                                  int64_t units, int rows)
+                                  const int32_t *offset, const int8_t *grad, int64_t step, int64_t units,
+                                  const int rows)
 {
     for (int j = 0; j < rows; j++)
         for (int k = 0; k < 4; k++) {
             int32_t sum = 0;
             for (int64_t u = 0; u < units; u++) {
-                const uint8_t *p = x + x_lane[u] + offset[k], *q = dy[j] + dy_lane[u];
+                const uint8_t *p = x + x_lane[u] + offset[k];
+                const int8_t *g = grad + (u * step + j) * QSP_UNIT;
                 for (int i = 0; i < QSP_UNIT; i++)
-                    sum += p[i] * (q[i] - 128);
+                    sum += p[i] * g[i];
             }
             sums[j * pitch + k] += sum;
         }

@@ -90,31 +90,54 @@ enum {
 #ifdef ISA_DENSE_TILES
     GRAD_ROWS = 32,    /* two tiles, for which the planes are read once */
 #else
-    GRAD_ROWS = 16,    /* of a block */
+    GRAD_ROWS = 4 * ISA_DENSE_GRAD_ROWS, /* of a block */
 #endif
     STRIP_UNITS = 16,  /* of which a few rows and planes stay in the first cache */
     EXACT_STRIPS = QSP_MAX_EXACT / (STRIP_UNITS * QSP_UNIT) /* whose sums fit into 32 bits */
 };
 
-/* Sums of a row for the entries [first, first + size) of its table -> the values that are there. */
-QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, const qsp_band *b, int64_t row, int64_t first, int64_t size,
-                                   const int64_t *sums, int64_t dy_sum)
+/* What belongs to the entries of a block, and of one row its gradients without scales. */
+typedef struct {
+    int32_t zero[QSP_GRAD_ENTRIES];
+    float scale[QSP_GRAD_ENTRIES], value[QSP_GRAD_ENTRIES];
+} dense_entries;
+
+QSP_INLINE void dense_entries_init(dense_entries *e, const qsp_sddmm *a, const int32_t *plane, int64_t size)
+{
+    for (int64_t k = 0; k < size; k++) {
+        e->zero[k] = a->zero_point[plane[k] * a->zero_stride];
+        e->scale[k] = a->scale_x[plane[k] * a->scale_x_stride];
+    }
+}
+
+/* A row's sums, of up to QSP_MAX_EXACT lanes -> without the zero points' share, which 32 bits hold as well, whatever
+ * wraps on the way: 255 * 128 * QSP_MAX_EXACT < 2^31. */
+QSP_INLINE void dense_entries_exact(dense_entries *e, const int32_t *sums, int64_t size, int64_t dy_sum)
+{
+    const uint32_t dy = (uint32_t)(uint64_t)dy_sum;
+    for (int64_t k = 0; k < size; k++)
+        e->value[k] = (float)(int32_t)((uint32_t)sums[k] - (uint32_t)e->zero[k] * dy);
+}
+
+QSP_INLINE void dense_entries_wide(dense_entries *e, const int64_t *sums, int64_t size, int64_t dy_sum)
+{
+    for (int64_t k = 0; k < size; k++)
+        e->value[k] = (float)(sums[k] - e->zero[k] * dy_sum);
+}
+
+/* Gradients of a row for the entries [first, first + size) of its table -> the values that are there. */
+QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, int64_t row, int64_t first, int64_t size, const dense_entries *e)
 {
     const qsp_dense *d = a->dense;
     const float scale_dy = a->scale_dy[row * a->scale_dy_stride];
-    const int each = a->zero_stride || a->scale_x_stride;
-    const int64_t excess = a->zero_point[0] * dy_sum, end = d->value_ptr[row + 1];
-    const float scale = a->scale_x[0] * scale_dy;
-    const int32_t *plane = d->plane + b->table;
+    const int64_t end = d->value_ptr[row + 1];
     const uint16_t *column = d->column;
     int64_t i = d->value_ptr[row];
     if (!column) {
-        float *out = a->out + i;
-        const int64_t last = qsp_min(first + size, d->columns);
-        for (int64_t k = first; each && k < last; k++)
-            out[k] = qsp_gradient(a, sums[k - first], dy_sum, plane[k], scale_dy);
-        for (int64_t k = first; !each && k < last; k++)
-            out[k] = (float)(sums[k - first] - excess) * scale;
+        float *out = a->out + i + first;
+        const int64_t n = qsp_min(size, d->columns - first);
+        for (int64_t k = 0; k < n; k++)
+            out[k] = e->value[k] * (e->scale[k] * scale_dy);
         return;
     }
     for (int64_t high = end; i < high;) { /* the first column that is not below */
@@ -125,22 +148,40 @@ QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, const qsp_band *b, int64_
             high = middle;
     }
     for (; i < end && column[i] < first + size; i++) {
-        const int64_t k = column[i];
-        a->out[i] = each ? qsp_gradient(a, sums[k - first], dy_sum, plane[k], scale_dy)
-                         : (float)(sums[k - first] - excess) * scale;
+        const int64_t k = column[i] - first;
+        a->out[i] = e->value[k] * (e->scale[k] * scale_dy);
     }
 }
 
-/* part[j][k] += sum over units of dy[j] times x at offset[k]. */
+/* part[j][k] += sum over units of dy[j] times x at offset[k]. Rows are padded to fours or sixes, whose sums nobody reads.
+ * The gradient of a strip is written out side by side: all of the strip's planes pass it, and would have to turn its codes
+ * into signed ones, and find its rows, once more each. */
 QSP_INLINE void sddmm_dense_part(int32_t (*part)[QSP_GRAD_ENTRIES], const uint8_t *x, const int64_t *x_lane,
                                  const int32_t *offset, int64_t size, const uint8_t *const *dy, const int64_t *dy_lane,
                                  int64_t units, int rows)
 {
-    for (int64_t u = 0; u < units; u += STRIP_UNITS)
+    QSP_ALIGNED(64) int8_t grad[STRIP_UNITS][GRAD_ROWS][QSP_UNIT];
+    const int padded = (int)qsp_min(rows + 3, GRAD_ROWS);
+    for (int64_t u = 0; u < units; u += STRIP_UNITS) {
+        const int64_t n = qsp_min(STRIP_UNITS, units - u);
+        for (int64_t i = 0; i < n; i++)
+            for (int j = 0; j < padded; j++)
+                for (int v = 0; v < QSP_UNIT; v++)
+                    grad[i][j][v] = (int8_t)(dy[j][dy_lane[u + i] + v] ^ 0x80);
         for (int64_t k = 0; k < size; k += 4)
-            for (int j = 0; j < rows; j += 4)
-                dense_sddmm_block(part[j] + k, QSP_GRAD_ENTRIES, x, x_lane + u, offset + k, dy + j, dy_lane + u,
-                                  qsp_min(STRIP_UNITS, units - u), rows - j < 4 ? rows - j : 4);
+            for (int j = 0; j < rows;) {
+                const int left = rows - j;
+                if (ISA_DENSE_GRAD_ROWS == 6 && (left > 8 || left == 5 || left == 6)) {
+                    dense_sddmm_block(part[j] + k, QSP_GRAD_ENTRIES, x, x_lane + u, offset + k, grad[0][j], GRAD_ROWS,
+                                      n, ISA_DENSE_GRAD_ROWS);
+                    j += ISA_DENSE_GRAD_ROWS;
+                } else {
+                    dense_sddmm_block(part[j] + k, QSP_GRAD_ENTRIES, x, x_lane + u, offset + k, grad[0][j], GRAD_ROWS,
+                                      n, 4);
+                    j += 4;
+                }
+            }
+    }
 }
 
 /* One task: a block of rows and entries of their table, all units. */
@@ -148,13 +189,15 @@ static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
 {
     QSP_ALIGNED(64) int32_t part[GRAD_ROWS][QSP_GRAD_ENTRIES];
     QSP_ALIGNED(64) int64_t sums[GRAD_ROWS][QSP_GRAD_ENTRIES];
+    dense_entries entries;
     int64_t dy_sum[GRAD_ROWS] = {0};
     const qsp_dense *d = a->dense;
     const qsp_band *b = d->bands;
     for (; task >= qsp_grad_blocks(b, GRAD_ROWS); b++)
         task -= qsp_grad_blocks(b, GRAD_ROWS);
-    const int64_t columns = (b->size + QSP_GRAD_ENTRIES - 1) / QSP_GRAD_ENTRIES;
-    const int64_t row = b->first + task / columns * GRAD_ROWS, entry = task % columns * QSP_GRAD_ENTRIES;
+    /* the planes of some entries, which are more than the gradient of some rows, stay in the second cache meanwhile */
+    const int64_t row_blocks = (b->last - b->first + GRAD_ROWS - 1) / GRAD_ROWS;
+    const int64_t row = b->first + task % row_blocks * GRAD_ROWS, entry = task / row_blocks * QSP_GRAD_ENTRIES;
     const int64_t size = qsp_min(QSP_GRAD_ENTRIES, b->size - entry);
     const int rows = (int)qsp_min(GRAD_ROWS, b->last - row);
     const int64_t units = qsp_count_units(&a->dy_grid, &a->view, a->images);
@@ -166,13 +209,14 @@ static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
 #ifdef ISA_DENSE_TILES
     dense_tiles tiles = {{0, 0}, 0};
 #endif
-    for (int j = 0; j < rows; j++)
+    const int parts = units > EXACT_STRIPS * STRIP_UNITS; /* otherwise 64 bits are not needed, which fill the cache */
+    for (int j = 0; parts && j < rows; j++)
         for (int64_t k = 0; k < size; k++)
             sums[j][k] = 0;
+    memset(part, 0, sizeof part);
     for (int64_t from = 0; from < units; from += EXACT_STRIPS * STRIP_UNITS) {
         const int64_t to = qsp_min(units, from + EXACT_STRIPS * STRIP_UNITS);
         for (int j = 0; j < rows; j++) {
-            memset(part[j], 0, (size_t)size * sizeof part[j][0]);
             sddmm_acc total = sddmm_acc_zero();
             for (int64_t u = from; u < to; u++)
                 for (int v = 0; v < QSP_UNIT; v += ISA_LANES)
@@ -187,13 +231,22 @@ static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
 #endif
             sddmm_dense_part(part, (const uint8_t *)a->planes, x_lane + from, offset, size, dy, dy_lane + from,
                              to - from, rows);
+        if (!parts)
+            break;
         for (int j = 0; j < rows; j++)
             for (int64_t k = 0; k < size; k++)
                 sums[j][k] += part[j][k];
+        memset(part, 0, sizeof part);
     }
 #ifdef ISA_DENSE_TILES
     dense_tiles_release(&tiles);
 #endif
-    for (int j = 0; j < rows; j++)
-        sddmm_dense_finish(a, b, row + j, entry, size, sums[j], dy_sum[j]);
+    dense_entries_init(&entries, a, d->plane + b->table + entry, size);
+    for (int j = 0; j < rows; j++) {
+        if (parts)
+            dense_entries_wide(&entries, sums[j], size, dy_sum[j]);
+        else
+            dense_entries_exact(&entries, part[j], size, dy_sum[j]);
+        sddmm_dense_finish(a, row + j, entry, size, &entries);
+    }
 }

@@ -128,29 +128,35 @@ QSP_INLINE void unpack_part(const qsp_spmm *a, const unit_target *t, int64_t row
     }
 }
 
-/* A unit of 16 rows, or of the rest of them; `scale`: of these rows. */
-QSP_INLINE void unpack_unit(const qsp_spmm *a, const unit_target *t, int64_t row, int rows, const row_sums *sums,
+/* A unit of `n` rows, sixteen of them by sixteen lanes at a time. Rows are the inner loop: what it writes of a lane is one
+ * piece of memory, whose lines the processor then fetches ahead, and a few lanes that lie a power of two apart do not push
+ * each other out of the first cache. `scale`: of these rows. */
+QSP_INLINE void unpack_unit(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const row_sums *sums,
                             const float *scale, const int as_float, const int has_bias, const int dtype,
                             const int whole)
 {
-    const f32x16 s = f32x16_load(scale), b = has_bias ? f32x16_load_n(a->bias + row, rows) : f32x16_zero();
     for (int p = 0; p < QSP_UNIT; p += 16)
-        if (whole)
-            unpack_tile(a, t, row, sums, p, s, b, as_float, has_bias, dtype);
-        else
-            unpack_part(a, t, row, rows, sums, p, s, b, as_float, has_bias, dtype);
+        for (int r = 0; r < n; r += 16) {
+            const int rows = whole ? 16 : (int)qsp_min(16, n - r);
+            const f32x16 s = f32x16_load(scale + r);
+            const f32x16 b = has_bias ? f32x16_load_n(a->bias + row + r, rows) : f32x16_zero();
+            if (whole)
+                unpack_tile(a, t, row + r, sums + r, p, s, b, as_float, has_bias, dtype);
+            else
+                unpack_part(a, t, row + r, rows, sums + r, p, s, b, as_float, has_bias, dtype);
+        }
 }
 
 /* The rest of all kinds; codes to float32 have copies of their own. */
-QSP_APART void unpack_rest(const qsp_spmm *a, const unit_target *t, int64_t row, int rows, const row_sums *sums,
+QSP_APART void unpack_rest(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const row_sums *sums,
                            const float *scale, int as_float)
 {
     if (a->dtype != QSP_F32 || as_float)
-        unpack_unit(a, t, row, rows, sums, scale, as_float, a->bias != NULL, a->dtype, 0);
+        unpack_unit(a, t, row, n, sums, scale, as_float, a->bias != NULL, a->dtype, 0);
     else if (a->bias)
-        unpack_unit(a, t, row, rows, sums, scale, 0, 1, QSP_F32, 0);
+        unpack_unit(a, t, row, n, sums, scale, 0, 1, QSP_F32, 0);
     else
-        unpack_unit(a, t, row, rows, sums, scale, 0, 0, QSP_F32, 0);
+        unpack_unit(a, t, row, n, sums, scale, 0, 0, QSP_F32, 0);
 }
 
 QSP_INLINE void unpack_columns_of(const qsp_spmm *a, const unit_target *t, int64_t row, int n, const row_sums *sums,
@@ -159,12 +165,10 @@ QSP_INLINE void unpack_columns_of(const qsp_spmm *a, const unit_target *t, int64
     QSP_ALIGNED(64) float scale[QSP_ROW_BLOCK] = {0};
     for (int i = 0; i < n && !as_float; i++)
         scale[i] = a->scale[row + i] * a->scale_factor;
-    for (int r = 0; r < n; r += 16) {
-        if (n - r >= 16 && t->lanes == QSP_UNIT)
-            unpack_unit(a, t, row + r, 16, sums + r, scale + r, as_float, has_bias, dtype, 1);
-        else
-            unpack_rest(a, t, row + r, (int)qsp_min(16, n - r), sums + r, scale + r, as_float);
-    }
+    const int whole = t->lanes == QSP_UNIT ? n / 16 * 16 : 0;
+    unpack_unit(a, t, row, whole, sums, scale, as_float, has_bias, dtype, 1);
+    if (whole < n)
+        unpack_rest(a, t, row + whole, n - whole, sums + whole, scale + whole, as_float);
 }
 
 /* Channels are neighbours in memory. */
