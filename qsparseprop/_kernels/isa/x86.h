@@ -1,7 +1,5 @@
 /* What the x86 paths share: pieces that 512-bit vectors do not make faster. */
 
-QSP_INLINE u8x16 u8x16_load(const uint8_t *p) { return _mm_loadu_si128((const __m128i *)p); }
-
 /* 16 x 16 bytes transposed in 128-bit registers. */
 QSP_INLINE void u8_transpose_16x16(u8x16 *r)
 {

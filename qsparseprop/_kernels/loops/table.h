@@ -30,7 +30,7 @@
 
 #include "loops/pack_plain.h"
 
-#include "loops/pack_computed.h"
+#include "loops/pack_bands.h"
 
 #include "loops/pack.h"
 
