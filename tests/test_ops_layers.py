@@ -16,10 +16,40 @@ from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import make_plan
 from qsparseprop.ops import reference
 
-from ._helpers import DTYPES, LAYOUTS, examples, generator, laid_out, random_values
+from ._helpers import DTYPES, LAYOUTS, VALUES, examples, generator, laid_out, random_values
 from ._ops import CASES, assert_same, layer_arguments, operand, sddmm_arguments, sides, spmm_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---- gradients of biases ----
+
+
+@given(images=st.integers(0, 70), channels=st.sampled_from([1, 2, 15, 16, 17, 64, 67, 130]), height=st.integers(1, 5),
+       width=st.integers(1, 5), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES),
+       kind=st.sampled_from(VALUES), seed=st.integers(0, 1000))  # fmt: skip
+@examples(150)
+def test_gradients_of_biases_are_sums_in_float64(isa, images, channels, height, width, layout, dtype, kind, seed):
+    for shape in ((images, channels, height, width), (images, channels)):
+        dy = laid_out(random_values(shape, kind, seed).to(dtype), layout)
+        dims = [d for d in range(dy.ndim) if d != 1]
+        exact, magnitude = dy.double().sum(dims), dy.double().abs().sum(dims)
+        found = ops.bias_gradient(dy)
+        assert found.dtype == torch.float32
+        # rounded once
+        assert ((found.double() - exact).abs() <= 2**-24 * exact.abs() + 1e-13 * magnitude + 2.0**-150).all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_biases_do_not_depend_on_threads(isa, memory_format):
+    dy = torch.randn(9, 131, 15, 17, generator=generator(1)).contiguous(memory_format=memory_format)
+    dy[3, 7, 2, 1], dy[0, 130, 14, 16] = float("nan"), float("inf")
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(ops.bias_gradient(dy))
+        assert_same(found[0], found[-1])
+    assert found[0].isfinite().logical_not().nonzero().flatten().tolist() == [7, 130]
 
 
 # ---- whole layers ----

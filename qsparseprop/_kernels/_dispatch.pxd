@@ -15,6 +15,9 @@ cdef extern from "kernels.h" nogil:
         QSP_NEED_MIN
         QSP_NEED_MAX
         QSP_MOMENTS
+        QSP_TOTALS
+        QSP_SUMS
+        QSP_MAGNITUDES
         QSP_ABSMAX
         QSP_SYMMETRIC
         QSP_AFFINE

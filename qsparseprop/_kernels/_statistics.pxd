@@ -12,3 +12,4 @@ cdef class Scheme:
 cdef void read_scheme(str name, object options, int bits, bint around_zero, qsp_scheme *out) except *
 cdef void find_statistics(const strides_t *x, const void *data, int dtype, bint per_channel, const qsp_scheme *scheme,
                           qsp_range *ranges, qsp_moments *moments, int threads) except *
+cdef void channel_totals(const strides_t *x, const void *data, int dtype, float *out, int threads) except *

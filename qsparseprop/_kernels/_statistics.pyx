@@ -12,13 +12,16 @@ from qsparseprop._kernels._dispatch cimport (
     QSP_DITHERED,
     QSP_F32,
     QSP_LUQ,
+    QSP_MAGNITUDES,
     QSP_MOMENTS,
     QSP_NEED_ABSMAX,
     QSP_NEED_MAX,
     QSP_NEED_MIN,
     QSP_SAWB,
     QSP_STOCHASTIC,
+    QSP_SUMS,
     QSP_SYMMETRIC,
+    QSP_TOTALS,
     active_kernels,
     qsp_kernels,
     qsp_moments,
@@ -29,9 +32,8 @@ from qsparseprop._kernels._tensor cimport MOST_DIMS, read_strides, strided_point
 
 cdef enum:
     MAX_PARTS = 256
-    # in place of what of a range is wanted
-    SUMS = -1
-    MAGNITUDES = -2
+    # in place of what of moments is wanted
+    NO_MOMENTS = -1
     # elements below which starting threads costs more than it gives
     SERIAL_ELEMENTS = 1 << 15
     PART_ROWS = 128
@@ -205,7 +207,8 @@ ctypedef struct _channels:
     const char *data
     int64_t width  # of an element, in bytes
     int dtype
-    int need  # of the range, or SUMS or MAGNITUDES
+    int need  # of the range
+    int what  # of the moments, or NO_MOMENTS
     int64_t dims
     int64_t size[9]
     int64_t stride[9]
@@ -230,9 +233,9 @@ cdef void _channels_part(const qsp_kernels *kernels, const _channels *a, int64_t
             offset += place * a.stride[d]
             if d == a.channel:
                 channel = place
-        if a.need < 0:
+        if a.what != NO_MOMENTS:
             kernels.moments(a.data + a.width * offset, a.dtype, last - first, a.stride[0],
-                            0 if a.channel else a.channels, a.need == MAGNITUDES,
+                            0 if a.channel else a.channels, a.what,
                             <double *> (state + a.channel_size * channel))
         else:
             kernels.range_channels(a.data + a.width * offset, a.dtype, last - first, a.stride[0],
@@ -266,12 +269,15 @@ cdef char *_channel_states(_channels *a, const strides_t *x, bint per_channel, i
         a.size[d], a.stride[d], a.channel = a.channels, x.step[1], d
         a.dims += 1
         a.places = 16
-    a.channel_size = a.places * (QSP_MOMENTS if a.need < 0 else 3 * sizeof(float))
+    if a.what == NO_MOMENTS:
+        a.channel_size = a.places * 3 * sizeof(float)
+    else:
+        a.channel_size = a.places * (sizeof(double) if a.what == QSP_TOTALS else QSP_MOMENTS)
     a.state_size = a.channel_size * (1 if a.channel == 0 else a.channels)
     a.outer = 1
     for i in range(1, a.dims):
         a.outer *= a.size[i]
-    if a.need < 0:
+    if a.what != NO_MOMENTS:
         # not more than pay for the sums of each channel that a part begins with and ends in
         a.parts = max(1, min(16, elements // max(<int64_t> SERIAL_ELEMENTS, PART_ROWS * a.channels)))
     else:
@@ -291,7 +297,7 @@ cdef void channel_ranges(const strides_t *x, const void *data, int dtype, int ne
     cdef int64_t c, i, part, places
     cdef uint32_t bits, greatest
     cdef const float *state
-    a.data, a.dtype, a.need = <const char *> data, dtype, need
+    a.data, a.dtype, a.need, a.what = <const char *> data, dtype, need, NO_MOMENTS
     cdef char *states = _channel_states(&a, x, True, threads)
     places = 1 if a.channel == 0 else 16
     for c in range(a.channels):
@@ -308,12 +314,12 @@ cdef void channel_ranges(const strides_t *x, const void *data, int dtype, int ne
     free(states)
 
 
-cdef void channel_moments(const strides_t *x, const void *data, int dtype, bint per_channel, bint magnitudes,
+cdef void channel_moments(const strides_t *x, const void *data, int dtype, bint per_channel, int what,
                           qsp_range *ranges, qsp_moments *moments, int threads) except *:
     """Moments and ranges (zero taken in, without the maxima) of `x` or of its channels."""
     cdef _channels a
     cdef int64_t c, part, first
-    a.data, a.dtype, a.need = <const char *> data, dtype, MAGNITUDES if magnitudes else SUMS
+    a.data, a.dtype, a.what = <const char *> data, dtype, what
     cdef char *states = _channel_states(&a, x, per_channel, threads)
     # what an expanded tensor repeats is counted once, which leaves all means as they are
     cdef double count = a.size[0] * a.outer / (a.channels if a.channel > 0 else 1)
@@ -325,6 +331,27 @@ cdef void channel_moments(const strides_t *x, const void *data, int dtype, bint 
             state = <double *> (states + part * a.state_size + (0 if a.channel == 0 else c * a.channel_size))
             first = c if a.channel == 0 else 0
             qsp_add_moments(state, a.places, first, first + (1 if a.channel == 0 else 16), &ranges[c], &moments[c])
+    free(states)
+
+
+cdef void channel_totals(const strides_t *x, const void *data, int dtype, float *out, int threads) except *:
+    """Sums of the channels of `x`, added up in double, the same on any number of threads."""
+    cdef _channels a
+    cdef int64_t c, i, part, places
+    cdef double total, repeats
+    cdef const double *state
+    a.data, a.dtype, a.what = <const char *> data, dtype, QSP_TOTALS
+    cdef char *states = _channel_states(&a, x, True, threads)
+    # an expanded tensor repeats what was added once
+    repeats = _count(x) // (a.size[0] * a.outer * (a.channels if a.channel == 0 else 1))
+    places = 1 if a.channel == 0 else 16
+    for c in range(a.channels):
+        total = 0
+        for part in range(a.parts):
+            state = <const double *> (states + part * a.state_size + (0 if a.channel == 0 else c * a.channel_size))
+            for i in range(places):
+                total += state[c + i if a.channel == 0 else i]
+        out[c] = <float> (total * repeats)
     free(states)
 
 
@@ -358,7 +385,8 @@ cdef void find_statistics(const strides_t *x, const void *data, int dtype, bint 
     if _count(x) == 0:
         return
     if qsp_wants_moments(scheme):
-        channel_moments(x, data, dtype, per_channel, scheme.kind == QSP_SAWB, ranges, moments, threads)
+        channel_moments(x, data, dtype, per_channel,
+                        QSP_MAGNITUDES if scheme.kind == QSP_SAWB else QSP_SUMS, ranges, moments, threads)
     elif per_channel:
         channel_ranges(x, data, dtype, need, ranges, threads)
     else:

@@ -162,6 +162,9 @@ typedef struct {
  * and [2][places] floats (the largest magnitude, and the minimum, zero taken in). */
 enum { QSP_MOMENTS = 3 * sizeof(double) + 2 * sizeof(float) };
 
+/* Sums of elements alone, the first doubles of a state; with squares and the largest magnitude; or of magnitudes, with nonzeros and minima too. */
+enum { QSP_TOTALS, QSP_SUMS, QSP_MAGNITUDES };
+
 /* Activations; formulas are in loops/activation.h. Of CLAMP and LEAKY a bit an element is saved, of the others the slope,
  * a byte. No activation is a CLAMP without limits. */
 enum { QSP_CLAMP, QSP_LEAKY, QSP_SILU, QSP_HARDSWISH, QSP_GELU, QSP_GELU_TANH };
@@ -276,9 +279,8 @@ typedef struct {
     void (*range)(const void *x, int dtype, int64_t n, int64_t step, int whole, qsp_range *out);
     /* Ranges of channels, added to `state`: n elements of one channel, or with channels > 0 n rows of so many. */
     void (*range_channels)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int need, float *state);
-    /* The same with moments, see qsp_add_moments for what is in `state`. Sums are those of magnitudes, and nonzeros and
-     * minima are found, only where `magnitudes` says so. */
-    void (*moments)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int magnitudes, void *state);
+    /* The same with moments, see qsp_add_moments for what is in `state` and the enumeration for `what` of it is found. */
+    void (*moments)(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int what, void *state);
     /* Quantise the slots of rows [first, last): nearest even, symmetric, one scale a row. */
     void (*quantize_rows)(const qsp_weight *, int64_t first, int64_t last);
     /* Of each channel of some rows: mean, sum of the squared distances from it, least and greatest. */

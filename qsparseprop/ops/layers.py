@@ -33,9 +33,6 @@ from qsparseprop.ops.products import (
 
 __all__ = ["Quantisation", "bias_gradient", "is_channels_last", "layer_backward", "layer_forward", "packed_backward"]
 
-#: Elements up to which a gradient is added up by one thread, which takes less time than starting torch's reduction.
-FEW = 1 << 12
-
 
 class Quantisation(NamedTuple):
     """How a pass of a layer quantises.
@@ -272,8 +269,8 @@ def bias_gradient(dy: Tensor) -> Tensor:
     Tensor
         (channels,).
     """
-    if dy.numel() <= FEW and dy.dtype is torch.float32 and are_plain(dy):
-        return channel_sums(dy)
+    if are_plain(dy) and dy.dtype in (torch.float32, torch.bfloat16):
+        return channel_sums(dy, torch.get_num_threads())
     dims = 0 if dy.ndim == 2 else (0, 2, 3)
     return dy.sum(dims) if dy.dtype is torch.float32 else dy.sum(dims, dtype=torch.float32)
 

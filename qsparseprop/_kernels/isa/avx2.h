@@ -352,11 +352,6 @@ QSP_INLINE u8x16 i32x16_to_s8(i32x16 v)
 }
 QSP_INLINE u8x16 i32x16_to_code(i32x16 v) { return _mm_xor_si128(i32x16_to_s8(v), _mm_set1_epi8((char)0x80)); }
 QSP_INLINE void u8x16_store(uint8_t *p, u8x16 v) { _mm_storeu_si128((__m128i *)p, v); }
-QSP_INLINE void u8x16_copy_n(uint8_t *p, const uint8_t *from, int n)
-{
-    for (int i = 0; i < n; i++) /* fewer than 16: a call would cost more */
-        p[i] = from[i];
-}
 QSP_INLINE void u8x16_store_n(uint8_t *p, u8x16 v, int n)
 {
     uint8_t line[16];
@@ -366,16 +361,36 @@ QSP_INLINE void u8x16_store_n(uint8_t *p, u8x16 v, int n)
 
 #include "isa/x86.h"
 
-QSP_INLINE void i32_to_code_transpose_16x16(uint8_t *p, int64_t pitch, const i32x16 *rows)
+/* As u8_transpose_16x16, of each 128-bit part. */
+QSP_INLINE void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *codes, int lanes, int channels)
 {
-    u8x16 tile[16];
-    QSP_UNROLL
-    for (int j = 0; j < 16; j++)
-        tile[j] = i32x16_to_code(rows[j]);
-    u8_transpose_16x16(tile);
-    QSP_UNROLL
-    for (int j = 0; j < 16; j++)
-        u8x16_store(p + j * pitch, tile[j]);
+    for (int half = 0; half < lanes; half += 32) {
+        __m256i r[16], t[16];
+        QSP_UNROLL
+        for (int i = 0; i < 16; i++)
+            r[i] = _mm256_loadu_si256((const __m256i *)(codes + QSP_UNIT * i + half));
+        QSP_UNROLL
+        for (int stage = 0; stage < 4; stage++) {
+            QSP_UNROLL
+            for (int i = 0; i < 8; i++) {
+                t[2 * i] = _mm256_unpacklo_epi8(r[i], r[i + 8]);
+                t[2 * i + 1] = _mm256_unpackhi_epi8(r[i], r[i + 8]);
+            }
+            QSP_UNROLL
+            for (int i = 0; i < 16; i++)
+                r[i] = t[i];
+        }
+        const int n = lanes - half < 32 ? lanes - half : 32;
+        QSP_UNROLL
+        for (int i = 0; i < 16; i++) {
+            uint8_t line[32], *to = n == 32 ? p + i * pitch + half : line;
+            if (i < channels) {
+                _mm256_storeu_si256((__m256i *)to, r[i]);
+                if (n < 32)
+                    memcpy(p + i * pitch + half, line, (size_t)n);
+            }
+        }
+    }
 }
 
 /* ---- random numbers ---- */

@@ -181,11 +181,6 @@ QSP_INLINE u8x16 i32x16_to_s8(i32x16 v) { return _mm512_cvtsepi32_epi8(v); }
 QSP_INLINE u8x16 i32x16_to_code(i32x16 v) { return _mm_xor_si128(i32x16_to_s8(v), _mm_set1_epi8((char)0x80)); }
 QSP_INLINE void u8x16_store(uint8_t *p, u8x16 v) { _mm_storeu_si128((__m128i *)p, v); }
 QSP_INLINE void u8x16_store_n(uint8_t *p, u8x16 v, int n) { _mm_mask_storeu_epi8(p, mask16_first(n), v); }
-QSP_INLINE void u8x16_copy_n(uint8_t *p, const uint8_t *from, int n)
-{
-    u8x16_store_n(p, _mm_loadu_si128((const __m128i *)from), n);
-}
-
 #include "isa/x86.h"
 
 /* ---- random numbers ---- */
@@ -251,33 +246,35 @@ QSP_INLINE void i32x16_random_fours(uint64_t seed, uint64_t index, int64_t step,
     out[3] = _mm512_unpackhi_epi16(last, above);
 }
 
-QSP_INLINE void i32_to_code_transpose_16x16(uint8_t *p, int64_t pitch, const i32x16 *rows)
+/* As u8_transpose_16x16, of each 128-bit part. */
+QSP_INLINE void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *codes, int lanes, int channels)
 {
-    const __m512i by_channel =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    __m512i t[4], u[4];
+    __m512i r[16], t[16];
     QSP_UNROLL
-    for (int i = 0; i < 4; i++) { /* dword c: four lanes of channel c */
-        const __m512i low = _mm512_packs_epi32(rows[4 * i], rows[4 * i + 1]);
-        const __m512i high = _mm512_packs_epi32(rows[4 * i + 2], rows[4 * i + 3]);
-        t[i] = _mm512_xor_si512(_mm512_shuffle_epi8(_mm512_packs_epi16(low, high), by_channel),
-                                _mm512_set1_epi8((char)0x80));
-    }
-    u[0] = _mm512_unpacklo_epi32(t[0], t[1]);
-    u[1] = _mm512_unpackhi_epi32(t[0], t[1]);
-    u[2] = _mm512_unpacklo_epi32(t[2], t[3]);
-    u[3] = _mm512_unpackhi_epi32(t[2], t[3]);
-    t[0] = _mm512_unpacklo_epi64(u[0], u[2]);
-    t[1] = _mm512_unpackhi_epi64(u[0], u[2]);
-    t[2] = _mm512_unpacklo_epi64(u[1], u[3]);
-    t[3] = _mm512_unpackhi_epi64(u[1], u[3]);
+    for (int i = 0; i < 16; i++)
+        r[i] = _mm512_loadu_si512(codes + QSP_UNIT * i);
     QSP_UNROLL
-    for (int i = 0; i < 4; i++) { /* 128-bit part L: channel 4 L + i */
-        u8x16_store(p + i * pitch, _mm512_castsi512_si128(t[i]));
-        u8x16_store(p + (4 + i) * pitch, _mm512_extracti32x4_epi32(t[i], 1));
-        u8x16_store(p + (8 + i) * pitch, _mm512_extracti32x4_epi32(t[i], 2));
-        u8x16_store(p + (12 + i) * pitch, _mm512_extracti32x4_epi32(t[i], 3));
+    for (int stage = 0; stage < 4; stage++) {
+        QSP_UNROLL
+        for (int i = 0; i < 8; i++) {
+            t[2 * i] = _mm512_unpacklo_epi8(r[i], r[i + 8]);
+            t[2 * i + 1] = _mm512_unpackhi_epi8(r[i], r[i + 8]);
+        }
+        QSP_UNROLL
+        for (int i = 0; i < 16; i++)
+            r[i] = t[i];
     }
+    if (lanes == QSP_UNIT && channels == 16) {
+        QSP_UNROLL
+        for (int i = 0; i < 16; i++)
+            _mm512_storeu_si512(p + i * pitch, r[i]);
+        return;
+    }
+    const __mmask64 used = ~(__mmask64)0 >> (QSP_UNIT - lanes);
+    QSP_UNROLL
+    for (int i = 0; i < 16; i++)
+        if (i < channels)
+            _mm512_mask_storeu_epi8(p + i * pitch, used, r[i]);
 }
 
 QSP_INLINE void f32_transpose_16x16(f32x16 *r)

@@ -81,23 +81,26 @@
 
 /* pack_plain.h */
 #define pack_lines_any QSP_NAMED(pack_lines_any)
-#define pack_tiles_any QSP_NAMED(pack_tiles_any)
 #define pack_lines_f32_nearest QSP_NAMED(pack_lines_f32_nearest)
 #define pack_lines_f32_random QSP_NAMED(pack_lines_f32_random)
 #define pack_lines_bf16_nearest QSP_NAMED(pack_lines_bf16_nearest)
 #define pack_lines_bf16_random QSP_NAMED(pack_lines_bf16_random)
-#define pack_tiles_f32_nearest QSP_NAMED(pack_tiles_f32_nearest)
-#define pack_tiles_f32_random QSP_NAMED(pack_tiles_f32_random)
-#define pack_tiles_bf16_nearest QSP_NAMED(pack_tiles_bf16_nearest)
-#define pack_tiles_bf16_random QSP_NAMED(pack_tiles_bf16_random)
 #define pack_lines_f32_floats QSP_NAMED(pack_lines_f32_floats)
 #define pack_lines_bf16_floats QSP_NAMED(pack_lines_bf16_floats)
 #define pack_tiles_f32_floats QSP_NAMED(pack_tiles_f32_floats)
 #define pack_tiles_bf16_floats QSP_NAMED(pack_tiles_bf16_floats)
 
-/* pack_computed.h */
+/* pack_bands.h */
+#define band_write QSP_NAMED(band_write)
+#define band_gap QSP_NAMED(band_gap)
+#define band_init QSP_NAMED(band_init)
+#define band_has_fours QSP_NAMED(band_has_fours)
 #define pack_band_any QSP_NAMED(pack_band_any)
-#define pack_grad_any QSP_NAMED(pack_grad_any)
+#define pack_bands_any QSP_NAMED(pack_bands_any)
+#define pack_f32_nearest QSP_NAMED(pack_f32_nearest)
+#define pack_f32_random QSP_NAMED(pack_f32_random)
+#define pack_bf16_nearest QSP_NAMED(pack_bf16_nearest)
+#define pack_bf16_random QSP_NAMED(pack_bf16_random)
 #define pack_normed_u8 QSP_NAMED(pack_normed_u8)
 #define pack_normed_f32 QSP_NAMED(pack_normed_f32)
 #define pack_normed_bf16 QSP_NAMED(pack_normed_bf16)
@@ -113,5 +116,6 @@
 
 /* pack.h */
 #define fill_gaps QSP_NAMED(fill_gaps)
-#define packer_of QSP_NAMED(packer_of)
+#define run_packer_of QSP_NAMED(run_packer_of)
+#define band_packer_of QSP_NAMED(band_packer_of)
 #define pack_task QSP_NAMED(pack_task)

@@ -122,15 +122,15 @@ static inline void u64x8_store(uint64_t *p, u64x8 v);
 /* ---- sixteen bytes ---- */
 static inline void u8x16_store(uint8_t *p, u8x16 v);
 static inline void u8x16_store_n(uint8_t *p, u8x16 v, int n);
-/* n bytes from one place to another; may read all sixteen. */
-static inline void u8x16_copy_n(uint8_t *p, const uint8_t *from, int n);
 /* v saturated to [-128, 127], as bytes; and with 128 added behind that: a code, where v is the code minus 128. */
 static inline u8x16 i32x16_to_s8(i32x16 v);
 static inline u8x16 i32x16_to_code(i32x16 v);
 /* Sixteen rows of a tile in place. */
 static inline void u8_transpose_16x16(u8x16 *rows);
-/* Sixteen lanes of sixteen channels each -> codes as i32x16_to_code makes them, those of channel c at p + c * pitch. */
-static inline void i32_to_code_transpose_16x16(uint8_t *p, int64_t pitch, const i32x16 *lanes);
+/* Lanes of sixteen channels -> `channels` planes, 1 to 16 of them, of the first 1 <= lanes <= QSP_UNIT lanes each, those
+ * of channel c at p + c * pitch. The channels of lane j are at codes + QSP_UNIT * (j % 16) + 16 * (j / 16), so that lanes
+ * sixteen apart are neighbours; those of all QSP_UNIT lanes are read. */
+static inline void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *codes, int lanes, int channels);
 
 /* ---- random numbers: QSP_DITHER_BITS | qsp_random_bits(seed, an element's number), the bits of 128 + u ---- */
 /* Of 16 elements whose numbers are `step` apart. */

@@ -242,11 +242,6 @@ QSP_INLINE u8x16 i32x16_to_code(i32x16 v)
     return r;
 }
 QSP_INLINE void u8x16_store(uint8_t *p, u8x16 v) { memcpy(p, v.v, 16); }
-QSP_INLINE void u8x16_copy_n(uint8_t *p, const uint8_t *from, int n)
-{
-    for (int i = 0; i < n; i++) /* fewer than 16: a call would cost more */
-        p[i] = from[i];
-}
 QSP_INLINE void u8x16_store_n(uint8_t *p, u8x16 v, int n) { memcpy(p, v.v, (size_t)n); }
 QSP_INLINE void u8_transpose_16x16(u8x16 *r)
 {
@@ -256,6 +251,13 @@ QSP_INLINE void u8_transpose_16x16(u8x16 *r)
             r[i].v[j] = r[j].v[i];
             r[j].v[i] = t;
         }
+}
+
+QSP_INLINE void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *codes, int lanes, int channels)
+{
+    for (int c = 0; c < channels; c++)
+        for (int j = 0; j < lanes; j++)
+            p[c * pitch + j] = codes[QSP_UNIT * (j % 16) + 16 * (j / 16) + c];
 }
 
 /* ---- random numbers ---- */
@@ -288,16 +290,6 @@ QSP_INLINE void i32x16_random_fours(uint64_t seed, uint64_t index, int64_t step,
 {
     for (int i = 0; i < 4; i++)
         out[i] = i32x16_random_strided(seed, index + (uint64_t)i, step);
-}
-
-QSP_INLINE void i32_to_code_transpose_16x16(uint8_t *p, int64_t pitch, const i32x16 *rows)
-{
-    u8x16 tile[16];
-    for (int j = 0; j < 16; j++)
-        tile[j] = i32x16_to_code(rows[j]);
-    u8_transpose_16x16(tile);
-    for (int j = 0; j < 16; j++)
-        u8x16_store(p + j * pitch, tile[j]);
 }
 
 /* ---- gather-SpMM on codes ---- */

@@ -1,6 +1,5 @@
 /* What the x86 paths share: pieces that 512-bit vectors do not make faster. */
 
-
 /* 16 x 16 bytes transposed in 128-bit registers. */
 QSP_INLINE void u8_transpose_16x16(u8x16 *r)
 {

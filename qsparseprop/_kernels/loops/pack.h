@@ -12,42 +12,66 @@ QSP_INLINE void fill_bytes(uint8_t *p, uint8_t value, int64_t n)
         *p++ = value;
 }
 
-/* Everything of planes [first, last) that is not an element: gaps between images and rows, front, tail. */
-static void fill_gaps(const qsp_pack *a, const qsp_walk *w, int64_t block, int64_t first, int64_t last, const int codes)
+/* Gaps between the images and rows of a plane. */
+static void fill_between(uint8_t *plane, const qsp_pack *a, const qsp_walk *w, uint8_t zero, int64_t size)
+{
+    int64_t done = a->grid.front;
+    for (int64_t i0 = 0; i0 < w->size[0]; i0++)
+        for (int64_t i1 = 0; i1 < w->size[1]; i1++) {
+            const int64_t start = a->grid.front + a->view.origin + i0 * w->lane[0] + i1 * w->lane[1];
+            fill_bytes(plane + size * done, zero, size * (start - done));
+            done = start + w->size[2];
+        }
+}
+
+/* Everything of planes [first, last) that is not an element: front, tail, and `between` images and rows, which bands bring
+ * themselves. */
+static void fill_gaps(const qsp_pack *a, const qsp_walk *w, int64_t block, int64_t first, int64_t last, const int codes,
+                      int between)
 {
     const qsp_grid *g = &a->grid;
     const int64_t size = codes ? 1 : (int64_t)sizeof(float);
-    for (int64_t c = first; c < last; c++) {
-        const int64_t plane = a->view.plane + c;
+    const int some = w->size[0] > 0 && w->size[1] > 0;
+    const int64_t elements_end = some ? a->view.origin + (w->size[0] - 1) * w->lane[0] + (w->size[1] - 1) * w->lane[1] +
+                                            w->size[2]
+                                      : 0;
+    const int64_t done = g->front + elements_end;
+    for (int64_t plane = a->view.plane + first; plane < a->view.plane + last; plane++) {
+        /* the block's last plane also owns what lies between it and the next block */
+        const int64_t end = plane + 1 == g->planes ? g->block - plane * g->pitch : g->pitch;
+        if (!between && g->front == 0 && end == done)
+            continue;
         uint8_t *p = (uint8_t *)a->planes + size * (block * g->block + plane * g->pitch);
         const uint8_t zero = codes ? (uint8_t)a->zero_point[plane * a->stride] : 0;
         /* what the taps read behind a plane's lanes is the front of the next plane, perhaps in the next block */
         const int64_t before = (plane ? plane : g->planes) - 1;
         fill_bytes(p, codes ? (uint8_t)a->zero_point[before * a->stride] : 0, size * g->front);
-        int64_t done = g->front;
-        for (int64_t i0 = 0; i0 < w->size[0]; i0++)
-            for (int64_t i1 = 0; i1 < w->size[1]; i1++) {
-                const int64_t start = g->front + a->view.origin + i0 * w->lane[0] + i1 * w->lane[1];
-                fill_bytes(p + size * done, zero, size * (start - done));
-                done = start + w->size[2];
-            }
-        /* the block's last plane also owns what lies between it and the next block */
-        const int64_t end = plane + 1 == g->planes ? g->block - plane * g->pitch : g->pitch;
+        if (between)
+            fill_between(p, a, w, zero, size);
         fill_bytes(p + size * done, zero, size * (end - done));
     }
 }
 
-/* Which of them packs floats, or codes of a source: lines or tiles of PLAIN, bands of the others, where epilogues are
- * rounded to nearest. `fours`: the random numbers of a run are not odd ones. */
-static run_packer *packer_of(const qsp_pack *a, const int codes, const int source, const int transposed,
-                             const int fours)
+/* Which of them packs floats, or codes where channels are no neighbours. `fours`: the random numbers of a run are not odd
+ * ones. */
+static run_packer *run_packer_of(const qsp_pack *a, const int codes, int transposed, int fours)
 {
-    const int wide = a->dtype == QSP_F32;
+    const int wide = a->dtype == QSP_F32, rounding = rounding_of(&a->scheme);
     if (!codes)
         return transposed ? (wide ? pack_tiles_f32_floats : pack_tiles_bf16_floats)
                : wide     ? pack_lines_f32_floats
                           : pack_lines_bf16_floats;
-    const int rounding = rounding_of(&a->scheme);
+    if (rounding == NEAREST)
+        return wide ? pack_lines_f32_nearest : pack_lines_bf16_nearest;
+    if (rounding == RANDOM && fours)
+        return wide ? pack_lines_f32_random : pack_lines_bf16_random;
+    return pack_lines_any;
+}
+
+/* Which of them packs bands of a source, where epilogues are rounded to nearest. */
+static band_packer *band_packer_of(const qsp_pack *a, int source, int fours)
+{
+    const int wide = a->dtype == QSP_F32, rounding = rounding_of(&a->scheme);
     const int random = rounding == RANDOM && fours;
     switch (source) {
     case CLAMPED:
@@ -57,7 +81,7 @@ static run_packer *packer_of(const qsp_pack *a, const int codes, const int sourc
     case MADE: return pack_made_any;
     case GRADIENT:
         if (!random)
-            return rounding == NEAREST ? pack_grad_nearest : pack_grad_any;
+            return rounding == NEAREST ? pack_grad_nearest : pack_bands_any;
         switch (variant_of(a->gradient)) {
         case GRAD_NORMED: return wide ? pack_norm_grad_f32 : pack_norm_grad_bf16;
         case GRAD_BARE: return wide ? pack_bare_grad_f32 : pack_bare_grad_bf16;
@@ -65,51 +89,28 @@ static run_packer *packer_of(const qsp_pack *a, const int codes, const int sourc
         }
     default: break;
     }
-    if (rounding != NEAREST && !random)
-        return transposed ? pack_tiles_any : pack_lines_any;
-    if (transposed)
-        return random ? (wide ? pack_tiles_f32_random : pack_tiles_bf16_random)
-               : wide ? pack_tiles_f32_nearest
-                      : pack_tiles_bf16_nearest;
-    return random ? (wide ? pack_lines_f32_random : pack_lines_bf16_random)
-           : wide ? pack_lines_f32_nearest
-                  : pack_lines_bf16_nearest;
+    if (rounding == NEAREST)
+        return wide ? pack_f32_nearest : pack_bf16_nearest;
+    return !random ? pack_bands_any : wide ? pack_f32_random : pack_bf16_random;
 }
 
 static void pack_task(const qsp_pack *a, int64_t block, int64_t first, int64_t last, const int codes)
 {
-    const qsp_grid *g = &a->grid;
-    const qsp_view *v = &a->view;
-    qsp_walk w;
-    qsp_walk_init(&w, g, v, qsp_images_in_block(a->images, g, block));
-    if (!a->filled)
-        fill_gaps(a, &w, block, first, last, codes);
-    const int batch_inner = g->lane_b < g->lane_x;
-    const int64_t number0 = batch_inner ? v->index_y : v->index_b, number1 = batch_inner ? v->index_x : v->index_y,
-                  number2 = batch_inner ? v->index_b : v->index_x;
-    const int64_t image = block * g->images;
     const int source = source_of(a);
+    qsp_walk w;
+    qsp_walk_init(&w, &a->grid, &a->view, qsp_images_in_block(a->images, &a->grid, block));
     /* the caller sees to it that channels are neighbours where there is a `source` */
-    const int transposed = source != PLAIN || (v->elem_c == 1 && w.elem[2] != 1);
-    const int64_t channels = source_channels(a);
-    run_packer *pack[2]; /* of runs without and with `fours` */
-    for (int fours = 0; fours < 2; fours++)
-        pack[fours] = packer_of(a, codes, source, transposed, fours);
-
+    const int transposed = source != PLAIN || (a->view.elem_c == 1 && w.elem[2] != 1);
+    if (!a->filled)
+        fill_gaps(a, &w, block, first, last, codes, !codes || !transposed);
+    if (codes && transposed) {
+        band_packer_of(a, source, band_has_fours(a, first))(a, &w, block, first, last);
+        return;
+    }
     for (int64_t i0 = 0; i0 < w.size[0]; i0++)
         for (int64_t i1 = 0; i1 < w.size[1]; i1++) {
-            const int64_t element = v->elem + image * v->elem_b + i0 * w.elem[0] + i1 * w.elem[1];
-            const lane_run r = {
-                .element = element,
-                .element_step = w.elem[2],
-                .row = element / channels,
-                .row_step = w.elem[2] / channels,
-                .number = v->index + image * v->index_b + i0 * number0 + i1 * number1,
-                .number_step = number2,
-                .lane = block * g->block + g->front + v->origin + i0 * w.lane[0] + i1 * w.lane[1],
-                .lanes = w.size[2],
-            };
-            pack[has_fours(&r, first)](a, &r, first, last);
+            const lane_run r = run_at(a, &w, block, i0, i1, 1);
+            run_packer_of(a, codes, transposed, has_fours(&r, first))(a, &r, first, last);
         }
 }
 

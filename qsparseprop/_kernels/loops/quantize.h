@@ -84,7 +84,7 @@ QSP_INLINE void line_statistics(const qsp_quantize *a, int64_t first, int64_t n,
         _Static_assert(sizeof state == 16 * QSP_MOMENTS, "the layout that `moments` adds up in");
         *r = none;
         *m = no_sums;
-        moments_kernel(x, dtype, n, 1, 0, a->scheme.kind == QSP_SAWB, &state);
+        moments_kernel(x, dtype, n, 1, 0, a->scheme.kind == QSP_SAWB ? QSP_MAGNITUDES : QSP_SUMS, &state);
         qsp_add_moments(&state, 16, 0, 16, r, m);
     } else if (n >= 16)
         line_range(a->x, dtype, first, n, r);

@@ -145,11 +145,13 @@ static void range_channels_kernel(const void *x, int dtype, int64_t n, int64_t s
         range_some(x, QSP_F32, n, step, channels, state, QSP_NEED_MAX);
 }
 
-enum { MOMENTS_ROWS = 32 }; /* that are summed up before the sums go back to memory */
+enum {
+    MOMENTS_ROWS = 32, /* that are summed up before the sums go back to memory */
+    MOMENTS_STRIP = 4, /* times sixteen channels of a row, neighbours in memory, that are added up together */
+};
 
 /* Moments and range of every channel in one pass: sums over the elements in double, sixteen side by side, in one order
- * of additions whatever the instruction set. Where `magnitudes` are wanted these are summed up and zeros left out of
- * the count; otherwise the elements are. */
+ * of additions whatever the instruction set. Of MAGNITUDES zeros are left out of the count. */
 typedef struct {
     f64x16 sum, square, nonzeros;
     u32x16 bits;
@@ -171,92 +173,119 @@ QSP_INLINE moments_at moments_of_channel(void *state, int64_t stride, int64_t ch
     return at;
 }
 
-QSP_INLINE moments_x16 moments_load(void *state, int64_t stride, int64_t channel, const int magnitudes)
+QSP_INLINE moments_x16 moments_load(void *state, int64_t stride, int64_t channel, const int what)
 {
     const moments_at at = moments_of_channel(state, stride, channel);
     moments_x16 m;
     m.sum = f64x16_load(at.sum);
-    m.square = f64x16_load(at.sum + stride);
-    m.bits = u32x16_load_bits(at.range);
-    if (magnitudes) {
+    if (what >= QSP_SUMS) {
+        m.square = f64x16_load(at.sum + stride);
+        m.bits = u32x16_load_bits(at.range);
+    }
+    if (what == QSP_MAGNITUDES) {
         m.nonzeros = f64x16_load(at.sum + 2 * stride);
         m.low = f32x16_load(at.range + stride);
     }
     return m;
 }
 
-QSP_INLINE void moments_store(void *state, int64_t stride, int64_t channel, const moments_x16 *m, const int magnitudes)
+QSP_INLINE void moments_store(void *state, int64_t stride, int64_t channel, const moments_x16 *m, const int what)
 {
     const moments_at at = moments_of_channel(state, stride, channel);
     f64x16_store(at.sum, m->sum);
-    f64x16_store(at.sum + stride, m->square);
-    u32x16_store_bits(at.range, m->bits);
-    if (magnitudes) {
+    if (what >= QSP_SUMS) {
+        f64x16_store(at.sum + stride, m->square);
+        u32x16_store_bits(at.range, m->bits);
+    }
+    if (what == QSP_MAGNITUDES) {
         f64x16_store(at.sum + 2 * stride, m->nonzeros);
         f32x16_store(at.range + stride, m->low);
     }
 }
 
-QSP_INLINE void moments_add(moments_x16 *m, f32x16 v, f64x16 wide, const int magnitudes)
+QSP_INLINE void moments_add(moments_x16 *m, f32x16 v, f64x16 wide, const int what)
 {
-    m->bits = u32x16_max_abs(m->bits, v);
-    m->square = f64x16_add_square(m->square, wide);
-    if (magnitudes) {
+    if (what >= QSP_SUMS) {
+        m->bits = u32x16_max_abs(m->bits, v);
+        m->square = f64x16_add_square(m->square, wide);
+    }
+    if (what == QSP_MAGNITUDES) {
         m->sum = f64x16_add(m->sum, f64x16_from_f32(f32x16_abs(v)));
         m->nonzeros = f64x16_add(m->nonzeros, f64x16_from_f32(f32x16_is_nonzero(v)));
         m->low = f32x16_min(m->low, v);
     } else
         m->sum = f64x16_add(m->sum, wide);
 }
-QSP_INLINE void moments_step(moments_x16 *m, const void *x, const int dtype, int64_t at, const int magnitudes)
+QSP_INLINE void moments_step(moments_x16 *m, const void *x, const int dtype, int64_t at, const int what)
 {
     const f32x16 v = load_elements(x, dtype, at);
-    moments_add(m, v, dtype == QSP_F32 ? f64x16_load_f32((const float *)x + at) : f64x16_from_f32(v), magnitudes);
+    moments_add(m, v, dtype == QSP_F32 ? f64x16_load_f32((const float *)x + at) : f64x16_from_f32(v), what);
 }
 QSP_INLINE void moments_rest(moments_x16 *m, const void *x, const int dtype, int64_t at, int64_t step, int64_t n,
-                             const int magnitudes)
+                             const int what)
 {
     const f32x16 v = load_elements_n(x, dtype, at, step, (int)qsp_min(16, n));
-    moments_add(m, v, f64x16_from_f32(v), magnitudes);
+    moments_add(m, v, f64x16_from_f32(v), what);
 }
 
-QSP_INLINE void moments_of(const void *x, const int dtype, int64_t n, int64_t step, int64_t channels,
-                           const int magnitudes, void *state)
+/* `sixteens` times sixteen channels from c on of some rows, the first of which starts at element `at`. */
+QSP_INLINE void moments_strip(const void *x, const int dtype, int64_t at, int64_t rows, int64_t step, int64_t c,
+                              int64_t stride, const int sixteens, const int what, void *state)
+{
+    moments_x16 m[MOMENTS_STRIP];
+    for (int v = 0; v < sixteens; v++)
+        m[v] = moments_load(state, stride, c + 16 * v, what);
+    for (int64_t i = 0; i < rows; i++) { /* not unrolled: the sums would not stay in registers */
+        QSP_UNROLL
+        for (int v = 0; v < sixteens; v++)
+            moments_step(&m[v], x, dtype, at + i * step + c + 16 * v, what);
+    }
+    for (int v = 0; v < sixteens; v++)
+        moments_store(state, stride, c + 16 * v, &m[v], what);
+}
+
+QSP_INLINE void moments_of(const void *x, const int dtype, int64_t n, int64_t step, int64_t channels, const int what,
+                           void *state)
 {
     if (channels == 0) {
-        moments_x16 m = moments_load(state, 16, 0, magnitudes);
+        moments_x16 m = moments_load(state, 16, 0, what);
         int64_t k = 0;
         for (; step == 1 && k + 16 <= n; k += 16)
-            moments_step(&m, x, dtype, k, magnitudes);
+            moments_step(&m, x, dtype, k, what);
         for (; k < n; k += 16)
-            moments_rest(&m, x, dtype, k * step, step, n - k, magnitudes);
-        moments_store(state, 16, 0, &m, magnitudes);
+            moments_rest(&m, x, dtype, k * step, step, n - k, what);
+        moments_store(state, 16, 0, &m, what);
         return;
     }
     const int64_t stride = (channels + 15) / 16 * 16;
-    for (int64_t row = 0; row < n; row += MOMENTS_ROWS)
-        for (int64_t c = 0; c < channels; c += 16) {
-            const int64_t rows = qsp_min(MOMENTS_ROWS, n - row), at = row * step + c;
-            moments_x16 m = moments_load(state, stride, c, magnitudes);
-            if (channels - c >= 16)
-                for (int64_t i = 0; i < rows; i++) /* not unrolled: the sums would not stay in registers */
-                    moments_step(&m, x, dtype, at + i * step, magnitudes);
-            else
-                for (int64_t i = 0; i < rows; i++)
-                    moments_rest(&m, x, dtype, at + i * step, 1, channels - c, magnitudes);
-            moments_store(state, stride, c, &m, magnitudes);
-        }
+    for (int64_t row = 0; row < n; row += MOMENTS_ROWS) {
+        const int64_t rows = qsp_min(MOMENTS_ROWS, n - row), at = row * step;
+        int64_t c = 0;
+        for (; c + 16 * MOMENTS_STRIP <= channels; c += 16 * MOMENTS_STRIP)
+            moments_strip(x, dtype, at, rows, step, c, stride, MOMENTS_STRIP, what, state);
+        for (; c + 16 <= channels; c += 16)
+            moments_strip(x, dtype, at, rows, step, c, stride, 1, what, state);
+        if (c == channels)
+            continue;
+        moments_x16 m = moments_load(state, stride, c, what);
+        for (int64_t i = 0; i < rows; i++)
+            moments_rest(&m, x, dtype, at + i * step + c, 1, channels - c, what);
+        moments_store(state, stride, c, &m, what);
+    }
 }
 
-static void moments_kernel(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int magnitudes,
-                           void *state)
+static void moments_kernel(const void *x, int dtype, int64_t n, int64_t step, int64_t channels, int what, void *state)
 {
-    if (magnitudes)
-        moments_of(x, dtype, n, step, channels, 1, state);
+    if (what == QSP_MAGNITUDES)
+        moments_of(x, dtype, n, step, channels, QSP_MAGNITUDES, state);
+    else if (what == QSP_TOTALS && dtype == QSP_F32)
+        moments_of(x, QSP_F32, n, step, channels, QSP_TOTALS, state);
+    else if (what == QSP_TOTALS)
+        moments_of(x, QSP_BF16, n, step, channels, QSP_TOTALS, state);
     else if (dtype == QSP_F32)
-        moments_of(x, QSP_F32, n, step, channels, 0, state);
+        moments_of(x, QSP_F32, n, step, channels, QSP_SUMS, state);
     else
-        moments_of(x, QSP_BF16, n, step, channels, 0, state);
+        moments_of(x, QSP_BF16, n, step, channels, QSP_SUMS, state);
 }
 
 /* Least and greatest of n integers; a plain loop, which the compiler turns into vectors of the ISA. */

@@ -31,7 +31,7 @@
 
 #include "loops/pack_plain.h"
 
-#include "loops/pack_computed.h"
+#include "loops/pack_bands.h"
 
 #include "loops/pack.h"
 
