@@ -37,6 +37,25 @@ QSP_INLINE int qsp_is_random(const qsp_scheme *s)
     return s->kind == QSP_STOCHASTIC || s->kind == QSP_DITHERED || s->kind == QSP_LUQ;
 }
 
+/* Channels of a gradient whose range is less than that part of the greatest one's are given this part of it.
+ *
+ * Scales of channels are multiplied into the weights, which are rounded to nearest with one scale for all channels: the
+ * quieter a channel, the coarser its weights, and their error is the same in every step. It does not average out where
+ * the channel's gradient has one sign, as that of a class or token which hardly ever comes. What is lost of the gradient
+ * instead is rounded at random, without bias. */
+#define QSP_QUIETEST 0x1p-4f
+
+QSP_INLINE void qsp_raise_quiet(qsp_range *ranges, int64_t channels)
+{
+    float greatest = 0.0f;
+    for (int64_t i = 0; i < channels; i++)
+        if (isfinite(ranges[i].absmax) && ranges[i].absmax > greatest)
+            greatest = ranges[i].absmax;
+    for (int64_t i = 0; i < channels; i++)
+        if (ranges[i].absmax < QSP_QUIETEST * greatest)
+            ranges[i].absmax = QSP_QUIETEST * greatest;
+}
+
 /* Add places [first, last) of a state of `places` of them to the moments and the range of a channel. */
 QSP_INLINE void qsp_add_moments(const void *state, int64_t places, int64_t first, int64_t last, qsp_range *r,
                                 qsp_moments *m)
