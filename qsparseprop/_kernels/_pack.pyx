@@ -32,7 +32,8 @@ cdef enum:
 cdef extern from "loops/scale.h" nogil:
     int qsp_is_random(const qsp_scheme *)
     int qsp_wants_moments(const qsp_scheme *)
-    void qsp_raise_quiet(qsp_range *ranges, int64_t channels)
+    void qsp_raise_quiet(const qsp_scheme *, const qsp_range *, int64_t channels, int64_t planes, float *scale,
+                         float *inverse)
     float qsp_scale(const qsp_scheme *, const qsp_range *, const qsp_moments *, int32_t *zero, float *inverse)
 
 cdef object _float32 = torch.float32
@@ -111,17 +112,17 @@ cdef uint64_t read_seed(object seed, Scheme scheme) except? 0:
     return z ^ (z >> 31)
 
 
-cdef bint find_scales(qsp_pack *a, qsp_range *ranges, const qsp_moments *moments, int64_t channels, int64_t count,
-                      float *scale, int32_t *zero_point) noexcept:
+cdef bint find_scales(qsp_pack *a, const qsp_range *ranges, const qsp_moments *moments, int64_t channels,
+                      int64_t count, float *scale, int32_t *zero_point) noexcept:
     """Scale, zero point and `a.inverse` of each plane from what is known of its channel; whether all are finite."""
     cdef int64_t i
     cdef bint finite = True
-    if qsp_is_random(&a.scheme):
-        qsp_raise_quiet(ranges, channels)
     for i in range(count):
         scale[i] = qsp_scale(&a.scheme, &ranges[i % channels], &moments[i % channels], zero_point + i,
                              <float *> a.inverse + i)
         finite = finite and isfinite(scale[i])
+    if qsp_is_random(&a.scheme):
+        qsp_raise_quiet(&a.scheme, ranges, channels, count, scale, <float *> a.inverse)
     return finite
 
 

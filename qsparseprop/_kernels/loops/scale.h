@@ -37,25 +37,6 @@ QSP_INLINE int qsp_is_random(const qsp_scheme *s)
     return s->kind == QSP_STOCHASTIC || s->kind == QSP_DITHERED || s->kind == QSP_LUQ;
 }
 
-/* Channels of a gradient whose range is less than that part of the greatest one's are given this part of it.
- *
- * Scales of channels are multiplied into the weights, which are rounded to nearest with one scale for all channels: the
- * quieter a channel, the coarser its weights, and their error is the same in every step. It does not average out where
- * the channel's gradient has one sign, as that of a class or token which hardly ever comes. What is lost of the gradient
- * instead is rounded at random, without bias. */
-#define QSP_QUIETEST 0x1p-4f
-
-QSP_INLINE void qsp_raise_quiet(qsp_range *ranges, int64_t channels)
-{
-    float greatest = 0.0f;
-    for (int64_t i = 0; i < channels; i++)
-        if (isfinite(ranges[i].absmax) && ranges[i].absmax > greatest)
-            greatest = ranges[i].absmax;
-    for (int64_t i = 0; i < channels; i++)
-        if (ranges[i].absmax < QSP_QUIETEST * greatest)
-            ranges[i].absmax = QSP_QUIETEST * greatest;
-}
-
 /* Add places [first, last) of a state of `places` of them to the moments and the range of a channel. */
 QSP_INLINE void qsp_add_moments(const void *state, int64_t places, int64_t first, int64_t last, qsp_range *r,
                                 qsp_moments *m)
@@ -80,6 +61,19 @@ QSP_INLINE float qsp_sawb_clip(const qsp_scheme *s, float absmax, const qsp_mome
     const double n = s->nonzeros ? m->nonzeros : m->count;
     const double clip = n > 0 ? s->c1 * sqrt(m->square / n) - s->c2 * (m->sum / n) : 0.0;
     return clip > 0.0 && clip < (double)absmax ? (float)clip : absmax;
+}
+
+/* 1 / scale; of schemes that round at random, whose codes are not limited, less by as little as it takes for no product
+ * to be beyond the last code. */
+QSP_INLINE float qsp_inverse(const qsp_scheme *s, float absmax, float scale)
+{
+    float inverse = 1.0f / scale;
+    if (qsp_is_random(s)) {
+        const float most = (float)(s->kind == QSP_LUQ ? 1 << (s->levels - 1) : qsp_levels(s));
+        while (absmax * inverse > most)
+            inverse = nextafterf(inverse, 0.0f);
+    }
+    return inverse;
 }
 
 /* Scale of a range (and, where wanted, moments), with its reciprocal and zero point. Where an element is NaN or Inf all
@@ -110,13 +104,30 @@ QSP_INLINE float qsp_scale(const qsp_scheme *s, const qsp_range *r, const qsp_mo
         const double step = s->step * sqrt(variance > 0.0 ? variance : 0.0);
         scale = step > (double)scale ? (float)step : scale;
     }
-    *inverse = 1.0f / scale;
-    if (qsp_is_random(s)) { /* its codes are not limited: no product may be beyond the last one */
-        const float most = (float)(s->kind == QSP_LUQ ? 1 << (s->levels - 1) : levels);
-        while (r->absmax * *inverse > most)
-            *inverse = nextafterf(*inverse, 0.0f);
-    }
+    *inverse = qsp_inverse(s, r->absmax, scale);
     return scale;
+}
+
+/* Scales of a gradient's planes that are less than that part of the greatest one are made this part of it.
+ *
+ * They are multiplied into the weights, which are rounded to nearest with one scale for all channels: the quieter a
+ * channel, the coarser its weights, and their error is the same in every step. It does not average out where the
+ * channel's gradient has one sign, as that of a class or token which hardly ever comes. What the gradient loses by a
+ * larger scale is rounded at random, without bias. Plane i has channel i % channels. */
+#define QSP_QUIETEST 0x1p-4f
+
+QSP_INLINE void qsp_raise_quiet(const qsp_scheme *s, const qsp_range *ranges, int64_t channels, int64_t planes,
+                                float *scale, float *inverse)
+{
+    float least = 0.0f;
+    for (int64_t i = 0; i < planes; i++)
+        if (isfinite(scale[i]) && QSP_QUIETEST * scale[i] > least)
+            least = QSP_QUIETEST * scale[i];
+    for (int64_t i = 0; i < planes; i++)
+        if (scale[i] < least) {
+            scale[i] = least;
+            inverse[i] = qsp_inverse(s, ranges[i % channels].absmax, least);
+        }
 }
 
 #endif

@@ -15,8 +15,8 @@ from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.ops import products
 from qsparseprop.ops.products import Packed, Weights
 from qsparseprop.ops.reference._signature import reference_of
-from qsparseprop.ops.reference.quantization import least_magnitude, quantize_values
-from qsparseprop.ops.schemes import seed_bits, symmetric_scale
+from qsparseprop.ops.reference.quantization import quantize_values
+from qsparseprop.ops.schemes import QUIETEST, seed_bits, symmetric_scale
 
 __all__ = ["gather_weight", "multiply", "pack", "pack_codes", "quantize_pack", "quantize_weight", "sddmm", "spmm"]
 
@@ -72,11 +72,16 @@ def pack_codes(
         parts = list(zip(x.split(1, 1), index.split(1, 1), strict=True))
     bounds = [None] * len(parts) if ranges is None else ranges
     least = None
-    if scheme.random and x.numel():
-        magnitudes = torch.stack([part.abs().amax() for part, _ in parts]) if ranges is None else ranges.abs().amax(1)
-        least = least_magnitude(magnitudes)
-    quantized = [quantize_values(part, scheme.name, bits, numbers, scheme.options, bounds=ends, least=least)
-                 for (part, numbers), ends in zip(parts, bounds, strict=True)]  # fmt: skip
+
+    def quantized_parts():
+        return [quantize_values(part, scheme.name, bits, numbers, scheme.options, bounds=ends, least=least)
+                for (part, numbers), ends in zip(parts, bounds, strict=True)]  # fmt: skip
+
+    quantized = quantized_parts()
+    if scheme.random:
+        finite = [s for _, s, _ in quantized if torch.isfinite(s)]
+        least = QUIETEST * torch.stack(finite).amax() if finite else None
+        quantized = quantized_parts()
     codes, scales, zeros = zip(*quantized, strict=True)
     repeats = grid[4] // len(parts) if scheme.per_channel else 1
     scale = torch.stack(scales).repeat(repeats)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qsparseprop.ops import quantization
 from qsparseprop.ops.reference._signature import reference_of
-from qsparseprop.ops.schemes import QUIETEST, mix_seed, symmetric_scale
+from qsparseprop.ops.schemes import mix_seed, symmetric_scale
 
-__all__ = ["dequantize", "least_magnitude", "limited_inverse", "quantize", "quantize_values", "random_bits", "round_to_power", "sawb_clip",
+__all__ = ["dequantize", "limited_inverse", "quantize", "quantize_values", "random_bits", "round_to_power", "sawb_clip",
            "stochastic_round"]  # fmt: skip
 
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -75,12 +75,6 @@ def sawb_clip(x: Tensor, c1: float, c2: float, nonzeros: bool) -> Tensor:
     return torch.where((clip > 0) & (clip < absmax), clip, absmax.to(torch.float64)).to(torch.float32)
 
 
-def least_magnitude(magnitudes: Tensor) -> Tensor:
-    """What channels of a gradient have for their largest magnitude at least, given those of all."""
-    finite = magnitudes[torch.isfinite(magnitudes)]
-    return QUIETEST * (finite.amax() if finite.numel() else torch.zeros(()))
-
-
 def quantize_values(
     x: Tensor,
     scheme: str,
@@ -111,7 +105,7 @@ def quantize_values(
     bounds : Tensor, optional
         (2,): the least and the greatest value in place of x's own.
     least : Tensor, optional
-        The largest magnitude, if it is not larger than that; of schemes that round at random.
+        The scale, if it is not larger than that; of schemes that round at random.
     """
     levels = 2 ** (bits - 1) - 1
     top, zero_point = 2 * levels + 1, 0 if around_zero else levels + 1
@@ -121,8 +115,6 @@ def quantize_values(
         bounds = torch.stack([x.amin(), x.amax()]) if x.numel() else x.new_zeros(2)
     else:
         absmax = bounds.abs().amax() if bounds.isfinite().all() else torch.full((), torch.nan)
-    if least is not None:
-        absmax = torch.where(absmax < least, least, absmax)
     low, high = bounds[0].clamp(max=0), bounds[1].clamp(min=0)
     if not torch.isfinite(absmax):  # every element a zero; the scale keeps the result from looking like a number
         return torch.full(x.shape, zero_point, dtype=dtype), absmax, zero_point
@@ -142,6 +134,8 @@ def quantize_values(
         variance = (wide.square().mean() - wide.mean().square()).clamp(min=0)
         step = ((options[0] if options else 1.0) * variance.sqrt()).to(torch.float32)
         scale = torch.where(step > scale, step, scale)
+    if least is not None:
+        scale = torch.maximum(scale, least)
     inverse = 1 / scale
     if scheme in ("stochastic", "dithered", "luq"):
         inverse = limited_inverse(scale, absmax, levels)
