@@ -1,4 +1,7 @@
-"""Networks of `results.py` that the package does not have; `qsparseprop.training.models.build_model` finds them."""
+"""Networks of the benchmarks that the package does not have.
+
+`qsparseprop.training.models.build_model` finds those of `results.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qsparseprop.training.models import VisionTransformer
+from qsparseprop.training.models import TransformerBlock, VisionTransformer
 
 #: Where `pose` finds the file of weights, and beside it the module that rebuilds the network.
 POSE_FILE = "QSPARSEPROP_POSE_FILE"
@@ -19,6 +22,33 @@ POSE_FILE = "QSPARSEPROP_POSE_FILE"
 def vit(num_classes: int = 10, in_channels: int = 3, width: int = 384, image_size: int = 32) -> VisionTransformer:
     """ViT-S's width and heads (Touvron et al., arXiv 2012.12877) on patches of 4 x 4 pixels, four blocks of it."""
     return VisionTransformer(num_classes, in_channels, image_size, patch=4, width=width, depth=4, heads=6)
+
+
+class LanguageModel(nn.Module):
+    """Decoder: tokens to blocks with causal attention, and logits of the token that follows each of them.
+
+    Parameters
+    ----------
+    vocabulary, context : int
+        Different tokens, and tokens of a sequence at most.
+    width, depth, heads : int
+        Features of a token, blocks, and attention heads.
+    """
+
+    def __init__(self, vocabulary: int, context: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, causal=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        for module in self.modules():  # GPT-2's
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens ``[batch, length]`` to logits ``[batch, length, vocabulary]``."""
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
 
 
 class PoseBackbone(nn.Module):

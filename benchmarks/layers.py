@@ -136,10 +136,11 @@ class _OneDnnProduct(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         product = torch.ops.mkldnn._linear_pointwise
-        return product(dy, weight.t(), None, "none", [], ""), product(dy.t(), x.t(), None, "none", [], ""), dy.sum(0)
+        bias_grad = dy.sum(0) if ctx.needs_input_grad[2] else None
+        return product(dy, weight.t(), None, "none", [], ""), product(dy.t(), x.t(), None, "none", [], ""), bias_grad
 
 
 class OneDnnLinear(nn.Linear):

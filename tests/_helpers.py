@@ -165,7 +165,7 @@ def _inverse(absmax: Tensor, levels: float) -> tuple[Tensor, Tensor]:
     return scale, 1 / scale
 
 
-def _quantized(x: Tensor, scheme: str, seed: int, order: Tensor) -> tuple[Tensor, Tensor]:
+def _quantized(x: Tensor, scheme: str, seed: int, order: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """Codes around zero and scale of a tensor, or of a channel of it, whose elements are numbered by `order`."""
     if scheme == "standard":
         low, high = x.min().clamp(max=0), x.max().clamp(min=0)
@@ -173,8 +173,9 @@ def _quantized(x: Tensor, scheme: str, seed: int, order: Tensor) -> tuple[Tensor
         zero = (-low * inverse).round().clamp(0, 255)
         codes = (x * inverse).round().clamp(-zero, 255 - zero)
     elif scheme == "stochastic":
-        scale, inverse = _inverse(x.abs().max(), 127)
-        inverse = reference.limited_inverse(scale, x.abs().max(), 127)
+        absmax = torch.maximum(x.abs().max(), least)
+        scale, inverse = _inverse(absmax, 127)
+        inverse = reference.limited_inverse(scale, absmax, 127)
         codes = reference.stochastic_round(x * inverse, seed, order)
     elif scheme == "absmax" and x.min() >= 0:
         scale, inverse = _inverse(x.max(), 255)
@@ -196,7 +197,8 @@ def dequantized(x: Tensor, scheme: str, seed: Tensor | None = None, per_channel:
     order = torch.arange(x.numel()).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
     mixed = 0 if seed is None else schemes.mix_seed(int(seed))
     parts = zip(x.split(1, 1), order.split(1, 1), strict=True) if per_channel else [(x, order)]
-    codes, scales = zip(*(_quantized(part, scheme, mixed, numbers) for part, numbers in parts), strict=True)
+    least = x.abs().max() / 16  # of the other channels, where rounding is random
+    codes, scales = zip(*(_quantized(part, scheme, mixed, numbers, least) for part, numbers in parts), strict=True)
     scale = torch.stack(scales)
     return torch.cat(codes, 1).double() * scale.double()[:, None, None], scale
 

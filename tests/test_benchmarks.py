@@ -169,14 +169,32 @@ def test_accuracy(tmp_path):
     assert "seed 0" not in printed
 
 
-def accuracy(result, arguments):
+def accuracy(result, arguments, script="accuracy.py"):
     package = str(Path(qsparseprop.__file__).parents[1])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), "--quick", "--json", str(result), *arguments]
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--json", str(result), *arguments]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(result.read_text()), done.stdout
+
+
+def test_dense_int8(tmp_path):
+    """On what needs no data from elsewhere; a second start finds everything done."""
+    result = tmp_path / "result.json"
+    arguments = ("--cases", "digits mlp", "text", "--threads", "1", "--settings", "fp32", "int8, first fp32", "int8")
+    document, _ = accuracy(result, arguments, "dense_int8.py")
+    cases, settings = ("digits mlp", "text transformer"), ("fp32", "int8, first fp32", "int8")
+    assert [(r["case"], r["setting"]) for r in document["runs"]] == [(c, s) for c in cases for s in settings]
+    assert len({r["loss"] for r in document["runs"]}) == 6
+    for row in document["summary"]:
+        assert row["seeds"] == 1
+        assert abs(row["loss_percent"]) < 5
+        assert (row["loss_difference"] == 0) == (row["setting"] == "fp32")
+    again, printed = accuracy(result, arguments, "dense_int8.py")
+    assert again["runs"] == document["runs"]
+    assert "seed 0" not in printed
+    assert "points from fp32" in printed
 
 
 def results(tmp_path, *arguments):
@@ -249,6 +267,32 @@ def test_weights_memory(tmp_path):
     assert result["rows"]["dense"] == []
     assert result["rows"]["lists"] == ["backward", "forward"]
     assert result["rows"]["dense rows"] == ["dense_backward", "dense_forward"]
+
+
+def test_language_model(tmp_path):
+    document, printed = run(tmp_path, "language_model.py", "--threads", "1", "--sparsity", "0", "0.9")
+    layers = {"qkv", "proj", "mlp.0", "mlp.2", "head"}
+    for result, sparsity in zip(document["results"], (0.0, 0.9), strict=True):
+        assert result["sparsity"] == sparsity
+        assert_race(result, {"dense", "int8", "fused"})
+        assert set(result["ms"]) - {"fp32 oneDNN"} == {"fp32", "bf16", "int8", "int8 bf16", "fused", "fused bf16"}
+        assert result["saved_mb"]["fused"] < result["saved_mb"]["int8"]
+        for products in result["products"].values():
+            assert set(products) == layers
+            assert {way for ways in products.values() for way in ways.split("/")} <= {"list", "dense"}
+    assert "fused: qkv" in printed
+    parameters = [(m["dense"]["parameters"], m["sparse"]["parameters"]) for m in document["memory"]]
+    assert parameters[0][0] == parameters[0][1] == parameters[1][0] > 3 * parameters[1][1]
+
+
+def test_language_model_profile(tmp_path):
+    arguments = ("--threads", "1", "--sparsity", "0.5", "--profile", "int8")
+    document, _ = run(tmp_path, "language_model.py", *arguments)
+    (profile,) = document["profiles"]
+    assert "memory" not in document
+    for name in ("LayerNorm", "GELU", "attention", "quantize_pack", "spmm"):
+        assert profile["rows_ms"][name]["forward"], name
+        assert profile["rows_ms"][name]["backward"], name
 
 
 def test_mlp(tmp_path):

@@ -43,6 +43,24 @@ def test_a_layer_used_twice_in_one_graph(kind):
         assert torch.equal(p.grad, a + b)
 
 
+@pytest.mark.parametrize("grad", ["stochastic", "dithered", "luq"])
+def test_gradients_of_classes_that_never_come_have_no_bias(grad):
+    """Of a few outputs the gradients are large and cancel, of many they are small and of one sign: a classifier's.
+
+    Scales of the latter make the weights too small for their codes; they are what the mean of the gradients is.
+    """
+    dense = nn.Linear(32, 200, bias=False)
+    dense.weight.data.normal_(generator=generator(1))
+    layer = QuantizedSparseLinear.from_dense(dense, qconfig=QuantConfig(grad=grad))
+    dy = 1e-3 * torch.rand(64, 200, generator=generator(2))
+    dy[:32, :8], dy[32:, :8] = 1.0, -1.0
+    x = torch.randn(64, 32, generator=generator(3)).requires_grad_()
+    torch.manual_seed(0)
+    steps = [torch.autograd.grad(layer(x), x, dy)[0].double().mean(0) for _ in range(100)]
+    expected = dy.double().mean(0) @ dense.weight.detach().double()
+    assert (torch.stack(steps).mean(0) - expected).norm() < 0.2 * expected.norm()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_double_backward_is_an_error(kind):
     layer, _, x = example(kind)

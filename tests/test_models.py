@@ -7,6 +7,7 @@ import torch
 from qsparseprop.training.models import (
     CifarResNet,
     SubsampleAndPad,
+    TransformerBlock,
     build_model,
     load_checkpoint,
     read_state_dict,
@@ -54,6 +55,16 @@ def test_subsample_and_pad_keeps_every_second_pixel_between_new_zero_channels():
     assert out.shape == (2, 5, 2, 3)
     assert torch.equal(out[:, 1:3], images[:, :, ::2, ::2])
     assert not out[:, [0, 3, 4]].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tokens_of_a_causal_block_do_not_see_those_behind_them(causal):
+    torch.manual_seed(0)
+    block = TransformerBlock(16, 2, causal)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    block(x)[:, 2].sum().backward()
+    seen = x.grad.abs().sum((0, 2)) > 0
+    assert seen.tolist() == [True, True, True, not causal, not causal]
 
 
 def test_stages_must_match_widths():

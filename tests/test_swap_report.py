@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from torch import nn
 
 from qsparseprop.nn import QuantizedSparseLinear, SparseConv2d, SparseLinear
@@ -65,6 +66,23 @@ def test_with_timing(net, quantize):
         assert d.reason.startswith(("", "within the noise") if d.swapped else "faster dense")
         assert isinstance(net.get_submodule(d.name), (SparseConv2d, SparseLinear)) == d.swapped
         assert f"{d.dense_ms:.2f}" in str(net.swap_report)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_layers_are_timed_under_the_autocast_of_the_run(net, monkeypatch, outside, inside):
+    """The second layer gets bfloat16 there, which a dense one takes under autocast only."""
+    seen = set()
+    monkeypatch.setattr(_layer_timing, "ordinary", lambda y: seen.add(y.dtype) or y)
+
+    def run(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return model(torch.zeros(SHAPE))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        swap_modules_with_sparse(net, run, verbose=False)
+    assert all(d.dense_ms > 0 for d in net.swap_report[1:])
+    assert seen == {torch.bfloat16 if inside else torch.float32}
 
 
 @pytest.mark.parametrize("sparse_ms", [0.9, 1.1])

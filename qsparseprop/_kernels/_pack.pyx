@@ -30,7 +30,10 @@ cdef enum:
     SERIAL_ELEMENTS = 1 << 15
 
 cdef extern from "loops/scale.h" nogil:
+    int qsp_is_random(const qsp_scheme *)
     int qsp_wants_moments(const qsp_scheme *)
+    void qsp_raise_quiet(const qsp_scheme *, const qsp_range *, int64_t channels, int64_t planes, float *scale,
+                         float *inverse)
     float qsp_scale(const qsp_scheme *, const qsp_range *, const qsp_moments *, int32_t *zero, float *inverse)
 
 cdef object _cpu = torch.device("cpu")
@@ -119,6 +122,8 @@ cdef bint find_scales(qsp_pack *a, const qsp_range *ranges, const qsp_moments *m
         scale[i] = qsp_scale(&a.scheme, &ranges[i % channels], &moments[i % channels], zero_point + i,
                              <float *> a.inverse + i)
         finite = finite and isfinite(scale[i])
+    if qsp_is_random(&a.scheme):
+        qsp_raise_quiet(&a.scheme, ranges, channels, count, scale, <float *> a.inverse)
     return finite
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qsparseprop._kernels import _statistics
 
-__all__ = ["MIN_SCALE", "RANDOM_SCHEMES", "SCHEMES", "draw_seed", "mix_seed", "seed_bits", "symmetric_scale"]
+__all__ = ["MIN_SCALE", "QUIETEST", "RANDOM_SCHEMES", "SCHEMES", "draw_seed", "mix_seed", "seed_bits", "symmetric_scale"]
 
 SCHEMES = tuple(_statistics.SCHEMES)
 
@@ -16,6 +16,8 @@ RANDOM_SCHEMES = ("stochastic", "dithered", "luq")
 
 #: The smallest scale: so that 2**16 / scale is finite.
 MIN_SCALE = 2.0**-111
+#: The least scale of a gradient's channel, relative to the greatest one, see QSP_QUIETEST.
+QUIETEST = 2.0**-4
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 

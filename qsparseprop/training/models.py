@@ -253,11 +253,13 @@ class TransformerBlock(nn.Module):
     ----------
     width, heads : int
         Features of a token, and attention heads; the latter divide the former.
+    causal : bool
+        No token sees those behind it, as in language models.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -267,7 +269,8 @@ class TransformerBlock(nn.Module):
         """Map (batch, tokens, width) to the same shape."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads).unbind(2)
-        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                                  is_causal=self.causal)  # fmt: skip
         x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
         return x + self.mlp(self.norm2(x))
 

@@ -12,7 +12,6 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qsparseprop.nn._dense import dense_type, dense_weight, held, trains_weight
 from qsparseprop.nn.blocks.start import last_chain, start_chains
-from qsparseprop.nn.deferred.usage import Operation
+from qsparseprop.utils._layer_timing import LayerInput
 
 #: Runs a model once.
 Runner = Callable[[nn.Module], Any]
@@ -258,15 +257,6 @@ _PARTS: tuple[tuple[Any, Callable[[Any], Iterable[Any]]], ...] = (
 # ---- what a run shows ----
 
 
-@dataclass
-class LayerInput:
-    """What a layer got, its input, and whether that wants a gradient; and the operations that can join it."""
-
-    x: Tensor
-    requires_grad: bool
-    chain: Sequence[Operation] = ()
-
-
 class _WatchedParameter(nn.Parameter):
     """A parameter that tells when it is computed with."""
 
@@ -341,7 +331,9 @@ def record(
             nonlocal inside
             x = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(x, Tensor) and (name not in inputs or x.numel() > inputs[name].x.numel()):
-                inputs[name] = LayerInput(x.detach().clone(memory_format=torch.preserve_format), x.requires_grad)
+                autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+                x, x_grad = x.detach().clone(memory_format=torch.preserve_format), x.requires_grad
+                inputs[name] = LayerInput(x, x_grad, autocast)
             inside += 1
             try:
                 return forward(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,17 +17,41 @@ from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, dense_type, dense_weight, trains_weight
 from qsparseprop.nn.deferred import ordinary
 from qsparseprop.nn.deferred.usage import Operation
-from qsparseprop.utils._example import LayerInput
 from qsparseprop.utils.measurement_utils import compare_interleaved
 from qsparseprop.utils.swap_report import SwapDecision
 
-__all__ = ["Stopwatch"]
+__all__ = ["LayerInput", "Stopwatch"]
 
 
 #: Layers of the same kind and sizes whose sparsities differ by no more are timed once: less than a stopwatch can tell.
 _SAME_SPARSITY = 0.01
 #: What a layer's time is multiplied by to be clearly a shorter one.
 _CLEARLY = 0.97
+
+
+@dataclass
+class LayerInput:
+    """What a layer got when a model ran.
+
+    Attributes
+    ----------
+    x : Tensor
+    requires_grad : bool
+        Whether its input wanted a gradient.
+    autocast : torch.dtype, optional
+        What autocast computed in there; None where it was off.
+    chain : sequence
+        The operations behind it that can join it.
+    """
+
+    x: Tensor
+    requires_grad: bool
+    autocast: torch.dtype | None = None
+    chain: Sequence[Operation] = ()
+
+    def precision(self) -> torch.autocast:
+        """Autocast as it was there, whatever it is now."""
+        return torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
 
 class Stopwatch:
@@ -47,8 +71,8 @@ class Stopwatch:
         weight, bias, x = dense_weight(dense)[0], dense_bias(dense), seen.x
         # what decides how long it takes, except for the zeros
         key = (dense_type(dense), dense.extra_repr(), weight.shape, weight.stride(), weight.dtype, trains_weight(dense),
-               None if bias is None else bias[1], x.shape, x.stride(), x.dtype, seen.requires_grad, fuse,
-               tuple(seen.chain))  # fmt: skip
+               None if bias is None else bias[1], x.shape, x.stride(), x.dtype, seen.requires_grad,
+               seen.autocast, fuse, tuple(seen.chain))  # fmt: skip
         timed = self._timed.setdefault(key, [])
         for other, pays, modes in timed:
             if abs(other.sparsity - decision.sparsity) <= _SAME_SPARSITY:
@@ -89,7 +113,7 @@ def _pays(
     dense, sparse = _plain_dense(dense), copy.deepcopy(sparse)
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), seen.precision():
                 y = sparse(seen.x)
         except (NotImplementedError, TypeError, ValueError) as error:
             decision.reason = f"cannot take its input: {error}"
@@ -97,7 +121,7 @@ def _pays(
         def step(layer: nn.Module) -> Callable[[], None]:
             if isinstance(layer, SparseModule):
                 layer.deferring = fuse and layer.can_defer
-            return _training_step(nn.Sequential(layer, *_followers(seen.chain, y)), seen.x, seen.requires_grad)
+            return _training_step(nn.Sequential(layer, *_followers(seen.chain, y)), seen)
 
         modes = None
         if (other := _with_other_modes(sparse)) is not None:
@@ -148,8 +172,8 @@ def _followers(chain: Sequence[Operation], y: Tensor) -> list[nn.Module]:
     return modules
 
 
-def _training_step(module: nn.Module, x: Tensor, x_grad: bool) -> Callable[[], None]:
-    x = x.detach().requires_grad_(x_grad)
+def _training_step(module: nn.Module, seen: LayerInput) -> Callable[[], None]:
+    x = seen.x.detach().requires_grad_(seen.requires_grad)
     parameters = [p for p in module.parameters() if p.requires_grad]
     grad: Tensor | None = None
 
@@ -159,7 +183,8 @@ def _training_step(module: nn.Module, x: Tensor, x_grad: bool) -> Callable[[], N
         for p in parameters:
             p.grad = None
         with torch.enable_grad():
-            y = ordinary(module(x))
+            with seen.precision():
+                y = ordinary(module(x))
             if grad is None:
                 grad = torch.ones_like(y)
             if y.requires_grad:

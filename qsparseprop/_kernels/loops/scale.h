@@ -63,6 +63,19 @@ QSP_INLINE float qsp_sawb_clip(const qsp_scheme *s, float absmax, const qsp_mome
     return clip > 0.0 && clip < (double)absmax ? (float)clip : absmax;
 }
 
+/* 1 / scale; of schemes that round at random, whose codes are not limited, less by as little as it takes for no product
+ * to be beyond the last code. */
+QSP_INLINE float qsp_inverse(const qsp_scheme *s, float absmax, float scale)
+{
+    float inverse = 1.0f / scale;
+    if (qsp_is_random(s)) {
+        const float most = (float)(s->kind == QSP_LUQ ? 1 << (s->levels - 1) : qsp_levels(s));
+        while (absmax * inverse > most)
+            inverse = nextafterf(inverse, 0.0f);
+    }
+    return inverse;
+}
+
 /* Scale of a range (and, where wanted, moments), with its reciprocal and zero point. Where an element is NaN or Inf all
  * become zeros, and the scale keeps the result from looking like a number. Zero points of int8 codes are counted from
  * -128, so that codes are made alike. */
@@ -91,13 +104,30 @@ QSP_INLINE float qsp_scale(const qsp_scheme *s, const qsp_range *r, const qsp_mo
         const double step = s->step * sqrt(variance > 0.0 ? variance : 0.0);
         scale = step > (double)scale ? (float)step : scale;
     }
-    *inverse = 1.0f / scale;
-    if (qsp_is_random(s)) { /* its codes are not limited: no product may be beyond the last one */
-        const float most = (float)(s->kind == QSP_LUQ ? 1 << (s->levels - 1) : levels);
-        while (r->absmax * *inverse > most)
-            *inverse = nextafterf(*inverse, 0.0f);
-    }
+    *inverse = qsp_inverse(s, r->absmax, scale);
     return scale;
+}
+
+/* Scales of a gradient's planes that are less than that part of the greatest one are made this part of it.
+ *
+ * They are multiplied into the weights, which are rounded to nearest with one scale for all channels: the quieter a
+ * channel, the coarser its weights, and their error is the same in every step. It does not average out where the
+ * channel's gradient has one sign, as that of a class or token which hardly ever comes. What the gradient loses by a
+ * larger scale is rounded at random, without bias. Plane i has channel i % channels. */
+#define QSP_QUIETEST 0x1p-4f
+
+QSP_INLINE void qsp_raise_quiet(const qsp_scheme *s, const qsp_range *ranges, int64_t channels, int64_t planes,
+                                float *scale, float *inverse)
+{
+    float least = 0.0f;
+    for (int64_t i = 0; i < planes; i++)
+        if (isfinite(scale[i]) && QSP_QUIETEST * scale[i] > least)
+            least = QSP_QUIETEST * scale[i];
+    for (int64_t i = 0; i < planes; i++)
+        if (scale[i] < least) {
+            scale[i] = least;
+            inverse[i] = qsp_inverse(s, ranges[i % channels].absmax, least);
+        }
 }
 
 #endif

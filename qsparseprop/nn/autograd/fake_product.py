@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qsparseprop import ops
+from qsparseprop.layout.geometry import linear_geometry
 from qsparseprop.nn._passes import check_finite
 from qsparseprop.ops.schemes import symmetric_scale
 from qsparseprop.quantization import QuantConfig, QuantizedTensor, quantize
@@ -16,21 +18,32 @@ from qsparseprop.quantization import QuantConfig, QuantizedTensor, quantize
 #: Of an input and a dense weight.
 DenseProduct = Callable[[Tensor, Tensor], Tensor]
 
-_OPTION_NAMES = {"dithered": ("step",), "luq": ("levels",)}
 
-
-def _quantized(x: Tensor, scheme: str, qconfig: QuantConfig, gradient: bool) -> tuple[Tensor, Tensor]:
+def _quantized_input(x: Tensor, qconfig: QuantConfig) -> tuple[Tensor, Tensor]:
     """Codes minus zero point, as float32, and scales, (1,) or (channels,), of an (images, channels, ...) tensor."""
     options: dict[str, Any] = {}
-    if scheme == "sawb":
+    if qconfig.input == "sawb":
         options = {"constants": qconfig.sawb, "nonzeros": qconfig.sawb_nonzeros}
-    elif gradient:
-        options = dict(zip(_OPTION_NAMES.get(scheme, ()), qconfig.grad_options, strict=True))
-    if scheme in ("absmax", "sawb"):
-        options["unsigned"] = not gradient
-    last = x.movedim(1, -1)  # random numbers belong to elements counted with channels innermost
-    q: QuantizedTensor = quantize(last, scheme, dim=-1 if qconfig.granularity == "channel" else None, **options)
-    return (q.codes.to(torch.float32) - q.zero_point).movedim(-1, 1), q.scale
+    if qconfig.input in ("absmax", "sawb"):
+        options["unsigned"] = True
+    dim = 1 if qconfig.granularity == "channel" else None
+    q: QuantizedTensor = quantize(x, qconfig.input, dim=dim, **options)
+    shape = (-1, *[1] * (x.ndim - 2))
+    return q.codes.to(torch.float32) - q.zero_point.view(shape), q.scale
+
+
+def _quantized_gradient(dy: Tensor, qconfig: QuantConfig) -> tuple[Tensor, Tensor]:
+    """The same of a gradient, by what packs it for the real layer: there a channel's scale depends on the others'."""
+    last = dy.movedim(1, -1)  # random numbers belong to elements counted with channels innermost
+    rows, channels = last.reshape(-1, dy.shape[1]), dy.shape[1]
+    layout, scheme = linear_geometry(channels, channels).input_layout, qconfig.grad_scheme
+    packed = ops.quantize_pack(rows, layout, scheme, ops.draw_seed() if scheme.random else None)
+    assert packed.scale is not None
+    images, *_, pitch, front, block = layout.numbers
+    blocks = -(-len(rows) // images)
+    lanes = packed.planes[: blocks * block].view(blocks, block)[:, : channels * pitch].view(blocks, channels, pitch)
+    codes = lanes[:, :, front : front + images].transpose(1, 2).reshape(-1, channels)[: len(rows)]
+    return (codes.to(torch.float32) - 128).view(last.shape).movedim(-1, 1), packed.scale
 
 
 def _quantized_weight(weight: Tensor, group: Tensor, factor: Tensor, clip: Tensor | None) -> Tensor:
@@ -60,7 +73,7 @@ class FakeProduct(torch.autograd.Function):
             check_finite(x, "the input")
             check_finite(weight, "the weight")
         clip = qconfig.weight_clip(weight[mask], weight.numel())
-        codes, scale = _quantized(x, qconfig.input, qconfig, False)
+        codes, scale = _quantized_input(x, qconfig)
         factor = scale if scale.numel() == 1 else scale[x_channel]
         ctx.save_for_backward(weight, mask, codes, scale, rows, planes, x, clip)
         ctx.product, ctx.qconfig = product, qconfig
@@ -74,7 +87,7 @@ class FakeProduct(torch.autograd.Function):
         qconfig = ctx.qconfig
         if qconfig.check_finite:
             check_finite(dy, "the gradient of the output")
-        g, dy_scale = _quantized(dy, qconfig.grad, qconfig, True)
+        g, dy_scale = _quantized_gradient(dy, qconfig)
         factor = dy_scale.view(-1, *[1] * (weight.ndim - 1))
         dx = dweight = None
         with torch.enable_grad():

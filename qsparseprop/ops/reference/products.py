@@ -16,7 +16,7 @@ from qsparseprop.ops import products
 from qsparseprop.ops.products import Packed, Weights
 from qsparseprop.ops.reference._signature import reference_of
 from qsparseprop.ops.reference.quantization import quantize_values
-from qsparseprop.ops.schemes import seed_bits, symmetric_scale
+from qsparseprop.ops.schemes import QUIETEST, seed_bits, symmetric_scale
 
 __all__ = ["gather_weight", "multiply", "pack", "pack_codes", "quantize_pack", "quantize_weight", "sddmm", "spmm"]
 
@@ -71,8 +71,17 @@ def pack_codes(
     if scheme.per_channel:
         parts = list(zip(x.split(1, 1), index.split(1, 1), strict=True))
     bounds = [None] * len(parts) if ranges is None else ranges
-    quantized = [quantize_values(part, scheme.name, bits, numbers, scheme.options, bounds=ends)
-                 for (part, numbers), ends in zip(parts, bounds, strict=True)]  # fmt: skip
+    least = None
+
+    def quantized_parts():
+        return [quantize_values(part, scheme.name, bits, numbers, scheme.options, bounds=ends, least=least)
+                for (part, numbers), ends in zip(parts, bounds, strict=True)]  # fmt: skip
+
+    quantized = quantized_parts()
+    if scheme.random:
+        finite = [s for _, s, _ in quantized if torch.isfinite(s)]
+        least = QUIETEST * torch.stack(finite).amax() if finite else None
+        quantized = quantized_parts()
     codes, scales, zeros = zip(*quantized, strict=True)
     repeats = grid[4] // len(parts) if scheme.per_channel else 1
     scale = torch.stack(scales).repeat(repeats)

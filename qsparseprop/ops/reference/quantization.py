@@ -84,6 +84,7 @@ def quantize_values(
     bits: int = 8,
     around_zero: bool = False,
     bounds: Tensor | None = None,
+    least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Codes, scale and zero point of some values that share them.
 
@@ -103,6 +104,8 @@ def quantize_values(
         Whether codes are int8 around 0, otherwise uint8.
     bounds : Tensor, optional
         (2,): the least and the greatest value in place of x's own.
+    least : Tensor, optional
+        The scale, if it is not larger than that; of schemes that round at random.
     """
     levels = 2 ** (bits - 1) - 1
     top, zero_point = 2 * levels + 1, 0 if around_zero else levels + 1
@@ -131,6 +134,8 @@ def quantize_values(
         variance = (wide.square().mean() - wide.mean().square()).clamp(min=0)
         step = ((options[0] if options else 1.0) * variance.sqrt()).to(torch.float32)
         scale = torch.where(step > scale, step, scale)
+    if least is not None:
+        scale = torch.maximum(scale, least)
     inverse = 1 / scale
     if scheme in ("stochastic", "dithered", "luq"):
         inverse = limited_inverse(scale, absmax, levels)
