@@ -93,6 +93,25 @@ def test_channels_with_threads_are_the_reference(isa, scheme, memory_format):
     assert expected[1].isfinite().logical_not().nonzero().flatten().tolist() == [11, 36]
 
 
+@given(channels=st.sampled_from([16, 30, 64, 80, 130]), size=st.tuples(st.integers(1, 3), *[st.integers(1, 19)] * 2),
+       batch=st.integers(1, 18), stride=st.integers(1, 2), padding=st.integers(0, 2), inner=st.booleans(),
+       scheme=st.sampled_from(SCHEMES), dtype=st.sampled_from(DTYPES), per_channel=st.booleans(),
+       volume=st.booleans(), seed=SEEDS)  # fmt: skip
+@examples(120)
+def test_bands_of_channels_are_the_reference(isa, channels, size, batch, stride, padding, inner, scheme, dtype,
+                                             per_channel, volume, seed):  # fmt: skip
+    """Many channels that are neighbours: units that begin and end anywhere in rows, gaps, phases, and slices."""
+    size = size if volume else size[1:]
+    kernel = tuple(min(3, n + 2 * padding) for n in size)
+    g = conv_geometry(channels, 8, size, kernel, (stride,) * len(size), (padding,) * 2 * len(size), (1,) * len(size),
+                      batch, inner)  # fmt: skip
+    x = torch.randn(g.input_layout.shape(batch), generator=generator(1)).to(dtype)
+    if per_channel:
+        x[:, ::2] = x[:, ::2].abs()  # around 0 or 128 by channel
+    arguments = (laid_out(x, "channels_last"), g.input_layout, scheme_of(scheme, per_channel), seed_for(scheme, seed))
+    assert_same(ops.quantize_pack(*arguments), reference.quantize_pack(*arguments))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quiet_channels_of_gradients_have_a_sixteenth_of_the_greatest_scale(isa, scheme):
     """Where rounding is random: to nearest, most of such a channel would become zeros."""

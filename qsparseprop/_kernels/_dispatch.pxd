@@ -251,8 +251,8 @@ cdef extern from "kernels.h" nogil:
         void (*sddmm_dense_units)(const qsp_sddmm *) noexcept nogil
         int64_t grad_rows
         void (*dense_rows)(const qsp_weight *, int64_t, int64_t, float *) noexcept nogil
-        void (*dense_column_max)(const qsp_weight *, int64_t, int64_t, uint32_t *) noexcept nogil
-        void (*dense_scales)(const qsp_weight *, uint32_t *) noexcept nogil
+        void (*dense_column_max)(const qsp_weight *, int64_t, int64_t, float *) noexcept nogil
+        void (*dense_scales)(const qsp_weight *, float *) noexcept nogil
         void (*dense_columns)(const qsp_weight *, int64_t, const float *, float *) noexcept nogil
         void (*dense_totals)(const qsp_weight *, int64_t, int64_t) noexcept nogil
         void (*pack_u8)(const qsp_pack *, int64_t, int64_t, int64_t) noexcept nogil

@@ -2,8 +2,6 @@
 
 import torch
 
-from libc.stdint cimport int64_t
-
 from qsparseprop._kernels._statistics cimport channel_totals
 from qsparseprop._kernels._tensor cimport image_pointer, pointer, strides_t
 

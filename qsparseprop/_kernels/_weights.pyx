@@ -11,6 +11,7 @@ from libc.string cimport memset
 from qsparseprop._kernels._dense_rows cimport DenseRows
 from qsparseprop._kernels._dispatch cimport (
     QSP_GROUP,
+    QSP_UNIT,
     active_kernels,
     qsp_cut_rows,
     qsp_dense,
@@ -162,9 +163,11 @@ cdef int64_t quantize_dense(const qsp_weight *a, DenseRows rows, int threads) ex
     cdef const qsp_kernels *kernels = active_kernels()
     cdef const qsp_dense *d = &rows.dense
     cdef int64_t line = (d.columns + 15) // 16 * 16, all_columns = d.groups * d.columns, chunk, i, tile
-    cdef int64_t tiles = d.groups * ((d.value_rows // d.groups + 15) // 16)
+    cdef int64_t tiles = d.groups * ((d.value_rows // d.groups + QSP_UNIT - 1) // QSP_UNIT)
     cdef int64_t chunks = 1 if threads == 1 or rows.slots < 1 << 15 else min(<int64_t> threads, d.value_rows)
-    cdef int64_t lines = chunks * line * (16 if rows.swapped else 2), size
+    # lines of floats that a chunk needs: a matrix without zeros is read where it is
+    cdef int64_t each = 2 if not rows.swapped else 0 if d.column == NULL else QSP_UNIT
+    cdef int64_t lines = chunks * line * each, size
     cdef float *space
     cdef uint32_t *most
     size = (lines + (chunks * all_columns if rows.swapped else 0)) // 2 + 1
@@ -173,20 +176,21 @@ cdef int64_t quantize_dense(const qsp_weight *a, DenseRows rows, int threads) ex
     most = <uint32_t *> (space + lines)
     if not rows.swapped:
         for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
-            kernels.dense_rows(a, d.rows * chunk // chunks, d.rows * (chunk + 1) // chunks, space + 2 * chunk * line)
+            kernels.dense_rows(a, d.rows * chunk // chunks, d.rows * (chunk + 1) // chunks, space + each * chunk * line)
     else:
         memset(most, 0, chunks * all_columns * sizeof(uint32_t))
-        memset(a.codes, 0, rows.slots)
+        if rows.slots != d.value_rows * d.columns:  # some are not written
+            memset(a.codes, 0, rows.slots)
         for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
             kernels.dense_column_max(a, d.value_rows * chunk // chunks, d.value_rows * (chunk + 1) // chunks,
-                                     most + chunk * all_columns)
+                                     <float *> most + chunk * all_columns)
         for chunk in range(1, chunks):
             for i in range(all_columns):
                 most[i] = max(most[i], most[chunk * all_columns + i])
-        kernels.dense_scales(a, most)
+        kernels.dense_scales(a, <float *> most)
         for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
             for tile in range(tiles * chunk // chunks, tiles * (chunk + 1) // chunks):
-                kernels.dense_columns(a, tile, <const float *> most, space + 16 * chunk * line)
+                kernels.dense_columns(a, tile, <const float *> most, space + each * chunk * line)
     for chunk in prange(chunks, nogil=True, num_threads=threads, schedule="static", use_threads_if=chunks > 1):
         kernels.dense_totals(a, d.rows * chunk // chunks, d.rows * (chunk + 1) // chunks)
     give_scratch(scratch)

@@ -266,10 +266,10 @@ typedef struct {
     /* Weights of dense rows. Where a matrix' rows are the values' rows: rows [first, last), with two lines of floats, of
      * the columns in sixteens, as scratch. Elsewhere first what is the largest of each column, as bits, in value rows
      * [first, last), added to most [groups][columns]; then scales, and what each column is multiplied by in the place of
-     * its largest; then the codes of sixteen value rows of a group, with sixteen lines of scratch. Then `total`. */
+     * its largest; then the codes of QSP_UNIT value rows of a group, with as many lines of scratch. Then `total`. */
     void (*dense_rows)(const qsp_weight *, int64_t first, int64_t last, float *line);
-    void (*dense_column_max)(const qsp_weight *, int64_t first, int64_t last, uint32_t *most);
-    void (*dense_scales)(const qsp_weight *, uint32_t *most);
+    void (*dense_column_max)(const qsp_weight *, int64_t first, int64_t last, float *most);
+    void (*dense_scales)(const qsp_weight *, float *most);
     void (*dense_columns)(const qsp_weight *, int64_t tile, const float *inverse, float *lines);
     void (*dense_totals)(const qsp_weight *, int64_t first, int64_t last);
     /* Planes [first, last) of one block, gaps included. */

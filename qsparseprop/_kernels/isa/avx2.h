@@ -361,7 +361,7 @@ QSP_INLINE void u8x16_store_n(uint8_t *p, u8x16 v, int n)
 
 #include "isa/x86.h"
 
-/* As u8_transpose_16x16, of each 128-bit part. */
+/* Sixteen rows by sixteen bytes are transposed in each 128-bit part. */
 QSP_INLINE void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *codes, int lanes, int channels)
 {
     for (int half = 0; half < lanes; half += 32) {

@@ -246,7 +246,7 @@ QSP_INLINE void i32x16_random_fours(uint64_t seed, uint64_t index, int64_t step,
     out[3] = _mm512_unpackhi_epi16(last, above);
 }
 
-/* As u8_transpose_16x16, of each 128-bit part. */
+/* Sixteen rows by sixteen bytes are transposed in each 128-bit part. */
 QSP_INLINE void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *codes, int lanes, int channels)
 {
     __m512i r[16], t[16];

@@ -125,8 +125,6 @@ static inline void u8x16_store_n(uint8_t *p, u8x16 v, int n);
 /* v saturated to [-128, 127], as bytes; and with 128 added behind that: a code, where v is the code minus 128. */
 static inline u8x16 i32x16_to_s8(i32x16 v);
 static inline u8x16 i32x16_to_code(i32x16 v);
-/* Sixteen rows of a tile in place. */
-static inline void u8_transpose_16x16(u8x16 *rows);
 /* Lanes of sixteen channels -> `channels` planes, 1 to 16 of them, of the first 1 <= lanes <= QSP_UNIT lanes each, those
  * of channel c at p + c * pitch. The channels of lane j are at codes + QSP_UNIT * (j % 16) + 16 * (j / 16), so that lanes
  * sixteen apart are neighbours; those of all QSP_UNIT lanes are read. */

@@ -243,16 +243,6 @@ QSP_INLINE u8x16 i32x16_to_code(i32x16 v)
 }
 QSP_INLINE void u8x16_store(uint8_t *p, u8x16 v) { memcpy(p, v.v, 16); }
 QSP_INLINE void u8x16_store_n(uint8_t *p, u8x16 v, int n) { memcpy(p, v.v, (size_t)n); }
-QSP_INLINE void u8_transpose_16x16(u8x16 *r)
-{
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < i; j++) {
-            const uint8_t t = r[i].v[j];
-            r[i].v[j] = r[j].v[i];
-            r[j].v[i] = t;
-        }
-}
-
 QSP_INLINE void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *codes, int lanes, int channels)
 {
     for (int c = 0; c < channels; c++)

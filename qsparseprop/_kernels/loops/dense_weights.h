@@ -30,6 +30,13 @@ QSP_INLINE void expand_row(const qsp_weight *a, int64_t row, float *line, const 
     }
 }
 
+/* Sixteen columns of a line, zeros behind the last. */
+QSP_INLINE f32x16 columns_at(const float *line, int64_t column, int64_t columns)
+{
+    return column + 16 <= columns ? f32x16_load(line + column)
+                                  : f32x16_load_n(line + column, (int)(columns - column));
+}
+
 static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, float *line)
 {
     const qsp_dense *d = a->dense;
@@ -42,21 +49,28 @@ static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, 
         for (int64_t k = 0; factor && known != b && k < end; k++)
             factor[k] = k < d->columns ? a->factor[d->plane[b->table + k]] : 1.0f;
         known = b;
-        expand_row(a, row, line, factor, 1.0f);
+        const float *value;
+        const uint16_t *column;
+        values_of_row(a, row, &value, &column);
+        if (column || factor) { /* otherwise the values are the line */
+            expand_row(a, row, line, factor, 1.0f);
+            value = line;
+        }
         u32x16 bits = u32x16_zero();
         for (int64_t k = 0; k < d->columns; k += 16)
-            bits = u32x16_max_abs(bits, f32x16_load(line + k));
+            bits = u32x16_max_abs(bits, columns_at(value, k, d->columns));
         float per_step;
         a->scale[row] = weight_scale(a, u32x16_reduce_max(bits), &per_step) * a->scale_factor;
         const f32x16 inverse = f32x16_set1(per_step);
-        int8_t *codes = a->codes + row * d->pitch;
-        for (int64_t k = 0; k < d->columns; k += 16)
-            u8x16_store((uint8_t *)codes + k, i32x16_to_s8(weight_codes(f32x16_load(line + k), inverse)));
+        const int64_t columns = d->columns;
+        uint8_t *codes = (uint8_t *)a->codes + row * d->pitch;
+        for (int64_t k = 0; k < columns; k += 16)
+            u8x16_store(codes + k, i32x16_to_s8(weight_codes(columns_at(value, k, columns), inverse)));
         memset(codes + end, 0, (size_t)(d->pitch - end));
     }
 }
 
-static void dense_column_max_kernel(const qsp_weight *a, int64_t first, int64_t last, uint32_t *most)
+static void dense_column_max_kernel(const qsp_weight *a, int64_t first, int64_t last, float *most)
 {
     const qsp_dense *d = a->dense;
     for (int64_t row = first; row < last; row++) {
@@ -64,19 +78,25 @@ static void dense_column_max_kernel(const qsp_weight *a, int64_t first, int64_t 
         const uint16_t *column;
         const int64_t n = values_of_row(a, row, &value, &column);
         const float factor = a->factor ? a->factor[row] : 1.0f;
-        uint32_t *to = most + row / (d->value_rows / d->groups) * d->columns;
-        for (int64_t i = 0; i < n; i++) {
+        float *to = most + row / (d->value_rows / d->groups) * d->columns;
+        int64_t i = 0;
+        for (; !column && i + 16 <= n; i += 16)
+            u32x16_store_bits(to + i, u32x16_max_abs(u32x16_load_bits(to + i),
+                                                     f32x16_mul(f32x16_load(value + i), f32x16_set1(factor))));
+        for (; i < n; i++) {
             const float v = value[i] * factor;
             const int64_t c = column ? column[i] : i;
-            uint32_t bits;
+            uint32_t bits, known;
             memcpy(&bits, &v, sizeof bits);
+            memcpy(&known, to + c, sizeof known);
             bits &= 0x7fffffff;
-            to[c] = bits > to[c] ? bits : to[c];
+            if (bits > known)
+                memcpy(to + c, &bits, sizeof bits);
         }
     }
 }
 
-static void dense_scales_kernel(const qsp_weight *a, uint32_t *most)
+static void dense_scales_kernel(const qsp_weight *a, float *most)
 {
     /* Several columns, the taps of a kernel, share a row: what is largest of them stands in its scale's place first. */
     const qsp_dense *d = a->dense;
@@ -84,9 +104,10 @@ static void dense_scales_kernel(const qsp_weight *a, uint32_t *most)
     for (int64_t g = 0; g < d->groups; g++)
         for (int64_t c = 0; c < d->columns; c++) {
             float *row = a->scale + d->row_of[c] + g * d->group_rows;
-            uint32_t bits;
+            uint32_t bits, most_bits;
             memcpy(&bits, row, sizeof bits);
-            bits = most[g * d->columns + c] > bits ? most[g * d->columns + c] : bits;
+            memcpy(&most_bits, most + g * d->columns + c, sizeof most_bits);
+            bits = most_bits > bits ? most_bits : bits;
             memcpy(row, &bits, sizeof bits);
         }
     float per_step;
@@ -103,33 +124,60 @@ static void dense_scales_kernel(const qsp_weight *a, uint32_t *most)
     }
 }
 
-/* Sixteen value rows of a group, or what is left of them. */
+enum { COLUMN_STRIP = 4 }; /* times sixteen columns of a value row, neighbours in memory, that are read together */
+
+/* Codes of `count` columns from `first` on of n lines, as u8_transpose_unit reads them. */
+QSP_INLINE void column_codes(const float *const *line, const float *factor, int n, const float *inverse, int64_t first,
+                             const int count, uint8_t codes[][16 * QSP_UNIT])
+{
+    f32x16 per_step[COLUMN_STRIP];
+    for (int v = 0; 16 * v < count; v++)
+        per_step[v] = columns_at(inverse + first, 16 * v, count);
+    for (int i = 0; i < n; i++) {
+        const f32x16 common = f32x16_set1(factor[i]);
+        for (int v = 0; v < COLUMN_STRIP && 16 * v < count; v++) {
+            const f32x16 x = f32x16_mul(columns_at(line[i] + first, 16 * v, count), common);
+            u8x16_store(codes[v] + QSP_UNIT * (i % 16) + 16 * (i / 16), i32x16_to_s8(weight_codes(x, per_step[v])));
+        }
+    }
+}
+
+/* A unit of value rows of a group, or what is left of them. */
 static void dense_columns_kernel(const qsp_weight *a, int64_t tile, const float *inverse, float *lines)
 {
     const qsp_dense *d = a->dense;
-    const int64_t in_group = d->value_rows / d->groups, tiles = (in_group + 15) / 16, group = tile / tiles;
-    const int64_t row = tile % tiles * 16; /* in the group */
-    const int64_t pitch = (d->columns + 15) / 16 * 16;
-    const int n = (int)qsp_min(16, in_group - row);
+    const int64_t in_group = d->value_rows / d->groups, tiles = (in_group + QSP_UNIT - 1) / QSP_UNIT;
+    const int64_t group = tile / tiles, row = tile % tiles * QSP_UNIT; /* in the group */
+    const int64_t columns = d->columns, pitch = (columns + 15) / 16 * 16;
+    const int n = (int)qsp_min(QSP_UNIT, in_group - row);
+    const float *line[QSP_UNIT];
+    float factor[QSP_UNIT];
     for (int i = 0; i < n; i++) {
         const int64_t r = group * in_group + row + i;
-        expand_row(a, r, lines + i * pitch, NULL, a->factor ? a->factor[r] : 1.0f);
+        const uint16_t *column;
+        values_of_row(a, r, &line[i], &column);
+        factor[i] = a->factor ? a->factor[r] : 1.0f;
+        if (column) {
+            expand_row(a, r, lines + i * pitch, NULL, factor[i]);
+            line[i] = lines + i * pitch;
+            factor[i] = 1.0f;
+        }
     }
-    for (int64_t c = 0; c < d->columns; c += 16) {
-        const int m = (int)qsp_min(16, d->columns - c);
-        const f32x16 factor = f32x16_load_n(inverse + group * d->columns + c, m);
-        u8x16 codes[16];
-        QSP_UNROLL
-        for (int i = 0; i < 16; i++)
-            codes[i] = i32x16_to_s8(weight_codes(f32x16_load(lines + (i < n ? i : 0) * pitch + c), factor));
-        u8_transpose_16x16(codes);
-        for (int k = 0; k < m; k++) {
-            uint8_t *to = (uint8_t *)a->codes + (d->row_of[c + k] + group * d->group_rows) * d->pitch +
-                          d->entry_of[c + k] + row;
-            if (n == 16)
-                u8x16_store(to, codes[k]);
+    for (int64_t first = 0; first < columns; first += 16 * COLUMN_STRIP) {
+        QSP_ALIGNED(64) uint8_t codes[COLUMN_STRIP][16 * QSP_UNIT], turned[16 * QSP_UNIT];
+        if (first + 16 * COLUMN_STRIP <= columns)
+            column_codes(line, factor, n, inverse + group * columns, first, 16 * COLUMN_STRIP, codes);
+        else
+            column_codes(line, factor, n, inverse + group * columns, first, (int)(columns - first), codes);
+        for (int64_t c = first; c < qsp_min(first + 16 * COLUMN_STRIP, columns); c++) {
+            const int64_t k = (c - first) % 16;
+            if (k == 0)
+                u8_transpose_unit(turned, QSP_UNIT, codes[(c - first) / 16], n, (int)qsp_min(16, columns - c));
+            int8_t *to = a->codes + (d->row_of[c] + group * d->group_rows) * d->pitch + d->entry_of[c] + row;
+            if (n == QSP_UNIT) /* without a call */
+                memcpy(to, turned + QSP_UNIT * k, QSP_UNIT);
             else
-                u8x16_store_n(to, codes[k], n);
+                memcpy(to, turned + QSP_UNIT * k, (size_t)n);
         }
     }
 }

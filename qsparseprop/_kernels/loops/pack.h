@@ -24,8 +24,8 @@ static void fill_between(uint8_t *plane, const qsp_pack *a, const qsp_walk *w, u
         }
 }
 
-/* Everything of planes [first, last) that is not an element: front, tail, and `between` images and rows, which bands bring
- * themselves. */
+/* Everything of planes [first, last) that is not an element: front, tail, and `between` images and rows, which bands
+ * bring themselves. */
 static void fill_gaps(const qsp_pack *a, const qsp_walk *w, int64_t block, int64_t first, int64_t last, const int codes,
                       int between)
 {
@@ -52,8 +52,8 @@ static void fill_gaps(const qsp_pack *a, const qsp_walk *w, int64_t block, int64
     }
 }
 
-/* Which of them packs floats, or codes where channels are no neighbours. `fours`: the random numbers of a run are not odd
- * ones. */
+/* Which of them packs floats, or codes where channels are no neighbours. `fours`: the random numbers of a run are not
+ * odd ones. */
 static run_packer *run_packer_of(const qsp_pack *a, const int codes, int transposed, int fours)
 {
     const int wide = a->dtype == QSP_F32, rounding = rounding_of(&a->scheme);
