@@ -94,10 +94,18 @@ def test_layers(tmp_path):
 
 def test_layers_overhead_and_small_batches(tmp_path):
     document, _ = run(tmp_path, "layers.py", "--threads", "1", "--overhead", "--small-batches")
+    (layer,) = document["overhead"]["small_layers"]["1"]
+    assert layer["us"]["above"] == layer["us"]["sparse"] - layer["us"]["kernels"]
     assert "results" not in document
     assert set(document["overhead"]["calls"]["1"]) == {"Linear", "QuantizedSparseLinear", "SparseLinear"}
     assert list(document["overhead"]["import_ms"])[:2] == ["torch", "qsparseprop"]
     assert [r["batch"] for r in document["small_batches"]] == [1, 2, 3]
+
+
+def test_kept(tmp_path):
+    document, _ = run(tmp_path, "kept.py", "--threads", "1", "--sparsity", "0.9")
+    assert {r["layers"] for r in document["results"]} == {1, 16}
+    assert all(ms > 0 for r in document["results"] for ms in r["us"].values())
 
 
 def test_layers_complains_about_an_unknown_shape(tmp_path):

@@ -156,7 +156,10 @@ cdef Codes _codes_of(object values, ProductRows rows, object scale, object zero_
         w.folded = 0
     if clip is not None:
         w.clip = (<const float *> pointer(clip, _float32, 1, "clip"))[0]
-    w.version = 0 if values.is_inference() else values._version
+    try:
+        w.version = values._version
+    except RuntimeError:  # tensors of inference mode count none
+        w.version = 0
     if rows.kept is None:
         rows.kept = History.__new__(History)
     history = <History> rows.kept

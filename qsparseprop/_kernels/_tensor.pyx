@@ -96,6 +96,27 @@ def are_plain(*tensors):
     return True
 
 
+def memory_stamp(*tensors):
+    """What changes with the places of tensors, their sizes and, as far as versions count it, their contents."""
+    cdef qsp_dltensor t
+    cdef int64_t size
+    cdef int i
+    stamp = []
+    for tensor in tensors:
+        try:
+            version = tensor._version
+        except RuntimeError:  # tensors of inference mode count none
+            version = 0
+        if _describe(tensor, &t):
+            size = 1
+            for i in range(t.ndim):
+                size *= t.shape[i]
+            stamp += (<uintptr_t> t.data + t.byte_offset, version, size)
+        else:
+            stamp += (tensor.data_ptr(), version, tensor.numel())
+    return tuple(stamp)
+
+
 cdef object _dispatch_key_bits(object tensor):
     return _dispatch_keys(tensor).raw_repr()
 

@@ -13,9 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from qsparseprop._kernels._dense_rows import DenseRows
 from qsparseprop._kernels._gather_list import GatherList, PatternList
 from qsparseprop._kernels._plan import ProductRows, ValuePattern
+from qsparseprop._kernels._tensor import memory_stamp
 from qsparseprop.layout.geometry import Geometry
 from qsparseprop.layout.modes import Modes, choose_modes, doubtful_modes, usable_modes
-from qsparseprop.layout.pattern import check_pattern, tensor_version
+from qsparseprop.layout.pattern import check_pattern
 
 __all__ = ["KEPT_PLANS", "Plan", "PlanCache", "make_plan", "shared_plan_cache"]
 
@@ -127,11 +128,6 @@ def make_plan(
     return Plan(ValuePattern(crow_indices, col_indices, columns), geometry, groups, modes)
 
 
-def _stamp(crow: Tensor, col: Tensor) -> tuple[int, ...]:
-    """What changes with a pattern's place in memory or its contents."""
-    return (crow.data_ptr(), tensor_version(crow), crow.numel(), col.data_ptr(), tensor_version(col), col.numel())
-
-
 class _Kept(NamedTuple):
     """Plans of one pattern, and what tells that it is still the same."""
 
@@ -141,7 +137,7 @@ class _Kept(NamedTuple):
 
     def are_of(self, crow: Tensor, col: Tensor) -> bool:
         same = self.tensors is None or (self.tensors[0] is crow and self.tensors[1] is col)
-        return same and self.stamp == _stamp(crow, col)
+        return same and self.stamp == memory_stamp(crow, col)
 
 
 class PlanCache:
@@ -203,7 +199,7 @@ class PlanCache:
             if plan is not None:
                 return plan
             if not self._kept.are_of(crow, col):
-                self._kept, stamp = _Kept((), None, OrderedDict()), _stamp(crow, col)
+                self._kept, stamp = _Kept((), None, OrderedDict()), memory_stamp(crow, col)
                 check_pattern(crow, col, shape)
                 # a thread that makes a plan of the pattern before puts it where nobody looks any more
                 self._kept = _Kept(stamp, (crow, col) if self._hold else None, OrderedDict())

@@ -137,11 +137,13 @@ class SparseLinear(SparseModule):
                              f"got shape {tuple(input.shape)}")
         if not (self.in_features and self.out_features):  # nothing to multiply
             return self._dense_product(input)
-        leading = input.shape[:-1]
-        rows = input if input.ndim == 2 else input.reshape(math.prod(leading), self.in_features)
+        rows, shape = input, None
+        if input.ndim != 2:
+            leading = input.shape[:-1]
+            rows, shape = input.reshape(math.prod(leading), self.in_features), (*leading, self.out_features)
         if torch.compiler.is_compiling():
-            return self._trace(rows[..., None, None], self._layout_numbers(), 1).view(*leading, self.out_features)
-        shape = None if rows is input else (*leading, self.out_features)
+            y = self._trace(rows[..., None, None], self._layout_numbers(), 1)
+            return y.view(shape or (*input.shape[:-1], self.out_features))
         return self._product(rows, self._layout(), 1, shape)
 
     def _deferred(self, x: Tensor) -> Tensor | None:

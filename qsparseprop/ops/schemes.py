@@ -20,11 +20,12 @@ MIN_SCALE = 2.0**-111
 QUIETEST = 2.0**-4
 
 _MASK = 0xFFFFFFFFFFFFFFFF
+_SEED = torch.empty((), dtype=torch.int64)  # one like it is made sooner than from its parts
 
 
 def draw_seed() -> Tensor:
     """A seed for one call: a 64-bit number from torch's default generator, shape ()."""
-    return torch.empty((), dtype=torch.int64, device="cpu").random_()
+    return torch.empty_like(_SEED).random_()
 
 
 def seed_bits(scheme: str, seed: Tensor | None) -> int:

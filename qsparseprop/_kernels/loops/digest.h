@@ -6,6 +6,9 @@
  * sequences that differ have equal sums for one in 2^32 keys. Keys grow from one sixteen to the next by a step each, so
  * that sums of parts add up to that of the whole. */
 
+/* Sixteens that are fetched ahead: large weights come from memory, at a third of the speed without. */
+#define DIGEST_AHEAD 64
+
 /* A number as good as random (the finaliser of MurmurHash3): a key, or what it grows by. */
 QSP_INLINE uint32_t digest_key(uint32_t place)
 {
@@ -36,6 +39,7 @@ static void digest_kernel(const void *data, int64_t size, int64_t first, int64_t
     digest_keys(0, first, &key, &step);
     digest_keys(1, first, &other_key, &other_step);
     for (int64_t i = first; i < last; i++) {
+        QSP_PREFETCH_READ(words + qsp_min(16 * (i + DIGEST_AHEAD), size - 1));
         const i32x16 v = i32x16_load_n(words + 16 * i, (int)qsp_min(16, size - 16 * i));
         pairs = u64x8_add_pairs(pairs, v);
         products = u64x8_add_products(products, i32x16_add(v, key));
