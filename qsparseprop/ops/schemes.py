@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qsparseprop._kernels import _statistics
 
-__all__ = ["MIN_SCALE", "QUIETEST", "RANDOM_SCHEMES", "SCHEMES", "draw_seed", "mix_seed", "seed_bits", "symmetric_scale"]
+__all__ = ["MIN_SCALE", "QUIETEST", "RANDOM_SCHEMES", "SCHEMES", "draw_seed", "mix_seed", "seed_bits",
+           "symmetric_scale"]  # fmt: skip
 
 SCHEMES = tuple(_statistics.SCHEMES)
 

@@ -71,7 +71,7 @@ def pack_codes(
     if scheme.per_channel:
         parts = list(zip(x.split(1, 1), index.split(1, 1), strict=True))
     bounds = [None] * len(parts) if ranges is None else ranges
-    least = None
+    least = 0.0
 
     def quantized_parts():
         return [quantize_values(part, scheme.name, bits, numbers, scheme.options, bounds=ends, least=least)
@@ -79,8 +79,7 @@ def pack_codes(
 
     quantized = quantized_parts()
     if scheme.random:
-        finite = [s for _, s, _ in quantized if torch.isfinite(s)]
-        least = QUIETEST * torch.stack(finite).amax() if finite else None
+        least = QUIETEST * max((float(s) for _, s, _ in quantized if torch.isfinite(s)), default=0.0)
         quantized = quantized_parts()
     codes, scales, zeros = zip(*quantized, strict=True)
     repeats = grid[4] // len(parts) if scheme.per_channel else 1

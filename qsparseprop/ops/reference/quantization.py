@@ -84,7 +84,7 @@ def quantize_values(
     bits: int = 8,
     around_zero: bool = False,
     bounds: Tensor | None = None,
-    least: Tensor | None = None,
+    least: float = 0.0,
 ) -> tuple[Tensor, Tensor, int]:
     """Codes, scale and zero point of some values that share them.
 
@@ -104,7 +104,7 @@ def quantize_values(
         Whether codes are int8 around 0, otherwise uint8.
     bounds : Tensor, optional
         (2,): the least and the greatest value in place of x's own.
-    least : Tensor, optional
+    least : float
         The scale, if it is not larger than that; of schemes that round at random.
     """
     levels = 2 ** (bits - 1) - 1
@@ -134,8 +134,7 @@ def quantize_values(
         variance = (wide.square().mean() - wide.mean().square()).clamp(min=0)
         step = ((options[0] if options else 1.0) * variance.sqrt()).to(torch.float32)
         scale = torch.where(step > scale, step, scale)
-    if least is not None:
-        scale = torch.maximum(scale, least)
+    scale = scale.clamp(min=least)
     inverse = 1 / scale
     if scheme in ("stochastic", "dithered", "luq"):
         inverse = limited_inverse(scale, absmax, levels)
