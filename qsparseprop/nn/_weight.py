@@ -326,11 +326,10 @@ class SparseWeight(PatternHolder, nn.Module):
         weight in the files of formats that store shared tensors once.
         """
         self._refuse_written()
-        copies = [ref() for ref in self.__dict__.get("_copies", ())]
-        if not copies or not all(c is not None and tensor_version(c) == 0 for c in copies):
-            copies = self._indices()
-            if self._pattern is None:
-                copies = [t.clone() for t in copies]
+        kept = [ref() for ref in self.__dict__.get("_copies", ())]
+        copies = [c for c in kept if c is not None and tensor_version(c) == 0]
+        if not copies or len(copies) < len(kept):
+            copies = [t if self._pattern is not None else t.clone() for t in self._indices()]
             self._copies = [weakref.ref(copy) for copy in copies]
         return copies
 
