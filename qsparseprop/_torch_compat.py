@@ -42,6 +42,7 @@ __all__ = [
     "refusing_derivatives",
     "saved_tensors_hook",
     "transforms_active",
+    "version_of",
     "watcher",
     "without_dispatch",
 ]
@@ -113,6 +114,13 @@ def is_parameter_node(node: Any) -> bool:
     while node is not None and node.name().startswith(_VIEWS_AND_CASTS):
         node = node.next_functions[0][0]
     return node is not None and node.name().endswith("AccumulateGrad")
+
+
+def version_of(tensor: Tensor) -> Tensor:
+    """A tensor without elements that counts what is written to another one, and does not keep it or its memory."""
+    counter = tensor.detach()  # which shares the counter, and keeps it when it gets other data
+    counter.data = torch.empty(0, dtype=tensor.dtype, device="cpu")
+    return counter
 
 
 # ---- modules ----

@@ -223,13 +223,29 @@ CORRUPTIONS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 def test_a_corrupted_pattern_is_noticed(kind, corruption):
-    """After an edit in place, also where tables of the correct pattern exist."""
+    """After an edit in place of tensors that were assigned, also where tables of the correct pattern exist."""
     layer, _, x = example(kind, density=0.5)
     state, wanted = state_of(layer), layer(x).detach()
+    layer.crow_indices, layer.col_indices = layer.crow_indices, layer.col_indices
+    assert torch.equal(layer(x), wanted)
     edit, mentions = CORRUPTIONS[corruption]
     edit(layer)
     refused(lambda: layer(x), ValueError, mentions=mentions)
     refused(lambda: layer(x), ValueError, mentions=mentions)
+    layer.load_state_dict(state)
+    assert_unchanged(layer, state, x, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_edits_of_copies_of_the_pattern_are_noticed(kind, corruption):
+    """They do not reach the pattern, which nobody is to believe; the copy may be gone."""
+    layer, _, x = example(kind, density=0.5)
+    state, wanted = state_of(layer), layer(x).detach()
+    CORRUPTIONS[corruption][0](layer)
+    for use in (lambda: layer(x), lambda: layer(x), layer.mask, layer.dense_weight, layer.state_dict,
+                lambda: layer.apply_further_mask(torch.zeros(layer.weight_shape))):  # fmt: skip
+        refused(use, ValueError, mentions=(kind, "are copies", "layer.col_indices = changed"))
     layer.load_state_dict(state)
     assert_unchanged(layer, state, x, wanted)
 

@@ -100,6 +100,7 @@ def test_blocks_refuse_inputs_and_gradients_without_memory(name):
 def test_modules_whose_own_memory_is_gone(place):
     layer = qnn.SparseLinear.from_dense(pruned(nn.Linear(8, 5)))
     state = {k: v.clone() for k, v in layer.state_dict().items()}
+    setattr(layer, place, getattr(layer, place))  # of the pattern a copy, which is held as it is then
     tensor = getattr(layer, place)
     size = tensor.untyped_storage().nbytes()
     tensor.untyped_storage().resize_(0)

@@ -13,7 +13,7 @@ from qsparseprop import ops
 from qsparseprop.layout import plan as plans
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
 from qsparseprop.layout.pattern import dense_pattern
-from qsparseprop.layout.plan import PlanCache, make_plan
+from qsparseprop.layout.plan import Plan, PlanCache, make_plan
 
 from ._helpers import generator
 
@@ -147,14 +147,14 @@ def test_a_plan_that_is_late_does_not_stand_for_a_new_pattern(monkeypatch):
     cache, geometry = PlanCache(), linear_geometry(8, 6)
     made, go_on = threading.Event(), threading.Event()
 
-    def slow(crow, *rest):
-        plan = make_plan(crow, *rest)
-        if crow is old[0]:
+    def slow(pattern, *rest):
+        plan = Plan(pattern, *rest)
+        if torch.equal(pattern.col_indices, old[1]):
             made.set()
             assert go_on.wait(30)
         return plan
 
-    monkeypatch.setattr(plans, "make_plan", slow)
+    monkeypatch.setattr(plans, "Plan", slow)
     thread = threading.Thread(target=cache.get, args=(*old, (6, 8), geometry, 1))
     thread.start()
     assert made.wait(30)

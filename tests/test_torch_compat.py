@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 import qsparseprop
 from qsparseprop import _torch_compat as compat
-from qsparseprop._torch_compat import keep_from_compiling, watcher
+from qsparseprop._torch_compat import keep_from_compiling, version_of, watcher
 from qsparseprop.nn import QuantizedSparseLinear, SparseConv2d, SparseLinear
 
 from ._helpers import set_weight
@@ -121,6 +122,19 @@ def test_what_averages_a_state_does_not_reach_the_pattern():
 
 
 # ---- patterns are no buffers ----
+
+
+def test_versions_outlive_what_they_are_of():
+    tensor = torch.arange(6)
+    version, memory = version_of(tensor), StorageWeakRef(tensor.untyped_storage())
+    assert version.numel() == version.untyped_storage().nbytes() == 0
+    assert version._version == tensor._version == 0
+    tensor[2:].view(2, 2).add_(1)
+    with torch.inference_mode():
+        tensor.zero_()
+    del tensor
+    assert version._version == 2
+    assert memory.expired()
 
 
 @pytest.mark.parametrize("cast", [

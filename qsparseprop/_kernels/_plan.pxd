@@ -34,13 +34,14 @@ cdef class ValuePattern:
     cdef readonly int64_t rows
     cdef readonly int64_t columns
     cdef readonly int64_t count
-    cdef tuple _held
+    cdef readonly tuple held
 
     cdef inline int64_t column_of(self, int64_t row, int64_t value) noexcept nogil:
         if self.column != NULL:
             return self.column[value]
         return value - self.ptr[row] if self.wide == NULL else self.wide[value]
 
+    cdef int64_t _check_columns(self, const int32_t *given, const int32_t *ptr, uint16_t *out) except -1
     cdef int64_t check_layouts(self, int64_t groups, tuple phase, tuple shift, PlaneLayout x, PlaneLayout y) except -1
 
 

@@ -234,12 +234,14 @@ cdef int64_t view_end(const qsp_grid *grid, const qsp_view *view, int64_t images
 
 cdef extern from *:
     """
-    /* Columns as 16 bits, those of a row ascending and below `columns`; returns the first bad one, or n. */
+    /* Columns as 16 bits, those of a row ascending and below `columns`; returns the first bad one, or n.
+       Without `column` they are in `out` already. */
     static int64_t qsp_narrow(const int32_t *column, const int32_t *ptr, int64_t rows, int64_t columns, uint16_t *out)
     {
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = ptr[r], least = 0; i < ptr[r + 1]; i++) {
-                const int32_t c = *(const volatile int32_t *)(column + i); /* once: others may be writing there */
+                /* read once: others may be writing there */
+                const int32_t c = column ? *(const volatile int32_t *)(column + i) : out[i];
                 if (c < least || c >= columns)
                     return i;
                 least = (int64_t)c + 1;
@@ -258,7 +260,7 @@ cdef class ValuePattern:
     Parameters
     ----------
     crow_indices, col_indices : Tensor
-        CSR, int32; columns ascend in each row. They are copied.
+        CSR, int32; columns ascend in each row. Or those that another pattern holds. They are copied.
     columns : int
         Above 65,536 they take four bytes.
 
@@ -266,6 +268,9 @@ cdef class ValuePattern:
     ----------
     rows, columns, count : int
         The latter of values.
+    held : tuple of Tensor
+        What it holds, not to be written to: row pointers as given, and columns: as int32 above 65,536 of them; else
+        int16, the bits of 16 without a sign, and none where every row has all.
     nbytes : int
         Bytes that it holds.
 
@@ -287,30 +292,44 @@ cdef class ValuePattern:
         check_storage(col_indices, "col_indices")
         own, col_indices = crow_indices.clone(), col_indices.resolve_neg()
         cdef int32_t *ptr = <int32_t *> pointer(own, _int32, self.rows + 1, "crow_indices")
+        cdef bint narrow = columns <= WIDE and col_indices.dtype is _int16
+        if narrow and self.count == 0 and ptr[self.rows] == self.rows * columns:
+            self.count = self.rows * columns
         for i in range(self.rows):
             if ptr[i + 1] < ptr[i] or <int64_t> ptr[i + 1] - ptr[i] > columns:
                 raise ValueError(f"crow_indices must ascend, by at most {columns}")
         if ptr[0] != 0 or ptr[self.rows] != self.count:
             raise ValueError(f"crow_indices must ascend from 0 to {self.count}")
         cdef const int32_t *given = NULL
-        if self.count:
+        if self.count and not narrow:
             given = <const int32_t *> pointer(col_indices, _int32, self.count, "col_indices")
         cdef uint16_t *out = NULL
-        columns_held = None
         if columns > WIDE:
             columns_held = col_indices.clone()
-        elif self.count != self.rows * columns:
-            columns_held = torch.empty(max(self.count, 1), dtype=_int16, device="cpu")
-            out = <uint16_t *> pointer(columns_held, _int16, self.count, "col_indices")
-        cdef int64_t bad
-        with nogil:
-            bad = qsp_narrow(given, ptr, self.rows, columns, out)
-        if bad != self.count:
-            raise ValueError(f"col_indices must ascend in each row and lie in [0, {columns}), got {given[bad]} at "
-                             f"{bad}")
-        self.ptr, self.column, self._held = ptr, out, (own, columns_held)
+        elif self.count == self.rows * columns:
+            columns_held = torch.empty(0, dtype=_int16, device="cpu")
+        else:
+            room = torch.empty(max(self.count, 1), dtype=_int16, device="cpu")
+            out = <uint16_t *> pointer(room, _int16, self.count, "col_indices")
+            columns_held = room[:self.count]  # of no columns, `out` points to memory all the same
+            if narrow:
+                columns_held.copy_(col_indices)
+        self._check_columns(given, ptr, out)
+        self.ptr, self.column, self.held = ptr, out, (own, columns_held)
         if columns > WIDE and self.count:
             self.wide = <const int32_t *> pointer(columns_held, _int32, self.count, "col_indices")
+
+    cdef int64_t _check_columns(self, const int32_t *given, const int32_t *ptr, uint16_t *out) except -1:
+        """Check columns that are given, or in `out`, where they are left."""
+        cdef int64_t bad
+        if given == NULL and out == NULL:
+            return 0
+        with nogil:
+            bad = qsp_narrow(given, ptr, self.rows, self.columns, out)
+        if bad != self.count:
+            raise ValueError(f"col_indices must ascend in each row and lie in [0, {self.columns}), got "
+                             f"{out[bad] if given == NULL else given[bad]} at {bad}")
+        return 0
 
     cdef int64_t check_layouts(self, int64_t groups, tuple phase, tuple shift, PlaneLayout x, PlaneLayout y) except -1:
         """Check that groups and taps make a convolution of this weight from planes x to y."""
@@ -329,21 +348,21 @@ cdef class ValuePattern:
     @property
     def crow_indices(self):
         """First value of each row, int32."""
-        return self._held[0].clone()
+        return self.held[0].clone()
 
     @property
     def col_indices(self):
         """Column of each value, int32."""
-        if self._held[1] is None:
-            return torch.arange(self.columns, dtype=_int32, device="cpu").repeat(self.rows)
+        if self.columns > WIDE:
+            return self.held[1].clone()
         if self.column == NULL:
-            return self._held[1].clone()
-        return self._held[1][:self.count].to(_int32) & 0xffff
+            return torch.arange(self.columns, dtype=_int32, device="cpu").repeat(self.rows)
+        return self.held[1].view(torch.uint16).to(_int32)
 
     @property
     def nbytes(self):
         """Bytes that it holds."""
-        return sum([t.nbytes for t in self._held if t is not None])
+        return sum([t.nbytes for t in self.held])
 
     def __repr__(self):
         return f"ValuePattern({self.rows} x {self.columns}, {self.count} values)"

@@ -16,7 +16,7 @@ from qsparseprop._kernels._plan import ProductRows, ValuePattern
 from qsparseprop._kernels._tensor import memory_stamp
 from qsparseprop.layout.geometry import Geometry
 from qsparseprop.layout.modes import Modes, choose_modes, doubtful_modes, usable_modes
-from qsparseprop.layout.pattern import check_pattern
+from qsparseprop.layout.pattern import checked_pattern, tensor_version
 
 __all__ = ["KEPT_PLANS", "Plan", "PlanCache", "make_plan", "shared_plan_cache"]
 
@@ -128,11 +128,18 @@ def make_plan(
     return Plan(ValuePattern(crow_indices, col_indices, columns), geometry, groups, modes)
 
 
+def _holds(pattern: ValuePattern, crow: Tensor, col: Tensor) -> bool:
+    """Whether a pattern still holds two tensors as it has checked them."""
+    held = pattern.held
+    return held[0] is crow and held[1] is col and not any(map(tensor_version, held))
+
+
 class _Kept(NamedTuple):
     """Plans of one pattern, and what tells that it is still the same."""
 
     stamp: tuple[int, ...]
     tensors: tuple[Tensor, Tensor] | None
+    pattern: ValuePattern | None
     plans: OrderedDict[tuple[Geometry, int], Plan]
 
     def are_of(self, crow: Tensor, col: Tensor) -> bool:
@@ -148,13 +155,14 @@ class PlanCache:
     Parameters
     ----------
     hold : bool
-        Hold the tensors, so that no others can take their place in memory; otherwise the caller sees to that.
+        Hold the tensors, so that no others can take their place in memory; otherwise the caller sees to that, and they
+        may be those of a `ValuePattern` that the caller does not have.
     """
 
     def __init__(self, hold: bool = True) -> None:
         self._hold = hold
         # patterns may change while other threads compute with them: what belongs together is exchanged together
-        self._kept = _Kept((), None, OrderedDict())
+        self._kept = _Kept((), None, None, OrderedDict())
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -172,14 +180,14 @@ class PlanCache:
 
     def get(
         self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], geometry: Geometry, groups: int,
-        modes: Modes | None = None,
+        modes: Modes | None = None, pattern: ValuePattern | None = None,
     ) -> Plan:
         """Plan of a pattern on a geometry.
 
         Parameters
         ----------
         crow_indices, col_indices : Tensor
-            CSR pattern, int32; checked when it has changed.
+            CSR pattern, int32, or what a `ValuePattern` holds; checked when it has changed.
         shape : (int, int)
             Rows and columns of the weight.
         geometry : Geometry
@@ -187,6 +195,8 @@ class PlanCache:
             Groups of the convolution.
         modes : Modes, optional
             Of a plan that has to be made; without them as it finds best.
+        pattern : ValuePattern, optional
+            What holds the two tensors: they are read where they lie, rather than copied, if nobody has written to them.
 
         Raises
         ------
@@ -199,12 +209,14 @@ class PlanCache:
             if plan is not None:
                 return plan
             if not self._kept.are_of(crow, col):
-                self._kept, stamp = _Kept((), None, OrderedDict()), memory_stamp(crow, col)
-                check_pattern(crow, col, shape)
+                self._kept, stamp = _Kept((), None, None, OrderedDict()), memory_stamp(crow, col)
+                if pattern is None or not _holds(pattern, crow, col):
+                    pattern = checked_pattern(crow, col, shape, compact=not self._hold)
                 # a thread that makes a plan of the pattern before puts it where nobody looks any more
-                self._kept = _Kept(stamp, (crow, col) if self._hold else None, OrderedDict())
-            plans = self._kept.plans
-        plan = make_plan(crow, col, geometry, groups, modes)
+                self._kept = _Kept(stamp, (crow, col) if self._hold else None, pattern, OrderedDict())
+            _, _, own, plans = self._kept
+        assert own is not None  # of the same tensors
+        plan = Plan(own, geometry, groups, modes)
         with self._lock:
             plans[geometry, groups] = plan
             if len(plans) > KEPT_PLANS:

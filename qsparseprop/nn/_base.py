@@ -18,6 +18,7 @@ from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, PlanCache
 from qsparseprop.nn._dense import dense_weight
 from qsparseprop.nn._interop import refuse_input, refuse_scripting, refuse_tracing
+from qsparseprop.nn._pattern import HELD
 from qsparseprop.nn._product import ProductCall
 from qsparseprop.nn._traced import config_text, traced_product
 from qsparseprop.nn._values import SparseValues
@@ -155,14 +156,16 @@ class SparseModule(SparseWeight):
     def _plan(self, geometry: Geometry, groups: int) -> Plan:
         """The plan for a geometry; sizes are checked by those who read the values."""
         self._check_stamp()
+        self._refuse_written()
         cache = self.__dict__.get("_plans")
         if cache is None:
             cache = self.__dict__["_plans"] = PlanCache()
-        crow, col = self.crow_indices, self.col_indices
+        pattern = self._pattern
+        crow, col = (self._crow, self._columns) if pattern is None else pattern.held
         plan = cache.find(crow, col, geometry, groups)
         if plan is not None:
             return plan
-        return cache.get(crow, col, self._matrix_shape(), geometry, groups, self._wanted_modes())
+        return cache.get(crow, col, self._matrix_shape(), geometry, groups, self._wanted_modes(), pattern)
 
     def last_plan(self) -> Plan | None:
         """The plan that was made last: of the latest size of input that was new."""
@@ -209,7 +212,8 @@ class SparseModule(SparseWeight):
 
     def __getstate__(self) -> dict[str, Any]:
         # plans are made anew: they may be larger than the weights; references to copies cannot be pickled
-        return {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_tried", "_copies", "_usages")}
+        left = ("_plans", "_tried", "_copies", "_usages", *HELD)
+        return {**{k: v for k, v in self.__dict__.items() if k not in left}, **self._stored_pattern()}
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_scripting(self)
@@ -298,7 +302,7 @@ class SparseModule(SparseWeight):
             raise ValueError(f"{type(self).__name__} computes on the CPU, got an input on device {x.device} and "
                              f"weights on device {values.device}")
         x, out_dtype, dtype = self._dtypes(x)
-        call = ProductCall(values, self._plan(geometry, groups), (self.crow_indices, self.col_indices), self._qconfig,
+        call = ProductCall(values, self._plan(geometry, groups), (self._crow, self._columns), self._qconfig,
                            out_dtype, shape)  # fmt: skip
         y = sparse_product(x, weight, bias, call)
         return y if y.dtype == dtype else y.to(dtype)
@@ -307,6 +311,6 @@ class SparseModule(SparseWeight):
         """The product for a 4-D input, as a single operator; see `traced_product`."""
         self._check_sizes()
         x, out_dtype, dtype = self._dtypes(x)
-        y = traced_product(x, self.weight, self.bias, self.crow_indices, self.col_indices, numbers, groups,
+        y = traced_product(x, self.weight, self.bias, self._crow, self._columns, numbers, groups,
                            self._qconfig_text, out_dtype)
         return y if y.dtype == dtype else y.to(dtype)

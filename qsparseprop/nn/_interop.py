@@ -101,7 +101,7 @@ def check_parameter(module: SparseWeight, name: str, parameter: Tensor | None) -
                                   "swap_modules_with_dense(model)")
     if name != "weight" or parameter is None or parameter.ndim == 1:
         return
-    if tuple(parameter.shape) != (module.col_indices.numel(), 1):  # a column of the right length is a slip, see forward
+    if tuple(parameter.shape) != (*module._values_shape, 1):  # a column of the right length is a slip, see forward
         raise ValueError(f"the weight of {kind} is the vector of its nonzeros, it cannot become a tensor of shape "
                          f"{tuple(parameter.shape)}: fold other layers into dense ones, after "
                          "swap_modules_with_dense(model), and load dense states within accept_dense_state()")

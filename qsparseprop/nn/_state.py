@@ -154,7 +154,7 @@ def _read_dense(module: SparseWeight, found: Mapping[str, Any], prefix: str) -> 
     if errors or weight is None:
         return None, errors
     if choice == "keep_pattern":
-        flat, crow, col = module._flat_indices(), module.crow_indices, module.col_indices
+        flat, (crow, col) = module._flat_indices(), module._indices()
     else:
         kept = weight if mask is None else mask
         crow, col, flat = dense_pattern((kept != 0).reshape(shape[0], -1))
@@ -210,9 +210,9 @@ def read_state(module: SparseWeight, state_dict: Mapping[str, Any], prefix: str,
     if not assign and any(t is not None and t.is_meta for t in (module.weight, module.bias)):
         errors.append(f"{prefix}weight: the module is on the meta device; load with assign=True")
     if not assign:
-        for name in ("weight", "crow_indices", "col_indices", "bias"):
+        for name, tensor in (("weight", module.weight), *module._held_indices(), ("bias", module.bias)):
             try:
-                check_storage(getattr(module, name), f"{prefix}{name} of the module")
+                check_storage(tensor, f"{prefix}{name} of the module")
             except ValueError as error:
                 errors.append(str(error))
     if module.bias is None and state is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop._torch_compat import before_averaging
-from qsparseprop.layout.pattern import pattern_stamp, row_indices, tensor_version
+from qsparseprop.layout.pattern import compact_pattern, pattern_stamp, row_indices, tensor_version
 from qsparseprop.nn._interop import (
     check_deletion,
     check_owners,
@@ -20,6 +20,7 @@ from qsparseprop.nn._interop import (
     inner_optimizer,
     outdate_graphs,
 )
+from qsparseprop.nn._pattern import PatternHolder
 from qsparseprop.nn._state import FORMAT, check_format, read_state
 from qsparseprop.nn._values import SparseValues, as_values, plain
 from qsparseprop.nn.autograd.graph import NoGradient
@@ -28,7 +29,7 @@ from qsparseprop.ops import are_plain, check_storage
 _PATTERN = ("crow_indices", "col_indices")
 
 
-class SparseWeight(nn.Module):
+class SparseWeight(PatternHolder, nn.Module):
     """A weight of which only the nonzeros exist.
 
     Attributes
@@ -38,7 +39,7 @@ class SparseWeight(nn.Module):
     crow_indices, col_indices : Tensor
         The pattern in CSR, int32: row pointers (rows + 1,) and columns (nonzeros,) of the weight seen as a matrix
         (rows, everything else). They are part of the state, but no buffers: whoever averages buffers, casts them, or
-        sends them in every step would spoil the pattern or waste time on it.
+        sends them in every step would spoil the pattern or waste time on it. See `PatternHolder`.
     indices_stamp : Tensor
         float64 scalar, a buffer that is not part of the state: a number made of the pattern. Where buffers are sent or
         averaged it tells that the values beside it were those of another pattern.
@@ -48,8 +49,6 @@ class SparseWeight(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    crow_indices: Tensor
-    col_indices: Tensor
     indices_stamp: Tensor
     _copies: list[weakref.ref[Tensor]]
 
@@ -93,9 +92,13 @@ class SparseWeight(nn.Module):
         return self.weight_shape[0]
 
     def _flat_indices(self) -> Tensor:
-        check_storage(self.crow_indices, "crow_indices")
-        check_storage(self.col_indices, "col_indices")
-        return row_indices(self.crow_indices) * self._matrix_shape()[1] + self.col_indices
+        self._refuse_written()
+        self._check_held()
+        rows, columns = self._matrix_shape()
+        if self._pattern is not None and self._pattern.count == rows * columns:
+            return torch.arange(rows * columns, device="cpu")
+        crow, col = self._indices()
+        return row_indices(crow) * columns + col
 
     def _check_sizes(self) -> None:
         weight, bias = self.weight, self.bias  # every access to a parameter is a call of __getattr__
@@ -115,9 +118,9 @@ class SparseWeight(nn.Module):
         return weight, values, bias
 
     def _check_shapes(self, shape: torch.Size, bias: Tensor | None) -> None:
-        if shape != self.col_indices.shape:
-            raise ValueError(f"weight must have one value for each of the {self.col_indices.numel()} column indices, "
-                             f"got shape {tuple(shape)}")
+        if shape != self._values_shape:
+            raise ValueError(f"weight must have one value for each of the {math.prod(self._values_shape)} column "
+                             f"indices, got shape {tuple(shape)}")
         if bias is not None and bias.shape != (self._outputs,):
             raise ValueError(f"bias must have shape ({self._outputs},), got {tuple(bias.shape)}")
 
@@ -136,11 +139,12 @@ class SparseWeight(nn.Module):
 
     def _set_pattern(self, crow: Tensor, col: Tensor) -> None:
         """Take over a pattern, which must go with the values."""
-        self.crow_indices, self.col_indices, self._copies = crow, col, []
-        self._stamp_pattern()
+        self._hold_pattern(crow, col, compact_pattern(crow, col, self._matrix_shape()))
+        self._copies = []
+        self._stamp_pattern(crow, col)
 
-    def _stamp_pattern(self) -> None:
-        stamp = pattern_stamp(self.crow_indices, self.col_indices)
+    def _stamp_pattern(self, crow: Tensor, col: Tensor) -> None:
+        stamp = pattern_stamp(crow, col)
         self.register_buffer("indices_stamp", stamp, persistent=False)
         self._stamp = None if stamp.is_meta else stamp.item()
 
@@ -150,7 +154,7 @@ class SparseWeight(nn.Module):
         # the value, since many write to `data`, which counts no version
         if type(stamp) is not Tensor or stamp.is_meta or stamp.item() == self._stamp:
             return
-        own = pattern_stamp(self.crow_indices, self.col_indices)
+        own = pattern_stamp(*self._indices())
         # an average of the same number differs by roundings
         if stamp.dtype == own.dtype and not torch.isclose(stamp, own, rtol=1e-12, atol=0.0):
             raise ValueError(
@@ -168,14 +172,24 @@ class SparseWeight(nn.Module):
             moved = fn(indices)  # to another device, into shared memory; but never to another dtype
             return moved if moved.dtype == indices.dtype else indices.to(moved.device)
 
-        self._set_pattern(*(move(getattr(self, name)) for name in _PATTERN))
+        indices = self._indices()
+        moved = [move(t) for t in indices]
+        if self._pattern is not None and all(a is b and tensor_version(a) == 0
+                                             for a, b in zip(moved, indices, strict=True)):
+            self._stamp_pattern(*moved)  # the buffer has been cast
+        else:
+            self._set_pattern(*moved)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         as_values(self._parameters.get("weight"))
+        crow, col = (self.__dict__.pop(name, None) for name in _PATTERN)
+        if crow is not None and col is not None:
+            self._hold_pattern(crow, col, compact_pattern(crow, col, self._matrix_shape()))
+            return
         # whole modules in files of earlier versions
-        crow, col = self._buffers.pop("crow_indices", None), self._buffers.pop("col_indices", None)
+        crow, col = (self._buffers.pop(name, None) for name in _PATTERN)
         if crow is not None and col is not None:
             self._set_pattern(crow, col)
 
@@ -278,7 +292,7 @@ class SparseWeight(nn.Module):
             return moved
 
         rows, columns = self._matrix_shape()
-        crow = torch.zeros_like(self.crow_indices)
+        crow = torch.zeros_like(self._crow)
         crow[1:] = torch.bincount(flat // max(columns, 1), minlength=rows).cumsum(0)
         grad = None if self.weight.grad is None else move(self.weight.grad)
         values = move(self.weight.data, fresh)
@@ -311,9 +325,11 @@ class SparseWeight(nn.Module):
         The same one for as long as somebody holds it unchanged, since a module in several places of a model has one
         weight in the files of formats that store shared tensors once.
         """
-        copies = [ref() for ref in self.__dict__.get("_copies", ())]
-        if not copies or not all(c is not None and tensor_version(c) == 0 for c in copies):
-            copies = [getattr(self, name).clone() for name in _PATTERN]
+        self._refuse_written()
+        kept = [ref() for ref in self.__dict__.get("_copies", ())]
+        copies = [c for c in kept if c is not None and tensor_version(c) == 0]
+        if not copies or len(copies) < len(kept):
+            copies = [t if self._pattern is not None else t.clone() for t in self._indices()]
             self._copies = [weakref.ref(copy) for copy in copies]
         return copies
 
@@ -350,11 +366,12 @@ class SparseWeight(nn.Module):
                 return
             if bias is not None and self.bias is not None:
                 self.bias.copy_(bias)
-            if torch.equal(crow, self.crow_indices) and torch.equal(col, self.col_indices):
+            if all(map(torch.equal, (crow, col), self._indices())):
                 self.weight.copy_(values)
+                self._forget_shown()
             else:
                 # copies: what is saved and what is trained must not share memory
-                where = self.crow_indices.device
+                where = self._crow.device
                 self._replace(crow.to(where, copy=True), col.to(where, copy=True), values.to(self.weight, copy=True))
 
 
@@ -375,7 +392,7 @@ def refuse_other_patterns(average: nn.Module, model: nn.Module) -> None:
     mine, theirs = ([(name, m) for name, m in root.named_modules() if isinstance(m, SparseWeight)]
                     for root in (average, model))  # fmt: skip
     for (_, a), (name, b) in zip(mine, theirs, strict=False):
-        if not all(torch.equal(getattr(a, key), getattr(b, key)) for key in _PATTERN):
+        if not a._same_pattern(b):
             raise ValueError(f"{name or type(b).__name__} has another sparsity pattern than its average, whose weights "
                              "belong to other positions: start a new average (AveragedModel) after weights were "
                              "removed or added")  # fmt: skip
