@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import weakref
 
@@ -273,6 +274,15 @@ def test_graphs_are_given_what_is_held(density):
         assert torch.equal(compiled(x), layer(x))
         layer.regrow(torch.ones(18, 24))
         assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("density", [0, 0.5, 1])
+def test_exported_programs_in_files(density):
+    """Also those whose constants have no elements."""
+    layer, x, file = linear(density), torch.randn(5, 24), io.BytesIO()
+    torch.export.save(torch.export.export(layer, (x,)), file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(x), layer(x))
 
 
 def test_graphs_of_wide_layers():

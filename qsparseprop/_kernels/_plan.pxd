@@ -35,6 +35,7 @@ cdef class ValuePattern:
     cdef readonly int64_t columns
     cdef readonly int64_t count
     cdef readonly tuple held
+    cdef object _room
 
     cdef inline int64_t column_of(self, int64_t row, int64_t value) noexcept nogil:
         if self.column != NULL:

@@ -309,9 +309,10 @@ cdef class ValuePattern:
         elif self.count == self.rows * columns:
             columns_held = torch.empty(0, dtype=_int16, device="cpu")
         else:
-            room = torch.empty(max(self.count, 1), dtype=_int16, device="cpu")
+            # of no columns, `out` points to memory all the same
+            self._room = room = torch.empty(max(self.count, 1), dtype=_int16, device="cpu")
             out = <uint16_t *> pointer(room, _int16, self.count, "col_indices")
-            columns_held = room[:self.count]  # of no columns, `out` points to memory all the same
+            columns_held = room if self.count else room.new_empty(0)
             if narrow:
                 columns_held.copy_(col_indices)
         self._check_columns(given, ptr, out)

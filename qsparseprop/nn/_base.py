@@ -156,7 +156,8 @@ class SparseModule(SparseWeight):
     def _plan(self, geometry: Geometry, groups: int) -> Plan:
         """The plan for a geometry; sizes are checked by those who read the values."""
         self._check_stamp()
-        self._refuse_written()
+        if self._shown:
+            self._refuse_written()
         cache = self.__dict__.get("_plans")
         if cache is None:
             cache = self.__dict__["_plans"] = PlanCache()

@@ -88,8 +88,7 @@ class PatternHolder:
 
     def _refuse_written(self) -> None:
         """Refuse to go on with a pattern that somebody believes to have changed."""
-        shown = self.__dict__["_shown"]
-        if shown and any(version._version for _, version in shown):
+        if any(version._version for _, version in self._shown):
             raise ValueError(f"crow_indices and col_indices of {type(self).__name__} are copies: somebody has written "
                              "to one, which does not change the pattern. Assign what is to be the pattern to the "
                              "module (layer.col_indices = changed), or use apply_further_mask, regrow or "
