@@ -25,7 +25,10 @@ from qsparseprop._kernels._statistics cimport Scheme, find_statistics
 from qsparseprop._kernels._tensor cimport image_pointer, numel, pointer, strides_t
 
 cdef enum:
-    PLANES_PER_TASK = 64
+    # planes of a task: channels of a pixel are read together, unless threads would have nothing to do
+    MOST_PLANES = 256
+    LEAST_PLANES = 64
+    TASKS_PER_THREAD = 4
     # elements below which starting threads costs more than it gives
     SERIAL_ELEMENTS = 1 << 15
 
@@ -43,10 +46,10 @@ cdef object _int64 = torch.int64
 cdef object _uint8 = torch.uint8
 
 cdef void _pack_part(const qsp_kernels *kernels, const qsp_pack *a, const qsp_view *views, int64_t count, int64_t view,
-                     int64_t block, int64_t chunk, bint codes) noexcept nogil:
+                     int64_t block, int64_t chunk, int64_t size, bint codes) noexcept nogil:
     """Planes of a part of the channels of a view, and of those behind it that have the same planes."""
     cdef int64_t plane = views[view].plane, channels = views[view].channels
-    cdef int64_t first = chunk * PLANES_PER_TASK, last = min(channels, first + PLANES_PER_TASK)
+    cdef int64_t first = chunk * size, last = min(channels, first + size)
     cdef qsp_pack one
     if view and views[view - 1].plane == plane:  # done with the first of them, which owns the gaps
         return
@@ -65,15 +68,18 @@ cdef int64_t _pack_planes(qsp_pack *a, PlaneLayout layout, const int64_t *stride
                           bint codes, int threads) except -1:
     """Pack a tensor of those strides; `a` has everything but the planes and the views."""
     cdef const qsp_kernels *kernels = active_kernels()
-    cdef int64_t count = layout.count, blocks = layout.blocks(a.images), chunks, task, tail
+    cdef int64_t count = layout.count, blocks = layout.blocks(a.images), chunks, task, tail, part
     cdef int64_t size = 1 if codes else sizeof(float)
     cdef bytes held = layout.place(a.images, stride)
     cdef const qsp_view *each = <const qsp_view *> PyBytes_AS_STRING(held)
     a.planes = pointer(planes, planes_dtype, layout.lane_count(a.images), "planes")
-    chunks = (each[0].channels + PLANES_PER_TASK - 1) // PLANES_PER_TASK
+    part = MOST_PLANES
+    if blocks * ((each[0].channels + MOST_PLANES - 1) // MOST_PLANES) < TASKS_PER_THREAD * threads:
+        part = LEAST_PLANES
+    chunks = (each[0].channels + part - 1) // part
     for task in prange(blocks * chunks * count, nogil=True, num_threads=threads, schedule="static",
                        use_threads_if=blocks * a.grid.block > SERIAL_ELEMENTS):
-        _pack_part(kernels, a, each, count, task % count, task // count // chunks, task // count % chunks, codes)
+        _pack_part(kernels, a, each, count, task % count, task // count // chunks, task // count % chunks, part, codes)
     # behind the last plane is what pads its last image
     tail = numel(planes) - blocks * a.grid.block
     memset(<char *> a.planes + size * blocks * a.grid.block,

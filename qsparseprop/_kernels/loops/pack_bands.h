@@ -10,7 +10,9 @@ QSP_INLINE int source_of(const qsp_pack *a)
 
 enum {
     BAND = QSP_CACHE_LINE, /* channels that are packed together: a line of codes */
-    BAND_AHEAD = 4,        /* rows */
+    BANDS = 4,             /* at a time */
+    BAND_AHEAD = 4,        /* rows, of what is computed */
+    PLAIN_AHEAD = 16,      /* rows, perhaps of the next run: where they follow each other, in the next page */
 };
 
 /* Codes on their way into the planes of a band of channels. Lanes follow each other, gaps between runs included, until
@@ -134,7 +136,7 @@ typedef struct {
 typedef struct {
     lane_run run;
     int64_t channel; /* the first */
-    int far;         /* whether rows need help to be in the cache: neighbours do not where they are short */
+    int far;         /* whether rows need help to be in the cache in time */
     quantizer q[BAND / 16];
 } band_run;
 
@@ -158,6 +160,7 @@ QSP_INLINE void pack_lanes(const qsp_pack *a, band *b, const band_run *s, random
 {
     QSP_ALIGNED(64) float line[BAND];
     const lane_run *r = &s->run;
+    const int width = kind.dtype == QSP_F32 ? 4 : 2; /* PLAIN */
     const int sixteens = kind.whole == 2 ? BAND / 16 : (b->channels + 15) / 16;
     i32x16 dither[BAND / 16][2];
     for (int v = 0; v < BAND / 16; v++)
@@ -168,7 +171,10 @@ QSP_INLINE void pack_lanes(const qsp_pack *a, band *b, const band_run *s, random
         /* the planes' lines are asked for one by one: all of them are written at once */
         if (lane + j < b->channels)
             QSP_PREFETCH_WRITE(b->to + (lane + j) * b->pitch);
-        if (s->far && k + j + BAND_AHEAD < r->lanes)
+        if (kind.source == PLAIN && s->far)
+            prefetch_row(a->tensor, (r->element + (k + j + PLAIN_AHEAD) * r->element_step + s->channel) * width,
+                         b->channels * width, 0);
+        if (kind.source != PLAIN && s->far && k + j + BAND_AHEAD < r->lanes)
             source_prefetch(a, row + BAND_AHEAD * r->row_step, s->channel, b->channels, kind.dtype, kind.source);
         if (kind.source == MADE)
             row_maker_of(a->epilogue)(a->epilogue, row, s->channel, b->channels, line);
@@ -209,27 +215,36 @@ QSP_INLINE void pack_run(const qsp_pack *a, band *b, const band_run *s, const ba
     }
 }
 
-/* n channels from `first` on, all lanes of a block. */
-QSP_INLINE void pack_band(const qsp_pack *a, const qsp_walk *w, int64_t block, int64_t first, int n,
+/* `count` bands of n channels each, from `first` on, all lanes of a block: run by run, so that a lane's channels are read
+ * soon after each other. */
+QSP_INLINE void pack_band(const qsp_pack *a, const qsp_walk *w, int64_t block, int64_t first, int n, int count,
                           const band_kind kind)
 {
-    band b;
-    band_run s;
-    s.channel = first;
-    band_init(&b, a, block, first, n);
-    for (int v = 0; 16 * v < n; v++)
-        s.q[v] = quantizer_of(a, first + 16 * v, (int)qsp_min(16, n - 16 * v), kind.rounding);
+    band bands[BANDS];
+    band_run s[BANDS];
+    for (int i = 0; i < count; i++) {
+        s[i].channel = first + i * BAND;
+        band_init(&bands[i], a, block, s[i].channel, n);
+        for (int v = 0; 16 * v < n; v++)
+            s[i].q[v] = quantizer_of(a, s[i].channel + 16 * v, (int)qsp_min(16, n - 16 * v), kind.rounding);
+    }
     int64_t lane = 0;
     for (int64_t i0 = 0; i0 < w->size[0]; i0++)
         for (int64_t i1 = 0; i1 < w->size[1]; i1++) {
             const int64_t start = a->view.origin + i0 * w->lane[0] + i1 * w->lane[1];
-            s.run = run_at(a, w, block, i0, i1, source_channels(a));
-            s.far = kind.source != PLAIN && (s.run.row_step > 1 || source_channels(a) >= 8 * BAND);
-            band_gap(&b, start - lane, a->filled);
-            pack_run(a, &b, &s, kind);
+            const lane_run r = run_at(a, w, block, i0, i1, source_channels(a));
+            const int far = kind.source == PLAIN ? r.element_step < 8 * BAND
+                                                 : r.row_step > 1 || source_channels(a) >= 8 * BAND;
+            for (int i = 0; i < count; i++) {
+                s[i].run = r;
+                s[i].far = far;
+                band_gap(&bands[i], start - lane, a->filled);
+                pack_run(a, &bands[i], &s[i], kind);
+            }
             lane = start + w->size[2];
         }
-    band_write(&b);
+    for (int i = 0; i < count; i++)
+        band_write(&bands[i]);
 }
 
 /* Whether the random numbers of every lane, from channel `first` on, start with the first of four that share one. */
@@ -245,7 +260,7 @@ QSP_APART void pack_band_any(const qsp_pack *a, const qsp_walk *w, int64_t block
     const int source = source_of(a);
     const band_kind kind = {a->dtype, rounding_of(&a->scheme), source, variant_of_source(a, source),
                             band_has_fours(a, first), 0};
-    pack_band(a, w, block, first, n, kind);
+    pack_band(a, w, block, first, n, 1, kind);
 }
 
 /* Channels [first, last), which have `fours` if their numbers are random. */
@@ -254,14 +269,18 @@ QSP_COPIED void pack_bands(const qsp_pack *a, const qsp_walk *w, int64_t block, 
 {
     const band_kind any = {dtype, rounding, source, variant, 1, 0}, sixteens = {dtype, rounding, source, variant, 1, 1},
                     all = {dtype, rounding, source, variant, 1, 2};
-    for (int64_t c = first; c < last; c += BAND) {
+    int64_t c = first;
+    for (; source == PLAIN && c + BAND <= last;) {
+        const int count = (int)qsp_min(BANDS, (last - c) / BAND);
+        pack_band(a, w, block, c, BAND, count, all);
+        c += count * BAND;
+    }
+    for (; c < last; c += BAND) {
         const int n = (int)qsp_min(BAND, last - c);
-        if (source == PLAIN && n == BAND)
-            pack_band(a, w, block, c, BAND, all);
-        else if (source == PLAIN)
-            pack_band(a, w, block, c, n, any);
+        if (source == PLAIN)
+            pack_band(a, w, block, c, n, 1, any);
         else if (n % 16 == 0)
-            pack_band(a, w, block, c, n, sixteens);
+            pack_band(a, w, block, c, n, 1, sixteens);
         else
             pack_band_any(a, w, block, c, n);
     }
