@@ -19,7 +19,6 @@ import qsparseprop
 from qsparseprop import ops
 from qsparseprop._kernels import _matmul, _pack, _sums
 from qsparseprop.nn import QuantizedSparseLinear, SparseLinear
-from qsparseprop.ops.layers import FEW
 
 #: What is imported, one after the other.
 IMPORTS = ("torch", "qsparseprop", "qsparseprop.nn", "qsparseprop.utils.network_utils")
@@ -65,7 +64,7 @@ def kernel_calls(layer: QuantizedSparseLinear, x: Tensor, dy: Tensor) -> dict[st
         "weight, dx": lambda: _matmul.quantized_spmm(values, back, dscale, dzero, None, dplanes, None, dx, threads),
         "dweight": lambda: _matmul.sddmm(planes, dplanes, scale, zero, dscale, plan.differentiated(True), len(x),
                                          values.numel(), threads),
-        "dbias": lambda: _sums.channel_sums(dy) if dy.numel() <= FEW else dy.sum(0),
+        "dbias": lambda: _sums.channel_sums(dy, threads),
     }  # fmt: skip
     given = (planes, scale, zero, y, dx, torch.zeros_like(values), torch.zeros_like(bias))
     leaf = x.clone().requires_grad_()

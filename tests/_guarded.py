@@ -58,5 +58,6 @@ class GuardedTorch:
         return getattr(torch, name)
 
     @staticmethod
-    def empty(*shape, dtype=torch.float32, memory_format=torch.contiguous_format):
+    def empty(*shape, dtype=torch.float32, memory_format=torch.contiguous_format, device="cpu"):
+        assert torch.device(device).type == "cpu"
         return guarded(shape[0] if len(shape) == 1 else shape, dtype, memory_format)
