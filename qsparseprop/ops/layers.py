@@ -239,11 +239,12 @@ def layer_backward_plain(
     in_floats = grads[1] and _is_in_floats(packed)
     dx = _result_like(dy, rows, x_dtype, channels_last) if grads[0] else None
     dvalues = gradient = None
+    dbias = bias_gradient(dy) if grads[2] else None  # first: packing, which comes next, finds dy in the cache
     if scheme is not None and not in_floats and (grads[0] or grads[1]) and not profiler_is_on():
         differentiated = plan.differentiated(True) if grads[1] else None
         dvalues = _layer.backward(dy, values, packed, rows, differentiated, scheme, seed, clip, dx, transposed,
                                   torch.get_num_threads())  # fmt: skip
-        return dx, dvalues, bias_gradient(dy) if grads[2] else None
+        return dx, dvalues, dbias
     if grads[0] or (grads[1] and not in_floats):
         gradient = _packed_by(dy, rows.source, scheme, seed)
         if dx is not None:
@@ -253,7 +254,7 @@ def layer_backward_plain(
             gradient = pack_plain(dy, rows.source)
         operands = (gradient, packed) if transposed else (packed, gradient)
         dvalues = sddmm_plain(*operands, plan.differentiated(not in_floats), dy.shape[0], values.shape[0])
-    return dx, dvalues, bias_gradient(dy) if grads[2] else None
+    return dx, dvalues, dbias
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
