@@ -41,9 +41,10 @@ class QuantConfig:
         0 or alpha, above neighbouring alpha 2^k, at random and unbiased (arXiv 2112.10769).
     granularity : {"channel", "tensor"}
         "channel": inputs and gradients have one scale for each channel or feature, multiplied into the weights before
-        these are quantised, so that the integer kernels do not know of them. Scales of a gradient that is rounded at
-        random are a sixteenth of its greatest one at least, or weights of quiet channels would be lost. "tensor": one
-        scale for all of a tensor; a few percent faster, and less accurate at very high sparsity (docs/numerics.md).
+        these are quantised, so that the integer kernels do not know of them. Those of a
+        linear layer's gradient that is rounded at random are a sixteenth of the greatest one at least, or weights of
+        quiet features would be lost. "tensor": one scale for all of a tensor; a few percent faster, and less accurate
+        at very high sparsity (docs/numerics.md).
     grad_weight : {"int8", "float32"}
         Whether the weight's gradient is a product of the codes, or of the float32 input and gradient. The latter keeps
         four bytes of an activation for the backward pass and takes several times as long.

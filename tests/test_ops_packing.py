@@ -113,7 +113,7 @@ def test_bands_of_channels_are_the_reference(isa, channels, size, batch, stride,
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quiet_channels_of_gradients_have_a_sixteenth_of_the_greatest_scale(isa, scheme):
+def test_quiet_features_have_a_sixteenth_of_the_greatest_scale(isa, scheme):
     """Where rounding is random: to nearest, most of such a channel would become zeros."""
     x = torch.rand(40, 7, generator=generator(2)) - 0.5
     x *= torch.tensor([1.0, 0.1, 0.06, 1e-3, 0.0, -1.0, torch.inf])
@@ -128,6 +128,16 @@ def test_quiet_channels_of_gradients_have_a_sixteenth_of_the_greatest_scale(isa,
         assert (scale[2:5] == scale[:6].max() / 16).all()
     assert torch.equal(scale, expected)
     assert scale[6] == torch.inf
+
+
+def test_quiet_channels_of_images_keep_their_scale(isa):
+    """A filter without weights before a normalisation has the loudest gradient, which is none of the others' affair."""
+    x, seed = torch.rand(5, 4, 3, 3, generator=generator(2)) - 0.5, seed_for("stochastic", 4)
+    x *= torch.tensor([1.0, 0.01, 1e-3, 1e-4]).view(-1, 1, 1)
+    layouts = [conv_geometry(n, n, (3, 3), (1, 1), (1, 1), (0,) * 4, (1, 1), 5, False).input_layout for n in (4, 1)]
+    _, scale, _ = ops.quantize_pack(x, layouts[0], scheme_of("stochastic", True), seed)
+    alone = [ops.quantize_pack(x[:, i : i + 1], layouts[1], scheme_of("stochastic", True), seed)[1] for i in range(4)]
+    assert torch.equal(scale, torch.cat(alone))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -291,3 +291,37 @@ def test_graphs_of_wide_layers():
     x = torch.randn(2, 65_600)
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
     assert isinstance(layer._pattern, ValuePattern)
+
+
+class Reader(nn.Module):
+    """Reads the pattern of a layer in its forward."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) + self.layer.col_indices.sum() + self.layer.crow_indices.sum()
+
+
+@pytest.mark.parametrize(("density", "inputs"), [(0, 24), (0.5, 24), (1, 24), (0.01, 65_600)])
+def test_graphs_that_read_the_pattern(density, inputs):
+    model, x = Reader(linear(density, inputs, 3)), torch.randn(5, inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), model(x))
+    assert torch.equal(torch.export.export(model, (x,), strict=True).module()(x), model(x))
+
+
+@pytest.mark.parametrize("move", [lambda layer: layer.float(), lambda layer: layer.to("cpu"), lambda layer: layer])
+def test_what_is_assigned_stays_the_callers_own(move):
+    """Also a Parameter, and also where a model is moved to where it is."""
+    layer, x = linear(0.5), torch.randn(5, 24)
+    mine = nn.Parameter(layer.col_indices, requires_grad=False)
+    layer.col_indices = mine
+    assert move(layer).col_indices.data_ptr() == mine.data_ptr()
+    before = layer(x)
+    row = (layer.mask().sum(1) - 8).abs().argmin()  # has room for other columns
+    first, last = layer.crow_indices[row : row + 2].tolist()
+    taken = set(mine[first:last].tolist())
+    mine[first:last] = torch.tensor([c for c in range(24) if c not in taken][: last - first], dtype=torch.int32)
+    assert not torch.equal(layer(x), before)

@@ -44,6 +44,7 @@ cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
 cdef object _int64 = torch.int64
 cdef object _uint8 = torch.uint8
+cdef object _one_pixel = (1, 1)
 
 cdef void _pack_part(const qsp_kernels *kernels, const qsp_pack *a, const qsp_view *views, int64_t count, int64_t view,
                      int64_t block, int64_t chunk, int64_t size, bint codes) noexcept nogil:
@@ -120,15 +121,18 @@ cdef uint64_t read_seed(object seed, Scheme scheme) except? 0:
 
 
 cdef bint find_scales(qsp_pack *a, const qsp_range *ranges, const qsp_moments *moments, int64_t channels,
-                      int64_t count, float *scale, int32_t *zero_point) noexcept:
-    """Scale, zero point and `a.inverse` of each plane from what is known of its channel; whether all are finite."""
+                      int64_t count, bint pixels, float *scale, int32_t *zero_point) noexcept:
+    """Scale, zero point and `a.inverse` of each plane from what is known of its channel; whether all are finite.
+
+    `pixels`: images have several, as those of linear layers have not.
+    """
     cdef int64_t i
     cdef bint finite = True
     for i in range(count):
         scale[i] = qsp_scale(&a.scheme, &ranges[i % channels], &moments[i % channels], zero_point + i,
                              <float *> a.inverse + i)
         finite = finite and isfinite(scale[i])
-    if qsp_is_random(&a.scheme):
+    if qsp_is_random(&a.scheme) and not pixels:
         qsp_raise_quiet(&a.scheme, ranges, channels, count, scale, <float *> a.inverse)
     return finite
 
@@ -185,7 +189,7 @@ def quantize_pack(x, PlaneLayout layout not None, Scheme scheme not None, seed, 
         a.inverse = &inverse
     find_statistics(&where, a.tensor, a.dtype, scheme.per_channel, &a.scheme, ranges, moments, threads)
     a.zero_point, a.stride = zero_p, scheme.per_channel
-    finite = find_scales(&a, ranges, moments, channels, count, scale_p, zero_p)
+    finite = find_scales(&a, ranges, moments, channels, count, layout.image != _one_pixel, scale_p, zero_p)
     _pack_planes(&a, layout, where.step, planes, _uint8, True, threads)
     if not finite:
         blank_planes(&a, planes, scale_p, scheme.per_channel)
@@ -228,7 +232,7 @@ cdef tuple pack_ranged(qsp_pack *a, int64_t rows, int64_t channels, object range
         if not isfinite(given[2 * i]) or not isfinite(given[2 * i + 1]):
             found[i].absmax = NAN
     a.zero_point, a.stride = zero_p, scheme.per_channel
-    finite = find_scales(a, found, &moments, each, count, scale_p, zero_p)
+    finite = find_scales(a, found, &moments, each, count, layout.image != _one_pixel, scale_p, zero_p)
     stride[0], stride[1], stride[2], stride[3] = pixels * channels, 1, layout.image[1] * channels, channels
     _pack_planes(a, layout, stride, planes, _uint8, True, max(threads, 1))
     if not finite:

@@ -71,6 +71,8 @@ class PatternHolder:
         return (self._crow, self._columns) if pattern is None else (pattern.crow_indices, pattern.col_indices)
 
     def _show(self, place: int) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._traced_indices()[place]
         if self._pattern is None:
             return self._indices()[place]
         with torch.inference_mode(False):  # tensors of inference mode count no versions
@@ -79,6 +81,16 @@ class PatternHolder:
             others = [(ref, version) for ref, version in self._shown if version._version or ref() is not None]
             self.__dict__["_shown"] = [*others, (weakref.ref(shown), version_of(shown))]
         return shown
+
+    def _traced_indices(self) -> tuple[Tensor, Tensor]:
+        """The pattern as CSR in operations that torch.compile can trace; what it has compiled notices no writes."""
+        crow, held = self._crow, self._columns
+        if held.dtype == torch.int32:
+            return crow.clone(), held.clone()
+        if held.numel() == self._values_shape.numel():
+            return crow.clone(), held.to(torch.int32) & 0xFFFF
+        rows = crow.numel() - 1  # all of it, which needs no columns
+        return crow.clone(), torch.arange(self._values_shape.numel() // rows, dtype=torch.int32).repeat(rows)
 
     def _assign(self, place: int, given: Tensor) -> None:
         if not isinstance(given, Tensor):

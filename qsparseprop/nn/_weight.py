@@ -125,7 +125,10 @@ class SparseWeight(PatternHolder, nn.Module):
             raise ValueError(f"bias must have shape ({self._outputs},), got {tuple(bias.shape)}")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """See torch.nn.Module; parameters of dense layers are refused."""
+        """See torch.nn.Module; parameters of dense layers are refused, and one that is a pattern is just a tensor."""
+        if name in _PATTERN and param is not None:
+            object.__setattr__(self, name, param.detach())
+            return
         check_parameter(self, name, param)
         if name == "weight":
             as_values(param)
@@ -174,8 +177,8 @@ class SparseWeight(PatternHolder, nn.Module):
 
         indices = self._indices()
         moved = [move(t) for t in indices]
-        if self._pattern is not None and all(a is b and tensor_version(a) == 0
-                                             for a, b in zip(moved, indices, strict=True)):
+        same = all(a is b for a, b in zip(moved, indices, strict=True))
+        if same and (self._pattern is None or not any(map(tensor_version, moved))):
             self._stamp_pattern(*moved)  # the buffer has been cast
         else:
             self._set_pattern(*moved)

@@ -17,7 +17,7 @@ RANDOM_SCHEMES = ("stochastic", "dithered", "luq")
 
 #: The smallest scale: so that 2**16 / scale is finite.
 MIN_SCALE = 2.0**-111
-#: The least scale of a gradient's channel, relative to the greatest one, see QSP_QUIETEST.
+#: The least scale of a linear layer's gradient, relative to that of the loudest feature, see QSP_QUIETEST.
 QUIETEST = 2.0**-4
 
 _MASK = 0xFFFFFFFFFFFFFFFF

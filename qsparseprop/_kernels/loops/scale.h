@@ -108,12 +108,15 @@ QSP_INLINE float qsp_scale(const qsp_scheme *s, const qsp_range *r, const qsp_mo
     return scale;
 }
 
-/* Scales of a gradient's planes that are less than that part of the greatest one are made this part of it.
+/* Scales of a linear layer's gradient that are less than that part of the greatest one are made this part of it.
  *
  * They are multiplied into the weights, which are rounded to nearest with one scale for all channels: the quieter a
  * channel, the coarser its weights, and their error is the same in every step. It does not average out where the
  * channel's gradient has one sign, as that of a class or token which hardly ever comes. What the gradient loses by a
- * larger scale is rounded at random, without bias. Plane i has channel i % channels. */
+ * larger scale is rounded at random, without bias. Plane i has channel i % channels.
+ *
+ * Not those of convolutions: their channels differ for other reasons (filters that are empty, or groups of their own, and
+ * a normalisation behind them), the pixels' gradients have both signs, and weight gradients would pay for nothing. */
 #define QSP_QUIETEST 0x1p-4f
 
 QSP_INLINE void qsp_raise_quiet(const qsp_scheme *s, const qsp_range *ranges, int64_t channels, int64_t planes,

@@ -18,6 +18,8 @@ from qsparseprop.quantization import QuantConfig, QuantizedTensor, quantize
 #: Of an input and a dense weight.
 DenseProduct = Callable[[Tensor, Tensor], Tensor]
 
+_OPTION_NAMES = {"dithered": ("step",), "luq": ("levels",)}
+
 
 def _quantized_input(x: Tensor, qconfig: QuantConfig) -> tuple[Tensor, Tensor]:
     """Codes minus zero point, as float32, and scales, (1,) or (channels,), of an (images, channels, ...) tensor."""
@@ -33,10 +35,17 @@ def _quantized_input(x: Tensor, qconfig: QuantConfig) -> tuple[Tensor, Tensor]:
 
 
 def _quantized_gradient(dy: Tensor, qconfig: QuantConfig) -> tuple[Tensor, Tensor]:
-    """The same of a gradient, by what packs it for the real layer: there a channel's scale depends on the others'."""
-    last = dy.movedim(1, -1)  # random numbers belong to elements counted with channels innermost
+    """The same of a gradient; that of a linear layer by what packs it, since a feature's scale depends on others'."""
+    last, scheme = dy.movedim(1, -1), qconfig.grad_scheme  # random numbers: channels are counted innermost
+    if dy.shape[2:].numel() > 1:
+        dim = -1 if qconfig.granularity == "channel" else None
+        options: dict[str, Any] = dict(zip(_OPTION_NAMES.get(qconfig.grad, ()), qconfig.grad_options, strict=True))
+        if qconfig.grad in ("absmax", "sawb"):
+            options["unsigned"] = False
+        q: QuantizedTensor = quantize(last, qconfig.grad, dim=dim, **options)
+        return (q.codes.to(torch.float32) - q.zero_point).movedim(-1, 1), q.scale
     rows, channels = last.reshape(-1, dy.shape[1]), dy.shape[1]
-    layout, scheme = linear_geometry(channels, channels).input_layout, qconfig.grad_scheme
+    layout = linear_geometry(channels, channels).input_layout
     packed = ops.quantize_pack(rows, layout, scheme, ops.draw_seed() if scheme.random else None)
     assert packed.scale is not None
     images, *_, pitch, front, block = layout.numbers
