@@ -269,7 +269,14 @@ def bias_gradient(dy: Tensor) -> Tensor:
     -------
     Tensor
         (channels,).
+
+    Raises
+    ------
+    TypeError
+        If it is no tensor of real floating-point numbers.
     """
+    if not dy.is_floating_point():
+        raise TypeError(f"dy must be floating point, got {dy.dtype}")
     if are_plain(dy) and dy.dtype in (torch.float32, torch.bfloat16):
         return channel_sums(dy, torch.get_num_threads())
     dims = 0 if dy.ndim == 2 else (0, 2, 3)
