@@ -52,7 +52,6 @@ cdef enum:
     PART_SLOTS = 1 << 17
     SUM_SLOTS = 1 << 16
 
-cdef object _cpu = torch.device("cpu")
 cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
 cdef object _int8 = torch.int8

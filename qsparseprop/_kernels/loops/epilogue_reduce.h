@@ -34,11 +34,8 @@ static void reduced_start(reduced *r, int64_t n, float first, float second)
     }
 }
 
-/* How many rows are read as one. */
-QSP_INLINE int64_t rows_in_one(int64_t channels)
-{
-    return channels % 16 == 0 && channels < WIDE && WIDE % channels == 0 ? WIDE / channels : 1;
-}
+/* Whether some rows are read as one. */
+QSP_INLINE int makes_wide(int64_t channels) { return channels < WIDE && channels % 16 == 0 && WIDE % channels == 0; }
 
 /* Where element `at` of a tensor is that is only read; NULL of none. */
 QSP_INLINE const void *read_at(const void *tensor, const int dtype, int64_t at)
@@ -120,7 +117,7 @@ QSP_INLINE void range_of_part(const qsp_epilogue *a, int64_t first, int64_t last
     reduced r;
     int64_t i = 0;
     reduced_start(&r, (n + 15) / 16 * 16, INFINITY, -INFINITY);
-    if (rows_in_one(a->channels) > 1)
+    if (makes_wide(a->channels))
         first = range_of_narrow(a, first, last, dtype, affine, residual, &r);
     else
         for (; a->channels <= NARROW && i + WIDE <= n; i += WIDE)
@@ -233,7 +230,7 @@ QSP_INLINE void sums_of_part(const qsp_epilogue_grad *a, int64_t first, int64_t 
     reduced r;
     int64_t i = 0;
     reduced_start(&r, (n + 15) / 16 * 16, 0.0f, 0.0f);
-    if (normed && rows_in_one(a->channels) > 1)
+    if (normed && makes_wide(a->channels))
         first = sums_of_narrow(a, first, last, dtype, &r);
     else
         for (; normed && a->channels <= NARROW && i + WIDE <= n; i += WIDE)
