@@ -15,7 +15,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from qsparseprop._kernels._dispatch cimport QSP_DIGEST, active_kernels, qsp_kernels
 from qsparseprop._kernels._plan cimport ProductRows
-from qsparseprop._kernels._tensor cimport numel, pointer
+from qsparseprop._kernels._tensor cimport numel, pointer, tensor_version
 
 from qsparseprop._kernels._matmul import quantized_spmm, spmm
 from qsparseprop._kernels._weights import quantize_weight
@@ -156,10 +156,7 @@ cdef Codes _codes_of(object values, ProductRows rows, object scale, object zero_
         w.folded = 0
     if clip is not None:
         w.clip = (<const float *> pointer(clip, _float32, 1, "clip"))[0]
-    try:
-        w.version = values._version
-    except RuntimeError:  # tensors of inference mode count none
-        w.version = 0
+    w.version = tensor_version(values)
     if rows.kept is None:
         rows.kept = History.__new__(History)
     history = <History> rows.kept

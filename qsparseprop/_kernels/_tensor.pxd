@@ -34,3 +34,4 @@ cdef void *matrix(object x, int *dtype, int64_t *rows, int64_t *channels, str na
 cdef void *matrix_of(void *data, object x, int64_t *rows, int64_t *channels, str name) except? NULL
 cdef void *same_matrix(object x, object like, str name) except? NULL
 cdef int64_t numel(object tensor) except -1
+cpdef int64_t tensor_version(object tensor) except -1

@@ -96,6 +96,14 @@ def are_plain(*tensors):
     return True
 
 
+cpdef int64_t tensor_version(object tensor) except -1:
+    """Number of in-place changes of a tensor; tensors of inference mode do not count them."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
+
+
 def memory_stamp(*tensors):
     """What changes with the places of tensors, their sizes and, as far as versions count it, their contents."""
     cdef qsp_dltensor t
@@ -103,10 +111,7 @@ def memory_stamp(*tensors):
     cdef int i
     stamp = []
     for tensor in tensors:
-        try:
-            version = tensor._version
-        except RuntimeError:  # tensors of inference mode count none
-            version = 0
+        version = tensor_version(tensor)
         if _describe(tensor, &t):
             size = 1
             for i in range(t.ndim):

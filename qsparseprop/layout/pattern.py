@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels._plan import ValuePattern
+from qsparseprop._kernels._tensor import tensor_version
 from qsparseprop.contents import holds_tensors, unreadable
 
 __all__ = [
@@ -142,8 +143,3 @@ def dense_pattern(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
     torch.cumsum(mask.sum(1), 0, out=crow[1:])
     return crow.to(torch.int32), (flat % max(mask.shape[1], 1)).to(torch.int32), flat
-
-
-def tensor_version(tensor: Tensor) -> int:
-    """Number of in-place changes of a tensor; those made in inference mode do not count them."""
-    return 0 if tensor.is_inference() else tensor._version
