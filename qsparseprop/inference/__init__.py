@@ -1,0 +1,1 @@
+"""Frozen models for serving: what was trained, swapped or dense, as codes from one layer to the next."""

@@ -1,0 +1,68 @@
+"""Operators of torch in programs: by name, from the namespace of ATen alone, with arguments that are data."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from qsparseprop.inference.program import Call
+
+__all__ = ["Name", "call_operator", "find_operator"]
+
+
+class Name(NamedTuple):
+    """An argument that is a value of the program."""
+
+    name: str
+
+
+def find_operator(name: str) -> Any:
+    """The operator of a name such as ``aten.softmax.int``.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    torch._ops.OpOverload
+
+    Raises
+    ------
+    ValueError
+        If there is none, or it is not one of ATen.
+    """
+    parts = name.split(".")
+    if len(parts) != 3 or parts[0] != "aten" or not all(part.isidentifier() for part in parts):
+        raise ValueError(f"{name!r} is not an operator of ATen, such as 'aten.softmax.int'")
+    packet = getattr(torch.ops.aten, parts[1], None)
+    if packet is None or parts[2] not in packet.overloads():
+        raise ValueError(f"this version of torch, {torch.__version__}, has no operator {name!r}")
+    return getattr(packet, parts[2])
+
+
+def _resolved(argument: Any, values: dict[str, Any]) -> Any:
+    if isinstance(argument, Name):
+        return values[argument.name]
+    if isinstance(argument, list | tuple):
+        return type(argument)(_resolved(each, values) for each in argument)
+    return argument
+
+
+def call_operator(step: Call, values: dict[str, Any]) -> Any:
+    """What a call gives.
+
+    Parameters
+    ----------
+    step : Call
+    values : dict
+        The values that its arguments name.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+    """
+    operator = find_operator(step.operator)
+    arguments = [_resolved(argument, values) for argument in step.arguments]
+    return operator(*arguments, **{key: _resolved(value, values) for key, value in step.keywords.items()})
