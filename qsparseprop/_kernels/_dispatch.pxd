@@ -100,10 +100,64 @@ cdef extern from "kernels.h" nogil:
         const int32_t *entry_of
         int64_t group_rows
 
+    ctypedef struct qsp_coded:
+        qsp_grid grid
+        uint8_t *planes
+        int64_t plane
+        int64_t channels
+        int64_t rows
+        int64_t cols
+        int64_t images
+        uint8_t zero
+
+    ctypedef struct qsp_requantize:
+        qsp_coded out
+        const uint8_t *keep
+        const float *multiplier
+        const float *offset
+        const float *low
+        const float *high
+        const uint8_t *residual
+        int64_t residual_pitch
+        int64_t residual_block
+        const float *residual_multiplier
+        const uint8_t *table
+        int64_t table_step
+
+    ctypedef struct qsp_coded_step:
+        qsp_coded input "in"
+        qsp_coded out
+        int64_t row
+        int64_t col
+        int64_t row_step
+        int64_t col_step
+        int64_t kernel_y
+        int64_t kernel_x
+        int64_t dilation_y
+        int64_t dilation_x
+        int64_t top
+        int64_t left
+        int mean
+        int count_padding
+        qsp_coded other
+        const float *multiplier
+        const float *offset
+        const float *other_multiplier
+        const float *low
+        const float *high
+        const uint8_t *table
+        int64_t table_step
+        float *to
+        int64_t to_b
+        int64_t to_c
+        int64_t to_y
+        int64_t to_x
+
     ctypedef struct qsp_spmm:
         qsp_grid grid
         qsp_list list
         const qsp_dense *dense
+        const qsp_requantize *requantize
         const void *planes
         const void *weights
         const float *scale
@@ -144,6 +198,7 @@ cdef extern from "kernels.h" nogil:
         int kind
         int bits
         int around_zero
+        int fixed
         int nonzeros
         double c1
         double c2
@@ -271,6 +326,12 @@ cdef extern from "kernels.h" nogil:
         void (*dequantize)(const qsp_quantize *, int64_t, int64_t) noexcept nogil
         void (*relu)(const void *, int, int64_t, int64_t, void *, uint16_t *) noexcept nogil
         void (*keep)(const void *, int, int64_t, int64_t, const uint16_t *, void *) noexcept nogil
+        void (*coded_copy)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
+        void (*coded_flatten)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
+        void (*coded_pool)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
+        void (*coded_add)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
+        void (*coded_table)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
+        void (*coded_unpack)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
         void (*digest)(const void *, int64_t, int64_t, int64_t, uint64_t *) noexcept nogil
 
     int64_t qsp_grad_blocks(const qsp_band *, int64_t)

@@ -68,12 +68,17 @@ cdef void _pack_part(const qsp_kernels *kernels, const qsp_pack *a, const qsp_vi
 cdef int64_t _pack_planes(qsp_pack *a, PlaneLayout layout, const int64_t *stride, object planes, object planes_dtype,
                           bint codes, int threads) except -1:
     """Pack a tensor of those strides; `a` has everything but the planes and the views."""
+    a.planes = pointer(planes, planes_dtype, layout.lane_count(a.images), "planes")
+    return pack_planes(a, layout, stride, codes, threads)
+
+
+cdef int64_t pack_planes(qsp_pack *a, PlaneLayout layout, const int64_t *stride, bint codes, int threads) except -1:
+    """The same where `a` has memory for all lanes of the planes."""
     cdef const qsp_kernels *kernels = active_kernels()
     cdef int64_t count = layout.count, blocks = layout.blocks(a.images), chunks, task, tail, part
     cdef int64_t size = 1 if codes else sizeof(float)
     cdef bytes held = layout.place(a.images, stride)
     cdef const qsp_view *each = <const qsp_view *> PyBytes_AS_STRING(held)
-    a.planes = pointer(planes, planes_dtype, layout.lane_count(a.images), "planes")
     part = MOST_PLANES
     if blocks * ((each[0].channels + MOST_PLANES - 1) // MOST_PLANES) < TASKS_PER_THREAD * threads:
         part = LEAST_PLANES
@@ -82,7 +87,7 @@ cdef int64_t _pack_planes(qsp_pack *a, PlaneLayout layout, const int64_t *stride
                        use_threads_if=blocks * a.grid.block > SERIAL_ELEMENTS):
         _pack_part(kernels, a, each, count, task % count, task // count // chunks, task // count % chunks, part, codes)
     # behind the last plane is what pads its last image
-    tail = numel(planes) - blocks * a.grid.block
+    tail = layout.lane_count(a.images) - blocks * a.grid.block
     memset(<char *> a.planes + size * blocks * a.grid.block,
            a.zero_point[(a.grid.planes - 1) * a.stride] if codes else 0, size * tail)
     return 0

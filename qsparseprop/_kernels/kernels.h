@@ -90,10 +90,34 @@ typedef struct {
     int64_t group_rows;
 } qsp_dense;
 
+/* Codes of images in planes of a grid: channel c of plane `plane` + c, whose first pixel is the grid's lane 0. */
+typedef struct {
+    qsp_grid grid;
+    uint8_t *planes;         /* of the first block */
+    int64_t plane, channels;
+    int64_t rows, cols;      /* of an image */
+    int64_t images;
+    uint8_t zero;            /* the code of 0, which stands in every gap */
+} qsp_coded;
+
+/* What becomes of a product's sums where its output is codes: nearest(sum * multiplier + offset + residual), limited
+ * before it is rounded. The lanes of `out` are those of the product. */
+typedef struct {
+    qsp_coded out;
+    const uint8_t *keep;     /* [lanes of a block, whole units]: 255 where a lane is a pixel, 0 in gaps */
+    const float *multiplier, *offset, *low, *high; /* [rows] */
+    const uint8_t *residual; /* the first plane's lane 0, or NULL; lanes as those of `out` */
+    int64_t residual_pitch, residual_block;
+    const float *residual_multiplier; /* [rows] */
+    const uint8_t *table;    /* of what is written, or NULL: 256 bytes, or as many a row */
+    int64_t table_step;
+} qsp_requantize;
+
 typedef struct {
     qsp_grid grid;
     qsp_list list;
     const qsp_dense *dense;  /* in place of the list, for spmm_dense_u8; `weights` then is the matrix */
+    const qsp_requantize *requantize; /* where the output is codes: in place of `out`, `view` and what is said of them */
     const void *planes;      /* u8 (codes) or float */
     const void *weights;     /* int8 [slots], or float [slots] */
     const float *scale;      /* [rows], codes only */
@@ -144,6 +168,7 @@ typedef struct {
     int kind;
     int bits;                /* 2..8 */
     int around_zero;         /* codes are int8 around 0, otherwise u8 around a zero point */
+    int fixed;               /* scales are given: values may lie outside of what they can express */
     int nonzeros;            /* SAWB: statistics of those alone */
     double c1, c2;           /* SAWB */
     double step;             /* DITHERED: in standard deviations */
@@ -244,6 +269,24 @@ typedef struct {
     uint64_t seed;
 } qsp_quantize;
 
+/* Steps on codes, see loops/coded.h. */
+typedef struct {
+    qsp_coded in, out;
+    /* copy: the pixels that are taken */
+    int64_t row, col, row_step, col_step;
+    /* pool: window, and what is above and to the left of the first one */
+    int64_t kernel_y, kernel_x, dilation_y, dilation_x, top, left;
+    int mean, count_padding;
+    /* add, mean: nearest(x * multiplier + offset + other * other_multiplier), within [low, high]; [channels] each */
+    qsp_coded other;
+    const float *multiplier, *offset, *other_multiplier, *low, *high;
+    const uint8_t *table;    /* table: 256 bytes, or as many a channel */
+    int64_t table_step;
+    /* unpack: to a tensor of float32, (code - zero) * multiplier */
+    float *to;
+    int64_t to_b, to_c, to_y, to_x;
+} qsp_coded_step;
+
 typedef struct {
     const char *name;
     void (*spmm_u8)(const qsp_spmm *, int64_t unit, int64_t chunk);
@@ -300,6 +343,14 @@ typedef struct {
     void (*relu)(const void *x, int dtype, int64_t first, int64_t last, void *out, uint16_t *mask);
     /* x where the mask says so, 0 elsewhere. */
     void (*keep)(const void *x, int dtype, int64_t first, int64_t last, const uint16_t *mask, void *out);
+    /* Steps on codes: channels [first, last) of one block of the output; of the input for `coded_flatten` and
+     * `coded_unpack`. */
+    void (*coded_copy)(const qsp_coded_step *, int64_t block, int64_t first, int64_t last);
+    void (*coded_flatten)(const qsp_coded_step *, int64_t block, int64_t first, int64_t last);
+    void (*coded_pool)(const qsp_coded_step *, int64_t block, int64_t first, int64_t last);
+    void (*coded_add)(const qsp_coded_step *, int64_t block, int64_t first, int64_t last);
+    void (*coded_table)(const qsp_coded_step *, int64_t block, int64_t first, int64_t last);
+    void (*coded_unpack)(const qsp_coded_step *, int64_t block, int64_t first, int64_t last);
     /* What tells whether words of 32 bits, `size` in all, are still the same: of the sixteens [first, last), the last one
      * of which may be shorter. Those of parts are to be added up. */
     void (*digest)(const void *words, int64_t size, int64_t first, int64_t last, uint64_t *out);

@@ -52,6 +52,27 @@ QSP_INLINE void spmm_unit_to_f32(float *out, const int32_t *sums, float scale, f
     }
 }
 
+/* Packing and unpacking keep to 128-bit parts, as interleaving did: what comes out of one goes into the other. */
+QSP_INLINE void spmm_unit_from_codes(i32x16 *v, const uint8_t *codes)
+{
+    const __m256i zero = _mm256_setzero_si256();
+    for (int h = 0; h < 2; h++) {
+        const __m256i c = _mm256_loadu_si256((const __m256i *)(codes + 32 * h));
+        const __m256i low = _mm256_unpacklo_epi8(c, zero), high = _mm256_unpackhi_epi8(c, zero);
+        v[2 * h] = i32x16_of(_mm256_unpacklo_epi16(low, zero), _mm256_unpackhi_epi16(low, zero));
+        v[2 * h + 1] = i32x16_of(_mm256_unpacklo_epi16(high, zero), _mm256_unpackhi_epi16(high, zero));
+    }
+}
+
+QSP_INLINE void spmm_unit_to_codes(uint8_t *codes, const i32x16 *v)
+{
+    for (int h = 0; h < 2; h++) {
+        const __m256i low = _mm256_packus_epi32(v[2 * h].a, v[2 * h].b);
+        const __m256i high = _mm256_packus_epi32(v[2 * h + 1].a, v[2 * h + 1].b);
+        _mm256_storeu_si256((__m256i *)(codes + 32 * h), _mm256_packus_epi16(low, high));
+    }
+}
+
 /* ---- gather-SDDMM on codes ---- */
 typedef __m256i sddmm_acc;
 

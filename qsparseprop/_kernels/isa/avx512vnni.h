@@ -374,6 +374,22 @@ QSP_INLINE void spmm_unit_to_f32(float *out, const int32_t *sums, float scale, f
     _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(t2, t3, 0xdd));
 }
 
+/* Packing and unpacking keep to 128-bit parts, as interleaving did: what comes out of one goes into the other. */
+QSP_INLINE void spmm_unit_from_codes(i32x16 *v, const uint8_t *codes)
+{
+    const __m512i c = _mm512_loadu_si512(codes), zero = _mm512_setzero_si512();
+    const __m512i low = _mm512_unpacklo_epi8(c, zero), high = _mm512_unpackhi_epi8(c, zero);
+    v[0] = _mm512_unpacklo_epi16(low, zero);
+    v[1] = _mm512_unpackhi_epi16(low, zero);
+    v[2] = _mm512_unpacklo_epi16(high, zero);
+    v[3] = _mm512_unpackhi_epi16(high, zero);
+}
+
+QSP_INLINE void spmm_unit_to_codes(uint8_t *codes, const i32x16 *v)
+{
+    _mm512_storeu_si512(codes, _mm512_packus_epi16(_mm512_packus_epi32(v[0], v[1]), _mm512_packus_epi32(v[2], v[3])));
+}
+
 /* ---- gather-SDDMM on codes ---- */
 typedef __m512i sddmm_acc;
 typedef __m512i sddmm_grad;

@@ -42,6 +42,12 @@
 #define relu_kernel QSP_NAMED(relu)
 #define keep_kernel QSP_NAMED(keep)
 #define digest_kernel QSP_NAMED(digest)
+#define coded_copy_kernel QSP_NAMED(coded_copy)
+#define coded_flatten_kernel QSP_NAMED(coded_flatten)
+#define coded_pool_kernel QSP_NAMED(coded_pool)
+#define coded_add_kernel QSP_NAMED(coded_add)
+#define coded_table_kernel QSP_NAMED(coded_table)
+#define coded_unpack_kernel QSP_NAMED(coded_unpack)
 
 /* amx_tiles.h */
 #define tile_model_release QSP_NAMED(tile_model_release)
@@ -57,6 +63,16 @@
 #define unpack_rest QSP_NAMED(unpack_rest)
 #define unpack_columns QSP_NAMED(unpack_columns)
 #define unpack_rows QSP_NAMED(unpack_rows)
+
+/* requantize.h */
+#define locate_coded QSP_NAMED(locate_coded)
+#define coded_ends QSP_NAMED(coded_ends)
+#define requantize_rows QSP_NAMED(requantize_rows)
+#define locate_task QSP_NAMED(locate_task)
+
+/* coded.h */
+#define pool_max_row QSP_NAMED(pool_max_row)
+#define pool_mean_part QSP_NAMED(pool_mean_part)
 
 /* spmm.h */
 #define spmm_long_row QSP_NAMED(spmm_long_row)

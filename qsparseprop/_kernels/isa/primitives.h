@@ -149,6 +149,10 @@ static inline void i32x16_random_fours(uint64_t seed, uint64_t index, int64_t st
 static inline int spmm_acc_lane(int place);
 /* Sums of a unit, in that order, as floats in the order of the lanes: sum * scale + bias. */
 static inline void spmm_unit_to_f32(float *out, const int32_t *sums, float scale, float bias);
+/* Codes of a unit in the order of the lanes -> sixteen times four integers in that of the sums, and back, of integers in
+ * [0, 255]. */
+static inline void spmm_unit_from_codes(i32x16 *v, const uint8_t *codes);
+static inline void spmm_unit_to_codes(uint8_t *codes, const i32x16 *v);
 #ifndef ISA_OWN_ROWS
 /* All ISA_LANES sums. */
 static inline void spmm_acc_set1(spmm_acc *acc, int32_t v);

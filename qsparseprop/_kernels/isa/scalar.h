@@ -313,6 +313,16 @@ QSP_INLINE void spmm_unit_to_f32(float *out, const int32_t *sums, float scale, f
     for (int i = 0; i < QSP_UNIT; i++)
         out[i] = (float)sums[i] * scale + bias;
 }
+QSP_INLINE void spmm_unit_from_codes(i32x16 *v, const uint8_t *codes)
+{
+    for (int i = 0; i < QSP_UNIT; i++)
+        v[i / 16].v[i % 16] = codes[i];
+}
+QSP_INLINE void spmm_unit_to_codes(uint8_t *codes, const i32x16 *v)
+{
+    for (int i = 0; i < QSP_UNIT; i++)
+        codes[i] = (uint8_t)v[i / 16].v[i % 16];
+}
 
 /* ---- gather-SDDMM on codes ---- */
 typedef struct {

@@ -23,10 +23,8 @@ static void spmm_dense_kernel(const qsp_spmm *a, int64_t unit, int64_t chunk)
     QSP_ALIGNED(64) uint8_t quads[QSP_UNIT * QSP_DENSE_PLANES];
     const qsp_dense *d = a->dense;
     unit_target target;
-    qsp_unit where;
-    locate_unit(&where, &a->grid, &a->view, a->images, unit);
-    target_init(&target, &a->view, &a->grid, &where, a->dtype, a->out);
-    const uint8_t *x = (const uint8_t *)a->planes + where.block * a->grid.block + a->view.origin + where.lane;
+    coded_unit coded;
+    const uint8_t *x = (const uint8_t *)a->planes + locate_task(a, unit, &target, &coded);
     const int64_t origin = a->view.plane, rows = a->view.channels; /* other rows belong to other views */
     const int64_t last = rows * (chunk + 1) / a->row_chunks;
     const qsp_band *b = d->bands, *interleaved = NULL;
@@ -65,7 +63,10 @@ static void spmm_dense_kernel(const qsp_spmm *a, int64_t unit, int64_t chunk)
             }
             done += m;
         }
-        unpack_rows(a, &target, row, n, sums, 0);
+        if (a->requantize)
+            requantize_rows(a->requantize, &coded, row, n, sums);
+        else
+            unpack_rows(a, &target, row, n, sums, 0);
     }
 #ifdef ISA_DENSE_TILES
     dense_tiles_release(&tiles);

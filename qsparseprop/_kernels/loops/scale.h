@@ -30,7 +30,7 @@ QSP_INLINE int32_t qsp_levels(const qsp_scheme *s) { return (1 << (s->bits - 1))
 
 /* Whether codes may leave their range before they are limited: every scheme but those that map a largest magnitude to
  * the ends of eight bits, which saturate by themselves. */
-QSP_INLINE int qsp_is_limited(const qsp_scheme *s) { return s->bits < 8 || s->kind == QSP_SAWB; }
+QSP_INLINE int qsp_is_limited(const qsp_scheme *s) { return s->bits < 8 || s->kind == QSP_SAWB || s->fixed; }
 QSP_INLINE int qsp_wants_moments(const qsp_scheme *s) { return s->kind == QSP_SAWB || s->kind == QSP_DITHERED; }
 QSP_INLINE int qsp_is_random(const qsp_scheme *s)
 {

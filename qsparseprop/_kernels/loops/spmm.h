@@ -71,10 +71,8 @@ QSP_INLINE void spmm_task(const qsp_spmm *a, int64_t unit, int64_t chunk, const 
 {
     QSP_ALIGNED(64) row_sums sums[QSP_ROW_BLOCK];
     unit_target target;
-    qsp_unit where;
-    locate_unit(&where, &a->grid, &a->view, a->images, unit);
-    target_init(&target, &a->view, &a->grid, &where, a->dtype, a->out);
-    const int64_t lane = where.block * a->grid.block + a->view.origin + where.lane;
+    coded_unit coded;
+    const int64_t lane = locate_task(a, unit, &target, &coded);
     const int64_t last = qsp_cut_rows(&a->list, chunk + 1, a->row_chunks);
     const int64_t all = qsp_first_slot(&a->list, a->list.rows);
     const int32_t *last_group = a->list.offset + (all ? all - QSP_GROUP : 0);
@@ -107,7 +105,10 @@ QSP_INLINE void spmm_task(const qsp_spmm *a, int64_t unit, int64_t chunk, const 
                 spmm_row_u8s8(x, offset, last_group, weight, groups, paired, (int32_t)(uint32_t)(uint64_t)start,
                               sums[i].i32);
         }
-        unpack_rows(a, &target, row, n, sums, as_float);
+        if (codes && a->requantize)
+            requantize_rows(a->requantize, &coded, row, n, sums);
+        else
+            unpack_rows(a, &target, row, n, sums, as_float);
     }
 }
 

@@ -9,6 +9,8 @@
 
 #include "loops/unpack.h"
 
+#include "loops/requantize.h"
+
 #ifndef ISA_DENSE_ONLY
 #include "loops/nonzeros.h"
 
@@ -46,6 +48,8 @@
 #include "loops/mask.h"
 
 #include "loops/digest.h"
+
+#include "loops/coded.h"
 #endif
 
 #define QSP_TEXT_(a) #a
@@ -90,5 +94,11 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .relu = relu_kernel,
     .keep = keep_kernel,
     .digest = digest_kernel,
+    .coded_copy = coded_copy_kernel,
+    .coded_flatten = coded_flatten_kernel,
+    .coded_pool = coded_pool_kernel,
+    .coded_add = coded_add_kernel,
+    .coded_table = coded_table_kernel,
+    .coded_unpack = coded_unpack_kernel,
 #endif
 };

@@ -1,0 +1,112 @@
+/* The end of a product whose output is codes: sums of up to QSP_ROW_BLOCK rows and one unit of lanes -> codes in planes. */
+
+typedef struct {
+    int64_t block, lane; /* of the planes */
+    int64_t images;      /* in that block */
+    int64_t size;        /* lanes of the unit up to the last pixel */
+    int64_t end;         /* lanes of the block up to there */
+} coded_unit;
+
+/* Lanes of so many images from the first pixel to behind the last. */
+QSP_INLINE int64_t coded_lanes(const qsp_coded *c, int64_t images)
+{
+    return (images - 1) * c->grid.lane_b + (c->rows - 1) * c->grid.lane_y + (c->cols - 1) * c->grid.lane_x + 1;
+}
+
+QSP_INLINE int64_t coded_images(const qsp_coded *c, int64_t block)
+{
+    return qsp_min(c->grid.images, c->images - block * c->grid.images);
+}
+
+static void locate_coded(coded_unit *u, const qsp_coded *c, int64_t unit)
+{
+    const int64_t units = (coded_lanes(c, c->grid.images) + QSP_UNIT - 1) / QSP_UNIT;
+    u->block = unit / units;
+    u->lane = unit % units * QSP_UNIT;
+    u->images = coded_images(c, u->block);
+    u->end = coded_lanes(c, u->images);
+    u->size = qsp_min(QSP_UNIT, u->end - u->lane);
+}
+
+/* What lies around the lanes of a plane: its front, and everything behind the last pixel; the last plane's up to the next
+ * block. */
+static void coded_ends(const qsp_coded *c, int64_t block, int64_t channel, int64_t end)
+{
+    const qsp_grid *g = &c->grid;
+    const int64_t plane = c->plane + channel;
+    uint8_t *p = c->planes + block * g->block + plane * g->pitch;
+    const int64_t all = plane + 1 == g->planes ? g->block - plane * g->pitch : g->pitch;
+    memset(p, c->zero, (size_t)g->front);
+    memset(p + g->front + end, c->zero, (size_t)(all - g->front - end));
+}
+
+/* One row of a unit: codes in the order of the lanes. */
+QSP_INLINE void requantize_unit(const qsp_requantize *q, int64_t row, const row_sums *sums, const uint8_t *residual,
+                                uint8_t *codes)
+{
+    const f32x16 multiplier = f32x16_set1(q->multiplier[row]), offset = f32x16_set1(q->offset[row]);
+    const f32x16 low = f32x16_set1(q->low[row]), high = f32x16_set1(q->high[row]);
+    i32x16 v[QSP_UNIT / 16], r[QSP_UNIT / 16];
+    if (residual)
+        spmm_unit_from_codes(r, residual);
+    QSP_UNROLL
+    for (int i = 0; i < QSP_UNIT / 16; i++) {
+        f32x16 y = f32x16_add(f32x16_mul(f32x16_load_i32(sums->i32 + 16 * i), multiplier), offset);
+        if (residual)
+            y = f32x16_add(y, f32x16_mul(f32x16_from_i32(r[i]), f32x16_set1(q->residual_multiplier[row])));
+        v[i] = i32x16_nearest(f32x16_min(f32x16_max(y, low), high));
+    }
+    spmm_unit_to_codes(codes, v);
+}
+
+/* Whether all lanes of a unit are pixels. */
+QSP_INLINE int has_no_gaps(const uint8_t *keep)
+{
+    uint8_t all = 255;
+    for (int k = 0; k < QSP_UNIT; k++)
+        all &= keep[k];
+    return all == 255;
+}
+
+/* Rows [row, row + n) of a unit, with the gaps between pixels; the first unit of a block brings the ends of its planes. */
+static void requantize_rows(const qsp_requantize *q, const coded_unit *u, int64_t row, int n, const row_sums *sums)
+{
+    const qsp_grid *g = &q->out.grid;
+    const uint8_t *keep = q->keep + u->lane;
+    const int gaps = !has_no_gaps(keep);
+    const int64_t at = u->block * g->block + (q->out.plane + row) * g->pitch + g->front + u->lane;
+    const int64_t other = u->block * q->residual_block + row * q->residual_pitch + u->lane;
+    QSP_ALIGNED(64) uint8_t part[QSP_UNIT];
+    for (int i = 0; i < n; i++) {
+        uint8_t *to = q->out.planes + at + i * g->pitch;
+        uint8_t *codes = u->size == QSP_UNIT ? to : part;
+        requantize_unit(q, row + i, sums + i, q->residual ? q->residual + other + i * q->residual_pitch : NULL, codes);
+        if (q->table) {
+            const uint8_t *table = q->table + (row + i) * q->table_step;
+            for (int k = 0; k < QSP_UNIT; k++)
+                codes[k] = table[codes[k]];
+        }
+        for (int k = 0; gaps && k < QSP_UNIT; k++)
+            codes[k] = (uint8_t)((codes[k] & keep[k]) | (q->out.zero & ~keep[k]));
+        if (codes == part)
+            memcpy(to, part, (size_t)u->size);
+        if (u->lane == 0)
+            coded_ends(&q->out, u->block, row + i, u->end);
+    }
+}
+
+/* Where a task's results go; returns the first lane of its unit in the planes that it reads. */
+static int64_t locate_task(const qsp_spmm *a, int64_t unit, unit_target *target, coded_unit *coded)
+{
+    const coded_unit none = {0, 0, 0, 0, 0};
+    qsp_unit where;
+    *coded = none;
+    if (a->requantize) {
+        target->columns = 0;
+        locate_coded(coded, &a->requantize->out, unit);
+        return coded->block * a->grid.block + coded->lane;
+    }
+    locate_unit(&where, &a->grid, &a->view, a->images, unit);
+    target_init(target, &a->view, &a->grid, &where, a->dtype, a->out);
+    return where.block * a->grid.block + a->view.origin + where.lane;
+}
