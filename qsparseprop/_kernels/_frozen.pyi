@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from qsparseprop._kernels._plan import PlaneLayout, ProductRows
+from qsparseprop._kernels._plan import PlaneLayout
 
 class CodedBuffer:
     @property
@@ -29,33 +29,6 @@ class CodedBuffer:
     ) -> CodedBuffer: ...
 
 class FrozenStep: ...
-
-class PackStep(FrozenStep):
-    def __new__(cls, source: int, out: CodedBuffer, inverse: Tensor) -> PackStep: ...
-
-class ProductStep(FrozenStep):
-    def __new__(
-        cls,
-        rows: ProductRows,
-        codes: Tensor,
-        source: CodedBuffer,
-        out: CodedBuffer | int,
-        factors: tuple[Tensor, ...],
-        residual: CodedBuffer | None = None,
-        table: Tensor | None = None,
-    ) -> ProductStep: ...
-
-class CodedStep(FrozenStep):
-    def __new__(
-        cls,
-        kind: str,
-        source: CodedBuffer,
-        out: CodedBuffer | int,
-        numbers: tuple[int, ...] = (),
-        factors: tuple[Tensor, ...] = (),
-        other: CodedBuffer | None = None,
-        table: Tensor | None = None,
-    ) -> CodedStep: ...
 
 class Segment:
     @property

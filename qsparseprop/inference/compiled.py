@@ -13,7 +13,17 @@ from torch import Tensor
 
 from qsparseprop._kernels import _dispatch
 from qsparseprop._kernels._dense_rows import DenseRows
-from qsparseprop._kernels._frozen import CodedBuffer, CodedStep, FrozenStep, PackStep, ProductStep, Segment
+from qsparseprop._kernels._frozen import CodedBuffer, FrozenStep, Segment
+from qsparseprop._kernels._frozen_product import ProductStep
+from qsparseprop._kernels._frozen_steps import CodedStep, PackStep
+from qsparseprop._kernels._frozen_tokens import (
+    TokenBuffer,
+    TokenGatherStep,
+    TokenProductStep,
+    TokenQuantizeStep,
+    block_shape,
+    most_tokens,
+)
 from qsparseprop._kernels._gather_list import PatternList
 from qsparseprop._kernels._plan import PlaneLayout, ProductRows, ValuePattern
 from qsparseprop.inference.calls import call_operator
@@ -31,7 +41,7 @@ from qsparseprop.inference.program import (
     Step,
     Table,
     Value,
-    Window,
+    Weight,
 )
 from qsparseprop.inference.reference import factors_of, inverse_scale
 from qsparseprop.layout.costs import machine_costs
@@ -43,24 +53,29 @@ __all__ = ["Compiled", "CompiledPrograms"]
 KEPT_BATCHES = 8
 #: Bytes that buffers begin at multiples of.
 _LINE = 64
+#: Slots of a row in a step of a product with few tokens.
+_SLOTS = _dispatch.group
 
 
 class _Form(NamedTuple):
-    """How a value lies in planes: as it is, with its pixels as channels, or in phases for windows of a stride."""
+    """How a value lies: in planes as it is, with its pixels as channels, or in phases for windows of a stride; or, of few
+    images of one pixel, as tokens."""
 
     value: str
     flat: bool = False
+    tokens: bool = False
     #: Image of the output, stride and phases.
     phases: tuple[tuple[int, int], tuple[int, int], tuple[tuple[int, int], ...]] | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether it is the value as it is."""
-        return not self.flat and self.phases is None
+        return not (self.flat or self.tokens) and self.phases is None
 
 
 class _Place(NamedTuple):
-    layout: PlaneLayout
+    #: None of tokens.
+    layout: PlaneLayout | None
     start: int
 
 
@@ -112,7 +127,7 @@ class _Lowering:
             return [_Form(name) for name in step.inputs if self._value(name).codes is not None]
         source, target = self._value(step.inputs[0]), self._value(step.output)
         taps = self._taps(step)
-        first = _Form(step.inputs[0], flat=taps is None and source.image != (1, 1))
+        first = _Form(step.inputs[0], taps is None and source.image != (1, 1), self._has_few_tokens(step))
         if taps is not None and taps.phases:
             first = _Form(step.inputs[0], phases=(target.image, step.window.stride, taps.phases))
         return [first, *(_Form(name) for name in step.inputs[1:])]
@@ -123,6 +138,11 @@ class _Lowering:
         if target.image == (1, 1):
             return None
         return taps_of(product.window, self._value(product.inputs[0]).image, self._lanes[target.image])
+
+    def _has_few_tokens(self, product: Product) -> bool:
+        """Whether planes would have hardly any lanes."""
+        features = self._value(product.inputs[0]).image == product.window.kernel == (1, 1)
+        return features and product.groups == 1 and self._batch <= most_tokens()
 
     def _layout(self, form: _Form) -> PlaneLayout:
         value = self._value(form.value)
@@ -135,12 +155,22 @@ class _Lowering:
 
     def _place(self, form: _Form) -> _Place:
         if form not in self._places:
-            layout = self._layout(form)
-            self._places[form] = _Place(layout, self._arena.take(layout.lanes(self._batch)))
+            layout = None if form.tokens else self._layout(form)
+            size = self._tokens(form, 0).size if layout is None else layout.lanes(self._batch)
+            self._places[form] = _Place(layout, self._arena.take(size))
         return self._places[form]
 
-    def _buffer(self, form: _Form, view: int = 0) -> CodedBuffer:
+    def _tokens(self, form: _Form, start: int) -> TokenBuffer:
+        value = self._value(form.value)
+        return TokenBuffer(self._batch, value.shape[0], start, value.coded.zero_point)
+
+    def _planes(self, form: _Form) -> tuple[PlaneLayout, int]:
         layout, start = self._place(form)
+        assert layout is not None
+        return layout, start
+
+    def _buffer(self, form: _Form, view: int = 0) -> CodedBuffer:
+        layout, start = self._planes(form)
         return CodedBuffer(layout, start, self._batch, self._value(form.value).coded.zero_point, view)
 
     # ---- steps ----
@@ -177,15 +207,21 @@ class _Lowering:
         else:
             made = _LOWERED[type(step)](self, step)
         for form in forms:
-            if form.flat:
+            if form.tokens and not isinstance(step, Quantize):
+                tokens = self._tokens(form, self._place(form).start)
+                made.append(TokenGatherStep(self._buffer(_Form(form.value)), tokens))
+            elif form.flat:
                 made.append(CodedStep("flatten", self._buffer(_Form(form.value)), self._buffer(form)))
             elif form.phases is not None and not isinstance(step, Quantize):
                 made += self._phases(form)
         return made
 
     def _packed(self, step: Quantize, form: _Form) -> FrozenStep:
-        layout, codes = self._place(form).layout, self._value(step.output).coded
-        inverse = inverse_scale(codes).repeat(layout.planes // codes.scale.shape[0])
+        codes = self._value(step.output).coded
+        if form.tokens:
+            tokens = self._tokens(form, self._place(form).start)
+            return TokenQuantizeStep(self._tensors[step.inputs[0]], tokens, inverse_scale(codes))
+        inverse = inverse_scale(codes).repeat(self._planes(form)[0].planes // codes.scale.shape[0])
         return PackStep(self._tensors[step.inputs[0]], self._buffer(form), inverse)
 
     def _phases(self, form: _Form) -> list[FrozenStep]:
@@ -204,9 +240,6 @@ class _Lowering:
     def _product(self, step: Product) -> list[FrozenStep]:
         source, target = self._value(step.inputs[0]), self._value(step.output)
         form, *rest = self._forms_read(step)
-        taps = self._taps(step)
-        weight = _flat_weight(step, source) if taps is None else _kept_weight(step, taps)
-        rows = _rows(weight, step, taps, self._place(form).layout, self._lanes[target.image].layout(step.weight.rows))
         factors = factors_of(step, [self._value(name) for name in step.inputs], target)
         given = (factors.multiplier, factors.offset, factors.low, factors.high)
         if rest:
@@ -214,6 +247,12 @@ class _Lowering:
             given += (factors.residual,)
         out = self._buffer(_Form(step.output)) if target.codes is not None else self._tensors[step.output]
         residual = self._buffer(rest[0]) if rest else None
+        if form.tokens:
+            tokens = self._tokens(form, self._place(form).start)
+            return [TokenProductStep(step.weight.rows, *token_slots(step.weight), tokens, out, given, residual)]
+        taps = self._taps(step)
+        weight = _flat_weight(step, source) if taps is None else _kept_weight(step, taps)
+        rows = _rows(weight, step, taps, self._planes(form)[0], self._lanes[target.image].layout(step.weight.rows))
         return [ProductStep(rows, weight.codes, self._buffer(form), out, given, residual)]
 
     def _pool(self, step: Pool) -> list[FrozenStep]:
@@ -239,7 +278,7 @@ class _Lowering:
                           table=step.table.reshape(-1))]  # fmt: skip
 
     def _concat(self, step: Concat) -> list[FrozenStep]:
-        (layout, start), zero = self._place(_Form(step.output)), self._value(step.output).coded.zero_point
+        (layout, start), zero = self._planes(_Form(step.output)), self._value(step.output).coded.zero_point
         made: list[FrozenStep] = []
         first = 0
         for name in step.inputs:
@@ -325,6 +364,38 @@ def _is_dense(pattern: ValuePattern, groups: int) -> bool:
     costs = machine_costs(_dispatch.active_isa())
     dense = pattern.rows * pattern.columns * costs.spmm_dense + groups * pattern.columns * costs.interleave
     return dense < pattern.count * costs.spmm_list
+
+
+def token_slots(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight as `TokenProductStep` walks it.
+
+    Parameters
+    ----------
+    weight : Weight
+
+    Returns
+    -------
+    step_ptr, place, code : Tensor
+        int32, (blocks of rows * blocks of columns + 1,); uint8 and int8, (steps * 64,).
+    """
+    height, width = block_shape()
+    blocks, across = -(-weight.rows // height), -(-weight.columns // width)
+    row = torch.arange(weight.rows).repeat_interleave(weight.crow_indices.diff().long())
+    col = weight.col_indices.long()
+    # nonzeros of a row in a block follow each other
+    place = row * across + col // width
+    counts = torch.bincount(place, minlength=blocks * height * across)
+    first = counts.cumsum(0) - counts
+    number = torch.arange(len(col)) - first[place]
+    steps = -(-counts.view(blocks, height, across).amax(1) // _SLOTS)
+    step_ptr = torch.zeros(blocks * across + 1, dtype=torch.int64)
+    step_ptr[1:] = steps.view(-1).cumsum(0)
+    step = step_ptr[row // height * across + col // width] + number // _SLOTS
+    slot = (step * height + row % height) * _SLOTS + number % _SLOTS
+    places = torch.zeros(int(step_ptr[-1]) * height * _SLOTS, dtype=torch.uint8)
+    codes = torch.zeros_like(places, dtype=torch.int8)
+    places[slot], codes[slot] = (col % width).to(torch.uint8), weight.codes
+    return step_ptr.to(torch.int32), places, codes
 
 
 class Compiled:

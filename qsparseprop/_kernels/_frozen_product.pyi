@@ -1,0 +1,16 @@
+from torch import Tensor
+
+from qsparseprop._kernels._frozen import CodedBuffer, FrozenStep
+from qsparseprop._kernels._plan import ProductRows
+
+class ProductStep(FrozenStep):
+    def __new__(
+        cls,
+        rows: ProductRows,
+        codes: Tensor,
+        source: CodedBuffer,
+        out: CodedBuffer | int,
+        factors: tuple[Tensor, ...],
+        residual: CodedBuffer | None = None,
+        table: Tensor | None = None,
+    ) -> ProductStep: ...

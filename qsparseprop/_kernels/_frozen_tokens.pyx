@@ -1,0 +1,239 @@
+"""Linear layers of frozen models on few rows of features, tokens."""
+
+import torch
+
+from qsparseprop._kernels._memory import empty
+
+from cython.parallel cimport prange
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
+
+from qsparseprop._kernels._dispatch cimport (
+    QSP_TOKEN_COLUMNS,
+    QSP_TOKEN_ROWS,
+    QSP_UNIT,
+    active_kernels,
+    qsp_coded,
+    qsp_kernels,
+    qsp_token_codes,
+    qsp_tokens,
+)
+from qsparseprop._kernels._frozen cimport CodedBuffer, FrozenStep, own_copy
+from qsparseprop._kernels._tensor cimport numel, pointer
+
+cdef enum:
+    # codes of tokens that are multiplied, below which starting threads costs more than it gives
+    SERIAL_SLOTS = 1 << 17
+
+cdef object _float32 = torch.float32
+cdef object _int8 = torch.int8
+cdef object _int32 = torch.int32
+cdef object _uint8 = torch.uint8
+
+
+def most_tokens():
+    """Up to how many tokens these steps are faster than planes, on the instruction set in use."""
+    return active_kernels().most_tokens
+
+
+def block_shape():
+    """Rows and columns of a block of a weight."""
+    return QSP_TOKEN_ROWS, QSP_TOKEN_COLUMNS
+
+
+cdef class TokenBuffer:
+    """Codes of tokens one behind the other, each in whole blocks of columns, at a place of the arena.
+
+    Parameters
+    ----------
+    tokens, columns : int
+    start : int
+        Its first byte, a multiple of 64.
+    zero : int
+        The code of 0.
+    """
+
+    cdef readonly int64_t tokens, columns, start, pitch
+    cdef readonly int zero
+
+    def __cinit__(self, int64_t tokens, int64_t columns, int64_t start, int zero):
+        if not (1 <= tokens < 1 << 30 and 1 <= columns < 1 << 30 and start >= 0 and start % QSP_UNIT == 0
+                and 0 <= zero <= 255):
+            raise ValueError("a buffer must have tokens and columns, and start at a multiple of 64")
+        self.tokens, self.columns, self.start, self.zero = tokens, columns, start, zero
+        self.pitch = (columns + QSP_TOKEN_COLUMNS - 1) // QSP_TOKEN_COLUMNS * QSP_TOKEN_COLUMNS
+
+    @property
+    def size(self):
+        """Bytes that it takes."""
+        return self.tokens * self.pitch
+
+
+cdef class TokenQuantizeStep(FrozenStep):
+    """Quantise a tensor, (tokens, columns).
+
+    Parameters
+    ----------
+    source : int
+        Which tensor.
+    out : TokenBuffer
+    inverse : Tensor
+        float32, (columns,): one over the scale of each.
+    """
+
+    cdef int64_t source
+    cdef TokenBuffer out
+
+    def __cinit__(self, int64_t source, TokenBuffer out not None, inverse):
+        self.source, self.out = source, out
+        self._held = (own_copy(inverse, _float32, out.columns, "inverse"),)
+
+    cdef int64_t last_byte(self) noexcept:
+        return self.out.start + self.out.tokens * self.out.pitch
+
+    cdef int64_t run(self, uint8_t *arena, list tensors, const qsp_kernels *kernels, int threads) except -1:
+        cdef qsp_token_codes a
+        cdef int64_t token
+        x = tensors[self.source]
+        if x.ndim != 2 or x.shape[0] != self.out.tokens or x.shape[1] != self.out.columns:
+            raise ValueError(f"an input must be of shape ({self.out.tokens}, {self.out.columns}), got "
+                             f"{tuple(x.shape)}")
+        x = x.to(_float32).contiguous()
+        a.x = <const float *> pointer(x, _float32, numel(x), "an input")
+        a.step, a.columns, a.pitch, a.zero = self.out.columns, self.out.columns, self.out.pitch, self.out.zero
+        a.inverse = <const float *> pointer(self._held[0], _float32, self.out.columns, "inverse")
+        a.codes = arena + self.out.start
+        for token in range(self.out.tokens):
+            kernels.tokens_quantize(&a, token)
+        return 0
+
+
+cdef class TokenGatherStep(FrozenStep):
+    """Codes of images of one pixel as tokens.
+
+    Parameters
+    ----------
+    source : CodedBuffer
+    out : TokenBuffer
+    """
+
+    cdef CodedBuffer source
+    cdef TokenBuffer out
+
+    def __cinit__(self, CodedBuffer source not None, TokenBuffer out not None):
+        self.source, self.out = source, out
+        if (source.layout.image != (1, 1) or source.images != out.tokens or source.channels != out.columns
+                or source.zero != out.zero):
+            raise ValueError("tokens are images of one pixel, with a column for each channel")
+
+    cdef int64_t last_byte(self) noexcept:
+        return max(self.source.end(), self.out.start + self.out.tokens * self.out.pitch)
+
+    cdef int64_t run(self, uint8_t *arena, list tensors, const qsp_kernels *kernels, int threads) except -1:
+        cdef qsp_coded c
+        cdef int64_t token
+        self.source.place(&c, arena)
+        for token in range(self.out.tokens):
+            kernels.tokens_gather(&c, token, arena + self.out.start + token * self.out.pitch, self.out.pitch)
+        return 0
+
+
+cdef class TokenProductStep(FrozenStep):
+    """The product of a weight with tokens: to codes in planes, or to a float32 tensor.
+
+    Parameters
+    ----------
+    rows : int
+    step_ptr : Tensor
+        int32, (blocks of rows * blocks of columns + 1,): the first step of each pair of blocks.
+    place, code : Tensor
+        uint8 and int8, (steps * 64,): of QSP_TOKEN_ROWS rows four slots each, a column within the block, and a code.
+    source : TokenBuffer
+    out : CodedBuffer or int
+        Images of one pixel; or which tensor.
+    factors : tuple of Tensor
+        As for `ProductStep`.
+    residual : CodedBuffer, optional
+    """
+
+    cdef TokenBuffer source
+    cdef CodedBuffer out, residual
+    cdef int64_t target, slots
+    cdef qsp_tokens product
+
+    def __cinit__(self, int64_t rows, step_ptr, place, code, TokenBuffer source not None, out, tuple factors,
+                  CodedBuffer residual=None):
+        cdef qsp_tokens *p = &self.product
+        cdef int64_t blocks = (rows + QSP_TOKEN_ROWS - 1) // QSP_TOKEN_ROWS
+        cdef int64_t columns = source.pitch // QSP_TOKEN_COLUMNS, whole = blocks * QSP_TOKEN_ROWS
+        if rows < 1 or len(factors) != (4 if residual is None else 5):
+            raise ValueError("a product must have rows, and factors multiplier, offset and two limits")
+        self.source, self.residual, self.slots = source, residual, numel(place)
+        ptr = own_copy(step_ptr, _int32, blocks * columns + 1, "step_ptr")
+        steps = int(ptr[blocks * columns])
+        if int(ptr[0]) != 0 or bool((ptr.diff() < 0).any()):
+            raise ValueError("step_ptr must ascend from 0")
+        own_place = own_copy(place, _uint8, steps * QSP_UNIT, "place")
+        own_code = own_copy(code, _int8, steps * QSP_UNIT, "code")
+        if steps and int(own_place.max()) >= QSP_TOKEN_COLUMNS:
+            raise ValueError(f"places must lie in [0, {QSP_TOKEN_COLUMNS})")
+        held = [ptr, own_place, own_code, self._starts(ptr, own_code, blocks, columns)]
+        held += [torch.nn.functional.pad(own_copy(f, _float32, rows, "a factor"), (0, whole - rows)) for f in factors]
+        p.rows, p.row_blocks, p.column_blocks = rows, blocks, columns
+        p.step_ptr = <const int32_t *> pointer(ptr, _int32, 1, "step_ptr")
+        p.place = <const uint8_t *> pointer(own_place, _uint8, 0, "place") if steps else NULL
+        p.code = <const int8_t *> pointer(own_code, _int8, 0, "code") if steps else NULL
+        p.start = <const int32_t *> pointer(held[3], _int32, whole, "start")
+        p.multiplier = <const float *> pointer(held[4], _float32, whole, "factor")
+        p.offset = <const float *> pointer(held[5], _float32, whole, "factor")
+        p.low = <const float *> pointer(held[6], _float32, whole, "factor")
+        p.high = <const float *> pointer(held[7], _float32, whole, "factor")
+        if residual is not None:
+            p.residual_multiplier = <const float *> pointer(held[8], _float32, whole, "factor")
+        p.tokens, p.pitch = source.tokens, source.pitch
+        self.target = -1
+        if isinstance(out, CodedBuffer):
+            self.out = out
+        else:
+            self.target = out
+        for one in (self.out, residual):
+            if one is not None and ((<CodedBuffer> one).layout.image != (1, 1) or (<CodedBuffer> one).channels != rows
+                                    or (<CodedBuffer> one).images != source.tokens):
+                raise ValueError("codes must be of images of one pixel, with a channel for each row")
+        if residual is not None and self.out is None:
+            raise ValueError("floats are without residual")
+        self._held = tuple(held)
+
+    cdef object _starts(self, object ptr, object code, int64_t blocks, int64_t columns):
+        """What the sums of rows start from: minus the zero point times the sum of the row's codes."""
+        block = torch.arange(blocks, device="cpu").repeat_interleave(ptr[::columns].diff().to(torch.int64))
+        sums = torch.zeros(blocks, QSP_TOKEN_ROWS, dtype=torch.int64, device="cpu")
+        sums.index_add_(0, block, code.view(-1, QSP_TOKEN_ROWS, 4).sum(2, dtype=torch.int64))
+        return (sums * -self.source.zero).to(_int32).view(-1)
+
+    cdef int64_t last_byte(self) noexcept:
+        cdef int64_t last = self.source.start + self.source.tokens * self.source.pitch
+        for buffer in (self.out, self.residual):
+            if buffer is not None:
+                last = max(last, (<CodedBuffer> buffer).end())
+        return last
+
+    cdef int64_t run(self, uint8_t *arena, list tensors, const qsp_kernels *kernels, int threads) except -1:
+        cdef qsp_tokens a = self.product
+        cdef qsp_coded residual
+        cdef int64_t block
+        a.x = arena + self.source.start
+        if self.residual is not None:
+            self.residual.place(&residual, arena)
+            a.residual = &residual
+        if self.target < 0:
+            self.out.place(&a.codes, arena)
+        else:
+            out = empty((a.tokens, a.rows), _float32)
+            tensors[self.target] = out
+            a.out = <float *> pointer(out, _float32, a.tokens * a.rows, "out")
+        for block in prange(a.row_blocks, nogil=True, num_threads=threads, schedule="static",
+                            use_threads_if=threads > 1 and self.slots * a.tokens > SERIAL_SLOTS):
+            kernels.tokens_product(&a, block)
+        if self.out is not None:
+            self.out.fill_tail(arena)
+        return 0

@@ -1,0 +1,24 @@
+/* Features of tokens as rows of codes: of floats, and of codes that lie in planes. */
+
+static void tokens_quantize_kernel(const qsp_token_codes *a, int64_t token)
+{
+    const f32x16 most = f32x16_set1(1024.0f); /* what does not fit into an integer would change its sign */
+    const i32x16 zero = i32x16_set1(a->zero - 128);
+    const float *x = a->x + token * a->step;
+    uint8_t *codes = a->codes + token * a->pitch;
+    for (int64_t i = 0; i < a->columns; i += 16) {
+        const int n = (int)qsp_min(16, a->columns - i);
+        f32x16 v = f32x16_mul(f32x16_load_n(x + i, n), f32x16_load_n(a->inverse + i, n));
+        v = f32x16_max(f32x16_min(v, most), f32x16_sub(f32x16_zero(), most));
+        u8x16_store_n(codes + i, i32x16_to_code(i32x16_add(i32x16_nearest(v), zero)), n);
+    }
+    memset(codes + a->columns, a->zero, (size_t)(a->pitch - a->columns));
+}
+
+static void tokens_gather_kernel(const qsp_coded *c, int64_t token, uint8_t *codes, int64_t pitch)
+{
+    const uint8_t *plane = coded_row(c, token, 0, 0);
+    for (int64_t i = 0; i < c->channels; i++)
+        codes[i] = plane[i * c->grid.pitch];
+    memset(codes + c->channels, c->zero, (size_t)(pitch - c->channels));
+}
