@@ -4,13 +4,15 @@ What steps compute lies in an arena, memory that a call takes and gives back, so
 segment at once. All numbers that the kernels walk are of the steps, and nobody can change them.
 """
 
+from time import perf_counter
+
+import torch
+
 from qsparseprop._kernels._dispatch import active_isa
 
 from cpython.bytes cimport PyBytes_AS_STRING
 from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
-
-import torch
 
 from qsparseprop._kernels._dispatch cimport QSP_UNIT, active_kernels, qsp_coded, qsp_kernels, qsp_view
 from qsparseprop._kernels._plan cimport PlaneLayout
@@ -133,8 +135,11 @@ cdef class Segment:
         self.steps, self.arena, self.tensors, self.inputs, self.outputs = steps, arena, tensors, inputs, outputs
         self.isa, self.kernels = active_isa(), active_kernels()
 
-    def __call__(self, tuple inputs not None, int threads):
-        """The outputs, for input tensors of the number of images that the steps are for."""
+    def __call__(self, tuple inputs not None, int threads, list seconds=None):
+        """The outputs, for input tensors of the number of images that the steps are for.
+
+        `seconds` gets the time of each step.
+        """
         if len(inputs) != self.inputs:
             raise ValueError(f"{self.inputs} inputs are wanted, got {len(inputs)}")
         if active_kernels() != self.kernels:
@@ -143,6 +148,9 @@ cdef class Segment:
         scratch = take_scratch((self.arena + 7) // 8)
         cdef uint8_t *arena = <uint8_t *> pointer(scratch, _int64, (self.arena + 7) // 8, "arena")
         for step in self.steps:
+            started = 0 if seconds is None else perf_counter()
             (<FrozenStep> step).run(arena, tensors, self.kernels, max(threads, 1))
+            if seconds is not None:
+                seconds.append(perf_counter() - started)
         give_scratch(scratch)
         return tuple([tensors[i] for i in self.outputs])

@@ -36,8 +36,8 @@ cdef object _int64 = torch.int64
 cdef object _uint8 = torch.uint8
 
 
-cdef class ProductStep(FrozenStep):
-    """The product of rows of weights with codes: to codes, or to a float32 tensor.
+cdef class ProductWeights:
+    """Rows of weights with the codes of their slots, as kernels read them: shared by steps for batches of all sizes.
 
     Parameters
     ----------
@@ -45,49 +45,18 @@ cdef class ProductStep(FrozenStep):
         On the lanes of input and output.
     codes : Tensor
         int8: the weights, one for each value of the rows' pattern.
-    source : CodedBuffer
-        All planes of its layout are those of `rows.source`.
-    out : CodedBuffer or int
-        Of the planes of `rows.target`; or which tensor.
-    factors : tuple of Tensor
-        float32, (rows,) each: multiplier and offset of the sums, lower and upper limit of the result, and what a residual
-        is multiplied by.
-    residual : CodedBuffer, optional
-        On the lanes of the output.
-    table : Tensor, optional
-        uint8, (256,) or (rows * 256,): what becomes of the output's codes.
     """
 
-    cdef ProductRows rows
-    cdef CodedBuffer source, out, residual
-    cdef int64_t target, units, table_step
+    cdef readonly ProductRows rows
+    cdef const qsp_kernels *kernels  # whose order the weights are in
     cdef bint dense
     cdef qsp_spmm product
-    cdef qsp_requantize requantize
+    cdef tuple _held
 
-    def __cinit__(self, ProductRows rows not None, codes, CodedBuffer source not None, out, tuple factors,
-                  CodedBuffer residual=None, table=None):
-        cdef int64_t n = rows.rows
-        self.rows, self.source, self.residual = rows, source, residual
-        self.dense = isinstance(rows, DenseRows)
-        if source.layout != rows.source:
-            raise ValueError("the codes that a product reads must lie as its rows say")
-        if len(factors) != (4 if residual is None else 5):
-            raise ValueError("factors must be multiplier, offset and two limits, and one more for a residual")
-        held = [own_copy(f, _float32, n, "a factor") for f in factors]
+    def __cinit__(self, ProductRows rows not None, codes):
+        self.rows, self.dense, self.kernels = rows, isinstance(rows, DenseRows), active_kernels()
+        held = []
         self._take_weights(codes, held)
-        self.product.grid, self.product.images = source.layout.grid, source.images
-        self.product.scale_factor, self.product.correction_factor = 1, -source.zero
-        if isinstance(out, CodedBuffer):
-            self.out, self.target = out, -1
-            self._take_codes(held, table)
-        else:
-            self.target = out
-            self.product.scale = <const float *> pointer(held[0], _float32, n, "scale")
-            self.product.bias = <const float *> pointer(held[1], _float32, n, "bias")
-            self.product.low, self.product.high = float(held[2].max()), float(held[3].min())
-            if residual is not None or table is not None or rows.target.count != 1:
-                raise ValueError("floats are of one view, without residual and table")
         self._held = tuple(held)
 
     cdef int64_t _take_weights(self, object codes, list held) except -1:
@@ -95,7 +64,6 @@ cdef class ProductStep(FrozenStep):
         cdef ProductRows rows = self.rows
         cdef GatherList one
         cdef int64_t slots = rows.slots
-        cdef const qsp_kernels *kernels = active_kernels()
         index = rows.index.to(_int64)
         own_copy(codes, _int8, rows.pattern.count, "codes")
         weights = torch.where(index >= 0, codes[index.clamp(min=0)] if codes.numel() else 0, 0).to(_int8)
@@ -113,12 +81,13 @@ cdef class ProductStep(FrozenStep):
             row = torch.arange(rows.rows, device="cpu").repeat_interleave(counts)
             total.index_add_(0, row, weights[:slots].to(_int64))
             self.product.list.rows, self.product.list.group_ptr = one.rows, one.nonzeros.group_ptr
-            self._take_offsets(one, weights, held, kernels)
+            self._take_offsets(one, weights, held)
         held.append(total)
         self.product.correction = <const int64_t *> pointer(total, _int64, rows.rows, "total")
         return 0
 
-    cdef int64_t _take_offsets(self, GatherList rows, object weights, list held, const qsp_kernels *kernels) except -1:
+    cdef int64_t _take_offsets(self, GatherList rows, object weights, list held) except -1:
+        cdef const qsp_kernels *kernels = self.kernels
         cdef int64_t slots = max(rows.slots, QSP_GROUP)
         offset = torch.zeros(slots, dtype=_int32, device="cpu")
         held.append(offset)
@@ -139,18 +108,68 @@ cdef class ProductStep(FrozenStep):
         self.product.paired, self.product.list.offset, self.product.weights = count, paired_offset, paired_weight
         return 0
 
+
+cdef class ProductStep(FrozenStep):
+    """The product of rows of weights with codes: to codes, or to a float32 tensor.
+
+    Parameters
+    ----------
+    weights : ProductWeights
+    source : CodedBuffer
+        All planes of its layout are those of the rows' source.
+    out : CodedBuffer or int
+        Of the planes of the rows' target; or which tensor.
+    factors : tuple of Tensor
+        float32, (rows,) each: multiplier and offset of the sums, lower and upper limit of the result, and what a residual
+        is multiplied by.
+    residual : CodedBuffer, optional
+        On the lanes of the output.
+    table : Tensor, optional
+        uint8, (256,) or (rows * 256,): what becomes of the output's codes.
+    """
+
+    cdef ProductWeights weights
+    cdef CodedBuffer source, out, residual
+    cdef int64_t target, units
+    cdef qsp_spmm product
+    cdef qsp_requantize requantize
+
+    def __cinit__(self, ProductWeights weights not None, CodedBuffer source not None, out, tuple factors,
+                  CodedBuffer residual=None, table=None):
+        cdef ProductRows rows = weights.rows
+        cdef int64_t n = rows.rows
+        self.weights, self.source, self.residual, self.product = weights, source, residual, weights.product
+        if source.layout != rows.source:
+            raise ValueError("the codes that a product reads must lie as its rows say")
+        if len(factors) != (4 if residual is None else 5):
+            raise ValueError("factors must be multiplier, offset and two limits, and one more for a residual")
+        held = [own_copy(f, _float32, n, "a factor") for f in factors]
+        self.product.grid, self.product.images = source.layout.grid, source.images
+        self.product.scale_factor, self.product.correction_factor = 1, -source.zero
+        if isinstance(out, CodedBuffer):
+            self.out, self.target = out, -1
+            self._take_codes(held, table)
+        else:
+            self.target = out
+            self.product.scale = <const float *> pointer(held[0], _float32, n, "scale")
+            self.product.bias = <const float *> pointer(held[1], _float32, n, "bias")
+            self.product.low, self.product.high = float(held[2].max()), float(held[3].min())
+            if residual is not None or table is not None or rows.target.count != 1:
+                raise ValueError("floats are of one view, without residual and table")
+        self._held = tuple(held)
+
     cdef int64_t _take_codes(self, list held, object table) except -1:
         """What becomes of the sums where the output is codes."""
         cdef qsp_requantize *q = &self.requantize
-        cdef int64_t n = self.rows.rows, lane, lanes
+        cdef int64_t n = self.weights.rows.rows, lane, lanes
         cdef CodedBuffer out = self.out
         cdef qsp_coded where
         cdef uint8_t *keep
         cdef int64_t b, y, x
         out.place(&where, NULL)
         if (not same_lanes(self.source, out) or where.channels != n or out.layout.count != 1
-                or self.source.layout.grid.images != self.rows.target.grid.images
-                or where.rows != self.rows.target.image[0] or where.cols != self.rows.target.image[1]):
+                or self.source.layout.grid.images != self.weights.rows.target.grid.images
+                or where.rows != self.weights.rows.target.image[0] or where.cols != self.weights.rows.target.image[1]):
             raise ValueError("the output must lie on the product's lanes, with a channel for each row")
         q.multiplier = <const float *> pointer(held[0], _float32, n, "multiplier")
         q.offset = <const float *> pointer(held[1], _float32, n, "offset")
@@ -179,10 +198,10 @@ cdef class ProductStep(FrozenStep):
         if rest:
             self.units += (lane - (where.grid.images - rest) * where.grid.lane_b + QSP_UNIT - 1) // QSP_UNIT
         if table is not None:
-            self.table_step = 256 if numel(table) > 256 else 0
-            own = own_copy(table, _uint8, n * 256 if self.table_step else 256, "table")
+            q.table_step = 256 if numel(table) > 256 else 0
+            own = own_copy(table, _uint8, n * 256 if q.table_step else 256, "table")
             held.append(own)
-            q.table, q.table_step = <const uint8_t *> pointer(own, _uint8, 256, "table"), self.table_step
+            q.table = <const uint8_t *> pointer(own, _uint8, 256, "table")
         return 0
 
     cdef int64_t last_byte(self) noexcept:
@@ -198,6 +217,8 @@ cdef class ProductStep(FrozenStep):
         cdef strides_t where
         cdef int64_t units = self.units
         cdef bytes held
+        if kernels != self.weights.kernels:
+            raise RuntimeError("the weights were made for another instruction set")
         a.planes = arena + self.source.start
         if self.target < 0:
             self.out.place(&q.out, arena)
@@ -206,24 +227,24 @@ cdef class ProductStep(FrozenStep):
             a.requantize = &q
             self._run(&a, units, kernels, threads)
             return self.out.fill_tail(arena)
-        shape = self.rows.target.shape(a.images)
-        out = empty(shape[:2] if self.rows.target.image == (1, 1) else shape, _float32)
+        shape = self.weights.rows.target.shape(a.images)
+        out = empty(shape[:2] if self.weights.rows.target.image == (1, 1) else shape, _float32)
         tensors[self.target] = out
         a.out = image_pointer(out, &where, &a.dtype, "out")
-        held = self.rows.target.place(a.images, where.step)
+        held = self.weights.rows.target.place(a.images, where.step)
         a.view = (<const qsp_view *> PyBytes_AS_STRING(held))[0]
         return self._run(&a, qsp_count_units(&a.grid, &a.view, a.images), kernels, threads)
 
     cdef int64_t _run(self, qsp_spmm *a, int64_t units, const qsp_kernels *kernels, int threads) except -1:
-        cdef int64_t task, chunks = 1, rows = self.rows.rows
-        cdef bint dense = self.dense
+        cdef int64_t task, chunks = 1, rows = self.weights.rows.rows
+        cdef bint dense = self.weights.dense
         if threads > 1 and units < 4 * threads:
             chunks = max(1, min((4 * threads + units - 1) // max(units, 1), rows // 16))
         a.row_chunks = chunks
         if dense:  # the kernel takes the view's rows
             a.view.plane, a.view.channels = 0, rows
         for task in prange(units * chunks, nogil=True, num_threads=threads, schedule="dynamic",
-                           use_threads_if=threads > 1 and self.rows.slots * units * QSP_UNIT > SERIAL_WORK):
+                           use_threads_if=threads > 1 and self.weights.rows.slots * units * QSP_UNIT > SERIAL_WORK):
             if dense:
                 kernels.spmm_dense_u8(a, task // chunks, task % chunks)
             else:

@@ -26,13 +26,21 @@ class TokenQuantizeStep(FrozenStep):
 class TokenGatherStep(FrozenStep):
     def __new__(cls, source: CodedBuffer, out: TokenBuffer) -> TokenGatherStep: ...
 
+class TokenWeights:
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def zero(self) -> int: ...
+    def __new__(
+        cls, rows: int, columns: int, step_ptr: Tensor, place: Tensor, code: Tensor, zero: int
+    ) -> TokenWeights: ...
+
 class TokenProductStep(FrozenStep):
     def __new__(
         cls,
-        rows: int,
-        step_ptr: Tensor,
-        place: Tensor,
-        code: Tensor,
+        weights: TokenWeights,
         source: TokenBuffer,
         out: CodedBuffer | int,
         factors: tuple[Tensor, ...],

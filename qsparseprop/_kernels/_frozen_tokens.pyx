@@ -8,6 +8,7 @@ from cython.parallel cimport prange
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 
 from qsparseprop._kernels._dispatch cimport (
+    QSP_MAX_EXACT,
     QSP_TOKEN_COLUMNS,
     QSP_TOKEN_ROWS,
     QSP_UNIT,
@@ -137,16 +138,63 @@ cdef class TokenGatherStep(FrozenStep):
         return 0
 
 
+cdef class TokenWeights:
+    """A weight in slots, as kernels read it: shared by steps for all numbers of tokens.
+
+    Parameters
+    ----------
+    rows, columns : int
+    step_ptr : Tensor
+        int32, (blocks of rows * blocks of columns + 1,): the first step of each pair of blocks.
+    place, code : Tensor
+        uint8 and int8, (steps * 64,): of QSP_TOKEN_ROWS rows four slots each, a column within the block, and a code.
+    zero : int
+        The code of 0 in the input.
+    """
+
+    cdef readonly int64_t rows, columns
+    cdef readonly int zero
+    cdef int64_t slots
+    cdef qsp_tokens product
+    cdef tuple _held
+
+    def __cinit__(self, int64_t rows, int64_t columns, step_ptr, place, code, int zero):
+        cdef qsp_tokens *p = &self.product
+        if not 1 <= rows < 1 << 30 or not 1 <= columns <= QSP_MAX_EXACT or not 0 <= zero <= 255:
+            raise ValueError(f"a weight must have rows, and 1 to {QSP_MAX_EXACT} columns, whose sums an int32 holds")
+        cdef int64_t blocks = (rows + QSP_TOKEN_ROWS - 1) // QSP_TOKEN_ROWS
+        cdef int64_t across = (columns + QSP_TOKEN_COLUMNS - 1) // QSP_TOKEN_COLUMNS
+        self.rows, self.columns, self.zero, self.slots = rows, columns, zero, numel(place)
+        ptr = own_copy(step_ptr, _int32, blocks * across + 1, "step_ptr")
+        steps = int(ptr[blocks * across])
+        if int(ptr[0]) != 0 or bool((ptr.diff() < 0).any()):
+            raise ValueError("step_ptr must ascend from 0")
+        own_place = own_copy(place, _uint8, steps * QSP_UNIT, "place")
+        own_code = own_copy(code, _int8, steps * QSP_UNIT, "code")
+        if steps and int(own_place.max()) >= QSP_TOKEN_COLUMNS:
+            raise ValueError(f"places must lie in [0, {QSP_TOKEN_COLUMNS})")
+        start = self._starts(ptr, own_code, blocks, across)
+        p.rows, p.row_blocks, p.column_blocks = rows, blocks, across
+        p.step_ptr = <const int32_t *> pointer(ptr, _int32, 1, "step_ptr")
+        p.place = <const uint8_t *> pointer(own_place, _uint8, 0, "place") if steps else NULL
+        p.code = <const int8_t *> pointer(own_code, _int8, 0, "code") if steps else NULL
+        p.start = <const int32_t *> pointer(start, _int32, blocks * QSP_TOKEN_ROWS, "start")
+        self._held = (ptr, own_place, own_code, start)
+
+    cdef object _starts(self, object ptr, object code, int64_t blocks, int64_t across):
+        """What the sums of rows start from: minus the zero point times the sum of the row's codes."""
+        block = torch.arange(blocks, device="cpu").repeat_interleave(ptr[::across].diff().to(torch.int64))
+        sums = torch.zeros(blocks, QSP_TOKEN_ROWS, dtype=torch.int64, device="cpu")
+        sums.index_add_(0, block, code.view(-1, QSP_TOKEN_ROWS, 4).sum(2, dtype=torch.int64))
+        return (sums * -self.zero).to(_int32).view(-1)
+
+
 cdef class TokenProductStep(FrozenStep):
     """The product of a weight with tokens: to codes in planes, or to a float32 tensor.
 
     Parameters
     ----------
-    rows : int
-    step_ptr : Tensor
-        int32, (blocks of rows * blocks of columns + 1,): the first step of each pair of blocks.
-    place, code : Tensor
-        uint8 and int8, (steps * 64,): of QSP_TOKEN_ROWS rows four slots each, a column within the block, and a code.
+    weights : TokenWeights
     source : TokenBuffer
     out : CodedBuffer or int
         Images of one pixel; or which tensor.
@@ -155,42 +203,31 @@ cdef class TokenProductStep(FrozenStep):
     residual : CodedBuffer, optional
     """
 
+    cdef TokenWeights weights
     cdef TokenBuffer source
     cdef CodedBuffer out, residual
-    cdef int64_t target, slots
+    cdef int64_t target
     cdef qsp_tokens product
 
-    def __cinit__(self, int64_t rows, step_ptr, place, code, TokenBuffer source not None, out, tuple factors,
+    def __cinit__(self, TokenWeights weights not None, TokenBuffer source not None, out, tuple factors,
                   CodedBuffer residual=None):
         cdef qsp_tokens *p = &self.product
-        cdef int64_t blocks = (rows + QSP_TOKEN_ROWS - 1) // QSP_TOKEN_ROWS
-        cdef int64_t columns = source.pitch // QSP_TOKEN_COLUMNS, whole = blocks * QSP_TOKEN_ROWS
-        if rows < 1 or len(factors) != (4 if residual is None else 5):
-            raise ValueError("a product must have rows, and factors multiplier, offset and two limits")
-        self.source, self.residual, self.slots = source, residual, numel(place)
-        ptr = own_copy(step_ptr, _int32, blocks * columns + 1, "step_ptr")
-        steps = int(ptr[blocks * columns])
-        if int(ptr[0]) != 0 or bool((ptr.diff() < 0).any()):
-            raise ValueError("step_ptr must ascend from 0")
-        own_place = own_copy(place, _uint8, steps * QSP_UNIT, "place")
-        own_code = own_copy(code, _int8, steps * QSP_UNIT, "code")
-        if steps and int(own_place.max()) >= QSP_TOKEN_COLUMNS:
-            raise ValueError(f"places must lie in [0, {QSP_TOKEN_COLUMNS})")
-        held = [ptr, own_place, own_code, self._starts(ptr, own_code, blocks, columns)]
-        held += [torch.nn.functional.pad(own_copy(f, _float32, rows, "a factor"), (0, whole - rows)) for f in factors]
-        p.rows, p.row_blocks, p.column_blocks = rows, blocks, columns
-        p.step_ptr = <const int32_t *> pointer(ptr, _int32, 1, "step_ptr")
-        p.place = <const uint8_t *> pointer(own_place, _uint8, 0, "place") if steps else NULL
-        p.code = <const int8_t *> pointer(own_code, _int8, 0, "code") if steps else NULL
-        p.start = <const int32_t *> pointer(held[3], _int32, whole, "start")
-        p.multiplier = <const float *> pointer(held[4], _float32, whole, "factor")
-        p.offset = <const float *> pointer(held[5], _float32, whole, "factor")
-        p.low = <const float *> pointer(held[6], _float32, whole, "factor")
-        p.high = <const float *> pointer(held[7], _float32, whole, "factor")
+        cdef int64_t rows = weights.rows, whole
+        self.product = weights.product
+        whole = p.row_blocks * QSP_TOKEN_ROWS
+        if len(factors) != (4 if residual is None else 5):
+            raise ValueError("factors must be multiplier, offset and two limits, and one more for a residual")
+        if source.columns != weights.columns or source.zero != weights.zero:
+            raise ValueError("tokens must have the weight's columns and zero")
+        self.weights, self.source, self.residual, self.target = weights, source, residual, -1
+        held = [torch.nn.functional.pad(own_copy(f, _float32, rows, "a factor"), (0, whole - rows)) for f in factors]
+        p.multiplier = <const float *> pointer(held[0], _float32, whole, "factor")
+        p.offset = <const float *> pointer(held[1], _float32, whole, "factor")
+        p.low = <const float *> pointer(held[2], _float32, whole, "factor")
+        p.high = <const float *> pointer(held[3], _float32, whole, "factor")
         if residual is not None:
-            p.residual_multiplier = <const float *> pointer(held[8], _float32, whole, "factor")
+            p.residual_multiplier = <const float *> pointer(held[4], _float32, whole, "factor")
         p.tokens, p.pitch = source.tokens, source.pitch
-        self.target = -1
         if isinstance(out, CodedBuffer):
             self.out = out
         else:
@@ -202,13 +239,6 @@ cdef class TokenProductStep(FrozenStep):
         if residual is not None and self.out is None:
             raise ValueError("floats are without residual")
         self._held = tuple(held)
-
-    cdef object _starts(self, object ptr, object code, int64_t blocks, int64_t columns):
-        """What the sums of rows start from: minus the zero point times the sum of the row's codes."""
-        block = torch.arange(blocks, device="cpu").repeat_interleave(ptr[::columns].diff().to(torch.int64))
-        sums = torch.zeros(blocks, QSP_TOKEN_ROWS, dtype=torch.int64, device="cpu")
-        sums.index_add_(0, block, code.view(-1, QSP_TOKEN_ROWS, 4).sum(2, dtype=torch.int64))
-        return (sums * -self.source.zero).to(_int32).view(-1)
 
     cdef int64_t last_byte(self) noexcept:
         cdef int64_t last = self.source.start + self.source.tokens * self.source.pitch
@@ -232,7 +262,7 @@ cdef class TokenProductStep(FrozenStep):
             tensors[self.target] = out
             a.out = <float *> pointer(out, _float32, a.tokens * a.rows, "out")
         for block in prange(a.row_blocks, nogil=True, num_threads=threads, schedule="static",
-                            use_threads_if=threads > 1 and self.slots * a.tokens > SERIAL_SLOTS):
+                            use_threads_if=threads > 1 and self.weights.slots * a.tokens > SERIAL_SLOTS):
             kernels.tokens_product(&a, block)
         if self.out is not None:
             self.out.fill_tail(arena)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _dispatch
-from qsparseprop._kernels._dense_rows import DenseRows
 from qsparseprop._kernels._frozen import CodedBuffer, FrozenStep, Segment
 from qsparseprop._kernels._frozen_product import ProductStep
 from qsparseprop._kernels._frozen_steps import CodedStep, PackStep
@@ -21,13 +20,11 @@ from qsparseprop._kernels._frozen_tokens import (
     TokenGatherStep,
     TokenProductStep,
     TokenQuantizeStep,
-    block_shape,
     most_tokens,
 )
-from qsparseprop._kernels._gather_list import PatternList
-from qsparseprop._kernels._plan import PlaneLayout, ProductRows, ValuePattern
+from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop.inference.calls import call_operator
-from qsparseprop.inference.lanes import Lanes, Taps, find_lanes, taps_of
+from qsparseprop.inference.lanes import Taps, find_lanes, taps_of
 from qsparseprop.inference.program import (
     Add,
     Call,
@@ -41,11 +38,9 @@ from qsparseprop.inference.program import (
     Step,
     Table,
     Value,
-    Weight,
 )
 from qsparseprop.inference.reference import factors_of, inverse_scale
-from qsparseprop.layout.costs import machine_costs
-from qsparseprop.layout.modes import forced_modes
+from qsparseprop.inference.weights_in_memory import WeightStore
 
 __all__ = ["Compiled", "CompiledPrograms"]
 
@@ -53,13 +48,11 @@ __all__ = ["Compiled", "CompiledPrograms"]
 KEPT_BATCHES = 8
 #: Bytes that buffers begin at multiples of.
 _LINE = 64
-#: Slots of a row in a step of a product with few tokens.
-_SLOTS = _dispatch.group
 
 
 class _Form(NamedTuple):
-    """How a value lies: in planes as it is, with its pixels as channels, or in phases for windows of a stride; or, of few
-    images of one pixel, as tokens."""
+    """How a value lies: in planes as it is, with its pixels as channels, or in phases for windows of a stride; or, of
+    few images of one pixel, as tokens."""
 
     value: str
     flat: bool = False
@@ -105,8 +98,10 @@ class _Arena:
 class _Lowering:
     """From a run of steps between two calls of torch to a `Segment`."""
 
-    def __init__(self, program: Program, steps: Sequence[Step], wanted: set[str], batch: int) -> None:
-        self._program, self._batch = program, batch
+    def __init__(
+        self, program: Program, steps: Sequence[Step], wanted: set[str], batch: int, weights: WeightStore
+    ) -> None:
+        self._program, self._batch, self._weights = program, batch, weights
         self._lanes = find_lanes(program, batch)
         self._steps = steps
         self.inputs = tuple(dict.fromkeys(name for step in steps if isinstance(step, Quantize) for name in step.inputs))
@@ -249,11 +244,11 @@ class _Lowering:
         residual = self._buffer(rest[0]) if rest else None
         if form.tokens:
             tokens = self._tokens(form, self._place(form).start)
-            return [TokenProductStep(step.weight.rows, *token_slots(step.weight), tokens, out, given, residual)]
-        taps = self._taps(step)
-        weight = _flat_weight(step, source) if taps is None else _kept_weight(step, taps)
-        rows = _rows(weight, step, taps, self._planes(form)[0], self._lanes[target.image].layout(step.weight.rows))
-        return [ProductStep(rows, weight.codes, self._buffer(form), out, given, residual)]
+            weights = self._weights.of_tokens(step, source.coded.zero_point)
+            return [TokenProductStep(weights, tokens, out, given, residual)]
+        layouts = self._planes(form)[0], self._lanes[target.image].layout(step.weight.rows)
+        rows = self._weights.of_planes(step, source, self._taps(step), layouts)
+        return [ProductStep(rows, self._buffer(form), out, given, residual)]
 
     def _pool(self, step: Pool) -> list[FrozenStep]:
         source, target = self._value(step.inputs[0]), self._value(step.output)
@@ -264,7 +259,8 @@ class _Lowering:
         if mean:
             f = factors_of(step, [source], target)
             factors = f.multiplier, f.offset, torch.zeros_like(f.offset), torch.full_like(f.offset, 255.0)
-        return [CodedStep("pool", self._buffer(_Form(step.inputs[0])), self._buffer(_Form(step.output)), numbers, factors)]
+        one, out = self._buffer(_Form(step.inputs[0])), self._buffer(_Form(step.output))
+        return [CodedStep("pool", one, out, numbers, factors)]
 
     def _add(self, step: Add) -> list[FrozenStep]:
         f = factors_of(step, [self._value(name) for name in step.inputs], self._value(step.output))
@@ -304,100 +300,6 @@ _LOWERED: dict[type[Step], Callable[[_Lowering, Any], list[FrozenStep]]] = {
 }
 
 
-class _Weight(NamedTuple):
-    """A weight as its product reads it."""
-
-    crow: Tensor
-    col: Tensor
-    codes: Tensor
-    columns: int
-
-
-def _selected(step: Product, column: Tensor, kept: Tensor, columns: int) -> _Weight:
-    """The nonzeros that are kept, in other columns; these ascend as before in each row."""
-    counts = step.weight.crow_indices.diff().long()
-    row = torch.arange(step.weight.rows).repeat_interleave(counts)[kept]
-    crow = torch.zeros(step.weight.rows + 1, dtype=torch.int32)
-    crow[1:] = torch.bincount(row, minlength=step.weight.rows).cumsum(0)
-    return _Weight(crow, column[kept].to(torch.int32), step.weight.codes[kept], columns)
-
-
-def _kept_weight(step: Product, taps: Taps) -> _Weight:
-    """Without the taps that read nothing but padding."""
-    size = math.prod(step.window.kernel)
-    weight = step.weight
-    if len(taps.kept) == size:
-        return _Weight(weight.crow_indices, weight.col_indices, weight.codes, weight.columns)
-    place = torch.full((size,), -1)
-    place[list(taps.kept)] = torch.arange(len(taps.kept))
-    col = weight.col_indices.long()
-    tap = place[col % size]
-    return _selected(step, col // size * len(taps.shift) + tap, tap >= 0, weight.columns // size * len(taps.shift))
-
-
-def _flat_weight(step: Product, source: Value) -> _Weight:
-    """Of a window with one output pixel, over the pixels of an image one behind the other."""
-    (height, width), window, weight = source.image, step.window, step.weight
-    size = math.prod(window.kernel)
-    col = weight.col_indices.long()
-    tap = col % size
-    y = tap // window.kernel[1] * window.dilation[0] - window.padding[0]
-    x = tap % window.kernel[1] * window.dilation[1] - window.padding[2]
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return _selected(step, (col // size * height + y) * width + x, inside, weight.columns // size * height * width)
-
-
-def _rows(weight: _Weight, step: Product, taps: Taps | None, source: PlaneLayout, target: PlaneLayout) -> ProductRows:
-    """A weight as the list or the dense rows that the kernels walk, whichever is faster."""
-    pattern = ValuePattern(weight.crow, weight.col, weight.columns)
-    phase, shift = ((0,), (0,)) if taps is None else (taps.phase, taps.shift)
-    kind: type[PatternList] | type[DenseRows] = DenseRows if _is_dense(pattern, step.groups) else PatternList
-    return kind(pattern, step.groups, phase, shift, source, target, False)
-
-
-def _is_dense(pattern: ValuePattern, groups: int) -> bool:
-    forced = forced_modes()
-    if not pattern.count:
-        return False
-    if forced is not None:
-        return forced.forward == "dense"
-    costs = machine_costs(_dispatch.active_isa())
-    dense = pattern.rows * pattern.columns * costs.spmm_dense + groups * pattern.columns * costs.interleave
-    return dense < pattern.count * costs.spmm_list
-
-
-def token_slots(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight as `TokenProductStep` walks it.
-
-    Parameters
-    ----------
-    weight : Weight
-
-    Returns
-    -------
-    step_ptr, place, code : Tensor
-        int32, (blocks of rows * blocks of columns + 1,); uint8 and int8, (steps * 64,).
-    """
-    height, width = block_shape()
-    blocks, across = -(-weight.rows // height), -(-weight.columns // width)
-    row = torch.arange(weight.rows).repeat_interleave(weight.crow_indices.diff().long())
-    col = weight.col_indices.long()
-    # nonzeros of a row in a block follow each other
-    place = row * across + col // width
-    counts = torch.bincount(place, minlength=blocks * height * across)
-    first = counts.cumsum(0) - counts
-    number = torch.arange(len(col)) - first[place]
-    steps = -(-counts.view(blocks, height, across).amax(1) // _SLOTS)
-    step_ptr = torch.zeros(blocks * across + 1, dtype=torch.int64)
-    step_ptr[1:] = steps.view(-1).cumsum(0)
-    step = step_ptr[row // height * across + col // width] + number // _SLOTS
-    slot = (step * height + row % height) * _SLOTS + number % _SLOTS
-    places = torch.zeros(int(step_ptr[-1]) * height * _SLOTS, dtype=torch.uint8)
-    codes = torch.zeros_like(places, dtype=torch.int8)
-    places[slot], codes[slot] = (col % width).to(torch.uint8), weight.codes
-    return step_ptr.to(torch.int32), places, codes
-
-
 class Compiled:
     """A program for a batch of one size.
 
@@ -406,10 +308,13 @@ class Compiled:
     program : Program
     batch : int
         1 or more.
+    weights : WeightStore, optional
+        Of the same program for other batch sizes.
     """
 
-    def __init__(self, program: Program, batch: int) -> None:
+    def __init__(self, program: Program, batch: int, weights: WeightStore | None = None) -> None:
         self._program = program
+        weights = WeightStore() if weights is None else weights
         self._parts: list[_Lowering | Call] = []
         self._segments: list[Segment | Call] = []
         runs = _runs(program)
@@ -419,7 +324,7 @@ class Compiled:
                 self._parts.append(run)
                 continue
             later = {name for other in runs[place + 1:] for name in _read(other)} | set(program.outputs)
-            lowering = _Lowering(program, run, later, batch)
+            lowering = _Lowering(program, run, later, batch, weights)
             self._parts.append(lowering)
             self._segments.append(lowering.segment())
 
@@ -464,7 +369,7 @@ class CompiledPrograms:
     """
 
     def __init__(self, program: Program) -> None:
-        self._program = program
+        self._program, self._weights = program, WeightStore()
         self._kept: OrderedDict[tuple[int, str], Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -476,7 +381,7 @@ class CompiledPrograms:
             if found is not None:
                 self._kept.move_to_end(key)
                 return found
-        made = Compiled(self._program, batch)
+        made = Compiled(self._program, batch, self._weights)
         with self._lock:
             self._kept[key] = made
             while len(self._kept) > KEPT_BATCHES:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop.inference.program import Product, Program, Window
-from qsparseprop.layout.geometry import BLOCK_LANES, UNIT, Grid
+from qsparseprop.layout.geometry import BLOCK_LANES, UNIT, Grid, batch_magnitude
 
 __all__ = ["Lanes", "Taps", "find_lanes", "taps_of"]
 
@@ -196,7 +196,8 @@ def find_lanes(program: Program, batch: int) -> dict[tuple[int, int], Lanes]:
     for image, (rows, row) in pitches.items():
         reach = max((abs(y * row + x) for y, x in shifts.get(image, ())), default=0)
         front = -(-reach // UNIT) * UNIT
-        images = max(1, min(BLOCK_LANES // (rows * row), batch))
+        # by magnitudes, so that batches of many sizes have the same lanes
+        images = max(1, min(BLOCK_LANES // (rows * row), batch_magnitude(batch)))
         lanes = Lanes(image, rows, row, front, images)
         channels = max(v.shape[0] for v in program.values.values() if v.codes is not None)
         if lanes.grid(1).pitch * channels * math.prod(_most_phases(program)) >= 2**31:

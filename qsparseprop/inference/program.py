@@ -188,7 +188,7 @@ class Product(Step):
 
     weight: Weight
     bias: Tensor
-    window: Window = Window()
+    window: Window = field(default_factory=Window)
     groups: int = 1
     low: float = -math.inf
     high: float = math.inf
@@ -354,7 +354,8 @@ def _check_weight(weight: Weight, inner: int) -> None:
             "of more than 65,536")
     _demand(crow.shape[0] == weight.rows + 1 and int(crow[0]) == 0 and int(crow[-1]) == col.shape[0]
             and bool((crow.diff() >= 0).all()), "crow_indices must ascend from 0 to the number of nonzeros")
-    _demand(not col.numel() or (int(col.min()) >= 0 and int(col.max()) < inner), f"col_indices must lie in [0, {inner})")
+    _demand(not col.numel() or (int(col.min()) >= 0 and int(col.max()) < inner),
+            f"col_indices must lie in [0, {inner})")
     inside = torch.ones(max(col.numel() - 1, 0), dtype=torch.bool)
     inside[crow[1:-1][(crow[1:-1] > 0) & (crow[1:-1] < col.numel())].long() - 1] = False  # where a row begins
     _demand(bool((col.diff() > 0)[inside].all()), "col_indices must ascend in each row")
