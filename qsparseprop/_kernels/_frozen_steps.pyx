@@ -16,6 +16,8 @@ from qsparseprop._kernels._tensor cimport image_pointer, numel, pointer, strides
 cdef enum:
     # bytes below which starting threads costs more than it gives
     SERIAL_BYTES = 1 << 16
+    # columns of windows of maxima, see loops/coded_steps.h
+    WIDEST_WINDOW = 256
 
 cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
@@ -171,6 +173,8 @@ cdef class CodedStep(FrozenStep):
             raise ValueError("means have factors; padded images of a maximum have their zero at code 0")
         if s.kernel_y * s.kernel_x > 1 << 22:
             raise ValueError("a window must have at most 2**22 pixels, of which an int32 holds the sum")
+        if not s.mean and (s.kernel_x - 1) * s.dilation_x + 1 > WIDEST_WINDOW:
+            raise ValueError(f"a window of a maximum must be at most {WIDEST_WINDOW} columns wide")
         return 0
 
     cdef int64_t last_byte(self) noexcept:

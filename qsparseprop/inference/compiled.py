@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,10 +129,22 @@ class _Lowering:
 
     def _taps(self, product: Product) -> Taps | None:
         """How a product's window reads its input; None for features, and where an image is seen as such."""
+        return self._own_taps(product, {phase for other in self._steps for phase in self._phases_beside(product, other)})
+
+    def _own_taps(self, product: Product, shared: Iterable[tuple[int, int]] = ()) -> Taps | None:
         target = self._value(product.output)
         if target.image == (1, 1):
             return None
-        return taps_of(product.window, self._value(product.inputs[0]).image, self._lanes[target.image])
+        return taps_of(product.window, self._value(product.inputs[0]).image, self._lanes[target.image], shared)
+
+    def _phases_beside(self, product: Product, other: Step) -> tuple[tuple[int, int], ...]:
+        """Phases of the same value that another product reads on the same lanes: a 1x1 shortcut those of a 3x3 window."""
+        if (not isinstance(other, Product) or other.inputs[0] != product.inputs[0]
+                or other.window.stride != product.window.stride
+                or self._value(other.output).image != self._value(product.output).image):
+            return ()
+        taps = self._own_taps(other)
+        return () if taps is None else taps.phases
 
     def _has_few_tokens(self, product: Product) -> bool:
         """Whether planes would have hardly any lanes."""

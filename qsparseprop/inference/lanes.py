@@ -130,7 +130,9 @@ class Lanes:
         return PlaneLayout(self.grid(channels * len(phases)).numbers, tuple(views), image)
 
 
-def taps_of(window: Window, image: tuple[int, int], lanes: Lanes) -> Taps:
+def taps_of(
+    window: Window, image: tuple[int, int], lanes: Lanes, shared: Iterable[tuple[int, int]] = ()
+) -> Taps:
     """How a window reads images of a size, on the lanes of the output.
 
     Parameters
@@ -140,6 +142,8 @@ def taps_of(window: Window, image: tuple[int, int], lanes: Lanes) -> Taps:
         Of the input.
     lanes : Lanes
         Of the output.
+    shared : iterable of (int, int)
+        Phases that are there anyway, for other windows.
 
     Returns
     -------
@@ -152,7 +156,7 @@ def taps_of(window: Window, image: tuple[int, int], lanes: Lanes) -> Taps:
     shift = tuple(down.shift[taps[i][0]] * lanes.row + across.shift[taps[i][1]] for i in kept)
     direct = window.stride == (1, 1) and image == lanes.image
     # of a window that sees nothing but padding one tap is left, without weights
-    phases = tuple(sorted(set(where))) or ((0, 0),)
+    phases = tuple(sorted({*where, *shared})) or ((0, 0),)
     return Taps(() if direct else phases, kept, tuple(phases.index(p) for p in where) or (0,), shift or (0,))
 
 

@@ -76,7 +76,8 @@
 #define coded_ends QSP_NAMED(coded_ends)
 
 /* coded_steps.h */
-#define pool_max_row QSP_NAMED(pool_max_row)
+#define pool_max_part QSP_NAMED(pool_max_part)
+#define pool_max_image QSP_NAMED(pool_max_image)
 #define pool_mean_part QSP_NAMED(pool_mean_part)
 
 /* spmm.h */

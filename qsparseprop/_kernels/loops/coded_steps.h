@@ -1,17 +1,26 @@
 /* Steps on codes of images that lie in planes: copies, pools, sums, tables, and the way back to floats. Rows of an image are
  * runs of bytes, or, of images of one pixel, the images of a block are. */
 
-/* n elements `step` apart, to places `to_step` apart. */
+/* n elements `step` apart, to places `to_step` apart; may read QSP_UNIT bytes on. */
 QSP_INLINE void copy_run(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t step, int64_t n)
 {
-    if (to_step == 1 && step == 1)
+    uint8_t part[32];
+    int64_t i = 0;
+    if (to_step == 1 && step == 1) {
         memcpy(to, from, (size_t)n);
-    else if (to_step == 1 && step == 2)
-        for (int64_t i = 0; i < n; i++)
-            to[i] = from[2 * i];
-    else
-        for (int64_t i = 0; i < n; i++)
-            to[i * to_step] = from[i * step];
+        return;
+    }
+    if (to_step == 1 && step == 2) {
+        for (; i + 32 <= n; i += 32)
+            u8x32_copy_even(to + i, from + 2 * i);
+        if (i < n) {
+            u8x32_copy_even(part, from + 2 * i);
+            memcpy(to + i, part, (size_t)(n - i));
+        }
+        return;
+    }
+    for (; i < n; i++)
+        to[i * to_step] = from[i * step];
 }
 
 /* Every row_step-th row and col_step-th column from (row, col) on: a phase of a stride, or all of them. */
@@ -19,6 +28,7 @@ static void coded_copy_kernel(const qsp_coded_step *s, int64_t block, int64_t fi
 {
     const qsp_coded *out = &s->out;
     const int64_t images = coded_images(out, block), start = block * out->grid.images;
+    const int64_t down = s->row_step * s->in.grid.lane_y, across = s->col_step * s->in.grid.lane_x;
     for (int64_t c = first; c < last; c++) {
         coded_clear(out, block, c);
         if (out->cols == 1 && out->rows == 1 && out->grid.lane_b == 1 && s->in.grid.lane_b == 1 &&
@@ -26,11 +36,12 @@ static void coded_copy_kernel(const qsp_coded_step *s, int64_t block, int64_t fi
             memcpy(coded_plane(out, block, c), coded_plane(&s->in, block, c), (size_t)images);
             continue;
         }
-        for (int64_t b = 0; b < images; b++)
+        for (int64_t b = 0; b < images; b++) {
+            uint8_t *to = coded_row(out, start + b, c, 0);
+            const uint8_t *from = coded_row(&s->in, start + b, c, s->row) + s->col * s->in.grid.lane_x;
             for (int64_t y = 0; y < out->rows; y++)
-                copy_run(coded_row(out, start + b, c, y), out->grid.lane_x,
-                         coded_row(&s->in, start + b, c, s->row + y * s->row_step) + s->col * s->in.grid.lane_x,
-                         s->col_step * s->in.grid.lane_x, out->cols);
+                copy_run(to + y * out->grid.lane_y, out->grid.lane_x, from + y * down, across, out->cols);
+        }
     }
 }
 
@@ -125,32 +136,46 @@ QSP_INLINE void inside(int64_t at, int64_t step, int64_t size, int64_t n, int64_
     *last = qsp_min(n, size > at ? (size - at + step - 1) / step : 0);
 }
 
-/* One row of the output: the largest under each window. */
-static void pool_max_row(const qsp_coded_step *s, int64_t image, int64_t c, int64_t y, uint8_t *to)
+/* Whole vectors, up to QSP_UNIT bytes more than n. */
+QSP_INLINE void max_run(uint8_t *to, const uint8_t *x, int64_t n)
 {
-    const int64_t n = s->out.cols;
-    memset(to, 0, (size_t)n);
+    for (int64_t i = 0; i < n; i += QSP_UNIT)
+        for (int k = 0; k < QSP_UNIT; k++)
+            to[i + k] = x[i + k] > to[i + k] ? x[i + k] : to[i + k];
+}
+
+enum { POOL_COLUMNS = 512 }; /* of the input at a time */
+
+/* Outputs [start, start + n) of a row, whose windows have up to POOL_COLUMNS columns together: the largest of each column,
+ * then of neighbouring columns, then those at which a window begins. `from` is the image's first row. */
+static void pool_max_part(const qsp_coded_step *s, const uint8_t *from, int64_t y, int64_t start, int64_t n, uint8_t *to)
+{
+    QSP_ALIGNED(64) uint8_t column[POOL_COLUMNS + 2 * QSP_UNIT], across[POOL_COLUMNS + 2 * QSP_UNIT];
+    const int64_t at = start * s->col_step - s->left, begins = (n - 1) * s->col_step + 1;
+    const int64_t size = begins + (s->kernel_x - 1) * s->dilation_x;
+    const int64_t first = at < 0 ? -at : 0, last = qsp_min(size, s->in.cols - at);
+    for (int64_t i = 0; i < size; i += QSP_UNIT)
+        memset(column + i, 0, QSP_UNIT);
     for (int64_t ky = 0; ky < s->kernel_y; ky++) {
         const int64_t row = y * s->row_step - s->top + ky * s->dilation_y;
-        if (row < 0 || row >= s->in.rows)
-            continue;
-        const uint8_t *from = coded_row(&s->in, image, c, row);
-        for (int64_t kx = 0; kx < s->kernel_x; kx++) {
-            const int64_t at = kx * s->dilation_x - s->left, step = s->col_step;
-            int64_t i, last;
-            inside(at, step, s->in.cols, n, &i, &last);
-            const uint8_t *x = from + at;
-            if (step == 1)
-                for (; i < last; i++)
-                    to[i] = x[i] > to[i] ? x[i] : to[i];
-            else if (step == 2)
-                for (; i < last; i++)
-                    to[i] = x[2 * i] > to[i] ? x[2 * i] : to[i];
-            else
-                for (; i < last; i++)
-                    to[i] = x[step * i] > to[i] ? x[step * i] : to[i];
-        }
+        if (row >= 0 && row < s->in.rows && last > first)
+            max_run(column + first, from + row * s->in.grid.lane_y + at + first, last - first);
     }
+    for (int64_t i = last > first ? last : first; i < size; i++) /* where whole vectors have gone too far */
+        column[i] = 0;
+    for (int64_t i = 0; i < begins; i += QSP_UNIT)
+        memcpy(across + i, column + i, QSP_UNIT);
+    for (int64_t kx = 1; kx < s->kernel_x; kx++)
+        max_run(across, column + kx * s->dilation_x, begins);
+    copy_run(to, 1, across, s->col_step, n);
+}
+
+static void pool_max_image(const qsp_coded_step *s, const uint8_t *from, uint8_t *to)
+{
+    const int64_t most = (POOL_COLUMNS - (s->kernel_x - 1) * s->dilation_x - 1) / s->col_step + 1;
+    for (int64_t y = 0; y < s->out.rows; y++)
+        for (int64_t x = 0; x < s->out.cols; x += most)
+            pool_max_part(s, from, y, x, qsp_min(most, s->out.cols - x), to + y * s->out.grid.lane_y + x);
 }
 
 enum { POOL_PART = 256 }; /* outputs of a row at a time */
@@ -219,18 +244,17 @@ static void coded_pool_kernel(const qsp_coded_step *s, int64_t block, int64_t fi
                 *coded_row(out, start + b, c, 0) = pool_mean_image(s, start + b, c);
                 continue;
             }
-            for (int64_t y = 0; y < out->rows; y++) {
-                uint8_t *to = coded_row(out, start + b, c, y);
-                if (!s->mean && (out->grid.lane_x == 1 || out->cols == 1)) {
-                    pool_max_row(s, start + b, c, y, to);
-                    continue;
-                }
-                for (int64_t x = 0; s->mean && x < out->cols; x += POOL_PART) {
+            uint8_t *to = coded_row(out, start + b, c, 0);
+            if (!s->mean) {
+                pool_max_image(s, coded_row(&s->in, start + b, c, 0), to);
+                continue;
+            }
+            for (int64_t y = 0; y < out->rows; y++)
+                for (int64_t x = 0; x < out->cols; x += POOL_PART) {
                     const int64_t n = qsp_min(POOL_PART, out->cols - x);
                     pool_mean_part(s, start + b, c, y, x, n, part);
-                    memcpy(to + x, part, (size_t)n);
+                    memcpy(to + y * out->grid.lane_y + x, part, (size_t)n);
                 }
-            }
         }
     }
 }
