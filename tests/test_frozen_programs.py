@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qsparseprop._kernels import _dispatch
-from qsparseprop.inference.compiled import KEPT_BATCHES, Compiled, CompiledPrograms
+from qsparseprop.inference.compiled import KEPT_BATCHES, CompiledProgram
 from qsparseprop.inference.program import Codes, Product, Program, Quantize, Value, Weight, Window
 from qsparseprop.inference.reference import run_reference
 from tests._frozen_programs import Builder, random_program
@@ -32,7 +32,7 @@ def compare(program: Program, inputs: list[Tensor], isas: list[str]) -> None:
     expected = run_reference(program, *inputs)
     for isa in isas:
         _dispatch.set_isa(isa)
-        found = Compiled(program, inputs[0].shape[0])(*inputs)
+        found = CompiledProgram(program)(*inputs)
         for name, one, other in zip(program.outputs, expected, found, strict=True):
             assert one.dtype is other.dtype
             assert one.shape == other.shape
@@ -105,13 +105,13 @@ def test_what_is_outside_of_the_range_goes_to_its_ends() -> None:
     for batch in (1, 50):
         compare(program, [x.expand(batch, 6)], ISAS)
     # halves to even: 0.25 and 0.75 are half a code from their neighbours
-    assert Compiled(program, 1)(x)[0].tolist() == [[-100.0, -100.0, 0.0, 2.0, 155.0, 155.0]]
+    assert CompiledProgram(program)(x)[0].tolist() == [[-100.0, -100.0, 0.0, 2.0, 155.0, 155.0]]
 
 
 def test_threads_do_not_change_a_bit() -> None:
     builder, program = random_program(12)
     inputs = builder.tensors(70)
-    compiled, before = Compiled(program, 70), torch.get_num_threads()
+    compiled, before = CompiledProgram(program), torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 5):
@@ -127,33 +127,77 @@ def test_several_threads_in_one_program() -> None:
     b = Builder(random.Random(3))
     x = b.product(b.add_input(8, 12, 12), 30, Window((3, 3), (1, 1), (1, 1, 1, 1)), limited=True)
     program = b.program(b.dequantize(b.product(x, 30, Window((3, 3)), limited=True)))
-    programs = CompiledPrograms(program)
+    compiled = CompiledProgram(program)
     inputs = [b.tensors(batch) for batch in (1, 2, 3, 4) for _ in range(6)]
     expected = [run_reference(program, *one)[0] for one in inputs]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda one: programs.get(one[0].shape[0])(*one)[0], inputs))
+        found = list(pool.map(lambda one: compiled(*one)[0], inputs))
     assert all(map(torch.equal, expected, found))
 
 
-def test_programs_of_many_batch_sizes_are_not_all_kept() -> None:
+def test_what_batch_sizes_ask_for_is_not_kept_for_all() -> None:
     builder, program = random_program(5)
-    programs = CompiledPrograms(program)
-    first = programs.get(1)
-    assert programs.get(1) is first
-    for batch in range(2, KEPT_BATCHES + 2):
-        programs.get(batch)
-    assert programs.get(1) is not first
-    inputs = builder.tensors(1)
-    assert all(map(torch.equal, programs.get(1)(*inputs), run_reference(program, *inputs)))
+    compiled = CompiledProgram(program)
+    (run,) = compiled._parts
+    for batch in range(1, KEPT_BATCHES + 3):
+        inputs = builder.tensors(batch)
+        assert all(map(torch.equal, compiled(*inputs), run_reference(program, *inputs)))
+    assert [batch for batch, _ in run._kept] == list(range(3, KEPT_BATCHES + 3))
 
 
-def test_another_instruction_set_gets_a_program_of_its_own() -> None:
+def test_another_instruction_set_takes_over() -> None:
     builder, program = random_program(5)
-    programs, inputs = CompiledPrograms(program), builder.tensors(2)
-    _dispatch.set_isa(ISAS[-1])
-    made = programs.get(2)
-    _dispatch.set_isa("scalar")
-    assert programs.get(2) is not made
-    with pytest.raises(RuntimeError, match="made for"):
-        made(*inputs)
-    assert all(map(torch.equal, programs.get(2)(*inputs), run_reference(program, *inputs)))
+    compiled, inputs = CompiledProgram(program), builder.tensors(2)
+    expected = run_reference(program, *inputs)
+    for isa in (*ISAS, *ISAS):
+        _dispatch.set_isa(isa)
+        assert all(map(torch.equal, compiled(*inputs), expected))
+
+
+def test_no_images() -> None:
+    builder, program = random_program(5)
+    found = CompiledProgram(program)(*builder.tensors(0))
+    assert [tuple(t.shape) for t in found] == [(0, *program.values[name].shape) for name in program.outputs]
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (50,), (3, 1, 40)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tokens(shape: tuple[int, ...], dynamic: bool) -> None:
+    """Linear layers on any dimensions before the features, with a scale a token or one for all."""
+    b = Builder(random.Random(1))
+    b.values["x"] = Value((*shape[1:], 200))
+    b.inputs.append("x")
+    codes = Codes(torch.rand(200) + 0.5, 128)
+    x = b.add_step(Quantize(("x",), "q", dynamic), Value((200,), codes))
+    program = b.program(b.product(x, 33, floats=True, limited=True), b.product(x, 130, floats=True))
+    given = torch.randn(*shape, 200, generator=torch.Generator().manual_seed(0))
+    given *= torch.logspace(-40, 30, given.numel() // 200).view(*shape, 1)
+    given.view(-1, 200)[0] = 0
+    compare(program, [given], ISAS)
+
+
+def test_a_token_that_is_not_finite_stays_so() -> None:
+    b = Builder(random.Random(1))
+    b.values["x"] = Value((40,))
+    b.inputs.append("x")
+    b.add_step(Quantize(("x",), "q", True), Value((40,), Codes(torch.ones(40), 128)))
+    program = b.program(b.product("q", 20, floats=True, density=1.0))
+    for tokens in (3, 80):
+        x = torch.randn(tokens, 40)
+        x[1, 7], x[2, 3] = torch.nan, torch.inf
+        (found,) = CompiledProgram(program)(x)
+        assert not found[1:3].isfinite().any()
+        assert found[0].isfinite().all()
+        assert found[3:].isfinite().all()
+
+
+def test_scales_of_tokens_are_for_products_that_give_tensors() -> None:
+    b = Builder(random.Random(1))
+    b.values["x"] = Value((40,))
+    b.inputs.append("x")
+    b.add_step(Quantize(("x",), "q", True), Value((40,), Codes(torch.ones(40), 128)))
+    with pytest.raises(ValueError, match="only products do that give ordinary tensors"):
+        b.program(b.dequantize("q"))
+    b.steps[-1:] = []
+    with pytest.raises(ValueError, match="only products do that give ordinary tensors"):
+        b.program(b.dequantize(b.product("q", 4)))

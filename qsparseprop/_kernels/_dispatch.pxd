@@ -174,6 +174,7 @@ cdef extern from "kernels.h" nogil:
         qsp_coded codes
         const qsp_coded *residual
         const float *residual_multiplier
+        const float *scale
 
     ctypedef struct qsp_token_codes:
         const float *x
@@ -183,6 +184,16 @@ cdef extern from "kernels.h" nogil:
         const float *inverse
         int32_t zero
         uint8_t *codes
+        float *scale
+        float *scaled
+
+    ctypedef struct qsp_token_rescale:
+        float *x
+        int64_t columns
+        const float *scale
+        const float *offset
+        const float *low
+        const float *high
 
     ctypedef struct qsp_spmm:
         qsp_grid grid
@@ -365,6 +376,7 @@ cdef extern from "kernels.h" nogil:
         void (*coded_unpack)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
         void (*tokens_product)(const qsp_tokens *, int64_t) noexcept nogil
         void (*tokens_quantize)(const qsp_token_codes *, int64_t) noexcept nogil
+        void (*tokens_rescale)(const qsp_token_rescale *, int64_t) noexcept nogil
         void (*tokens_gather)(const qsp_coded *, int64_t, uint8_t *, int64_t) noexcept nogil
         int64_t most_tokens
         void (*digest)(const void *, int64_t, int64_t, int64_t, uint64_t *) noexcept nogil

@@ -21,7 +21,12 @@ class TokenBuffer:
     def __new__(cls, tokens: int, columns: int, start: int, zero: int) -> TokenBuffer: ...
 
 class TokenQuantizeStep(FrozenStep):
-    def __new__(cls, source: int, out: TokenBuffer, inverse: Tensor) -> TokenQuantizeStep: ...
+    def __new__(
+        cls, source: int, out: TokenBuffer | CodedBuffer, inverse: Tensor, scales: int = -1
+    ) -> TokenQuantizeStep: ...
+
+class TokenRescaleStep(FrozenStep):
+    def __new__(cls, tensor: int, tokens: int, scales: int, factors: tuple[Tensor, ...]) -> TokenRescaleStep: ...
 
 class TokenGatherStep(FrozenStep):
     def __new__(cls, source: CodedBuffer, out: TokenBuffer) -> TokenGatherStep: ...
@@ -45,4 +50,5 @@ class TokenProductStep(FrozenStep):
         out: CodedBuffer | int,
         factors: tuple[Tensor, ...],
         residual: CodedBuffer | None = None,
+        scales: int = -1,
     ) -> TokenProductStep: ...

@@ -6,8 +6,10 @@ from qsparseprop._kernels._memory import empty
 
 from cython.parallel cimport prange
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
+from libc.string cimport memset
 
 from qsparseprop._kernels._dispatch cimport (
+    QSP_AFFINE,
     QSP_MAX_EXACT,
     QSP_TOKEN_COLUMNS,
     QSP_TOKEN_ROWS,
@@ -15,19 +17,26 @@ from qsparseprop._kernels._dispatch cimport (
     active_kernels,
     qsp_coded,
     qsp_kernels,
+    qsp_pack,
     qsp_token_codes,
+    qsp_token_rescale,
     qsp_tokens,
 )
 from qsparseprop._kernels._frozen cimport CodedBuffer, FrozenStep, own_copy
+from qsparseprop._kernels._pack cimport pack_planes
 from qsparseprop._kernels._tensor cimport numel, pointer
+from qsparseprop._kernels._weights cimport give_scratch, take_scratch
 
 cdef enum:
     # codes of tokens that are multiplied, below which starting threads costs more than it gives
     SERIAL_SLOTS = 1 << 17
+    # elements of a pass
+    SERIAL_ELEMENTS = 1 << 15
 
 cdef object _float32 = torch.float32
 cdef object _int8 = torch.int8
 cdef object _int32 = torch.int32
+cdef object _int64 = torch.int64
 cdef object _uint8 = torch.uint8
 
 
@@ -76,35 +85,116 @@ cdef class TokenQuantizeStep(FrozenStep):
     ----------
     source : int
         Which tensor.
-    out : TokenBuffer
+    out : TokenBuffer or CodedBuffer
+        The latter of images of one pixel.
     inverse : Tensor
         float32, (columns,): one over the scale of each.
+    scales : int
+        Where scales of tokens go, float32; below 0 they have none.
     """
 
-    cdef int64_t source
+    cdef int64_t source, scales, tokens, columns
     cdef TokenBuffer out
+    cdef CodedBuffer planes
+    cdef object zeros
 
-    def __cinit__(self, int64_t source, TokenBuffer out not None, inverse):
-        self.source, self.out = source, out
-        self._held = (own_copy(inverse, _float32, out.columns, "inverse"),)
+    def __cinit__(self, int64_t source, out, inverse, int64_t scales=-1):
+        self.source, self.scales = source, scales
+        if isinstance(out, CodedBuffer):
+            self.planes = out
+            self.tokens, self.columns = self.planes.images, self.planes.channels
+            if self.planes.layout.image != (1, 1) or self.planes.layout.channels != self.columns:
+                raise ValueError("tokens are images of one pixel")
+        else:
+            self.out = out
+            self.tokens, self.columns = self.out.tokens, self.out.columns
+        if scales % QSP_UNIT and scales >= 0:
+            raise ValueError("scales must start at a multiple of 64")
+        self._held = (own_copy(inverse, _float32, self.columns, "inverse"),)
 
     cdef int64_t last_byte(self) noexcept:
-        return self.out.start + self.out.tokens * self.out.pitch
+        cdef int64_t last = self.out.start + self.tokens * self.out.pitch if self.planes is None else self.planes.end()
+        return max(last, 0 if self.scales < 0 else self.scales + self.tokens * <int64_t> sizeof(float))
 
     cdef int64_t run(self, uint8_t *arena, list tensors, const qsp_kernels *kernels, int threads) except -1:
         cdef qsp_token_codes a
-        cdef int64_t token
+        cdef int64_t token, size = self.tokens * self.columns
+        memset(&a, 0, sizeof(a))
         x = tensors[self.source]
-        if x.ndim != 2 or x.shape[0] != self.out.tokens or x.shape[1] != self.out.columns:
-            raise ValueError(f"an input must be of shape ({self.out.tokens}, {self.out.columns}), got "
-                             f"{tuple(x.shape)}")
+        if x.ndim != 2 or x.shape[0] != self.tokens or x.shape[1] != self.columns:
+            raise ValueError(f"an input must be of shape ({self.tokens}, {self.columns}), got {tuple(x.shape)}")
         x = x.to(_float32).contiguous()
-        a.x = <const float *> pointer(x, _float32, numel(x), "an input")
-        a.step, a.columns, a.pitch, a.zero = self.out.columns, self.out.columns, self.out.pitch, self.out.zero
-        a.inverse = <const float *> pointer(self._held[0], _float32, self.out.columns, "inverse")
-        a.codes = arena + self.out.start
-        for token in range(self.out.tokens):
+        a.x = <const float *> pointer(x, _float32, size, "an input")
+        a.step = a.columns = self.columns
+        a.inverse = <const float *> pointer(self._held[0], _float32, self.columns, "inverse")
+        if self.scales >= 0:
+            a.scale = <float *> (arena + self.scales)
+        if self.planes is None:
+            a.pitch, a.zero, a.codes = self.out.pitch, self.out.zero, arena + self.out.start
+        else:
+            scaled = take_scratch((size + 1) // 2)
+            a.scaled = <float *> pointer(scaled, _int64, (size + 1) // 2, "scratch")
+        for token in prange(self.tokens, nogil=True, num_threads=threads, schedule="static",
+                            use_threads_if=threads > 1 and size > SERIAL_ELEMENTS):
             kernels.tokens_quantize(&a, token)
+        if self.planes is not None:
+            self._pack(&a, arena, threads)
+            give_scratch(scaled)
+        return 0
+
+    cdef int64_t _pack(self, const qsp_token_codes *a, uint8_t *arena, int threads) except -1:
+        """Codes of what is only to be rounded."""
+        cdef qsp_pack p
+        cdef int64_t stride[4]
+        cdef float one = 1
+        cdef int32_t zero = self.planes.zero
+        memset(&p, 0, sizeof(p))
+        p.tensor, p.images, p.grid = a.scaled, self.tokens, self.planes.layout.grid
+        p.scheme.kind, p.scheme.bits, p.scheme.fixed = QSP_AFFINE, 8, 1
+        p.inverse, p.zero_point, p.planes = &one, &zero, arena + self.planes.start
+        stride[0], stride[1], stride[2], stride[3] = self.columns, 1, 1, 1
+        return pack_planes(&p, self.planes.layout, stride, True, threads)
+
+
+cdef class TokenRescaleStep(FrozenStep):
+    """Rows of a tensor, times the scales of tokens, plus an offset, within limits.
+
+    Parameters
+    ----------
+    tensor : int
+        Which, (tokens, columns).
+    tokens, scales : int
+        How many, and where their scales are.
+    factors : tuple of Tensor
+        float32, (columns,): offset, lower and upper limit.
+    """
+
+    cdef int64_t tensor, tokens, scales, columns
+
+    def __cinit__(self, int64_t tensor, int64_t tokens, int64_t scales, tuple factors not None):
+        self.tensor, self.tokens, self.scales = tensor, tokens, scales
+        if len(factors) != 3 or tokens < 1 or scales < 0 or scales % QSP_UNIT:
+            raise ValueError("factors must be an offset and two limits, and scales start at a multiple of 64")
+        self.columns = numel(factors[0])
+        self._held = tuple([own_copy(f, _float32, self.columns, "a factor") for f in factors])
+
+    cdef int64_t last_byte(self) noexcept:
+        return self.scales + self.tokens * <int64_t> sizeof(float)
+
+    cdef int64_t run(self, uint8_t *arena, list tensors, const qsp_kernels *kernels, int threads) except -1:
+        cdef qsp_token_rescale a
+        cdef int64_t token, size = self.tokens * self.columns
+        x = tensors[self.tensor]
+        if x.shape != (self.tokens, self.columns):
+            raise ValueError(f"a result must be of shape ({self.tokens}, {self.columns}), got {tuple(x.shape)}")
+        a.x, a.columns = <float *> pointer(x, _float32, size, "a result"), self.columns
+        a.scale = <const float *> (arena + self.scales)
+        a.offset = <const float *> pointer(self._held[0], _float32, 0, "factor")
+        a.low = <const float *> pointer(self._held[1], _float32, 0, "factor")
+        a.high = <const float *> pointer(self._held[2], _float32, 0, "factor")
+        for token in prange(self.tokens, nogil=True, num_threads=threads, schedule="static",
+                            use_threads_if=threads > 1 and size > SERIAL_ELEMENTS):
+            kernels.tokens_rescale(&a, token)
         return 0
 
 
@@ -201,19 +291,23 @@ cdef class TokenProductStep(FrozenStep):
     factors : tuple of Tensor
         As for `ProductStep`.
     residual : CodedBuffer, optional
+    scales : int
+        Where scales of tokens are; below 0 they have none.
     """
 
     cdef TokenWeights weights
     cdef TokenBuffer source
     cdef CodedBuffer out, residual
-    cdef int64_t target
+    cdef int64_t target, scales
     cdef qsp_tokens product
 
     def __cinit__(self, TokenWeights weights not None, TokenBuffer source not None, out, tuple factors,
-                  CodedBuffer residual=None):
+                  CodedBuffer residual=None, int64_t scales=-1):
         cdef qsp_tokens *p = &self.product
         cdef int64_t rows = weights.rows, whole
-        self.product = weights.product
+        self.product, self.scales = weights.product, scales
+        if scales >= 0 and (scales % QSP_UNIT or isinstance(out, CodedBuffer)):
+            raise ValueError("scales of tokens start at a multiple of 64, and are for floats")
         whole = p.row_blocks * QSP_TOKEN_ROWS
         if len(factors) != (4 if residual is None else 5):
             raise ValueError("factors must be multiplier, offset and two limits, and one more for a residual")
@@ -242,6 +336,8 @@ cdef class TokenProductStep(FrozenStep):
 
     cdef int64_t last_byte(self) noexcept:
         cdef int64_t last = self.source.start + self.source.tokens * self.source.pitch
+        if self.scales >= 0:
+            last = max(last, self.scales + self.source.tokens * <int64_t> sizeof(float))
         for buffer in (self.out, self.residual):
             if buffer is not None:
                 last = max(last, (<CodedBuffer> buffer).end())
@@ -252,6 +348,8 @@ cdef class TokenProductStep(FrozenStep):
         cdef qsp_coded residual
         cdef int64_t block
         a.x = arena + self.source.start
+        if self.scales >= 0:
+            a.scale = <const float *> (arena + self.scales)
         if self.residual is not None:
             self.residual.place(&residual, arena)
             a.residual = &residual

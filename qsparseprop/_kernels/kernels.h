@@ -305,16 +305,28 @@ typedef struct {
     qsp_coded codes;
     const qsp_coded *residual; /* of `codes`, or NULL */
     const float *residual_multiplier;
+    const float *scale;      /* [tokens] of each token, multiplied in before the offset, or NULL */
 } qsp_tokens;
 
-/* Rows of features to codes: nearest(x / scale) + zero, one scale a column. */
+/* Rows of features to codes: nearest(x / scale) + zero, one scale a column, and where `scale` is given one a token, which
+ * is found first. */
 typedef struct {
     const float *x;          /* rows `step` apart */
     int64_t step, columns, pitch; /* codes of a row take `pitch` bytes, those behind its columns are `zero` */
     const float *inverse;    /* [columns] */
     int32_t zero;
     uint8_t *codes;
+    float *scale;            /* [tokens] or NULL */
+    float *scaled;           /* [tokens][columns]: in place of codes, what is only to be rounded; or NULL */
 } qsp_token_codes;
+
+/* Rows of results of products on such codes: x * scale + offset, within limits. */
+typedef struct {
+    float *x;
+    int64_t columns;
+    const float *scale;      /* [tokens] */
+    const float *offset, *low, *high; /* [columns] */
+} qsp_token_rescale;
 
 typedef struct {
     const char *name;
@@ -383,6 +395,7 @@ typedef struct {
     /* Rows of block `block`, for all tokens; token `token`; and codes of images of one pixel as tokens. */
     void (*tokens_product)(const qsp_tokens *, int64_t block);
     void (*tokens_quantize)(const qsp_token_codes *, int64_t token);
+    void (*tokens_rescale)(const qsp_token_rescale *, int64_t token);
     void (*tokens_gather)(const qsp_coded *, int64_t token, uint8_t *codes, int64_t pitch);
     int64_t most_tokens; /* up to which that is faster than planes, which have QSP_UNIT lanes */
     /* What tells whether words of 32 bits, `size` in all, are still the same: of the sixteens [first, last), the last one

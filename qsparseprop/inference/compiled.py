@@ -1,4 +1,4 @@
-"""Programs for the kernels: their steps on buffers of an arena, for a batch of one size."""
+"""Programs on the kernels: runs of steps on buffers of an arena, and calls of torch between them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from qsparseprop._kernels._frozen_tokens import (
     TokenGatherStep,
     TokenProductStep,
     TokenQuantizeStep,
+    TokenRescaleStep,
     most_tokens,
 )
 from qsparseprop._kernels._plan import PlaneLayout
@@ -42,9 +43,9 @@ from qsparseprop.inference.program import (
 from qsparseprop.inference.reference import factors_of, inverse_scale
 from qsparseprop.inference.weights_in_memory import WeightStore
 
-__all__ = ["Compiled", "CompiledPrograms"]
+__all__ = ["CompiledProgram"]
 
-#: Batch sizes that a frozen model keeps ready.
+#: Batch sizes that a run keeps ready.
 KEPT_BATCHES = 8
 #: Bytes that buffers begin at multiples of.
 _LINE = 64
@@ -57,13 +58,15 @@ class _Form(NamedTuple):
     value: str
     flat: bool = False
     tokens: bool = False
+    #: Not codes, but the scales of tokens.
+    scales: bool = False
     #: Image of the output, stride and phases.
     phases: tuple[tuple[int, int], tuple[int, int], tuple[tuple[int, int], ...]] | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether it is the value as it is."""
-        return not (self.flat or self.tokens) and self.phases is None
+        return not (self.flat or self.tokens or self.scales) and self.phases is None
 
 
 class _Place(NamedTuple):
@@ -104,6 +107,7 @@ class _Lowering:
         self._program, self._batch, self._weights = program, batch, weights
         self._lanes = find_lanes(program, batch)
         self._steps = steps
+        self._dynamic = {step.output for step in steps if isinstance(step, Quantize) and step.dynamic}
         self.inputs = tuple(dict.fromkeys(name for step in steps if isinstance(step, Quantize) for name in step.inputs))
         self.outputs = tuple(step.output for step in steps
                              if program.values[step.output].codes is None and step.output in wanted)
@@ -125,23 +129,24 @@ class _Lowering:
         first = _Form(step.inputs[0], taps is None and source.image != (1, 1), self._has_few_tokens(step))
         if taps is not None and taps.phases:
             first = _Form(step.inputs[0], phases=(target.image, step.window.stride, taps.phases))
-        return [first, *(_Form(name) for name in step.inputs[1:])]
+        scales = [_Form(first.value, scales=True)] if first.value in self._dynamic else []
+        return [first, *(_Form(name) for name in step.inputs[1:]), *scales]
 
     def _taps(self, product: Product) -> Taps | None:
         """How a product's window reads its input; None for features, and where an image is seen as such."""
         return self._own_taps(product, {phase for other in self._steps for phase in self._phases_beside(product, other)})
 
     def _own_taps(self, product: Product, shared: Iterable[tuple[int, int]] = ()) -> Taps | None:
-        target = self._value(product.output)
-        if target.image == (1, 1):
+        source, target = self._value(product.inputs[0]), self._value(product.output)
+        if len(source.shape) == 1 or target.image == (1, 1):
             return None
-        return taps_of(product.window, self._value(product.inputs[0]).image, self._lanes[target.image], shared)
+        return taps_of(product.window, source.image, self._lanes[target.image], shared)
 
     def _phases_beside(self, product: Product, other: Step) -> tuple[tuple[int, int], ...]:
         """Phases of the same value that another product reads on the same lanes: a 1x1 shortcut those of a 3x3 window."""
         if (not isinstance(other, Product) or other.inputs[0] != product.inputs[0]
                 or other.window.stride != product.window.stride
-                or self._value(other.output).image != self._value(product.output).image):
+                or self._value(other.output).shape[1:] != self._value(product.output).shape[1:]):
             return ()
         taps = self._own_taps(other)
         return () if taps is None else taps.phases
@@ -162,8 +167,11 @@ class _Lowering:
 
     def _place(self, form: _Form) -> _Place:
         if form not in self._places:
-            layout = None if form.tokens else self._layout(form)
-            size = self._tokens(form, 0).size if layout is None else layout.lanes(self._batch)
+            layout = None if form.tokens or form.scales else self._layout(form)
+            if layout is not None:
+                size = layout.lanes(self._batch)
+            else:
+                size = 4 * self._batch if form.scales else self._tokens(form, 0).size
             self._places[form] = _Place(layout, self._arena.take(size))
         return self._places[form]
 
@@ -210,26 +218,32 @@ class _Lowering:
     def _lowered(self, step: Step) -> list[FrozenStep]:
         forms = self._forms_made(step) if self._value(step.output).codes is not None else []
         if isinstance(step, Quantize):
-            made = [self._packed(step, form) for form in forms if not form.flat]
+            made = [self._packed(step, form) for form in forms if not (form.flat or form.scales)]
         else:
             made = _LOWERED[type(step)](self, step)
         for form in forms:
-            if form.tokens and not isinstance(step, Quantize):
+            if isinstance(step, Quantize) and not form.flat:
+                continue
+            if form.tokens:
                 tokens = self._tokens(form, self._place(form).start)
                 made.append(TokenGatherStep(self._buffer(_Form(form.value)), tokens))
             elif form.flat:
                 made.append(CodedStep("flatten", self._buffer(_Form(form.value)), self._buffer(form)))
-            elif form.phases is not None and not isinstance(step, Quantize):
+            elif form.phases is not None:
                 made += self._phases(form)
         return made
 
     def _packed(self, step: Quantize, form: _Form) -> FrozenStep:
-        codes = self._value(step.output).coded
-        if form.tokens:
-            tokens = self._tokens(form, self._place(form).start)
-            return TokenQuantizeStep(self._tensors[step.inputs[0]], tokens, inverse_scale(codes))
+        codes, source = self._value(step.output).coded, self._tensors[step.inputs[0]]
+        if form.tokens or step.dynamic:
+            to = self._tokens(form, self._place(form).start) if form.tokens else self._buffer(form)
+            return TokenQuantizeStep(source, to, inverse_scale(codes), self._scales(step.output))
         inverse = inverse_scale(codes).repeat(self._planes(form)[0].planes // codes.scale.shape[0])
-        return PackStep(self._tensors[step.inputs[0]], self._buffer(form), inverse)
+        return PackStep(source, self._buffer(form), inverse)
+
+    def _scales(self, name: str) -> int:
+        """Where the scales of tokens are; -1 where they have none."""
+        return self._place(_Form(name, scales=True)).start if name in self._dynamic else -1
 
     def _phases(self, form: _Form) -> list[FrozenStep]:
         """Copies of what every window of a stride reads at its first tap, its second one and so on."""
@@ -246,21 +260,28 @@ class _Lowering:
 
     def _product(self, step: Product) -> list[FrozenStep]:
         source, target = self._value(step.inputs[0]), self._value(step.output)
-        form, *rest = self._forms_read(step)
+        form = self._forms_read(step)[0]
         factors = factors_of(step, [self._value(name) for name in step.inputs], target)
         given = (factors.multiplier, factors.offset, factors.low, factors.high)
-        if rest:
-            assert factors.residual is not None
-            given += (factors.residual,)
+        residual = None
+        if factors.residual is not None:
+            given, residual = (*given, factors.residual), self._buffer(_Form(step.inputs[1]))
         out = self._buffer(_Form(step.output)) if target.codes is not None else self._tensors[step.output]
-        residual = self._buffer(rest[0]) if rest else None
+        scales = self._scales(form.value)
         if form.tokens:
             tokens = self._tokens(form, self._place(form).start)
             weights = self._weights.of_tokens(step, source.coded.zero_point)
-            return [TokenProductStep(weights, tokens, out, given, residual)]
-        layouts = self._planes(form)[0], self._lanes[target.image].layout(step.weight.rows)
+            return [TokenProductStep(weights, tokens, out, given, residual, scales)]
+        layouts = self._planes(form)[0], self._lanes[target.image if len(source.shape) == 3 else (1, 1)].layout(
+            step.weight.rows)  # fmt: skip
         rows = self._weights.of_planes(step, source, self._taps(step), layouts)
-        return [ProductStep(rows, self._buffer(form), out, given, residual)]
+        if scales < 0:
+            return [ProductStep(rows, self._buffer(form), out, given, residual)]
+        # what stands in the sum's formula behind the scale of the token comes in a pass of its own
+        offset, low, high = (torch.full_like(factors.offset, number) for number in (0.0, -math.inf, math.inf))
+        assert isinstance(out, int)
+        return [ProductStep(rows, self._buffer(form), out, (factors.multiplier, offset, low, high)),
+                TokenRescaleStep(out, self._batch, scales, (factors.offset, factors.low, factors.high))]  # fmt: skip
 
     def _pool(self, step: Pool) -> list[FrozenStep]:
         source, target = self._value(step.inputs[0]), self._value(step.output)
@@ -312,68 +333,70 @@ _LOWERED: dict[type[Step], Callable[[_Lowering, Any], list[FrozenStep]]] = {
 }
 
 
-class Compiled:
-    """A program for a batch of one size.
+class _Run:
+    """Steps between two calls of torch, for the batch sizes that they were last used with.
 
     Parameters
     ----------
     program : Program
-    batch : int
-        1 or more.
-    weights : WeightStore, optional
-        Of the same program for other batch sizes.
+    steps : list of Step
+    wanted : set of str
+        Values that others read.
+    weights : WeightStore
     """
 
-    def __init__(self, program: Program, batch: int, weights: WeightStore | None = None) -> None:
-        self._program = program
-        weights = WeightStore() if weights is None else weights
-        self._parts: list[_Lowering | Call] = []
-        self._segments: list[Segment | Call] = []
-        runs = _runs(program)
-        for place, run in enumerate(runs):
-            if isinstance(run, Call):
-                self._segments.append(run)
-                self._parts.append(run)
-                continue
-            later = {name for other in runs[place + 1:] for name in _read(other)} | set(program.outputs)
-            lowering = _Lowering(program, run, later, batch, weights)
-            self._parts.append(lowering)
-            self._segments.append(lowering.segment())
+    def __init__(self, program: Program, steps: list[Step], wanted: set[str], weights: WeightStore) -> None:
+        self._program, self._steps, self._wanted, self._weights = program, steps, wanted, weights
+        self._kept: OrderedDict[tuple[int, str], tuple[_Lowering, Segment]] = OrderedDict()
+        self._lock = threading.Lock()
+        #: Dimensions of an input that are not the batch.
+        self._own = {step.inputs[0]: len(program.values[step.output].shape) for step in steps if isinstance(step, Quantize)}
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The outputs, for inputs of the batch's size."""
-        values: dict[str, Any] = {**self._program.constants, **dict(zip(self._program.inputs, inputs, strict=True))}
-        threads = torch.get_num_threads()
-        for part, segment in zip(self._parts, self._segments, strict=True):
-            if isinstance(part, Call):
-                values[part.output] = call_operator(part, values)
-                continue
-            assert isinstance(segment, Segment)
-            results = segment(tuple(values[name] for name in part.inputs), threads)
-            for name, result in zip(part.outputs, results, strict=True):
-                values[name] = result.view(result.shape[0], *self._program.values[name].shape)
-        return tuple(values[name] for name in self._program.outputs)
+    def __call__(self, values: dict[str, Any]) -> dict[str, Tensor]:
+        """The values that others read."""
+        leading = {values[name].shape[:values[name].ndim - own] for name, own in self._own.items()}
+        if len(leading) != 1:
+            raise ValueError(f"inputs must be of one batch, got {sorted(map(tuple, leading))}")
+        (batch,) = leading
+        images = math.prod(batch)
+        if not images:
+            return {name: torch.empty(*batch, *self._own_shape(name)) for name in self._wanted_here()}
+        lowering, segment = self._get(images)
+        inputs = tuple(values[name].reshape(images, *values[name].shape[len(batch):]) for name in lowering.inputs)
+        results = segment(inputs, torch.get_num_threads())
+        return {name: result.view(*batch, *self._own_shape(name))
+                for name, result in zip(lowering.outputs, results, strict=True)}  # fmt: skip
+
+    def _own_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a result without the batch, or the leading dimensions of tokens."""
+        shape = self._program.values[name].shape
+        step = next(step for step in self._steps if step.output == name)
+        return shape[-1:] if len(self._program.values[step.inputs[0]].shape) == 1 else shape
+
+    def _wanted_here(self) -> list[str]:
+        values = self._program.values
+        return [step.output for step in self._steps if values[step.output].codes is None and step.output in self._wanted]
+
+    def _get(self, images: int) -> tuple[_Lowering, Segment]:
+        key = images, _dispatch.active_isa()
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+        lowering = _Lowering(self._program, self._steps, self._wanted, images, self._weights)
+        made = lowering, lowering.segment()
+        with self._lock:
+            self._kept[key] = made
+            while len(self._kept) > KEPT_BATCHES:
+                self._kept.popitem(last=False)
+        return made
 
 
-def _runs(program: Program) -> list[list[Step] | Call]:
-    """Steps in runs without calls of torch between them. Calls come as late as they may, which makes runs long."""
-    runs: list[list[Step] | Call] = []
-    for step in program.steps:
-        if isinstance(step, Call):
-            runs.append(step)
-        elif runs and isinstance(runs[-1], list):
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    return runs
+class CompiledProgram:
+    """A program on the kernels, for batches of any size. Several threads may call it at once.
 
-
-def _read(run: list[Step] | Call) -> set[str]:
-    return {name for step in (run if isinstance(run, list) else [run]) for name in step.inputs}
-
-
-class CompiledPrograms:
-    """A program for the batch sizes that it was last used with. Several threads may call it at once.
+    What a batch size asks for is made when one first comes, and kept for some of them; weights are shared.
 
     Parameters
     ----------
@@ -381,21 +404,58 @@ class CompiledPrograms:
     """
 
     def __init__(self, program: Program) -> None:
-        self._program, self._weights = program, WeightStore()
-        self._kept: OrderedDict[tuple[int, str], Compiled] = OrderedDict()
-        self._lock = threading.Lock()
+        self._program = program
+        weights, runs = WeightStore(), _runs(program)
+        self._parts: list[_Run | Call] = []
+        for place, run in enumerate(runs):
+            if isinstance(run, Call):
+                self._parts.append(run)
+                continue
+            later = {name for other in runs[place + 1:] for name in _read(other)} | set(program.outputs)
+            self._parts.append(_Run(program, run, later, weights))
 
-    def get(self, batch: int) -> Compiled:
-        """The program for a batch of `batch` images, 1 or more."""
-        key = batch, _dispatch.active_isa()
-        with self._lock:
-            found = self._kept.get(key)
-            if found is not None:
-                self._kept.move_to_end(key)
-                return found
-        made = Compiled(self._program, batch, self._weights)
-        with self._lock:
-            self._kept[key] = made
-            while len(self._kept) > KEPT_BATCHES:
-                self._kept.popitem(last=False)
-        return made
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs.
+
+        Parameters
+        ----------
+        *inputs : Tensor
+            (batch, ...) each; float32 or bfloat16 where they become codes.
+
+        Returns
+        -------
+        tuple of Tensor
+        """
+        values: dict[str, Any] = {**self._program.constants, **dict(zip(self._program.inputs, inputs, strict=True))}
+        for part in self._parts:
+            if isinstance(part, Call):
+                values[part.output] = call_operator(part, values)
+            else:
+                values.update(part(values))
+        return tuple(values[name] for name in self._program.outputs)
+
+
+def _runs(program: Program) -> list[list[Step] | Call]:
+    """Steps in runs without calls of torch between them; tokens in runs of their own, of which there are more."""
+    runs: list[list[Step] | Call] = []
+    tokens: set[str] = set()
+    for step in program.steps:
+        if isinstance(step, Call):
+            runs.append(step)
+            continue
+        if _begins_tokens(step, program) or any(name in tokens for name in step.inputs):
+            tokens.add(step.output)
+        last = runs[-1] if runs else None
+        if isinstance(last, list) and (last[-1].output in tokens) == (step.output in tokens):
+            last.append(step)
+        else:
+            runs.append([step])
+    return runs
+
+
+def _begins_tokens(step: Step, program: Program) -> bool:
+    return isinstance(step, Quantize) and program.values[step.inputs[0]].shape != program.values[step.output].shape
+
+
+def _read(run: list[Step] | Call) -> set[str]:
+    return {name for step in (run if isinstance(run, list) else [run]) for name in step.inputs}

@@ -160,7 +160,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Quantize(Step):
-    """An ordinary tensor, (batch, *shape), to codes: to nearest, those outside of the range to its ends."""
+    """An ordinary tensor, (batch, *shape), to codes: to nearest, those outside of the range to its ends.
+
+    Where codes are features, the tensor may have any dimensions before the last one, (..., features); each of its rows
+    then is a token.
+
+    Parameters
+    ----------
+    dynamic : bool
+        Whether each token has a scale of its own, found when it is there, by which its codes are to be multiplied beside
+        their own: `real = token scale * scale[channel] * (code - 128)`, the largest magnitude being 127. Only of
+        features, and only read by products that give ordinary tensors.
+    """
+
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -286,6 +299,8 @@ class Program:
             if step.output in known or step.output not in self.values:
                 raise ValueError(f"step {step.output!r} must compute a value of its own")
             check_step(step, self.values)
+            if isinstance(step, Quantize) and step.dynamic:
+                self._check_readers(step)
             known.add(step.output)
         lost = [name for name in self.outputs if name not in known]
         if lost:
@@ -294,6 +309,12 @@ class Program:
                  if name in self.values and self.values[name].codes is not None]
         if coded:
             raise ValueError(f"inputs and outputs are ordinary tensors, {coded[0]!r} is coded")
+
+    def _check_readers(self, step: Quantize) -> None:
+        for reader in self.users(step.output):
+            if not isinstance(reader, Product) or self.values[reader.output].codes is not None:
+                raise ValueError(f"step {reader.output!r} reads codes with scales of tokens, which only products do that "
+                                 "give ordinary tensors")
 
     def users(self, name: str) -> Iterator[Step]:
         """The steps that read a value."""
@@ -334,9 +355,13 @@ def _one(sources: list[Value], coded: bool = True) -> Value:
     return sources[0]
 
 
-def _check_quantize(step: Step, sources: list[Value], target: Value) -> None:
+def _check_quantize(step: Quantize, sources: list[Value], target: Value) -> None:
     source = _one(sources, coded=False)
-    _demand(target.codes is not None and source.shape == target.shape, "gives codes of the shape that it takes")
+    tokens = len(target.shape) == 1 and source.shape[-1:] == target.shape
+    _demand(target.codes is not None and (tokens or source.shape == target.shape),
+            "gives codes of the shape that it takes")
+    _demand(not step.dynamic or (tokens and target.coded.zero_point == 128),
+            "tokens have scales of their own where codes are features around 128")
 
 
 def _check_dequantize(step: Step, sources: list[Value], target: Value) -> None:
@@ -373,7 +398,8 @@ def _check_product(step: Product, sources: list[Value], target: Value) -> None:
     size = window.output_size(source.image)
     _demand(min(size) >= 1, "the window does not fit into the image")
     shape = (weight.rows,) if len(source.shape) == 1 else (weight.rows, *size)
-    _demand(target.shape == shape, f"gives {shape}, not {target.shape}")
+    tokens = target.codes is None and len(shape) == 1 and target.shape[-1:] == shape
+    _demand(tokens or target.shape == shape, f"gives {shape}, not {target.shape}")
     _demand(len(sources) == 1 or (target.codes is not None and sources[1].shape == shape),
             "a residual has the output's shape, and the output is coded")
     _demand(step.low <= step.high, "limits must be in order")

@@ -68,8 +68,8 @@ def factors_of(step: Product | Add | Pool, sources: Sequence[Value], target: Val
     -------
     Factors
     """
-    channels = target.shape[0]
     codes = target.codes
+    channels = step.weight.rows if isinstance(step, Product) else target.shape[0]
     out = torch.ones(channels, dtype=torch.float64) if codes is None else codes.scale.double()
     zero = 0.0 if codes is None else float(codes.zero_point)
     offset = torch.full((channels,), zero, dtype=torch.float64)
@@ -94,6 +94,13 @@ def factors_of(step: Product | Add | Pool, sources: Sequence[Value], target: Val
     return Factors(multiplier.float(), offset.float(), residual, low.float(), high.float())
 
 
+class _Tokens(NamedTuple):
+    """Codes of tokens that have scales of their own."""
+
+    codes: Tensor
+    scale: Tensor
+
+
 def _channels(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (like.ndim - 2))
 
@@ -103,21 +110,38 @@ def _to_codes(values: Tensor) -> Tensor:
     return values.round().to(torch.uint8)
 
 
-def _finished(sums: Tensor, residual: Tensor | None, factors: Factors) -> Tensor:
-    out = sums.to(torch.float32) * _channels(factors.multiplier, sums) + _channels(factors.offset, sums)
+def _finished(sums: Tensor, residual: Tensor | None, factors: Factors, scale: Tensor | None = None) -> Tensor:
+    out = sums.to(torch.float32) * _channels(factors.multiplier, sums)
+    if scale is not None:
+        out = out * scale
+    out = out + _channels(factors.offset, sums)
     if residual is not None:
         assert factors.residual is not None
         out = out + residual.to(torch.float32) * _channels(factors.residual, sums)
     return torch.minimum(torch.maximum(out, _channels(factors.low, sums)), _channels(factors.high, sums))
 
 
-def _quantize(step: Quantize, sources: list[Value], target: Value, x: Tensor) -> Tensor:
+def _quantize(step: Quantize, sources: list[Value], target: Value, x: Tensor) -> Tensor | _Tokens:
     codes = target.coded
-    inverse = _channels(inverse_scale(codes), x)
-    # limited around zero, then rounded, and only then moved by the zero point, as the packer does
-    low, high = -codes.zero_point, 255 - codes.zero_point
-    scaled = (x.to(torch.float32) * inverse).nan_to_num(0.0).clamp(low, high)
-    return (scaled.round() + codes.zero_point).to(torch.uint8)
+    if len(target.shape) == 1 and x.ndim != 2:
+        x = x.reshape(-1, *target.shape)
+    scaled = x.to(torch.float32) * _channels(inverse_scale(codes), x)
+    if not step.dynamic:
+        return _limited(scaled, codes.zero_point)
+    scale, inverse = token_scales(scaled)
+    return _Tokens(_limited(scaled * inverse, codes.zero_point), scale)
+
+
+def _limited(scaled: Tensor, zero_point: int) -> Tensor:
+    # what is not a number goes to the upper end, as the packer has it
+    limited = scaled.nan_to_num(1024.0).clamp(-zero_point, 255 - zero_point)
+    return (limited.round() + zero_point).to(torch.uint8)
+
+
+def token_scales(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale of each token, (tokens, 1), and one over it. The least scale is that of all schemes, 2^-111."""
+    scale = (scaled.abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-111)
+    return scale, 1 / scale
 
 
 def inverse_scale(codes: Codes) -> Tensor:
@@ -130,16 +154,20 @@ def _dequantize(step: Dequantize, sources: list[Value], target: Value, x: Tensor
     return (x.to(torch.float32) - codes.zero_point) * _channels(codes.scale, x)
 
 
-def _product(step: Product, sources: list[Value], target: Value, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _product(
+    step: Product, sources: list[Value], target: Value, x: Tensor | _Tokens, residual: Tensor | None = None
+) -> Tensor:
     source, window, weight = sources[0], step.window, step.weight
+    x, scale = x if isinstance(x, _Tokens) else (x, None)
     image = x.view(x.shape[0], source.shape[0], *source.image).to(torch.int64) - source.coded.zero_point
     top, bottom, left, right = window.padding
     # float64 holds every sum exactly
     filters = weight.dense().double().view(weight.rows, -1, *window.kernel)
     sums = F.conv2d(F.pad(image.double(), (left, right, top, bottom)), filters, None, window.stride, 0,
                     window.dilation, step.groups)  # fmt: skip
-    sums = sums.round().to(torch.int64).view(x.shape[0], *target.shape)
-    out = _finished(sums, residual, factors_of(step, sources, target))
+    shape = target.shape if target.codes is not None or len(source.shape) == 3 else target.shape[-1:]
+    sums = sums.round().to(torch.int64).view(x.shape[0], *shape)
+    out = _finished(sums, residual, factors_of(step, sources, target), scale)
     return out if target.codes is None else _to_codes(out)
 
 
@@ -209,13 +237,21 @@ def run_reference(program: Program, *inputs: Tensor, watched: dict[str, Any] | N
     tuple of Tensor
     """
     values: dict[str, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
+    leading: dict[str, tuple[int, ...]] = {}  # the batch, or all dimensions before the features of tokens
     for step in program.steps:
         given = [values[name] for name in step.inputs]
         if isinstance(step, Call):
             values[step.output] = call_operator(step, values)
         else:
             sources = [program.values[name] for name in step.inputs]
-            values[step.output] = _STEPS[type(step)](step, sources, program.values[step.output], *given)
+            result = _STEPS[type(step)](step, sources, program.values[step.output], *given)
+            if isinstance(step, Quantize):
+                leading[step.output] = given[0].shape[: -len(program.values[step.output].shape)]
+            else:
+                leading[step.output] = leading[step.inputs[0]]
+            if program.values[step.output].codes is None:
+                result = result.view(*leading[step.output], *result.shape[1:])
+            values[step.output] = result
     if watched is not None:
         watched.update(values)
     return tuple(values[name] for name in program.outputs)

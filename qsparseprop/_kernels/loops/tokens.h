@@ -25,8 +25,10 @@ QSP_INLINE void tokens_dot(int32_t *sums, const qsp_tokens *a, const uint8_t *x,
 QSP_INLINE void tokens_finish(const qsp_tokens *a, int64_t row, int64_t token, const int32_t *sums)
 {
     const int n = (int)qsp_min(QSP_TOKEN_ROWS, a->rows - row);
-    f32x16 v = f32x16_add(f32x16_mul(f32x16_load_i32(sums), f32x16_load(a->multiplier + row)),
-                          f32x16_load(a->offset + row));
+    f32x16 v = f32x16_mul(f32x16_load_i32(sums), f32x16_load(a->multiplier + row));
+    if (a->scale)
+        v = f32x16_mul(v, f32x16_set1(a->scale[token]));
+    v = f32x16_add(v, f32x16_load(a->offset + row));
     const f32x16 low = f32x16_load(a->low + row), high = f32x16_load(a->high + row);
     uint8_t codes[QSP_TOKEN_ROWS] = {0};
     if (a->residual) {
@@ -34,7 +36,7 @@ QSP_INLINE void tokens_finish(const qsp_tokens *a, int64_t row, int64_t token, c
             codes[i] = *coded_row(a->residual, token, row + i, 0);
         v = f32x16_add(v, f32x16_mul(f32x16_load_u8(codes), f32x16_load(a->residual_multiplier + row)));
     }
-    v = f32x16_min(f32x16_max(v, low), high);
+    v = f32x16_min(high, f32x16_max(low, v)); /* in this order a NaN stays one */
     if (a->out) {
         f32x16_store_n(a->out + token * a->rows + row, v, n);
         return;
