@@ -120,8 +120,8 @@ cdef class ProductStep(FrozenStep):
     out : CodedBuffer or int
         Of the planes of the rows' target; or which tensor.
     factors : tuple of Tensor
-        float32, (rows,) each: multiplier and offset of the sums, lower and upper limit of the result, and what a residual
-        is multiplied by.
+        float32, (rows,) each: multiplier and offset of the sums, lower and upper limit of the result, and what a
+        residual is multiplied by.
     residual : CodedBuffer, optional
         On the lanes of the output.
     table : Tensor, optional

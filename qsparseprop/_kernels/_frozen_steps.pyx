@@ -85,8 +85,8 @@ cdef class CodedStep(FrozenStep):
         "copy": first row and column, and the steps from one to the next; "pool": kernel, stride and dilation, each down
         and across, what is above and to the left, whether means are taken, and whether the padding counts.
     factors : tuple of Tensor
-        float32, (channels,): "add" and means of a "pool": multiplier, offset, lower and upper limit; of "add" the other's
-        multiplier; "unpack": the scale.
+        float32, (channels,): "add" and means of a "pool": multiplier, offset, lower and upper limit; of "add" that of
+        the other, too; "unpack": the scale.
     other : CodedBuffer, optional
         The other summand.
     table : Tensor, optional
@@ -150,10 +150,9 @@ cdef class CodedStep(FrozenStep):
         elif self.kind == POOL:
             self._take_window(numbers, x, y)
         elif self.kind in (ADD, TABLE):
-            if not same_lanes(self.source, self.out) or (self.other is not None
-                                                          and not same_lanes(self.other, self.out)):
-                raise ValueError("operands must lie on the same lanes")
             for one in (self.source, self.out, *([] if self.other is None else [self.other])):
+                if not same_lanes(one, self.out):
+                    raise ValueError("operands must lie on the same lanes")
                 if (<CodedBuffer> one).layout.image != self.out.layout.image or (
                         <CodedBuffer> one).layout.grid.planes != x.channels or (<CodedBuffer> one).layout.count != 1:
                     raise ValueError("operands must have the same shape")

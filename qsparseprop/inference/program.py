@@ -168,9 +168,9 @@ class Quantize(Step):
     Parameters
     ----------
     dynamic : bool
-        Whether each token has a scale of its own, found when it is there, by which its codes are to be multiplied beside
-        their own: `real = token scale * scale[channel] * (code - 128)`, the largest magnitude being 127. Only of
-        features, and only read by products that give ordinary tensors.
+        Whether each token has a scale of its own, found when it is there, beside those of the channels:
+        `real = token scale * scale[channel] * (code - 128)`, the largest magnitude being 127. Only of features, and only
+        read by products that give ordinary tensors.
     """
 
     dynamic: bool = False
@@ -313,8 +313,8 @@ class Program:
     def _check_readers(self, step: Quantize) -> None:
         for reader in self.users(step.output):
             if not isinstance(reader, Product) or self.values[reader.output].codes is not None:
-                raise ValueError(f"step {reader.output!r} reads codes with scales of tokens, which only products do that "
-                                 "give ordinary tensors")
+                raise ValueError(f"step {reader.output!r} reads codes with scales of tokens, which only products do "
+                                 "that give ordinary tensors")
 
     def users(self, name: str) -> Iterator[Step]:
         """The steps that read a value."""

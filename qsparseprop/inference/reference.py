@@ -209,7 +209,7 @@ def _flatten(step: Flatten, sources: list[Value], target: Value, x: Tensor) -> T
     return x.flatten(1)
 
 
-_STEPS: dict[type[Step], Callable[..., Tensor]] = {
+_STEPS: dict[type[Step], Callable[..., Any]] = {
     Quantize: _quantize,
     Dequantize: _dequantize,
     Product: _product,
