@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 from qsparseprop._kernels import _dispatch
 from qsparseprop._kernels._frozen import Segment
 from qsparseprop.inference.calls import call_operator
-from qsparseprop.inference.lowering import Lowering
 from qsparseprop.inference.program import Call, Program, Quantize, Step
+from qsparseprop.inference.segments import Lowering
 from qsparseprop.inference.weights_in_memory import WeightStore
 
 __all__ = ["CompiledProgram"]
@@ -39,30 +38,20 @@ class _Run:
         self._program, self._steps, self._wanted, self._weights = program, steps, wanted, weights
         self._kept: OrderedDict[tuple[int, str], tuple[Lowering, Segment]] = OrderedDict()
         self._lock = threading.Lock()
-        #: Dimensions of an input that are not the batch.
-        self._own = {step.inputs[0]: len(program.values[step.output].shape)
-                     for step in steps if isinstance(step, Quantize)}  # fmt: skip
 
     def __call__(self, values: dict[str, Any]) -> dict[str, Tensor]:
         """The values that others read."""
-        leading = {values[name].shape[:values[name].ndim - own] for name, own in self._own.items()}
-        if len(leading) != 1:
-            raise ValueError(f"inputs must be of one batch, got {sorted(map(tuple, leading))}")
-        (batch,) = leading
-        images = math.prod(batch)
-        if not images:
-            return {name: torch.empty(*batch, *self._own_shape(name)) for name in self._wanted_here()}
-        lowering, segment = self._get(images)
-        inputs = tuple(values[name].reshape(images, *values[name].shape[len(batch):]) for name in lowering.inputs)
-        results = segment(inputs, torch.get_num_threads())
-        return {name: result.view(*batch, *self._own_shape(name))
-                for name, result in zip(lowering.outputs, results, strict=True)}  # fmt: skip
-
-    def _own_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a result without the batch, or the leading dimensions of tokens."""
-        shape = self._program.values[name].shape
-        step = next(step for step in self._steps if step.output == name)
-        return shape[-1:] if len(self._program.values[step.inputs[0]].shape) == 1 else shape
+        sources = {name for step in self._steps if isinstance(step, Quantize) for name in step.inputs}
+        sizes = {values[name].shape[0] for name in sources}
+        if len(sizes) != 1:
+            raise ValueError(f"inputs must be of one batch, got {sorted(sizes)}")
+        (batch,) = sizes
+        shapes = {name: (batch, *self._program.values[name].shape) for name in self._wanted_here()}
+        if not batch:
+            return {name: torch.empty(shape) for name, shape in shapes.items()}
+        lowering, segment = self._get(batch)
+        results = segment(tuple(values[name] for name in lowering.inputs), torch.get_num_threads())
+        return {name: result.view(shapes[name]) for name, result in zip(lowering.outputs, results, strict=True)}
 
     def _wanted_here(self) -> list[str]:
         values = self._program.values
@@ -128,25 +117,17 @@ class CompiledProgram:
 
 
 def _runs(program: Program) -> list[list[Step] | Call]:
-    """Steps in runs without calls of torch between them; tokens in runs of their own, of which there are more."""
+    """Steps in runs without calls of torch between them; tokens, of which there are more, in runs of their own."""
     runs: list[list[Step] | Call] = []
-    tokens: set[str] = set()
     for step in program.steps:
+        last = runs[-1] if runs else None
         if isinstance(step, Call):
             runs.append(step)
-            continue
-        if _begins_tokens(step, program) or any(name in tokens for name in step.inputs):
-            tokens.add(step.output)
-        last = runs[-1] if runs else None
-        if isinstance(last, list) and (last[-1].output in tokens) == (step.output in tokens):
+        elif isinstance(last, list) and program.values[last[-1].output].rows == program.values[step.output].rows:
             last.append(step)
         else:
             runs.append([step])
     return runs
-
-
-def _begins_tokens(step: Step, program: Program) -> bool:
-    return isinstance(step, Quantize) and program.values[step.inputs[0]].shape != program.values[step.output].shape
 
 
 def _read(run: list[Step] | Call) -> set[str]:

@@ -162,9 +162,6 @@ class Step:
 class Quantize(Step):
     """An ordinary tensor, (batch, *shape), to codes: to nearest, those outside of the range to its ends.
 
-    Where codes are features, the tensor may have any dimensions before the last one, (..., features); each of its rows
-    then is a token.
-
     Parameters
     ----------
     dynamic : bool
@@ -357,10 +354,8 @@ def _one(sources: list[Value], coded: bool = True) -> Value:
 
 def _check_quantize(step: Quantize, sources: list[Value], target: Value) -> None:
     source = _one(sources, coded=False)
-    tokens = len(target.shape) == 1 and source.shape[-1:] == target.shape
-    _demand(target.codes is not None and (tokens or source.shape == target.shape),
-            "gives codes of the shape that it takes")
-    _demand(not step.dynamic or (tokens and target.coded.zero_point == 128),
+    _demand(target.codes is not None and source.shape == target.shape, "gives codes of the shape that it takes")
+    _demand(not step.dynamic or (len(target.shape) == 1 and target.coded.zero_point == 128),
             "tokens have scales of their own where codes are features around 128")
 
 
@@ -398,8 +393,7 @@ def _check_product(step: Product, sources: list[Value], target: Value) -> None:
     size = window.output_size(source.image)
     _demand(min(size) >= 1, "the window does not fit into the image")
     shape = (weight.rows,) if len(source.shape) == 1 else (weight.rows, *size)
-    tokens = target.codes is None and len(shape) == 1 and target.shape[-1:] == shape
-    _demand(tokens or target.shape == shape, f"gives {shape}, not {target.shape}")
+    _demand(target.shape == shape, f"gives {shape}, not {target.shape}")
     _demand(len(sources) == 1 or (target.codes is not None and sources[1].shape == shape),
             "a residual has the output's shape, and the output is coded")
     _demand(step.low <= step.high, "limits must be in order")

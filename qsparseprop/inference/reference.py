@@ -123,8 +123,6 @@ def _finished(sums: Tensor, residual: Tensor | None, factors: Factors, scale: Te
 
 def _quantize(step: Quantize, sources: list[Value], target: Value, x: Tensor) -> Tensor | _Tokens:
     codes = target.coded
-    if len(target.shape) == 1 and x.ndim != 2:
-        x = x.reshape(-1, *target.shape)
     scaled = x.to(torch.float32) * _channels(inverse_scale(codes), x)
     if not step.dynamic:
         return _limited(scaled, codes.zero_point)
@@ -165,8 +163,7 @@ def _product(
     filters = weight.dense().double().view(weight.rows, -1, *window.kernel)
     sums = F.conv2d(F.pad(image.double(), (left, right, top, bottom)), filters, None, window.stride, 0,
                     window.dilation, step.groups)  # fmt: skip
-    shape = target.shape if target.codes is not None or len(source.shape) == 3 else target.shape[-1:]
-    sums = sums.round().to(torch.int64).view(x.shape[0], *shape)
+    sums = sums.round().to(torch.int64).view(x.shape[0], *target.shape)
     out = _finished(sums, residual, factors_of(step, sources, target), scale)
     return out if target.codes is None else _to_codes(out)
 
@@ -237,21 +234,13 @@ def run_reference(program: Program, *inputs: Tensor, watched: dict[str, Any] | N
     tuple of Tensor
     """
     values: dict[str, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
-    leading: dict[str, tuple[int, ...]] = {}  # the batch, or all dimensions before the features of tokens
     for step in program.steps:
         given = [values[name] for name in step.inputs]
         if isinstance(step, Call):
             values[step.output] = call_operator(step, values)
         else:
             sources = [program.values[name] for name in step.inputs]
-            result = _STEPS[type(step)](step, sources, program.values[step.output], *given)
-            if isinstance(step, Quantize):
-                leading[step.output] = given[0].shape[: -len(program.values[step.output].shape)]
-            else:
-                leading[step.output] = leading[step.inputs[0]]
-            if program.values[step.output].codes is None:
-                result = result.view(*leading[step.output], *result.shape[1:])
-            values[step.output] = result
+            values[step.output] = _STEPS[type(step)](step, sources, program.values[step.output], *given)
     if watched is not None:
         watched.update(values)
     return tuple(values[name] for name in program.outputs)
