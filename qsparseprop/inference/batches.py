@@ -45,6 +45,17 @@ class Batch(NamedTuple):
 
         return Batch(*_pytree.tree_map(as_float, (self.args, self.kwargs)))
 
+    def one_more(self) -> Batch:
+        """With the first sample once more at the end."""
+        sizes = [tensor.shape[0] for tensor in self.tensors if tensor.ndim]
+        batch = sizes[0] if sizes else 0
+
+        def grown(leaf: Any) -> Any:
+            grows = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
+            return torch.cat([leaf, leaf[:1]]) if grows else leaf
+
+        return Batch(*_pytree.tree_map(grown, (self.args, self.kwargs)))
+
     def first(self) -> Batch:
         """The first sample alone; a copy of the whole where there is no batch."""
         sizes = [tensor.shape[0] for tensor in self.tensors if tensor.ndim]

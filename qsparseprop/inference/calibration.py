@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop.inference.coding import Coding
-from qsparseprop.inference.draft import Draft, Flat, Joined, Node, Pooling, run_draft
+from qsparseprop.inference.draft import Draft, Flat, Joined, Layer, Node, Pooling, run_draft
 from qsparseprop.inference.program import Codes
 
 __all__ = ["OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate", "codes_of"]
@@ -151,10 +151,12 @@ def calibrate(
     sources = _sources(draft, coding)
     own = [name for name in sorted(coding.values) if name not in sources]
     observers: dict[str, Observer] = {name: OBSERVERS[observer]() for name in own}
+    # others may be infinite, as masks of attention are
+    numbers = coding.values.union(node.output for node in draft.nodes if isinstance(node, Layer))
     negative: dict[str, bool] = dict.fromkeys(observers, False)
 
     def see(name: str, value: Any) -> None:
-        if name in draft.floating and isinstance(value, Tensor) and not bool(value.isfinite().all()):
+        if name in numbers and not bool(value.isfinite().all()):
             raise ValueError(f"{names.get(name) or name!r} gives NaN or infinity on the calibration data")
         if name not in observers or not value.numel():
             return

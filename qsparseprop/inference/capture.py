@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
+import io
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree
 
+from qsparseprop._torch_compat import size_guards
 from qsparseprop.inference.calls import Name
 from qsparseprop.inference.draft import Draft, Operator, Shape, names_in
 from qsparseprop.utils._example import copy_model
@@ -28,6 +32,8 @@ _NOTHING = {"aten.clone.default", "aten.detach.default", "aten.alias.default", "
             "aten.lift_fresh_copy.default", "aten.detach_.default", "aten._assert_tensor_metadata.default"}  # fmt: skip
 #: Their second argument is the size of the result.
 _SIZED = {"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.expand.default"}
+#: Sizes of the batch for which what a model asks of it must hold.
+_BATCHES = (*range(2, 66), 100, 127, 128, 129, 255, 256, 257, 1000, 1021, 4096)
 #: Arithmetic of sizes.
 _ARITHMETIC = {operator.mul: "aten.mul.int", operator.add: "aten.add.int", operator.sub: "aten.sub.int",
                operator.floordiv: "aten.floordiv.int"}  # fmt: skip
@@ -185,7 +191,17 @@ def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: Any) -> torch.exp
     for symbol, constraint in exported.range_constraints.items():
         if constraint.lower > 2 or constraint.upper < 1 << 30:
             raise NotCapturable(f"it works for some sizes of the batch only ({symbol}: {constraint})")
+    _check_sizes(exported)
     return exported
+
+
+def _check_sizes(exported: torch.export.ExportedProgram) -> None:
+    """Check that what was taken for granted of the batch holds for any: torch.export tells, and goes on."""
+    for guard in size_guards(exported):
+        expression = re.sub(r"L(\[[^\]]*\])+\.size\(\)\[0\]", "batch", guard)
+        names = {node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)}
+        if names != {"batch"} or not all(eval(expression, {"__builtins__": {}}, {"batch": n}) for n in _BATCHES):
+            raise NotCapturable(f"it works for some sizes of the batch only ({expression})")
 
 
 @contextlib.contextmanager
@@ -197,7 +213,8 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.disabled = True
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled

@@ -73,6 +73,8 @@ def freeze(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(module, FrozenModule) for module in model.modules()):
         raise ValueError("the model is frozen already")
+    if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model must be on the CPU")
     options = Options(observer, per_channel, correct_bias, _names(model, keep_float))
     options.check()
     batches = batches_of(model, calibration)

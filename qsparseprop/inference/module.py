@@ -110,7 +110,8 @@ class FrozenModule(nn.Module):
         leading = inputs[0].shape[:-1]
         if self.rows:
             inputs = [inputs[0].reshape(-1, inputs[0].shape[-1])]
-        outputs = execute(self.program, inputs)
+        with torch.autocast("cpu", enabled=False):
+            outputs = execute(self.program, inputs)
         if self.rows:
             outputs = tuple(output.view(*leading, output.shape[-1]) for output in outputs)
         return _pytree.tree_map(lambda number: outputs[number], self.signature.results)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from qsparseprop._torch_compat import keep_off_fast_path
 from qsparseprop.inference.batches import Batch
 from qsparseprop.inference.capture import NotCapturable
 from qsparseprop.inference.module import FrozenModule
@@ -113,24 +114,31 @@ class _Parts:
         for path, (module, frozen) in self.frozen.items():
             calls: list[bool] = []
             handle = frozen.register_forward_pre_hook(lambda *_, calls=calls: calls.append(True))
-            replace_children(model, {id(module): frozen})
+            _replace(model, module, frozen)
             try:
                 _run(model, batch)
                 handle.remove()
                 if calls:
-                    _run(model, batch)  # where there are hooks torch's transformers go another way
+                    _run(model, batch)  # where nobody listens modules may go another way
                 why = "" if calls else "its weight is read outside of its own forward pass"
             except Exception as error:
                 # of the model's own code, which met a part that has no weights
                 why = f"the model does not run with it frozen ({type(error).__name__}: {error})"
             handle.remove()
             if why:
-                replace_children(model, {id(frozen): module})
+                _replace(model, frozen, module)
                 self.leave(path, module, why)
             else:
                 report.extend(_named(path, layer) for layer in frozen.report)
         report.extend(self.left)
         return report
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    replace_children(model, {id(old): new})
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+            keep_off_fast_path(module, any(isinstance(part, FrozenModule) for part in module.modules()))
 
 
 def _named(path: str, layer: LayerReport) -> LayerReport:

@@ -74,7 +74,7 @@ class _Recogniser:
 
     def form(self, name: str) -> str | None:
         """A value as codes can be, where it is one; itself or another one."""
-        return name if self.draft.images(name) else self.forms.get(name)
+        return self.forms.get(name) or (name if self.draft.images(name) else None)
 
     def as_form(self, name: str, shape: Shape, layer: str) -> tuple[str, list[Node]]:
         """A value with other dimensions, and what makes it of the one that the graph has."""
@@ -310,7 +310,7 @@ def _add(found: _Recogniser, node: Operator) -> list[Node] | None:
     if node.keywords.get("alpha", 1) != 1 or found.shape(first) != found.shape(second):
         return None
     forms = found.form(first.name), found.form(second.name)
-    if forms[0] is None or forms[1] is None:
+    if forms[0] is None or forms[1] is None or found.shapes[forms[0]] != found.shapes[forms[1]]:
         return None
     output, after = found.result(node, found.shapes[forms[0]])
     return [Sum(inputs=(forms[0], forms[1]), output=output, layer=node.layer), *after]
