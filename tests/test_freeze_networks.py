@@ -250,3 +250,30 @@ def test_infinities_that_are_meant():
     frozen = freeze(model, [x])
     assert isinstance(frozen, FrozenModule)
     assert (frozen(x) - model(x).detach()).norm() < 0.02 * model(x).detach().norm()
+
+
+def test_rows_for_each_sample():
+    """Tokens are rows, and so are images that are put behind each other: the program says how many."""
+    model = Attention().eval()
+    program = freeze(model, [torch.randint(0, 30, (8, 7))]).program
+    assert {value.rows for value in program.values.values() if value.codes} == {1, 7}
+
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x, y):
+            both = self.head(F.relu(self.conv(torch.cat([x, y]))).mean((2, 3)))
+            first, second = both.chunk(2)
+            return first - second
+
+    model, x, y = Siamese().eval(), data(8, 3, 6, 6), data(8, 3, 6, 6, seed=3)
+    frozen = freeze(model, [(x, y)])
+    assert isinstance(frozen, FrozenModule)
+    assert {value.rows for value in frozen.program.values.values() if value.codes} == {2}
+    with torch.no_grad():
+        for batch in (8, 1, 5):
+            exact = model(x[:batch], y[:batch])
+            assert (frozen(x[:batch], y[:batch]) - exact).norm() < 0.05 * exact.norm()

@@ -252,6 +252,7 @@ class _Reader:
         self.nodes: list[Operator] = []
         self.shapes: dict[str, Shape] = {}
         self.floating: set[str] = set()
+        self.rows: dict[str, int] = {}
         self.inputs: list[str] = []
 
     def draft(self) -> Draft:
@@ -262,7 +263,8 @@ class _Reader:
                 self._read(node)
             elif node.op == "output":
                 outputs = self._outputs(node.args[0])
-        draft = Draft(tuple(self.inputs), outputs, list(self.nodes), self.constants, self.shapes, self.floating)
+        draft = Draft(tuple(self.inputs), outputs, list(self.nodes), self.constants, self.shapes, self.floating,
+                      self.rows)  # fmt: skip
         draft.without_unread()
         return draft
 
@@ -293,7 +295,11 @@ class _Reader:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             name = node.name if name is None else name
-            self.shapes[name] = tuple(n if isinstance(n, int) else None for n in value.shape)
+            sizes = [_multiple(n) for n in value.shape]
+            self.shapes[name] = tuple(size for size, _ in sizes)
+            factors = {factor for _, factor in sizes} - {1}
+            if factors:
+                self.rows[name] = max(factors)
             if value.dtype is torch.float32:
                 self.floating.add(name)
 
@@ -397,6 +403,18 @@ def _draws(node: fx.Node, target: torch._ops.OpOverload) -> bool:
              **node.kwargs}  # fmt: skip
     off = [given.get("train") is False, given.get("training") is False, given.get("dropout_p") == 0]
     return not any(off)
+
+
+def _multiple(size: Any) -> tuple[int | None, int]:
+    """A size as a draft has it, and how many times the batch it is: that of all inputs is one."""
+    if isinstance(size, int):
+        return size, 1
+    expression = size.node.expr
+    batch = next(iter(expression.free_symbols), None)
+    factor, rest = expression.xreplace(dict.fromkeys(expression.free_symbols, batch)).as_coeff_Mul()
+    if not rest.is_symbol or not factor.is_Integer or factor < 1:
+        return -1, 1
+    return None, int(factor)
 
 
 def _expression(size: Any) -> Any:

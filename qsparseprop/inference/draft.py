@@ -17,7 +17,7 @@ __all__ = ["Draft", "Flat", "Function", "Joined", "Layer", "Node", "Operator", "
 
 _ONE_PIXEL = Window()
 
-#: Sizes of a tensor; None where one depends on the batch.
+#: Sizes of a tensor; None where one is the batch or a multiple of it, -1 where it depends on the batch otherwise.
 Shape = tuple[int | None, ...]
 
 
@@ -234,6 +234,8 @@ class Draft:
         Of each value.
     floating : set of str
         Values that are float32.
+    rows : dict
+        Of values whose sizes of None are multiples of the batch, the factor.
     """
 
     inputs: tuple[str, ...]
@@ -242,6 +244,7 @@ class Draft:
     constants: dict[str, Tensor]
     shapes: dict[str, Shape]
     floating: set[str]
+    rows: dict[str, int] = field(default_factory=dict)
 
     def readers(self) -> dict[str, list[Node]]:
         """Nodes that read each value; one that reads it twice is there twice."""

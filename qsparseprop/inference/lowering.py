@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ class _Lowering:
         self.draft, self.coding, self.codes = draft, coding, codes
         self.steps: list[Step] = []
         self.constants = dict(draft.constants)
-        self.values: dict[str, Value] = {name: Value(_known(draft.shapes[name])) for name in draft.inputs}
+        self.values: dict[str, Value] = {name: self._plain_value(name) for name in draft.inputs}
         #: Under which names a value exists, as codes and as an ordinary tensor.
         self.coded: dict[str, str] = {}
         self.plain: dict[str, str] = {name: name for name in (*draft.inputs, *draft.constants)}
@@ -83,17 +85,20 @@ class _Lowering:
         outputs = tuple(self._as_plain(name) for name in self.draft.outputs)
         return Program(self.draft.inputs, outputs, self.values, tuple(self.steps), self.constants)
 
+    def _plain_value(self, name: str) -> Value:
+        return Value(_known(self.draft.shapes.get(name, ())), rows=self.draft.rows.get(name, 1))
+
     def _as_codes(self, name: str) -> str:
         if name not in self.coded:
             self.coded[name] = coded = f"{name}.codes"
-            self.values[coded] = Value(self.values[name].shape, self.codes[name])
+            self.values[coded] = replace(self.values[name], codes=self.codes[name])
             self.steps.append(Quantize((name,), coded))
         return self.coded[name]
 
     def _as_plain(self, name: str) -> str:
         if name not in self.plain:
             self.plain[name] = plain = f"{name}.real"
-            self.values[plain] = Value(self.values[name].shape)
+            self.values[plain] = replace(self.values[name], codes=None)
             self.steps.append(Dequantize((self.coded[name],), plain))
         return self.plain[name]
 
@@ -105,7 +110,7 @@ class _Lowering:
             from_codes = {name: self._as_plain(name) for name in node.inputs}
             calls = [renamed(call, from_codes) for call in calls]
         for call in calls:
-            self.values[call.output] = Value(_known(self.draft.shapes.get(call.output, ())))
+            self.values[call.output] = self._plain_value(call.output)
             self.steps.append(call)
         self.plain[node.output] = node.output
 
@@ -113,7 +118,7 @@ class _Lowering:
         inputs = tuple(self._as_codes(name) for name in node.inputs)
         output = node.output
         coded = output in self.coding.values
-        self.values[output] = Value(_known(self.draft.shapes[output]), self.codes[output] if coded else None)
+        self.values[output] = replace(self._plain_value(output), codes=self.codes[output] if coded else None)
         self.steps.append(self._step(node, inputs))
         (self.coded if coded else self.plain)[output] = output
 

@@ -66,9 +66,11 @@ class _Recogniser:
     def constant(self, argument: Any) -> Tensor | None:
         return self.constants.get(argument.name) if isinstance(argument, Name) else None
 
-    def made(self, name: str, shape: Shape) -> str:
-        """A value that the graph had not."""
+    def made(self, name: str, shape: Shape, rows: int = 1) -> str:
+        """A value that the graph had not, with so many rows for each sample."""
         self.shapes[name] = shape
+        if rows > 1:
+            self.draft.rows[name] = rows
         self.draft.floating.add(name)
         return name
 
@@ -80,15 +82,20 @@ class _Recogniser:
         """A value with other dimensions, and what makes it of the one that the graph has."""
         if name in self.forms:
             return self.forms[name], []
-        form = self.forms[name] = self.made(f"{name}.form", shape)
+        form = self.forms[name] = self.made(f"{name}.form", shape, self._rows_for(name, shape))
         return form, [_view(name, form, shape, layer)]
+
+    def _rows_for(self, name: str, shape: Shape) -> int:
+        """Rows for each sample of a value when it gets another shape."""
+        inside = math.prod(n for n in self.shapes[name] if n is not None)
+        return self.draft.rows.get(name, 1) * inside // math.prod(n for n in shape if n is not None)
 
     def result(self, node: Operator, shape: Shape) -> tuple[str, list[Node]]:
         """What to compute in the place of a node's output, and what makes the output of it."""
         output = node.output
         if len(self.shapes[output]) == len(shape):
             return output, []
-        form = self.forms[output] = self.made(f"{output}.form", shape)
+        form = self.forms[output] = self.made(f"{output}.form", shape, self._rows_for(output, shape))
         return form, [_view(form, output, self.shapes[output], node.layer)]
 
 
@@ -127,7 +134,7 @@ def _rows(found: _Recogniser, node: Operator, source: str, weight: Tensor, bias:
     shape = found.shapes[source]
     if len(shape) == 2 and shape[0] is None:
         return [Layer(inputs=(source,), output=node.output, layer=node.layer, weight=weight, bias=bias, kind="Linear")]
-    if len(shape) < 2 or None not in shape or found.shapes[node.output].count(None) > 1:
+    if len(shape) < 2 or shape.count(None) != 1 or -1 in shape or 0 in shape:
         return None
     rows, before = found.as_form(source, (None, weight.shape[1]), node.layer)
     output, after = found.result(node, (None, weight.shape[0]))
@@ -225,7 +232,8 @@ def _whole_mean(found: _Recogniser, node: Operator, source: str, flat: bool) -> 
     image = _sizes(found.shapes[source][2:])
     pool = node.output
     if flat:
-        pool = found.made(f"{node.output}.pool", (None, found.shapes[source][1], 1, 1))
+        shape = (None, found.shapes[source][1], 1, 1)
+        pool = found.made(f"{node.output}.pool", shape, found.draft.rows.get(source, 1))
     pooled = Pooling(inputs=(source,), output=pool, layer=node.layer, kind="mean", window=Window(image, image))
     return [pooled, Flat(inputs=(pool,), output=node.output, layer=node.layer)] if flat else [pooled]
 
