@@ -66,12 +66,17 @@ class Value:
         Without the batch: (channels, height, width) or (features,) of codes.
     codes : Codes, optional
         How it is coded; without them it is an ordinary tensor, of any shape.
+    rows : int
+        How many of them there are for each sample of the batch: tokens are many.
     """
 
     shape: tuple[int, ...]
     codes: Codes | None = None
+    rows: int = 1
 
     def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"a value has one row a sample or more, got {self.rows}")
         if self.codes is not None:
             if len(self.shape) not in (1, 3) or min(self.shape) < 1:
                 raise ValueError(f"codes must be of (channels, height, width) or (features,), got {self.shape}")
@@ -336,7 +341,9 @@ def check_step(step: Step, values: dict[str, Value]) -> None:
         if isinstance(step, Call):
             _demand(values[step.output].codes is None, "the result of a call is an ordinary tensor")
             return
-        _CHECKS[type(step)](step, [values[name] for name in step.inputs], values[step.output])
+        sources, target = [values[name] for name in step.inputs], values[step.output]
+        _demand({source.rows for source in sources} == {target.rows}, "values have different numbers of rows")
+        _CHECKS[type(step)](step, sources, target)
     except (ValueError, KeyError) as error:
         raise ValueError(f"step {step.output!r}: {error}") from None
 

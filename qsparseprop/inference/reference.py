@@ -29,7 +29,7 @@ from qsparseprop.inference.program import (
     Value,
 )
 
-__all__ = ["Factors", "factors_of", "run_reference"]
+__all__ = ["Factors", "factors_of", "run_reference", "run_step"]
 
 
 class Factors(NamedTuple):
@@ -178,8 +178,8 @@ def _pool(step: Pool, sources: list[Value], target: Value, x: Tensor) -> Tensor:
         return (patches.amax(1) + zero).to(torch.uint8).view(x.shape[0], *target.shape)
     sums = patches.sum(1).view(x.shape[0], *target.shape)
     kernel = window.kernel[0] * window.kernel[1]
-    inside = F.unfold(F.pad(torch.ones_like(x[:1, :1], dtype=torch.float64), pads), window.kernel, window.dilation, 0,
-                      window.stride).sum(1).view(1, 1, *target.shape[1:])  # fmt: skip
+    ones = F.pad(torch.ones(1, 1, *x.shape[2:], dtype=torch.float64), pads)
+    inside = F.unfold(ones, window.kernel, window.dilation, 0, window.stride).sum(1).view(1, 1, *target.shape[1:])
     count = torch.full_like(inside, kernel) if step.count_padding else inside
     factors = factors_of(step, sources, target)
     # a division a pixel: means of windows at the edge are of fewer
@@ -218,6 +218,27 @@ _STEPS: dict[type[Step], Callable[..., Any]] = {
 }
 
 
+def run_step(step: Step, values: dict[str, Value], known: dict[str, Any]) -> Any:
+    """What one step computes.
+
+    Parameters
+    ----------
+    step : Step
+    values : dict
+        Of the program.
+    known : dict
+        What its inputs are, by name; codes as uint8.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+    """
+    if isinstance(step, Call):
+        return call_operator(step, known)
+    sources = [values[name] for name in step.inputs]
+    return _STEPS[type(step)](step, sources, values[step.output], *(known[name] for name in step.inputs))
+
+
 def run_reference(program: Program, *inputs: Tensor, watched: dict[str, Any] | None = None) -> tuple[Tensor, ...]:
     """The outputs of a program.
 
@@ -235,12 +256,7 @@ def run_reference(program: Program, *inputs: Tensor, watched: dict[str, Any] | N
     """
     values: dict[str, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
     for step in program.steps:
-        given = [values[name] for name in step.inputs]
-        if isinstance(step, Call):
-            values[step.output] = call_operator(step, values)
-        else:
-            sources = [program.values[name] for name in step.inputs]
-            values[step.output] = _STEPS[type(step)](step, sources, program.values[step.output], *given)
+        values[step.output] = run_step(step, program.values, values)
     if watched is not None:
         watched.update(values)
     return tuple(values[name] for name in program.outputs)
