@@ -171,8 +171,8 @@ class Quantize(Step):
     ----------
     dynamic : bool
         Whether each token has a scale of its own, found when it is there, beside those of the channels:
-        `real = token scale * scale[channel] * (code - 128)`, the largest magnitude being 127. Only of features, and only
-        read by products that give ordinary tensors.
+        `real = token scale * scale[channel] * (code - 128)`, the largest magnitude being 127. Only of features, and
+        only read by products that give ordinary tensors.
     """
 
     dynamic: bool = False
