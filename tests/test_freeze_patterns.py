@@ -152,7 +152,7 @@ def test_additions_of_what_others_read_too_are_by_themselves():
         return m.c(F.relu(y + z)) + m.c(y) + m.c(z)
 
     model = Lambda(block, a=conv(4, 8), b=conv(4, 8), c=conv(8, 4))
-    frozen = check(model, "Product", "Product", "Add", "Product", "Product", "add", "Product", "add")
+    frozen = check(model, "Product", "Product", "Add", "Product", "Product", "Product", "add", "add")
     assert frozen.program.steps[3].low == 0
 
 
@@ -262,3 +262,24 @@ def test_swapped_models_are_frozen_as_their_dense_ones():
     assert torch.equal(first(x), second(x))
     assert isinstance(swapped[0], QuantizedSparseConv2d)
     assert [layer.name for layer in second.report] == ["0", "4"]
+
+
+def test_pools_of_what_layers_read_too_are_on_codes():
+    model = Lambda(lambda m, x: torch.cat([m.a(x), m.b(F.max_pool2d(x, 3, 1, 1))], 1), a=conv(4, 8, 1), b=conv(4, 8, 1))
+    check(model, "Pool", "Product", "Product", "cat")
+
+
+def test_calls_lie_together():
+    """What of torch depends on nothing on codes does not lie between two steps on them."""
+
+    def block(m, x):
+        y = F.relu(m.a(x))
+        z = x.softmax(1)
+        y = F.relu(m.b(y))
+        return m.c(y + F.relu(m.d(z)))
+
+    layers = {"a": conv(4, 8), "b": conv(8, 8, padding=1), "c": conv(8, 4), "d": conv(4, 8)}
+    frozen = freeze(Lambda(block, **layers).eval(), [data(4, 4, 10, 10)])
+    assert kinds(frozen)[0] == "softmax"
+    assert kinds(frozen).count("softmax") == 1
+    assert all(kind in ("Quantize", "Product", "Add") for kind in kinds(frozen)[1:])
