@@ -211,6 +211,19 @@ def test_one_dimension_is_height_one():
     assert_as_good_as_8_bits(model, frozen, x)
 
 
+def test_causal_convolutions():
+    def block(m, x):
+        y = F.relu(m.a(F.pad(x, (2, 0))))
+        return m.b(F.pad(y, (4, 0))) + F.pad(x, (1, -1), "reflect")
+
+    model = Lambda(block, a=nn.Conv1d(4, 8, 3), b=nn.Conv1d(8, 4, 3, dilation=2)).eval()
+    x = data(6, 4, 16)
+    frozen = freeze(model, [x])
+    assert kinds(frozen).count("pad") == 1
+    assert [s.window.padding for s in frozen.program.steps if hasattr(s, "weight")] == [(0, 0, 2, 0), (0, 0, 4, 0)]
+    assert_as_good_as_8_bits(model, frozen, x)
+
+
 @pytest.mark.parametrize("shape", [(5, 6), (5, 3, 6), (5, 2, 3, 6)])
 def test_linear_layers_on_rows_of_any_shape(shape):
     model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(), nn.Linear(16, 6))
@@ -266,7 +279,7 @@ def test_swapped_models_are_frozen_as_their_dense_ones():
 
 def test_pools_of_what_layers_read_too_are_on_codes():
     model = Lambda(lambda m, x: torch.cat([m.a(x), m.b(F.max_pool2d(x, 3, 1, 1))], 1), a=conv(4, 8, 1), b=conv(4, 8, 1))
-    check(model, "Pool", "Product", "Product", "cat")
+    check(model, "Product", "Pool", "Product", "cat")
 
 
 def test_calls_lie_together():
