@@ -111,7 +111,7 @@ def counted(model, x):
     (lambda m, x: x.reshape(len(x), 4), "some sizes of the batch only (batch == 4)"),
     (lambda m, x: torch.tensor(x.tolist()), ""),
     (counted, "it writes to 'count'"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_reasons(what, reason):
     model = Draws(what)
     model.register_buffer("count", torch.zeros(()))
