@@ -1,7 +1,7 @@
 """Frozen models against the best that serves dense ones: ONNX Runtime int8, OpenVINO int8, PyTorch.
 
-Each comparison runs in turn in this process, one thread, medians: ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096 at
-several batches, and a transformer's encoder layer (768, 3072) of 128 tokens. Weights are random, with zeros at random
+Each comparison runs in turn in this process, one thread, medians: ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096
+at several batches, and a transformer's encoder layer (768, 3072) of 128 tokens. Weights are random, with zeros at random
 places; the engines get the same weights, whose zeros they do not use. Needs onnx, onnxruntime and openvino for these.
 
   python benchmarks/inference.py --threads 1 --sparsity 0.9 0.95        some ten minutes
@@ -48,7 +48,13 @@ class EncoderLayer(nn.Module):
 
 
 def _resnet18(size: int) -> nn.Module:
-    return build_model("resnet18", in_channels=3, image_size=size, num_classes=1000)
+    """For small images the first convolution has 3 x 3 pixels; for large ones 7 x 7, stride 2, and a pool behind it."""
+    model = build_model("resnet18", in_channels=3, image_size=size, num_classes=1000)
+    if size > 64:
+        stem = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        model.conv1 = stem
+        model.bn1 = nn.Sequential(model.bn1, nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    return model
 
 
 #: Name, model, shape of a sample, batches.

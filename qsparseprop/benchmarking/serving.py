@@ -126,7 +126,8 @@ def _torch_ways(model: nn.Module, x: Tensor, compiled: bool) -> dict[str, Callab
     if x.ndim == 4:
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         given = x.contiguous(memory_format=torch.channels_last)
-        ways |= {"torch fp32 channels_last": way(last, given, False), "torch bf16 channels_last": way(last, given, True)}
+        ways |= {"torch fp32 channels_last": way(last, given, False),
+                 "torch bf16 channels_last": way(last, given, True)}  # fmt: skip
     if compiled:
         ways |= {"torch.compile fp32": way(torch.compile(copy.deepcopy(model)), x, False),
                  "torch.compile bf16": way(torch.compile(copy.deepcopy(model)), x, True)}  # fmt: skip
@@ -141,15 +142,16 @@ def _summary(times: dict[str, list[float]], batch: int) -> dict[str, Any]:
     others = {name: found["p50"] for name, found in milliseconds.items() if name != OURS}
     best = min(others, key=others.__getitem__)
     ours = milliseconds[OURS]["p50"]
-    return {"milliseconds": milliseconds, "best": best, "speedup": others[best] / ours, "per_second": 1e3 * batch / ours}
+    return {"milliseconds": milliseconds, "best": best, "speedup": others[best] / ours,
+            "per_second": 1e3 * batch / ours}  # fmt: skip
 
 
 def format_serving(result: dict[str, Any]) -> str:
     """A table of the result of `serve`."""
     lines = []
     for one in result["results"]:
-        lines.append(f"{one['name']}, batch {one['batch']}, {one['threads']} thread(s): {one['per_second']:.0f} samples a "
-                     f"second, {one['speedup']:.2f}x of the best of the others ({one['best']})")  # fmt: skip
+        lines.append(f"{one['name']}, batch {one['batch']}, {one['threads']} thread(s): {one['per_second']:.0f} samples "
+                     f"a second, {one['speedup']:.2f}x of the best of the others ({one['best']})")  # fmt: skip
         lines.append(f"  {'':26}{'p50 ms':>10}{'p95':>10}{'p99':>10}")
         for name, found in sorted(one["milliseconds"].items(), key=lambda item: item[1]["p50"]):
             lines.append(f"  {name:26}{found['p50']:10.3f}{found['p95']:10.3f}{found['p99']:10.3f}")
