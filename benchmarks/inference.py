@@ -1,6 +1,6 @@
 """Frozen models against the best that serves dense ones: ONNX Runtime int8, OpenVINO int8, PyTorch.
 
-Each comparison runs in turn in this process, one thread, medians: ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096
+Each comparison runs in turn in this process, medians: ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096
 at several batches, and a transformer's encoder layer (768, 3072) of 128 tokens. Weights are random, with zeros at random
 places; the engines get the same weights, whose zeros they do not use. Needs onnx, onnxruntime and openvino for these.
 

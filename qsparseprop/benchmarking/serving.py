@@ -150,7 +150,8 @@ def format_serving(result: dict[str, Any]) -> str:
     """A table of the result of `serve`."""
     lines = []
     for one in result["results"]:
-        lines.append(f"{one['name']}, batch {one['batch']}, {one['threads']} thread(s): {one['per_second']:.0f} samples "
+        where = f"{one['name']}, batch {one['batch']}, {one['threads']} thread(s)"
+        lines.append(f"{where}: {one['per_second']:.0f} samples "
                      f"a second, {one['speedup']:.2f}x of the best of the others ({one['best']})")  # fmt: skip
         lines.append(f"  {'':26}{'p50 ms':>10}{'p95':>10}{'p99':>10}")
         for name, found in sorted(one["milliseconds"].items(), key=lambda item: item[1]["p50"]):
