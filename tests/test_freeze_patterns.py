@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from qsparseprop.inference import FrozenModule, freeze
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear
@@ -260,6 +260,16 @@ def test_zeros_are_left_out():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
     assert_as_good_as_8_bits(model.eval(), frozen, x)
+
+
+def test_parametrized_weights():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(conv(4, 8)), nn.ReLU(), conv(8, 4)).eval()
+    x = data(4, 4, 8, 8)
+    before = model(x)
+    frozen = freeze(model, [x])
+    assert torch.equal(model(x), before)
+    assert parametrize.is_parametrized(model[0])
+    assert_as_good_as_8_bits(model, frozen, x)
 
 
 def test_swapped_models_are_frozen_as_their_dense_ones():
