@@ -1,7 +1,7 @@
 """Frozen models against the best that serves dense ones: ONNX Runtime int8, OpenVINO int8, PyTorch.
 
-Each comparison runs in turn in this process, medians: ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096
-at several batches, and a transformer's encoder layer (768, 3072) of 128 tokens. Weights are random, with zeros at random
+Each comparison runs in turn in this process; medians. ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096 at several
+batches, and a transformer's encoder layer (768, 3072) of 128 tokens. Weights are random, with zeros at random
 places; the engines get the same weights, whose zeros they do not use. Needs onnx, onnxruntime and openvino for these.
 
   python benchmarks/inference.py --threads 1 --sparsity 0.9 0.95        some ten minutes
@@ -41,9 +41,8 @@ class EncoderLayer(nn.Module):
             return t.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
 
         query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
-        scores = query @ key.transpose(-1, -2) / (width // self.heads) ** 0.5
-        heads = (torch.softmax(scores, -1) @ value).transpose(1, 2).reshape(batch, tokens, width)
-        x = self.norm(x + self.out(heads))
+        heads = nn.functional.scaled_dot_product_attention(query, key, value)
+        x = self.norm(x + self.out(heads.transpose(1, 2).reshape(batch, tokens, width)))
         return self.last_norm(x + self.down(nn.functional.gelu(self.up(x))))
 
 
@@ -71,7 +70,9 @@ def measure(case: int, sparsity: float, batch: int, seconds: float) -> dict[str,
     name, build, shape, _ = CASES[case]
     torch.manual_seed(0)
     model = build().eval()
-    for module in [model] if isinstance(model, nn.Linear) else prunable_modules(model).values():
+    # of a network all but the first and the last layer, of a layer everything
+    whole = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for module in prunable_modules(model).values() if shape[0] == 3 else whole:
         put_zeros(module.weight, sparsity)
     x = torch.randn(batch, *shape)
     frozen = freeze(model, [x if batch > 1 else torch.randn(4, *shape)])

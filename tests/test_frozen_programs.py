@@ -101,11 +101,22 @@ def test_what_is_outside_of_the_range_goes_to_its_ends() -> None:
     identity = Weight(torch.arange(7, dtype=torch.int32), torch.arange(6, dtype=torch.int32),
                       torch.ones(6, dtype=torch.int8), torch.ones(6), 6)  # fmt: skip
     program = Program(("x",), ("y",), values, (Quantize(("x",), "q"), Product(("q",), "y", identity, torch.zeros(6))))
-    x = torch.tensor([[-torch.inf, -1e30, 0.25, 0.75, 1e30, torch.inf]])
+    x = torch.tensor([[-1e38, -1e30, 0.25, 0.75, 1e30, 1e38]])
     for batch in (1, 50):
         compare(program, [x.expand(batch, 6)], ISAS)
     # halves to even: 0.25 and 0.75 are half a code from their neighbours
     assert CompiledProgram(program)(x)[0].tolist() == [[-100.0, -100.0, 0.0, 2.0, 155.0, 155.0]]
+
+
+def test_samples_that_are_not_finite_stay_so() -> None:
+    """Codes have no NaN: what comes of such a sample is one, and the others are as they were."""
+    builder, program = random_program(12)
+    (x,) = builder.tensors(5)
+    expected = run_reference(program, x)
+    x[1].view(-1)[2], x[3].view(-1)[0] = torch.nan, -torch.inf
+    for one, other in zip(CompiledProgram(program)(x), expected, strict=True):
+        assert one[[1, 3]].isnan().all()
+        assert torch.equal(one[[0, 2, 4]], other[[0, 2, 4]])
 
 
 def test_threads_do_not_change_a_bit() -> None:

@@ -60,7 +60,7 @@ def quantized_onnx(model: nn.Module, example: Tensor, folder: Path) -> Path:
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class OneBatch(CalibrationDataReader):  # type: ignore[misc]  # the package has no types
+    class OneBatch(CalibrationDataReader):
         def __init__(self) -> None:
             self._left = [{"x": example.numpy()}]
 

@@ -115,7 +115,7 @@ def serving_times(
 
 
 def _torch_ways(model: nn.Module, x: Tensor, compiled: bool) -> dict[str, Callable[[], Any]]:
-    def way(module: nn.Module, given: Tensor, bf16: bool) -> Callable[[], Any]:
+    def way(module: Callable[[Tensor], Any], given: Tensor, bf16: bool) -> Callable[[], Any]:
         def call() -> Any:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 return module(given)

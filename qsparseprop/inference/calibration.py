@@ -12,7 +12,7 @@ from qsparseprop.inference.coding import Coding
 from qsparseprop.inference.draft import Draft, Flat, Joined, Layer, Node, Pooling, run_draft
 from qsparseprop.inference.program import Codes
 
-__all__ = ["OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate", "codes_of"]
+__all__ = ["OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate", "codes_of", "token_codes"]
 
 #: Largest code behind the zero point, by zero point.
 _LEVELS = {0: 255.0, 128: 127.0}
@@ -224,6 +224,29 @@ def codes_of(low: Tensor, high: Tensor, zero_point: int) -> Codes:
     used = scale >= tiny
     least = scale[used].min() if bool(used.any()) else torch.ones(())
     return Codes(torch.where(used, scale, least), zero_point)
+
+
+def token_codes(codes: Codes, per_channel: bool) -> Codes:
+    """Codes of features of tokens that have scales of their own.
+
+    A channel's scale is the square root of what it was on examples, so that channels that are larger than others cost
+    these some precision, but not all of it, in activations and in weights alike (SmoothQuant, Xiao et al., 2022, with
+    alpha = 0.5); at least a sixteenth of the largest.
+
+    Parameters
+    ----------
+    codes : Codes
+        Of the examples.
+    per_channel : bool
+        Otherwise all scales are 1.
+
+    Returns
+    -------
+    Codes
+    """
+    scale = codes.scale if codes.zero_point else codes.scale * (_LEVELS[0] / _LEVELS[128])
+    smooth = (scale / scale.max()).sqrt().clamp(min=1 / 16)
+    return Codes(smooth if per_channel else torch.ones_like(smooth), 128)
 
 
 def _derived(draft: Draft, node: Node, found: Mapping[str, Codes]) -> Codes:

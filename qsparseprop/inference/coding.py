@@ -10,7 +10,7 @@ import torch
 from qsparseprop.inference.draft import Draft, Flat, Function, Joined, Layer, Node, Pooling, Sum
 from qsparseprop.inference.folding import fold_residuals
 
-__all__ = ["Coding", "choose"]
+__all__ = ["Coding", "choose", "find_tokens"]
 
 #: An int32 holds the sum of so many products of codes.
 MAX_COLUMNS = 1 << 16
@@ -87,6 +87,32 @@ def choose(draft: Draft, keep_float: Collection[str]) -> Coding:
         if id(node) in coding.coded:
             coding.values.update(node.inputs)
     return coding
+
+
+def find_tokens(draft: Draft, coding: Coding, rows: bool) -> set[str]:
+    """Values whose rows are tokens, each of which may have a scale of its own.
+
+    These are features of ordinary tensors that nobody reads as codes but layers which give ordinary tensors again.
+
+    Parameters
+    ----------
+    draft : Draft
+    coding : Coding
+    rows : bool
+        Whether all inputs are tokens; otherwise only what has several rows a sample is.
+
+    Returns
+    -------
+    set of str
+    """
+    made = {node.output for node in draft.nodes if id(node) in coding.coded}
+    found = set()
+    for name in coding.values - made:
+        readers = [node for node in draft.nodes if id(node) in coding.coded and name in node.inputs]
+        if len(draft.shapes[name]) == 2 and (rows or draft.rows.get(name, 1) > 1) and all(
+                isinstance(node, Layer) and node.output not in coding.values for node in readers):  # fmt: skip
+            found.add(name)
+    return found
 
 
 def _always(node: Node) -> bool:

@@ -53,15 +53,23 @@ class CompiledProgram:
         batch, threads = inputs[0].shape[0], torch.get_num_threads()
         lowering = self.get(max(batch, 1))
         arena = take_arena(lowering.arena)
+        bad: Tensor | None = None
         for part in lowering.parts:
             if isinstance(part, Call):
                 values[part.output] = call_operator(part, values)
             elif batch:
+                for name in part.limited:
+                    bad = _not_finite(values[name], batch, bad)
                 self._run(part, values, batch, arena, threads)
             else:
                 values.update({name: torch.empty(0, *self._program.values[name].shape) for name in part.outputs})
         give_arena(arena)
-        return tuple(values[name] for name in self._program.outputs)
+        outputs = tuple(values[name] for name in self._program.outputs)
+        if bad is not None:
+            for output in outputs:
+                if output.is_floating_point() and output.ndim and output.shape[0] == batch:
+                    output[bad] = torch.nan
+        return outputs
 
     def _run(self, part: Part, values: dict[str, Any], batch: int, arena: Tensor, threads: int) -> None:
         results = part.segment(tuple(values[name] for name in part.inputs), arena, threads)
@@ -87,3 +95,12 @@ class CompiledProgram:
     def __reduce__(self) -> tuple[type[CompiledProgram], tuple[Program]]:
         # what is made for batches is made again
         return CompiledProgram, (self._program,)
+
+
+def _not_finite(tensor: Tensor, batch: int, known: Tensor | None) -> Tensor | None:
+    """Samples with NaN or infinities, beside those that are known: their codes would not show it."""
+    # a sum finds them in one look, and now and then where there are none
+    if bool(tensor.sum().isfinite()):
+        return known
+    bad = ~tensor.reshape(batch, -1).isfinite().all(1)
+    return bad if known is None else bad | known

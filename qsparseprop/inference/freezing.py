@@ -25,6 +25,7 @@ def freeze(
     per_channel: bool = True,
     correct_bias: bool = True,
     keep_float: Iterable[str | type[nn.Module]] = (),
+    token_scales: bool = True,
     example: Any = None,
     metric: Callable[[nn.Module], float] | None = None,
 ) -> nn.Module:
@@ -52,6 +53,9 @@ def freeze(
         Correct the bias of each layer by the mean of its error on the calibration data.
     keep_float : iterable of str or type
         Layers that are not quantised: qualified names, of modules as well whose layers then are all meant, or types.
+    token_scales : bool
+        Whether the inputs of linear layers on tokens, as transformers have them, get a scale for each token, found when
+        it is there; otherwise, and for all other values, scales are those of the calibration.
     example : any, optional
         A batch to trace the model with in the place of the first one of `calibration`.
     metric : callable, optional
@@ -75,7 +79,7 @@ def freeze(
         raise ValueError("the model is frozen already")
     if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("the model must be on the CPU")
-    options = Options(observer, per_channel, correct_bias, _names(model, keep_float))
+    options = Options(observer, per_channel, correct_bias, _names(model, keep_float), token_scales)
     options.check()
     batches = batches_of(model, calibration)
     before = None if metric is None else float(metric(model))

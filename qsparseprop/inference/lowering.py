@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,7 @@ from qsparseprop.inference.weights import code_weight
 __all__ = ["code_table", "in_runs", "lower"]
 
 
-def lower(draft: Draft, coding: Coding, codes: dict[str, Codes]) -> Program:
+def lower(draft: Draft, coding: Coding, codes: dict[str, Codes], dynamic: Collection[str] = ()) -> Program:
     """The program of a draft.
 
     Parameters
@@ -40,12 +40,14 @@ def lower(draft: Draft, coding: Coding, codes: dict[str, Codes]) -> Program:
     coding : Coding
     codes : dict
         Codes of each value that has some.
+    dynamic : collection of str
+        Values whose tokens have scales of their own.
 
     Returns
     -------
     Program
     """
-    return _Lowering(draft, coding, codes).program()
+    return _Lowering(draft, coding, codes, dynamic).program()
 
 
 def code_table(node: Function, source: Codes, target: Codes) -> Tensor:
@@ -70,8 +72,8 @@ def code_table(node: Function, source: Codes, target: Codes) -> Tensor:
 
 
 class _Lowering:
-    def __init__(self, draft: Draft, coding: Coding, codes: dict[str, Codes]) -> None:
-        self.draft, self.coding, self.codes = draft, coding, codes
+    def __init__(self, draft: Draft, coding: Coding, codes: dict[str, Codes], dynamic: Collection[str]) -> None:
+        self.draft, self.coding, self.codes, self.dynamic = draft, coding, codes, dynamic
         self.steps: list[Step] = []
         self.constants = dict(draft.constants)
         self.values: dict[str, Value] = {name: self._plain_value(name) for name in draft.inputs}
@@ -97,7 +99,7 @@ class _Lowering:
         if name not in self.coded:
             self.coded[name] = coded = f"{name}.codes"
             self.values[coded] = replace(self.values[name], codes=self.codes[name])
-            self.steps.append(Quantize((name,), coded))
+            self.steps.append(Quantize((name,), coded, name in self.dynamic))
         return self.coded[name]
 
     def _as_plain(self, name: str) -> str:

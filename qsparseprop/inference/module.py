@@ -45,6 +45,7 @@ class FrozenModule(nn.Module):
         super().__init__()
         self.program, self.signature, self.report, self.rows = program, signature, report, rows
         self._compiled = CompiledProgram(program)
+        self._takes_one = signature.arguments == ((0,), {}) and not signature.others
         super().train(False)
 
     @property
@@ -73,7 +74,6 @@ class FrozenModule(nn.Module):
             raise RuntimeError("a frozen model does not train; train the one that it was made of and freeze it again")
         return self
 
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the model computes.
 
@@ -92,15 +92,22 @@ class FrozenModule(nn.Module):
         TypeError, ValueError
             For other arguments, shapes or dtypes than those that the model was frozen with.
         """
-        inputs = self._inputs(args, kwargs)
+        if self._takes_one and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            inputs = self._checked([args[0]])  # without the search for tensors, which takes as long as a layer
+        else:
+            inputs = self._inputs(args, kwargs)
         leading = inputs[0].shape[:-1]
         if self.rows:
             inputs = [inputs[0].reshape(-1, inputs[0].shape[-1])]
-        with torch.autocast("cpu", enabled=False):
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                outputs = self._compiled(*inputs)
+        else:
             outputs = self._compiled(*inputs)
         if self.rows:
             outputs = tuple(output.view(*leading, output.shape[-1]) for output in outputs)
-        return _pytree.tree_map(lambda number: outputs[number], self.signature.results)
+        results = self.signature.results
+        return outputs[results] if type(results) is int else _pytree.tree_map(outputs.__getitem__, results)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments, after a check of everything."""

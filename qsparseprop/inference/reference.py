@@ -29,7 +29,7 @@ from qsparseprop.inference.program import (
     Value,
 )
 
-__all__ = ["Factors", "factors_of", "run_reference", "run_step"]
+__all__ = ["Factors", "Tokens", "factors_of", "run_reference", "run_step"]
 
 
 class Factors(NamedTuple):
@@ -94,8 +94,8 @@ def factors_of(step: Product | Add | Pool, sources: Sequence[Value], target: Val
     return Factors(multiplier.float(), offset.float(), residual, low.float(), high.float())
 
 
-class _Tokens(NamedTuple):
-    """Codes of tokens that have scales of their own."""
+class Tokens(NamedTuple):
+    """Codes of tokens that have scales of their own: uint8, (tokens, features), and float32, (tokens, 1)."""
 
     codes: Tensor
     scale: Tensor
@@ -121,13 +121,13 @@ def _finished(sums: Tensor, residual: Tensor | None, factors: Factors, scale: Te
     return torch.minimum(torch.maximum(out, _channels(factors.low, sums)), _channels(factors.high, sums))
 
 
-def _quantize(step: Quantize, sources: list[Value], target: Value, x: Tensor) -> Tensor | _Tokens:
+def _quantize(step: Quantize, sources: list[Value], target: Value, x: Tensor) -> Tensor | Tokens:
     codes = target.coded
     scaled = x.to(torch.float32) * _channels(inverse_scale(codes), x)
     if not step.dynamic:
         return _limited(scaled, codes.zero_point)
     scale, inverse = token_scales(scaled)
-    return _Tokens(_limited(scaled * inverse, codes.zero_point), scale)
+    return Tokens(_limited(scaled * inverse, codes.zero_point), scale)
 
 
 def _limited(scaled: Tensor, zero_point: int) -> Tensor:
@@ -153,10 +153,10 @@ def _dequantize(step: Dequantize, sources: list[Value], target: Value, x: Tensor
 
 
 def _product(
-    step: Product, sources: list[Value], target: Value, x: Tensor | _Tokens, residual: Tensor | None = None
+    step: Product, sources: list[Value], target: Value, x: Tensor | Tokens, residual: Tensor | None = None
 ) -> Tensor:
     source, window, weight = sources[0], step.window, step.weight
-    x, scale = x if isinstance(x, _Tokens) else (x, None)
+    x, scale = x if isinstance(x, Tokens) else (x, None)
     image = x.view(x.shape[0], source.shape[0], *source.image).to(torch.int64) - source.coded.zero_point
     top, bottom, left, right = window.padding
     # float64 holds every sum exactly

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsparseprop.inference.draft import Draft, Layer, Node, compute
 from qsparseprop.inference.program import Codes, Product, Program, Step, Window
-from qsparseprop.inference.reference import run_step
+from qsparseprop.inference.reference import Tokens, run_step
 from qsparseprop.inference.weights import real_weight
 
 __all__ = ["SAMPLES", "refine"]
@@ -93,13 +93,16 @@ class _Sweep:
                     each.pop(name, None)
         return step
 
-    def _real(self, name: str, values: Tensor) -> Tensor:
+    def _real(self, name: str, values: Tensor | Tokens) -> Tensor:
         codes = self.program.values[name].codes
+        if isinstance(values, Tokens):
+            assert codes is not None
+            return _real(values.codes, codes) * values.scale.double()
         return values.double() if codes is None else _real(values, codes)
 
     def _means(self, name: str, exact_name: str) -> tuple[Tensor, Tensor]:
         """Mean over all samples of what a value should be, and of what it is: float64."""
-        count = sum(frozen[name].shape[0] for frozen in self.frozen)
+        count = sum(values[exact_name].shape[0] for values in self.exact)
         exact = torch.stack([values[exact_name].double().sum(0) for values in self.exact]).sum(0)
         frozen = torch.stack([self._real(name, values[name]).sum(0) for values in self.frozen]).sum(0)
         return exact / count, frozen / count

@@ -93,11 +93,21 @@ class _Arena:
 
 
 class Part(NamedTuple):
-    """Steps of a program without calls of torch between them, with the names of what they take and give."""
+    """Steps of a program without calls of torch between them.
+
+    Attributes
+    ----------
+    segment : Segment
+    inputs, outputs : tuple of str
+        Names of what it takes and gives.
+    limited : tuple of str
+        Those of the inputs whose elements go to the ends of the codes where they lie outside.
+    """
 
     segment: Segment
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    limited: tuple[str, ...]
 
 
 class Lowering:
@@ -153,7 +163,8 @@ class Lowering:
     def _part(self, steps: list[FrozenStep], run: _Run) -> Part:
         tensors = len(run.inputs) + len(run.outputs)
         outputs = tuple(range(len(run.inputs), tensors))
-        return Part(Segment(tuple(steps), self.arena, tensors, len(run.inputs), outputs), run.inputs, run.outputs)
+        segment = Segment(tuple(steps), self.arena, tensors, len(run.inputs), outputs)
+        return Part(segment, run.inputs, run.outputs, run.limited)
 
     # ---- what is where ----
 
@@ -375,6 +386,8 @@ class _Run(list[Step]):
         results = [step.output for step in steps if program.values[step.output].codes is None]
         self.inputs = tuple(dict.fromkeys(name for step in steps if isinstance(step, Quantize) for name in step.inputs))
         self.outputs = tuple(name for name in results if name in later)
+        fixed = {name for step in steps if isinstance(step, Quantize) and not step.dynamic for name in step.inputs}
+        self.limited = tuple(name for name in self.inputs if name in fixed)
 
 
 def _runs(program: Program) -> list[_Run | list[Call]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from qsparseprop.inference.batches import Batch
-from qsparseprop.inference.calibration import OBSERVERS, calibrate
+from qsparseprop.inference.calibration import OBSERVERS, calibrate, token_codes
 from qsparseprop.inference.capture import Captured, NotCapturable, Signature, capture
-from qsparseprop.inference.coding import Coding, choose
+from qsparseprop.inference.coding import Coding, choose, find_tokens
 from qsparseprop.inference.draft import Draft, Layer, Node, Operator, run_draft
 from qsparseprop.inference.folding import check_weights, fold
 from qsparseprop.inference.lowering import lower
@@ -53,12 +53,15 @@ class Options:
     per_channel, correct_bias : bool
     keep_float : tuple of str
         Names of layers.
+    token_scales : bool
+        Whether tokens have scales of their own.
     """
 
     observer: str = "minmax"
     per_channel: bool = True
     correct_bias: bool = True
     keep_float: tuple[str, ...] = ()
+    token_scales: bool = True
 
     def check(self) -> None:
         """Check them.
@@ -84,7 +87,7 @@ class Options:
         if not name:
             return self
         inside = tuple(kept.removeprefix(f"{name}.") for kept in self.keep_float if kept.startswith(f"{name}."))
-        return Options(self.observer, self.per_channel, self.correct_bias, inside)
+        return replace(self, keep_float=inside)
 
 
 def freeze_module(
@@ -153,7 +156,9 @@ def _frozen(
     coding = choose(draft, options.keep_float)
     names = {output: node.layer for output, node in kinds.items()}
     codes = calibrate(draft, coding, inputs, options.observer, options.per_channel, names)
-    program = lower(draft, coding, codes)
+    dynamic = find_tokens(draft, coding, rows) if options.token_scales else set()
+    codes |= {name: token_codes(codes[name], options.per_channel) for name in dynamic}
+    program = lower(draft, coding, codes, dynamic)
     program, errors = refine(draft, program, inputs, options.correct_bias)
     return FrozenModule(program, signature, _report(draft, coding, errors), rows)
 
