@@ -1,4 +1,4 @@
-"""Command line: ``python -m qsparseprop {info,bench,finetune}``."""
+"""Command line: ``python -m qsparseprop {info,bench,finetune,freeze}``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import bench, finetune, info
+from . import bench, finetune, freeze, info
 from ._arguments import Parser
 from ._waiting import sleep_soon
 
@@ -24,6 +24,7 @@ def _build_parser() -> Parser:
     info.add_parser(commands)
     bench.add_parser(commands)
     finetune.add_parser(commands)
+    freeze.add_parser(commands)
     return parser
 
 

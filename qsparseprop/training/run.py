@@ -303,7 +303,7 @@ class _State:
             try:
                 self.load_state_dict(state["stateful"]["run"])
                 _check_masks(model, self.masks)
-                _swap_like(model, state["model"], config)
+                swap_like(model, state["model"], config)
             except ConfigurationError:
                 raise
             except KeyError as error:
@@ -404,7 +404,7 @@ def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"the mask of {name} is {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
 
 
-def _swap_like(model: nn.Module, state: Mapping[str, torch.Tensor], config: RunConfig) -> None:
+def swap_like(model: nn.Module, state: Mapping[str, torch.Tensor], config: RunConfig) -> None:
     """Replace the layers of a fresh model that are sparse in a state by empty ones of the same pattern."""
     if config.scheme == "dense":
         return
