@@ -1,8 +1,9 @@
 """What depends on torch beyond its documented interface, each piece with a test that says what broke.
 
-The tests are in ``tests/test_torch_compat.py``. Not here: ``DisableTorchFunctionSubclass``, which torch documents in
-spite of its place; a module's own dictionaries (``_parameters``, ``_forward_hooks``), the only way to keep their order;
-and what compiled modules ask (DLPack's table of C functions in ``_kernels/_tensor.pyx``, which they can do without).
+The tests are in ``tests/test_torch_compat.py`` and ``tests/test_torch_compat_export.py``. Not here:
+``DisableTorchFunctionSubclass``, which torch documents in spite of its place; a module's own dictionaries
+(``_parameters``, ``_forward_hooks``), the only way to keep their order; and what compiled modules ask (DLPack's table of
+C functions in ``_kernels/_tensor.pyx``, which they can do without).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
     "FakeTensor",
+    "Overload",
     "at_the_end_of_backward",
     "before_averaging",
     "called_by_parameter",
@@ -48,6 +50,8 @@ __all__ = [
     "without_dispatch",
 ]
 
+#: An operator as it stands in a graph.
+Overload = torch._ops.OpOverload
 #: How many modes see operators (FakeTensorMode, FlopCounterMode, ...) or torch's functions (set_default_device, ...).
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack

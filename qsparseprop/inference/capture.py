@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree
 
-from qsparseprop._torch_compat import size_guards
+from qsparseprop._torch_compat import Overload, size_guards
 from qsparseprop.inference.calls import Name
 from qsparseprop.inference.draft import Draft, Operator, Shape, names_in
 from qsparseprop.nn._dense import dense_type, held
@@ -363,7 +363,7 @@ class _Reader:
             return "getitem"
         if target in _ARITHMETIC:
             return _ARITHMETIC[target]
-        if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        if isinstance(target, Overload) and target.namespace == "aten":
             if torch.Tag.nondeterministic_seeded in target.tags and _draws(node, target):
                 raise NotCapturable(f"it draws random numbers ({target})")
             return str(target)
@@ -405,7 +405,7 @@ class _Reader:
         return str(list(stack.values())[-1][0]) if stack else ""
 
 
-def _draws(node: fx.Node, target: torch._ops.OpOverload) -> bool:
+def _draws(node: fx.Node, target: Overload) -> bool:
     """Whether an operator with dropout in it has some, or is one of random numbers."""
     names = [argument.name for argument in target._schema.arguments]
     given = {**{a.name: a.default_value for a in target._schema.arguments}, **dict(zip(names, node.args, strict=False)),
