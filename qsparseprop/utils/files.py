@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -39,9 +40,12 @@ def replacing(path: str | os.PathLike[str], durable: bool = False) -> Iterator[P
     Raises
     ------
     OSError
-        If it cannot be written; it names `path`.
+        If it cannot be written; it names `path`. Devices, pipes and sockets are not replaced: they would be gone for
+        everybody.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "not a regular file, which another one could replace", os.fspath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with errors_name(path, instead_of=temporary):
