@@ -177,6 +177,12 @@ def pruned_start(case: Case, data: ImageData, shared: Path, seed: int, args: arg
 def finetuned(start: nn.Module, masks: dict[str, Tensor], setting: QuantConfig | str | None, data: ImageData,
               seed: int, args: argparse.Namespace) -> float:  # fmt: skip
     """Accuracy after fine-tuning with a setting."""
+    return top1(finetuned_model(start, masks, setting, data, seed, args), data)
+
+
+def finetuned_model(start: nn.Module, masks: dict[str, Tensor], setting: QuantConfig | str | None, data: ImageData,
+                    seed: int, args: argparse.Namespace) -> nn.Module:  # fmt: skip
+    """A copy that was fine-tuned with a setting."""
     model = copy.deepcopy(start)
     if setting is not None:
         qconfig = setting if isinstance(setting, QuantConfig) else None
@@ -184,7 +190,7 @@ def finetuned(start: nn.Module, masks: dict[str, Tensor], setting: QuantConfig |
         swap_modules_with_sparse(model, shape, verbose=False, min_sparsity=0.3, include_dense=False,
                                  quantize=setting != "float", qconfig=qconfig, fuse=setting == "blocks")  # fmt: skip
     train(model, data, args.epochs, args.rate, seed, masks if setting is None else None)
-    return top1(model, data)
+    return model
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ __all__ = [
     "refuse_data_pointer",
     "refusing_derivatives",
     "saved_tensors_hook",
+    "size_guards",
     "transforms_active",
     "version_of",
     "watcher",
@@ -193,6 +194,14 @@ def saved_tensors_hook() -> Any:
     """The innermost hook that would be given a tensor that is saved now, or None; an error where they are forbidden."""
     hooks = _top_hooks(False)
     return None if hooks is None else hooks[0]
+
+
+def size_guards(exported: Any) -> list[str]:
+    """What torch.export took for granted of the sizes of inputs, as expressions of Python.
+
+    Such as ``L['x'].size()[0] % 2 == 0``; nothing in versions of torch that do not keep them.
+    """
+    return list(getattr(exported, "_guards_code", None) or ())
 
 
 def profiler_is_on() -> bool:

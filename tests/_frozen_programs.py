@@ -26,6 +26,10 @@ from qsparseprop.inference.program import (
     Window,
 )
 
+#: Of linear layers.
+POINT = Window()
+KINDS = ("product", "product", "same", "residual", "max", "mean", "table", "add", "concat", "flatten")
+
 
 @dataclass
 class Builder:
@@ -68,15 +72,15 @@ class Builder:
         scale = (torch.rand(rows, generator=g) + 0.5) / (4000 * math.sqrt(max(columns * density, 1)))
         return Weight(crow, mask.nonzero()[:, 1].to(torch.int32), codes, scale, columns)
 
-    def product(self, name: str, rows: int, window: Window = Window(), groups: int = 1, density: float = 0.3,
+    def product(self, name: str, rows: int, window: Window = POINT, groups: int = 1, density: float = 0.3,
                 residual: str | None = None, floats: bool = False, limited: bool = False) -> str:  # fmt: skip
         source = self.values[name]
         weight = self.weight(rows, source.shape[0] // groups * math.prod(window.kernel), density)
         shape = (rows,) if len(source.shape) == 1 else (rows, *window.output_size(source.image))
         low, high = (0.0, self.rng.choice([math.inf, 1.5])) if limited else (-math.inf, math.inf)
         inputs = (name,) if residual is None else (name, residual)
-        step = Product(inputs, self._name(), weight, torch.randn(rows, generator=self._generator()), window, groups, low,
-                       high)  # fmt: skip
+        bias = torch.randn(rows, generator=self._generator())
+        step = Product(inputs, self._name(), weight, bias, window, groups, low, high)
         return self.add_step(step, Value(shape, None if floats else self.codes(rows)))
 
     def pool(self, name: str, kind: str, window: Window, count_padding: bool = True) -> str:
@@ -149,7 +153,7 @@ def random_program(seed: int) -> tuple[Builder, Program]:
     for _ in range(rng.randint(1, 7)):
         name = rng.choice(known)
         value = b.values[name]
-        kind = rng.choice(["product", "product", "same", "residual", "max", "mean", "table", "add", "concat", "flatten"])
+        kind = rng.choice(KINDS)
         if len(value.shape) == 1 or kind == "product":
             groups = rng.choice([g for g in (1, 2, 3, value.shape[0]) if value.shape[0] % g == 0])
             rows = groups * rng.choice([1, 2, 5, 70 // groups + 1])

@@ -187,6 +187,24 @@ def accuracy(result, arguments, script="accuracy.py"):
     return json.loads(result.read_text()), done.stdout
 
 
+def test_frozen_accuracy(tmp_path):
+    """On the digits; a second start finds everything done."""
+    result = tmp_path / "result.json"
+    arguments = ("--cases", "digits mlp 90", "--settings", "default", "per tensor")
+    document, printed = accuracy(result, arguments, "frozen_accuracy.py")
+    assert [(run["case"], run["setting"]) for run in document["runs"]] == [
+        ("digits mlp 90 %", "default"), ("digits mlp 90 %", "per tensor")]  # fmt: skip
+    for run in document["runs"]:
+        assert run["loss"] == run["before"] - run["after"]
+        assert abs(run["loss"]) <= 1
+        assert all(layer["quantised"] for layer in run["layers"])
+        assert 0.2 < run["zeros"] < 0.9
+    assert "points lost" in printed
+    again, printed = accuracy(result, arguments, "frozen_accuracy.py")
+    assert again["runs"] == document["runs"]
+    assert "->" not in printed
+
+
 def test_dense_int8(tmp_path):
     """On what needs no data from elsewhere; a second start finds everything done."""
     result = tmp_path / "result.json"

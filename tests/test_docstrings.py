@@ -16,8 +16,8 @@ hooks = pytest.importorskip("numpydoc.hooks.validate_docstrings")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="the checks are not beside the tests")
 
-ROOMS = ["qsparseprop", "qsparseprop.config", "qsparseprop.nn", "qsparseprop.ops", "qsparseprop.quantization",
-         "qsparseprop.training"]  # fmt: skip
+ROOMS = ["qsparseprop", "qsparseprop.config", "qsparseprop.inference", "qsparseprop.nn", "qsparseprop.ops",
+         "qsparseprop.quantization", "qsparseprop.training"]  # fmt: skip
 
 
 def modules():

@@ -431,3 +431,14 @@ def test_operators_that_write_refuse_gradients_by_torchs_autograd_keys():
     with torch.no_grad():
         torch.ops.qsparseprop.relu_mask_(x)
     assert (x >= 0).all()
+
+
+def test_export_tells_what_it_took_for_granted():
+    class Model(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.shape[0] % 3 else x
+
+    dynamic = ({0: torch.export.Dim.AUTO},)
+    exported = torch.export.export(Model(), (torch.ones(4, 2),), dynamic_shapes=dynamic, strict=False)
+    # versions of torch that keep no guards check nothing by themselves
+    assert compat.size_guards(exported) == ["(L['x'].size()[0] % 3) != 0"]

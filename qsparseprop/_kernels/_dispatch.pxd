@@ -5,6 +5,8 @@ cdef extern from "kernels.h" nogil:
     enum:
         QSP_UNIT
         QSP_GROUP
+        QSP_TOKEN_ROWS
+        QSP_TOKEN_COLUMNS
         QSP_DIGEST
         QSP_ROW_BLOCK
         QSP_MAX_EXACT
@@ -152,6 +154,46 @@ cdef extern from "kernels.h" nogil:
         int64_t to_c
         int64_t to_y
         int64_t to_x
+
+    ctypedef struct qsp_tokens:
+        int64_t rows
+        int64_t row_blocks
+        int64_t column_blocks
+        const int32_t *step_ptr
+        const uint8_t *place
+        const int8_t *code
+        const int32_t *start
+        const uint8_t *x
+        int64_t tokens
+        int64_t pitch
+        const float *multiplier
+        const float *offset
+        const float *low
+        const float *high
+        float *out
+        qsp_coded codes
+        const qsp_coded *residual
+        const float *residual_multiplier
+        const float *scale
+
+    ctypedef struct qsp_token_codes:
+        const float *x
+        int64_t step
+        int64_t columns
+        int64_t pitch
+        const float *inverse
+        int32_t zero
+        uint8_t *codes
+        float *scale
+        float *scaled
+
+    ctypedef struct qsp_token_rescale:
+        float *x
+        int64_t columns
+        const float *scale
+        const float *offset
+        const float *low
+        const float *high
 
     ctypedef struct qsp_spmm:
         qsp_grid grid
@@ -332,6 +374,11 @@ cdef extern from "kernels.h" nogil:
         void (*coded_add)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
         void (*coded_table)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
         void (*coded_unpack)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
+        void (*tokens_product)(const qsp_tokens *, int64_t) noexcept nogil
+        void (*tokens_quantize)(const qsp_token_codes *, int64_t) noexcept nogil
+        void (*tokens_rescale)(const qsp_token_rescale *, int64_t) noexcept nogil
+        void (*tokens_gather)(const qsp_coded *, int64_t, uint8_t *, int64_t) noexcept nogil
+        int64_t most_tokens
         void (*digest)(const void *, int64_t, int64_t, int64_t, uint64_t *) noexcept nogil
 
     int64_t qsp_grad_blocks(const qsp_band *, int64_t)

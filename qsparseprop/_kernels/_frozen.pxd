@@ -25,3 +25,7 @@ cdef class FrozenStep:
 
     cdef int64_t last_byte(self) noexcept
     cdef int64_t run(self, uint8_t *arena, list tensors, const qsp_kernels *kernels, int threads) except -1
+
+
+cdef object own_copy(object tensor, object dtype, int64_t size, str name)
+cdef bint same_lanes(CodedBuffer a, CodedBuffer b) noexcept

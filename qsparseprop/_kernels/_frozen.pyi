@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from qsparseprop._kernels._plan import PlaneLayout, ProductRows
+from qsparseprop._kernels._plan import PlaneLayout
 
 class CodedBuffer:
     @property
@@ -30,33 +30,6 @@ class CodedBuffer:
 
 class FrozenStep: ...
 
-class PackStep(FrozenStep):
-    def __new__(cls, source: int, out: CodedBuffer, inverse: Tensor) -> PackStep: ...
-
-class ProductStep(FrozenStep):
-    def __new__(
-        cls,
-        rows: ProductRows,
-        codes: Tensor,
-        source: CodedBuffer,
-        out: CodedBuffer | int,
-        factors: tuple[Tensor, ...],
-        residual: CodedBuffer | None = None,
-        table: Tensor | None = None,
-    ) -> ProductStep: ...
-
-class CodedStep(FrozenStep):
-    def __new__(
-        cls,
-        kind: str,
-        source: CodedBuffer,
-        out: CodedBuffer | int,
-        numbers: tuple[int, ...] = (),
-        factors: tuple[Tensor, ...] = (),
-        other: CodedBuffer | None = None,
-        table: Tensor | None = None,
-    ) -> CodedStep: ...
-
 class Segment:
     @property
     def steps(self) -> tuple[FrozenStep, ...]: ...
@@ -69,4 +42,6 @@ class Segment:
     def __new__(
         cls, steps: tuple[FrozenStep, ...], arena: int, tensors: int, inputs: int, outputs: tuple[int, ...]
     ) -> Segment: ...
-    def __call__(self, inputs: tuple[Tensor, ...], threads: int) -> tuple[Tensor, ...]: ...
+    def __call__(
+        self, inputs: tuple[Tensor, ...], threads: int, seconds: list[float] | None = None
+    ) -> tuple[Tensor, ...]: ...

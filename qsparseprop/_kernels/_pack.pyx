@@ -22,7 +22,7 @@ from qsparseprop._kernels._dispatch cimport (
 )
 from qsparseprop._kernels._plan cimport PlaneLayout
 from qsparseprop._kernels._statistics cimport Scheme, find_statistics
-from qsparseprop._kernels._tensor cimport image_pointer, numel, pointer, strides_t
+from qsparseprop._kernels._tensor cimport image_pointer, pointer, strides_t
 
 cdef enum:
     # planes of a task: channels of a pixel are read together, unless threads would have nothing to do

@@ -19,6 +19,8 @@
 #define QSP_ROW_BLOCK 64  /* rows whose sums wait in a buffer before they are unpacked */
 #define QSP_DENSE_PLANES 1024 /* of a product of dense rows that are interleaved at a time */
 #define QSP_GRAD_ENTRIES 256 /* of a table, in a block of the weight gradient by dense rows */
+#define QSP_TOKEN_ROWS 16    /* rows of a weight that a step of a product with few tokens has slots of, four each */
+#define QSP_TOKEN_COLUMNS 128 /* columns that a slot's place counts in */
 #define QSP_MAX_EXACT 65536 /* u8 x s8 products that an int32 holds exactly: 255 * 127 * 65536 < 2^31 */
 
 /* Element type of a tensor; QSP_U8 are saved codes, of what an epilogue read. */
@@ -287,6 +289,45 @@ typedef struct {
     int64_t to_b, to_c, to_y, to_x;
 } qsp_coded_step;
 
+/* A linear layer on few rows of features (tokens), where planes would have no lanes: a weight in slots of a column within
+ * a block of columns, and a code. A step has QSP_GROUP slots of each of QSP_TOKEN_ROWS rows; steps of the same rows and
+ * block of columns follow each other. Slots without a nonzero have code 0. */
+typedef struct {
+    int64_t rows, row_blocks, column_blocks;
+    const int32_t *step_ptr; /* [row_blocks * column_blocks + 1] */
+    const uint8_t *place;    /* [steps][64] */
+    const int8_t *code;      /* [steps][64] */
+    const int32_t *start;    /* [rows, whole blocks]: what sums start from */
+    const uint8_t *x;        /* [tokens][pitch], codes of whole blocks of columns */
+    int64_t tokens, pitch;
+    const float *multiplier, *offset, *low, *high; /* [rows, whole blocks], as in qsp_requantize */
+    float *out;              /* [tokens][rows], or NULL: codes, of images of one pixel */
+    qsp_coded codes;
+    const qsp_coded *residual; /* of `codes`, or NULL */
+    const float *residual_multiplier;
+    const float *scale;      /* [tokens] of each token, multiplied in before the offset, or NULL */
+} qsp_tokens;
+
+/* Rows of features to codes: nearest(x / scale) + zero, one scale a column, and where `scale` is given one a token, which
+ * is found first. */
+typedef struct {
+    const float *x;          /* rows `step` apart */
+    int64_t step, columns, pitch; /* codes of a row take `pitch` bytes, those behind its columns are `zero` */
+    const float *inverse;    /* [columns] */
+    int32_t zero;
+    uint8_t *codes;
+    float *scale;            /* [tokens] or NULL */
+    float *scaled;           /* [tokens][columns]: in place of codes, what is only to be rounded; or NULL */
+} qsp_token_codes;
+
+/* Rows of results of products on such codes: x * scale + offset, within limits. */
+typedef struct {
+    float *x;
+    int64_t columns;
+    const float *scale;      /* [tokens] */
+    const float *offset, *low, *high; /* [columns] */
+} qsp_token_rescale;
+
 typedef struct {
     const char *name;
     void (*spmm_u8)(const qsp_spmm *, int64_t unit, int64_t chunk);
@@ -351,6 +392,12 @@ typedef struct {
     void (*coded_add)(const qsp_coded_step *, int64_t block, int64_t first, int64_t last);
     void (*coded_table)(const qsp_coded_step *, int64_t block, int64_t first, int64_t last);
     void (*coded_unpack)(const qsp_coded_step *, int64_t block, int64_t first, int64_t last);
+    /* Rows of block `block`, for all tokens; token `token`; and codes of images of one pixel as tokens. */
+    void (*tokens_product)(const qsp_tokens *, int64_t block);
+    void (*tokens_quantize)(const qsp_token_codes *, int64_t token);
+    void (*tokens_rescale)(const qsp_token_rescale *, int64_t token);
+    void (*tokens_gather)(const qsp_coded *, int64_t token, uint8_t *codes, int64_t pitch);
+    int64_t most_tokens; /* up to which that is faster than planes, which have QSP_UNIT lanes */
     /* What tells whether words of 32 bits, `size` in all, are still the same: of the sixteens [first, last), the last one
      * of which may be shorter. Those of parts are to be added up. */
     void (*digest)(const void *words, int64_t size, int64_t first, int64_t last, uint64_t *out);
@@ -362,6 +409,7 @@ extern const qsp_kernels qsp_kernels_scalar;
 extern const qsp_kernels qsp_kernels_avx2;
 extern const qsp_kernels qsp_kernels_avx512vl;
 extern const qsp_kernels qsp_kernels_avx512vnni;
+extern const qsp_kernels qsp_kernels_avx512vbmi;
 #if defined(__clang__) ? __clang_major__ >= 12 : !defined(__GNUC__) || __GNUC__ >= 11
 #define QSP_AVXVNNI 1 /* older compilers and assemblers do not know it */
 extern const qsp_kernels qsp_kernels_avxvnni;

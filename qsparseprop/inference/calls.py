@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ class Name(NamedTuple):
 
 
 def find_operator(name: str) -> Any:
-    """The operator of a name such as ``aten.softmax.int``.
+    """The operator of a name such as ``aten.softmax.int``, or of ``getitem``, which takes one of several results.
 
     Parameters
     ----------
@@ -27,13 +28,15 @@ def find_operator(name: str) -> Any:
 
     Returns
     -------
-    torch._ops.OpOverload
+    torch._ops.OpOverload or callable
 
     Raises
     ------
     ValueError
         If there is none, or it is not one of ATen that computes and does nothing else.
     """
+    if name == "getitem":
+        return operator.getitem
     parts = name.split(".")
     if len(parts) != 3 or parts[0] != "aten" or not all(part.isidentifier() for part in parts):
         raise ValueError(f"{name!r} is not an operator of ATen, such as 'aten.softmax.int'")
@@ -67,6 +70,6 @@ def call_operator(step: Call, values: dict[str, Any]) -> Any:
     -------
     Tensor or tuple of Tensor
     """
-    operator = find_operator(step.operator)
+    function = find_operator(step.operator)
     arguments = [_resolved(argument, values) for argument in step.arguments]
-    return operator(*arguments, **{key: _resolved(value, values) for key, value in step.keywords.items()})
+    return function(*arguments, **{key: _resolved(value, values) for key, value in step.keywords.items()})

@@ -1,391 +1,83 @@
-"""Programs for the kernels: their steps on buffers of an arena, for a batch of one size."""
+"""Programs on the kernels: runs of steps, and calls of torch between them."""
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _dispatch
-from qsparseprop._kernels._dense_rows import DenseRows
-from qsparseprop._kernels._frozen import CodedBuffer, CodedStep, FrozenStep, PackStep, ProductStep, Segment
-from qsparseprop._kernels._gather_list import PatternList
-from qsparseprop._kernels._plan import PlaneLayout, ProductRows, ValuePattern
+from qsparseprop._kernels._frozen import Segment
 from qsparseprop.inference.calls import call_operator
-from qsparseprop.inference.lanes import Lanes, Taps, find_lanes, taps_of
-from qsparseprop.inference.program import (
-    Add,
-    Call,
-    Concat,
-    Dequantize,
-    Flatten,
-    Pool,
-    Product,
-    Program,
-    Quantize,
-    Step,
-    Table,
-    Value,
-    Window,
-)
-from qsparseprop.inference.reference import factors_of, inverse_scale
-from qsparseprop.layout.costs import machine_costs
-from qsparseprop.layout.modes import forced_modes
+from qsparseprop.inference.program import Call, Program, Quantize, Step
+from qsparseprop.inference.segments import Lowering
+from qsparseprop.inference.weights_in_memory import WeightStore
 
-__all__ = ["Compiled", "CompiledPrograms"]
+__all__ = ["CompiledProgram"]
 
-#: Batch sizes that a frozen model keeps ready.
+#: Batch sizes that a run keeps ready.
 KEPT_BATCHES = 8
-#: Bytes that buffers begin at multiples of.
-_LINE = 64
 
 
-class _Form(NamedTuple):
-    """How a value lies in planes: as it is, with its pixels as channels, or in phases for windows of a stride."""
-
-    value: str
-    flat: bool = False
-    #: Image of the output, stride and phases.
-    phases: tuple[tuple[int, int], tuple[int, int], tuple[tuple[int, int], ...]] | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is the value as it is."""
-        return not self.flat and self.phases is None
-
-
-class _Place(NamedTuple):
-    layout: PlaneLayout
-    start: int
-
-
-class _Arena:
-    """Places for buffers that live from one step to another."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._taken: list[tuple[int, int]] = []
-
-    def take(self, size: int) -> int:
-        """The first gap that is large enough."""
-        size = -(-size // _LINE) * _LINE
-        at = 0
-        for start, end in sorted(self._taken):
-            if start - at >= size:
-                break
-            at = max(at, end)
-        self._taken.append((at, at + size))
-        self.size = max(self.size, at + size)
-        return at
-
-    def give(self, start: int) -> None:
-        self._taken = [one for one in self._taken if one[0] != start]
-
-
-class _Lowering:
-    """From a run of steps between two calls of torch to a `Segment`."""
-
-    def __init__(self, program: Program, steps: Sequence[Step], wanted: set[str], batch: int) -> None:
-        self._program, self._batch = program, batch
-        self._lanes = find_lanes(program, batch)
-        self._steps = steps
-        self.inputs = tuple(dict.fromkeys(name for step in steps if isinstance(step, Quantize) for name in step.inputs))
-        self.outputs = tuple(step.output for step in steps
-                             if program.values[step.output].codes is None and step.output in wanted)
-        self._tensors = {name: i for i, name in enumerate((*self.inputs, *self.outputs))}
-        self._arena = _Arena()
-        self._places: dict[_Form, _Place] = {}
-
-    # ---- what is where ----
-
-    def _value(self, name: str) -> Value:
-        return self._program.values[name]
-
-    def _forms_read(self, step: Step) -> list[_Form]:
-        """The forms of values that a step reads."""
-        if not isinstance(step, Product):
-            return [_Form(name) for name in step.inputs if self._value(name).codes is not None]
-        source, target = self._value(step.inputs[0]), self._value(step.output)
-        taps = self._taps(step)
-        first = _Form(step.inputs[0], flat=taps is None and source.image != (1, 1))
-        if taps is not None and taps.phases:
-            first = _Form(step.inputs[0], phases=(target.image, step.window.stride, taps.phases))
-        return [first, *(_Form(name) for name in step.inputs[1:])]
-
-    def _taps(self, product: Product) -> Taps | None:
-        """How a product's window reads its input; None for features, and where an image is seen as such."""
-        target = self._value(product.output)
-        if target.image == (1, 1):
-            return None
-        return taps_of(product.window, self._value(product.inputs[0]).image, self._lanes[target.image])
-
-    def _layout(self, form: _Form) -> PlaneLayout:
-        value = self._value(form.value)
-        if form.flat:
-            return self._lanes[1, 1].layout(math.prod(value.shape))
-        if form.phases is None:
-            return self._lanes[value.image].layout(value.shape[0])
-        image, stride, phases = form.phases
-        return self._lanes[image].phase_layout(value.shape[0], value.image, stride, phases)
-
-    def _place(self, form: _Form) -> _Place:
-        if form not in self._places:
-            layout = self._layout(form)
-            self._places[form] = _Place(layout, self._arena.take(layout.lanes(self._batch)))
-        return self._places[form]
-
-    def _buffer(self, form: _Form, view: int = 0) -> CodedBuffer:
-        layout, start = self._place(form)
-        return CodedBuffer(layout, start, self._batch, self._value(form.value).coded.zero_point, view)
-
-    # ---- steps ----
-
-    def segment(self) -> Segment:
-        last = {form: i for i, step in enumerate(self._steps) for form in self._forms_of(i, step)}
-        made: list[FrozenStep] = []
-        for i, step in enumerate(self._steps):
-            made += self._lowered(step)
-            for form in [form for form in self._places if last[form] <= i]:
-                self._arena.give(self._places.pop(form).start)
-        tensors = len(self._tensors)
-        outputs = tuple(self._tensors[name] for name in self.outputs)
-        return Segment(tuple(made), self._arena.size, tensors, len(self.inputs), outputs)
-
-    def _forms_of(self, place: int, step: Step) -> Iterator[_Form]:
-        """The forms that a step reads, and those that it makes."""
-        yield from self._forms_read(step)
-        if self._value(step.output).codes is not None:
-            yield from self._forms_made(step)
-
-    def _forms_made(self, step: Step) -> list[_Form]:
-        """The forms of a step's output that others read, and those that these are made of."""
-        name = step.output
-        forms = dict.fromkeys(form for one in self._steps for form in self._forms_read(one) if form.value == name)
-        # a tensor is packed in phases as easily as in any other way
-        packed = isinstance(step, Quantize) and forms and not any(form.flat for form in forms)
-        return list(forms if packed else {_Form(name): None, **forms})
-
-    def _lowered(self, step: Step) -> list[FrozenStep]:
-        forms = self._forms_made(step) if self._value(step.output).codes is not None else []
-        if isinstance(step, Quantize):
-            made = [self._packed(step, form) for form in forms if not form.flat]
-        else:
-            made = _LOWERED[type(step)](self, step)
-        for form in forms:
-            if form.flat:
-                made.append(CodedStep("flatten", self._buffer(_Form(form.value)), self._buffer(form)))
-            elif form.phases is not None and not isinstance(step, Quantize):
-                made += self._phases(form)
-        return made
-
-    def _packed(self, step: Quantize, form: _Form) -> FrozenStep:
-        layout, codes = self._place(form).layout, self._value(step.output).coded
-        inverse = inverse_scale(codes).repeat(layout.planes // codes.scale.shape[0])
-        return PackStep(self._tensors[step.inputs[0]], self._buffer(form), inverse)
-
-    def _phases(self, form: _Form) -> list[FrozenStep]:
-        """Copies of what every window of a stride reads at its first tap, its second one and so on."""
-        assert form.phases is not None
-        _, stride, phases = form.phases
-        source = self._buffer(_Form(form.value))
-        return [CodedStep("copy", source, self._buffer(form, view), (row, col, *stride))
-                for view, (row, col) in enumerate(phases)]  # fmt: skip
-
-    def _dequantized(self, step: Dequantize) -> list[FrozenStep]:
-        source = self._value(step.inputs[0])
-        return [CodedStep("unpack", self._buffer(_Form(step.inputs[0])), self._tensors[step.output], (),
-                          (source.coded.scale,))]  # fmt: skip
-
-    def _product(self, step: Product) -> list[FrozenStep]:
-        source, target = self._value(step.inputs[0]), self._value(step.output)
-        form, *rest = self._forms_read(step)
-        taps = self._taps(step)
-        weight = _flat_weight(step, source) if taps is None else _kept_weight(step, taps)
-        rows = _rows(weight, step, taps, self._place(form).layout, self._lanes[target.image].layout(step.weight.rows))
-        factors = factors_of(step, [self._value(name) for name in step.inputs], target)
-        given = (factors.multiplier, factors.offset, factors.low, factors.high)
-        if rest:
-            assert factors.residual is not None
-            given += (factors.residual,)
-        out = self._buffer(_Form(step.output)) if target.codes is not None else self._tensors[step.output]
-        residual = self._buffer(rest[0]) if rest else None
-        return [ProductStep(rows, weight.codes, self._buffer(form), out, given, residual)]
-
-    def _pool(self, step: Pool) -> list[FrozenStep]:
-        source, target = self._value(step.inputs[0]), self._value(step.output)
-        window, mean = step.window, step.kind == "mean"
-        numbers = (*window.kernel, *window.stride, *window.dilation, window.padding[0], window.padding[2], int(mean),
-                   int(step.count_padding))  # fmt: skip
-        factors: tuple[Tensor, ...] = ()
-        if mean:
-            f = factors_of(step, [source], target)
-            factors = f.multiplier, f.offset, torch.zeros_like(f.offset), torch.full_like(f.offset, 255.0)
-        return [CodedStep("pool", self._buffer(_Form(step.inputs[0])), self._buffer(_Form(step.output)), numbers, factors)]
-
-    def _add(self, step: Add) -> list[FrozenStep]:
-        f = factors_of(step, [self._value(name) for name in step.inputs], self._value(step.output))
-        assert f.residual is not None
-        one, other = (self._buffer(_Form(name)) for name in step.inputs)
-        factors = f.multiplier, f.offset, f.low, f.high, f.residual
-        return [CodedStep("add", one, self._buffer(_Form(step.output)), (), factors, other)]
-
-    def _table(self, step: Table) -> list[FrozenStep]:
-        return [CodedStep("table", self._buffer(_Form(step.inputs[0])), self._buffer(_Form(step.output)),
-                          table=step.table.reshape(-1))]  # fmt: skip
-
-    def _concat(self, step: Concat) -> list[FrozenStep]:
-        (layout, start), zero = self._place(_Form(step.output)), self._value(step.output).coded.zero_point
-        made: list[FrozenStep] = []
-        first = 0
-        for name in step.inputs:
-            channels = self._value(name).shape[0]
-            part = CodedBuffer(layout, start, self._batch, zero, 0, first, channels)
-            made.append(CodedStep("copy", self._buffer(_Form(name)), part, (0, 0, 1, 1)))
-            first += channels
-        return made
-
-    def _flatten(self, step: Flatten) -> list[FrozenStep]:
-        kind, numbers = ("copy", (0, 0, 1, 1)) if self._value(step.inputs[0]).image == (1, 1) else ("flatten", ())
-        return [CodedStep(kind, self._buffer(_Form(step.inputs[0])), self._buffer(_Form(step.output)), numbers)]
-
-
-_LOWERED: dict[type[Step], Callable[[_Lowering, Any], list[FrozenStep]]] = {
-    Dequantize: _Lowering._dequantized,
-    Product: _Lowering._product,
-    Pool: _Lowering._pool,
-    Add: _Lowering._add,
-    Table: _Lowering._table,
-    Concat: _Lowering._concat,
-    Flatten: _Lowering._flatten,
-}
-
-
-class _Weight(NamedTuple):
-    """A weight as its product reads it."""
-
-    crow: Tensor
-    col: Tensor
-    codes: Tensor
-    columns: int
-
-
-def _selected(step: Product, column: Tensor, kept: Tensor, columns: int) -> _Weight:
-    """The nonzeros that are kept, in other columns; these ascend as before in each row."""
-    counts = step.weight.crow_indices.diff().long()
-    row = torch.arange(step.weight.rows).repeat_interleave(counts)[kept]
-    crow = torch.zeros(step.weight.rows + 1, dtype=torch.int32)
-    crow[1:] = torch.bincount(row, minlength=step.weight.rows).cumsum(0)
-    return _Weight(crow, column[kept].to(torch.int32), step.weight.codes[kept], columns)
-
-
-def _kept_weight(step: Product, taps: Taps) -> _Weight:
-    """Without the taps that read nothing but padding."""
-    size = math.prod(step.window.kernel)
-    weight = step.weight
-    if len(taps.kept) == size:
-        return _Weight(weight.crow_indices, weight.col_indices, weight.codes, weight.columns)
-    place = torch.full((size,), -1)
-    place[list(taps.kept)] = torch.arange(len(taps.kept))
-    col = weight.col_indices.long()
-    tap = place[col % size]
-    return _selected(step, col // size * len(taps.shift) + tap, tap >= 0, weight.columns // size * len(taps.shift))
-
-
-def _flat_weight(step: Product, source: Value) -> _Weight:
-    """Of a window with one output pixel, over the pixels of an image one behind the other."""
-    (height, width), window, weight = source.image, step.window, step.weight
-    size = math.prod(window.kernel)
-    col = weight.col_indices.long()
-    tap = col % size
-    y = tap // window.kernel[1] * window.dilation[0] - window.padding[0]
-    x = tap % window.kernel[1] * window.dilation[1] - window.padding[2]
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return _selected(step, (col // size * height + y) * width + x, inside, weight.columns // size * height * width)
-
-
-def _rows(weight: _Weight, step: Product, taps: Taps | None, source: PlaneLayout, target: PlaneLayout) -> ProductRows:
-    """A weight as the list or the dense rows that the kernels walk, whichever is faster."""
-    pattern = ValuePattern(weight.crow, weight.col, weight.columns)
-    phase, shift = ((0,), (0,)) if taps is None else (taps.phase, taps.shift)
-    kind: type[PatternList] | type[DenseRows] = DenseRows if _is_dense(pattern, step.groups) else PatternList
-    return kind(pattern, step.groups, phase, shift, source, target, False)
-
-
-def _is_dense(pattern: ValuePattern, groups: int) -> bool:
-    forced = forced_modes()
-    if not pattern.count:
-        return False
-    if forced is not None:
-        return forced.forward == "dense"
-    costs = machine_costs(_dispatch.active_isa())
-    dense = pattern.rows * pattern.columns * costs.spmm_dense + groups * pattern.columns * costs.interleave
-    return dense < pattern.count * costs.spmm_list
-
-
-class Compiled:
-    """A program for a batch of one size.
+class _Run:
+    """Steps between two calls of torch, for the batch sizes that they were last used with.
 
     Parameters
     ----------
     program : Program
-    batch : int
-        1 or more.
+    steps : list of Step
+    wanted : set of str
+        Values that others read.
+    weights : WeightStore
     """
 
-    def __init__(self, program: Program, batch: int) -> None:
-        self._program = program
-        self._parts: list[_Lowering | Call] = []
-        self._segments: list[Segment | Call] = []
-        runs = _runs(program)
-        for place, run in enumerate(runs):
-            if isinstance(run, Call):
-                self._segments.append(run)
-                self._parts.append(run)
-                continue
-            later = {name for other in runs[place + 1:] for name in _read(other)} | set(program.outputs)
-            lowering = _Lowering(program, run, later, batch)
-            self._parts.append(lowering)
-            self._segments.append(lowering.segment())
+    def __init__(self, program: Program, steps: list[Step], wanted: set[str], weights: WeightStore) -> None:
+        self._program, self._steps, self._wanted, self._weights = program, steps, wanted, weights
+        self._kept: OrderedDict[tuple[int, str], tuple[Lowering, Segment]] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The outputs, for inputs of the batch's size."""
-        values: dict[str, Any] = {**self._program.constants, **dict(zip(self._program.inputs, inputs, strict=True))}
-        threads = torch.get_num_threads()
-        for part, segment in zip(self._parts, self._segments, strict=True):
-            if isinstance(part, Call):
-                values[part.output] = call_operator(part, values)
-                continue
-            assert isinstance(segment, Segment)
-            results = segment(tuple(values[name] for name in part.inputs), threads)
-            for name, result in zip(part.outputs, results, strict=True):
-                values[name] = result.view(result.shape[0], *self._program.values[name].shape)
-        return tuple(values[name] for name in self._program.outputs)
+    def __call__(self, values: dict[str, Any]) -> dict[str, Tensor]:
+        """The values that others read."""
+        sources = {name for step in self._steps if isinstance(step, Quantize) for name in step.inputs}
+        sizes = {values[name].shape[0] for name in sources}
+        if len(sizes) != 1:
+            raise ValueError(f"inputs must be of one batch, got {sorted(sizes)}")
+        (batch,) = sizes
+        shapes = {name: (batch, *self._program.values[name].shape) for name in self._wanted_here()}
+        if not batch:
+            return {name: torch.empty(shape) for name, shape in shapes.items()}
+        lowering, segment = self._get(batch)
+        results = segment(tuple(values[name] for name in lowering.inputs), torch.get_num_threads())
+        return {name: result.view(shapes[name]) for name, result in zip(lowering.outputs, results, strict=True)}
 
+    def _wanted_here(self) -> list[str]:
+        values = self._program.values
+        names = [step.output for step in self._steps if step.output in self._wanted]
+        return [name for name in names if values[name].codes is None]
 
-def _runs(program: Program) -> list[list[Step] | Call]:
-    """Steps in runs without calls of torch between them. Calls come as late as they may, which makes runs long."""
-    runs: list[list[Step] | Call] = []
-    for step in program.steps:
-        if isinstance(step, Call):
-            runs.append(step)
-        elif runs and isinstance(runs[-1], list):
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    return runs
+    def _get(self, images: int) -> tuple[Lowering, Segment]:
+        key = images, _dispatch.active_isa()
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+        lowering = Lowering(self._program, self._steps, self._wanted, images, self._weights)
+        made = lowering, lowering.segment()
+        with self._lock:
+            self._kept[key] = made
+            while len(self._kept) > KEPT_BATCHES:
+                self._kept.popitem(last=False)
+        return made
 
 
-def _read(run: list[Step] | Call) -> set[str]:
-    return {name for step in (run if isinstance(run, list) else [run]) for name in step.inputs}
+class CompiledProgram:
+    """A program on the kernels, for batches of any size. Several threads may call it at once.
 
-
-class CompiledPrograms:
-    """A program for the batch sizes that it was last used with. Several threads may call it at once.
+    What a batch size asks for is made when one first comes, and kept for some of them; weights are shared.
 
     Parameters
     ----------
@@ -394,20 +86,49 @@ class CompiledPrograms:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._kept: OrderedDict[tuple[int, str], Compiled] = OrderedDict()
-        self._lock = threading.Lock()
+        weights, runs = WeightStore(), _runs(program)
+        self._parts: list[_Run | Call] = []
+        for place, run in enumerate(runs):
+            if isinstance(run, Call):
+                self._parts.append(run)
+                continue
+            later = {name for other in runs[place + 1:] for name in _read(other)} | set(program.outputs)
+            self._parts.append(_Run(program, run, later, weights))
 
-    def get(self, batch: int) -> Compiled:
-        """The program for a batch of `batch` images, 1 or more."""
-        key = batch, _dispatch.active_isa()
-        with self._lock:
-            found = self._kept.get(key)
-            if found is not None:
-                self._kept.move_to_end(key)
-                return found
-        made = Compiled(self._program, batch)
-        with self._lock:
-            self._kept[key] = made
-            while len(self._kept) > KEPT_BATCHES:
-                self._kept.popitem(last=False)
-        return made
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs.
+
+        Parameters
+        ----------
+        *inputs : Tensor
+            (batch, ...) each; float32 or bfloat16 where they become codes.
+
+        Returns
+        -------
+        tuple of Tensor
+        """
+        values: dict[str, Any] = {**self._program.constants, **dict(zip(self._program.inputs, inputs, strict=True))}
+        for part in self._parts:
+            if isinstance(part, Call):
+                values[part.output] = call_operator(part, values)
+            else:
+                values.update(part(values))
+        return tuple(values[name] for name in self._program.outputs)
+
+
+def _runs(program: Program) -> list[list[Step] | Call]:
+    """Steps in runs without calls of torch between them; tokens, of which there are more, in runs of their own."""
+    runs: list[list[Step] | Call] = []
+    for step in program.steps:
+        last = runs[-1] if runs else None
+        if isinstance(step, Call):
+            runs.append(step)
+        elif isinstance(last, list) and program.values[last[-1].output].rows == program.values[step.output].rows:
+            last.append(step)
+        else:
+            runs.append([step])
+    return runs
+
+
+def _read(run: list[Step] | Call) -> set[str]:
+    return {name for step in (run if isinstance(run, list) else [run]) for name in step.inputs}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop.inference.program import Product, Program, Window
-from qsparseprop.layout.geometry import BLOCK_LANES, UNIT, Grid
+from qsparseprop.layout.geometry import BLOCK_LANES, UNIT, Grid, batch_magnitude
 
 __all__ = ["Lanes", "Taps", "find_lanes", "taps_of"]
 
@@ -130,7 +130,9 @@ class Lanes:
         return PlaneLayout(self.grid(channels * len(phases)).numbers, tuple(views), image)
 
 
-def taps_of(window: Window, image: tuple[int, int], lanes: Lanes) -> Taps:
+def taps_of(
+    window: Window, image: tuple[int, int], lanes: Lanes, shared: Iterable[tuple[int, int]] = ()
+) -> Taps:
     """How a window reads images of a size, on the lanes of the output.
 
     Parameters
@@ -140,6 +142,8 @@ def taps_of(window: Window, image: tuple[int, int], lanes: Lanes) -> Taps:
         Of the input.
     lanes : Lanes
         Of the output.
+    shared : iterable of (int, int)
+        Phases that are there anyway, for other windows.
 
     Returns
     -------
@@ -152,7 +156,7 @@ def taps_of(window: Window, image: tuple[int, int], lanes: Lanes) -> Taps:
     shift = tuple(down.shift[taps[i][0]] * lanes.row + across.shift[taps[i][1]] for i in kept)
     direct = window.stride == (1, 1) and image == lanes.image
     # of a window that sees nothing but padding one tap is left, without weights
-    phases = tuple(sorted(set(where))) or ((0, 0),)
+    phases = tuple(sorted({*where, *shared})) or ((0, 0),)
     return Taps(() if direct else phases, kept, tuple(phases.index(p) for p in where) or (0,), shift or (0,))
 
 
@@ -196,7 +200,8 @@ def find_lanes(program: Program, batch: int) -> dict[tuple[int, int], Lanes]:
     for image, (rows, row) in pitches.items():
         reach = max((abs(y * row + x) for y, x in shifts.get(image, ())), default=0)
         front = -(-reach // UNIT) * UNIT
-        images = max(1, min(BLOCK_LANES // (rows * row), batch))
+        # by magnitudes, so that batches of many sizes have the same lanes
+        images = max(1, min(BLOCK_LANES // (rows * row), batch_magnitude(batch)))
         lanes = Lanes(image, rows, row, front, images)
         channels = max(v.shape[0] for v in program.values.values() if v.codes is not None)
         if lanes.grid(1).pitch * channels * math.prod(_most_phases(program)) >= 2**31:

@@ -66,12 +66,17 @@ class Value:
         Without the batch: (channels, height, width) or (features,) of codes.
     codes : Codes, optional
         How it is coded; without them it is an ordinary tensor, of any shape.
+    rows : int
+        How many of them there are for each sample of the batch: tokens are many.
     """
 
     shape: tuple[int, ...]
     codes: Codes | None = None
+    rows: int = 1
 
     def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"a value has one row a sample or more, got {self.rows}")
         if self.codes is not None:
             if len(self.shape) not in (1, 3) or min(self.shape) < 1:
                 raise ValueError(f"codes must be of (channels, height, width) or (features,), got {self.shape}")
@@ -160,7 +165,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Quantize(Step):
-    """An ordinary tensor, (batch, *shape), to codes: to nearest, those outside of the range to its ends."""
+    """An ordinary tensor, (batch, *shape), to codes: to nearest, those outside of the range to its ends.
+
+    Parameters
+    ----------
+    dynamic : bool
+        Whether each token has a scale of its own, found when it is there, beside those of the channels:
+        `real = token scale * scale[channel] * (code - 128)`, the largest magnitude being 127. Only of features, and only
+        read by products that give ordinary tensors.
+    """
+
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,7 +203,7 @@ class Product(Step):
 
     weight: Weight
     bias: Tensor
-    window: Window = Window()
+    window: Window = field(default_factory=Window)
     groups: int = 1
     low: float = -math.inf
     high: float = math.inf
@@ -286,6 +301,8 @@ class Program:
             if step.output in known or step.output not in self.values:
                 raise ValueError(f"step {step.output!r} must compute a value of its own")
             check_step(step, self.values)
+            if isinstance(step, Quantize) and step.dynamic:
+                self._check_readers(step)
             known.add(step.output)
         lost = [name for name in self.outputs if name not in known]
         if lost:
@@ -294,6 +311,12 @@ class Program:
                  if name in self.values and self.values[name].codes is not None]
         if coded:
             raise ValueError(f"inputs and outputs are ordinary tensors, {coded[0]!r} is coded")
+
+    def _check_readers(self, step: Quantize) -> None:
+        for reader in self.users(step.output):
+            if not isinstance(reader, Product) or self.values[reader.output].codes is not None:
+                raise ValueError(f"step {reader.output!r} reads codes with scales of tokens, which only products do "
+                                 "that give ordinary tensors")
 
     def users(self, name: str) -> Iterator[Step]:
         """The steps that read a value."""
@@ -318,7 +341,9 @@ def check_step(step: Step, values: dict[str, Value]) -> None:
         if isinstance(step, Call):
             _demand(values[step.output].codes is None, "the result of a call is an ordinary tensor")
             return
-        _CHECKS[type(step)](step, [values[name] for name in step.inputs], values[step.output])
+        sources, target = [values[name] for name in step.inputs], values[step.output]
+        _demand({source.rows for source in sources} == {target.rows}, "values have different numbers of rows")
+        _CHECKS[type(step)](step, sources, target)
     except (ValueError, KeyError) as error:
         raise ValueError(f"step {step.output!r}: {error}") from None
 
@@ -334,9 +359,11 @@ def _one(sources: list[Value], coded: bool = True) -> Value:
     return sources[0]
 
 
-def _check_quantize(step: Step, sources: list[Value], target: Value) -> None:
+def _check_quantize(step: Quantize, sources: list[Value], target: Value) -> None:
     source = _one(sources, coded=False)
     _demand(target.codes is not None and source.shape == target.shape, "gives codes of the shape that it takes")
+    _demand(not step.dynamic or (len(target.shape) == 1 and target.coded.zero_point == 128),
+            "tokens have scales of their own where codes are features around 128")
 
 
 def _check_dequantize(step: Step, sources: list[Value], target: Value) -> None:
@@ -354,7 +381,8 @@ def _check_weight(weight: Weight, inner: int) -> None:
             "of more than 65,536")
     _demand(crow.shape[0] == weight.rows + 1 and int(crow[0]) == 0 and int(crow[-1]) == col.shape[0]
             and bool((crow.diff() >= 0).all()), "crow_indices must ascend from 0 to the number of nonzeros")
-    _demand(not col.numel() or (int(col.min()) >= 0 and int(col.max()) < inner), f"col_indices must lie in [0, {inner})")
+    _demand(not col.numel() or (int(col.min()) >= 0 and int(col.max()) < inner),
+            f"col_indices must lie in [0, {inner})")
     inside = torch.ones(max(col.numel() - 1, 0), dtype=torch.bool)
     inside[crow[1:-1][(crow[1:-1] > 0) & (crow[1:-1] < col.numel())].long() - 1] = False  # where a row begins
     _demand(bool((col.diff() > 0)[inside].all()), "col_indices must ascend in each row")

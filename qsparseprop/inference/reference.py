@@ -29,7 +29,7 @@ from qsparseprop.inference.program import (
     Value,
 )
 
-__all__ = ["Factors", "factors_of", "run_reference"]
+__all__ = ["Factors", "factors_of", "run_reference", "run_step"]
 
 
 class Factors(NamedTuple):
@@ -68,8 +68,8 @@ def factors_of(step: Product | Add | Pool, sources: Sequence[Value], target: Val
     -------
     Factors
     """
-    channels = target.shape[0]
     codes = target.codes
+    channels = step.weight.rows if isinstance(step, Product) else target.shape[0]
     out = torch.ones(channels, dtype=torch.float64) if codes is None else codes.scale.double()
     zero = 0.0 if codes is None else float(codes.zero_point)
     offset = torch.full((channels,), zero, dtype=torch.float64)
@@ -94,6 +94,13 @@ def factors_of(step: Product | Add | Pool, sources: Sequence[Value], target: Val
     return Factors(multiplier.float(), offset.float(), residual, low.float(), high.float())
 
 
+class _Tokens(NamedTuple):
+    """Codes of tokens that have scales of their own."""
+
+    codes: Tensor
+    scale: Tensor
+
+
 def _channels(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (like.ndim - 2))
 
@@ -103,21 +110,36 @@ def _to_codes(values: Tensor) -> Tensor:
     return values.round().to(torch.uint8)
 
 
-def _finished(sums: Tensor, residual: Tensor | None, factors: Factors) -> Tensor:
-    out = sums.to(torch.float32) * _channels(factors.multiplier, sums) + _channels(factors.offset, sums)
+def _finished(sums: Tensor, residual: Tensor | None, factors: Factors, scale: Tensor | None = None) -> Tensor:
+    out = sums.to(torch.float32) * _channels(factors.multiplier, sums)
+    if scale is not None:
+        out = out * scale
+    out = out + _channels(factors.offset, sums)
     if residual is not None:
         assert factors.residual is not None
         out = out + residual.to(torch.float32) * _channels(factors.residual, sums)
     return torch.minimum(torch.maximum(out, _channels(factors.low, sums)), _channels(factors.high, sums))
 
 
-def _quantize(step: Quantize, sources: list[Value], target: Value, x: Tensor) -> Tensor:
+def _quantize(step: Quantize, sources: list[Value], target: Value, x: Tensor) -> Tensor | _Tokens:
     codes = target.coded
-    inverse = _channels(inverse_scale(codes), x)
-    # limited around zero, then rounded, and only then moved by the zero point, as the packer does
-    low, high = -codes.zero_point, 255 - codes.zero_point
-    scaled = (x.to(torch.float32) * inverse).nan_to_num(0.0).clamp(low, high)
-    return (scaled.round() + codes.zero_point).to(torch.uint8)
+    scaled = x.to(torch.float32) * _channels(inverse_scale(codes), x)
+    if not step.dynamic:
+        return _limited(scaled, codes.zero_point)
+    scale, inverse = token_scales(scaled)
+    return _Tokens(_limited(scaled * inverse, codes.zero_point), scale)
+
+
+def _limited(scaled: Tensor, zero_point: int) -> Tensor:
+    # what is not a number goes to the upper end, as the packer has it
+    limited = scaled.nan_to_num(1024.0).clamp(-zero_point, 255 - zero_point)
+    return (limited.round() + zero_point).to(torch.uint8)
+
+
+def token_scales(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale of each token, (tokens, 1), and one over it. The least scale is that of all schemes, 2^-111."""
+    scale = (scaled.abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-111)
+    return scale, 1 / scale
 
 
 def inverse_scale(codes: Codes) -> Tensor:
@@ -130,8 +152,11 @@ def _dequantize(step: Dequantize, sources: list[Value], target: Value, x: Tensor
     return (x.to(torch.float32) - codes.zero_point) * _channels(codes.scale, x)
 
 
-def _product(step: Product, sources: list[Value], target: Value, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _product(
+    step: Product, sources: list[Value], target: Value, x: Tensor | _Tokens, residual: Tensor | None = None
+) -> Tensor:
     source, window, weight = sources[0], step.window, step.weight
+    x, scale = x if isinstance(x, _Tokens) else (x, None)
     image = x.view(x.shape[0], source.shape[0], *source.image).to(torch.int64) - source.coded.zero_point
     top, bottom, left, right = window.padding
     # float64 holds every sum exactly
@@ -139,7 +164,7 @@ def _product(step: Product, sources: list[Value], target: Value, x: Tensor, resi
     sums = F.conv2d(F.pad(image.double(), (left, right, top, bottom)), filters, None, window.stride, 0,
                     window.dilation, step.groups)  # fmt: skip
     sums = sums.round().to(torch.int64).view(x.shape[0], *target.shape)
-    out = _finished(sums, residual, factors_of(step, sources, target))
+    out = _finished(sums, residual, factors_of(step, sources, target), scale)
     return out if target.codes is None else _to_codes(out)
 
 
@@ -153,8 +178,8 @@ def _pool(step: Pool, sources: list[Value], target: Value, x: Tensor) -> Tensor:
         return (patches.amax(1) + zero).to(torch.uint8).view(x.shape[0], *target.shape)
     sums = patches.sum(1).view(x.shape[0], *target.shape)
     kernel = window.kernel[0] * window.kernel[1]
-    inside = F.unfold(F.pad(torch.ones_like(x[:1, :1], dtype=torch.float64), pads), window.kernel, window.dilation, 0,
-                      window.stride).sum(1).view(1, 1, *target.shape[1:])  # fmt: skip
+    ones = F.pad(torch.ones(1, 1, *x.shape[2:], dtype=torch.float64), pads)
+    inside = F.unfold(ones, window.kernel, window.dilation, 0, window.stride).sum(1).view(1, 1, *target.shape[1:])
     count = torch.full_like(inside, kernel) if step.count_padding else inside
     factors = factors_of(step, sources, target)
     # a division a pixel: means of windows at the edge are of fewer
@@ -181,7 +206,7 @@ def _flatten(step: Flatten, sources: list[Value], target: Value, x: Tensor) -> T
     return x.flatten(1)
 
 
-_STEPS: dict[type[Step], Callable[..., Tensor]] = {
+_STEPS: dict[type[Step], Callable[..., Any]] = {
     Quantize: _quantize,
     Dequantize: _dequantize,
     Product: _product,
@@ -191,6 +216,27 @@ _STEPS: dict[type[Step], Callable[..., Tensor]] = {
     Concat: _concat,
     Flatten: _flatten,
 }
+
+
+def run_step(step: Step, values: dict[str, Value], known: dict[str, Any]) -> Any:
+    """What one step computes.
+
+    Parameters
+    ----------
+    step : Step
+    values : dict
+        Of the program.
+    known : dict
+        What its inputs are, by name; codes as uint8.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+    """
+    if isinstance(step, Call):
+        return call_operator(step, known)
+    sources = [values[name] for name in step.inputs]
+    return _STEPS[type(step)](step, sources, values[step.output], *(known[name] for name in step.inputs))
 
 
 def run_reference(program: Program, *inputs: Tensor, watched: dict[str, Any] | None = None) -> tuple[Tensor, ...]:
@@ -210,12 +256,7 @@ def run_reference(program: Program, *inputs: Tensor, watched: dict[str, Any] | N
     """
     values: dict[str, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
     for step in program.steps:
-        given = [values[name] for name in step.inputs]
-        if isinstance(step, Call):
-            values[step.output] = call_operator(step, values)
-        else:
-            sources = [program.values[name] for name in step.inputs]
-            values[step.output] = _STEPS[type(step)](step, sources, program.values[step.output], *given)
+        values[step.output] = run_step(step, program.values, values)
     if watched is not None:
         watched.update(values)
     return tuple(values[name] for name in program.outputs)

@@ -393,6 +393,14 @@ QSP_INLINE void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *code
     }
 }
 
+QSP_INLINE void u8x32_copy_even(uint8_t *to, const uint8_t *from)
+{
+    const __m256i low = _mm256_set1_epi16(255);
+    const __m256i a = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)from), low);
+    const __m256i b = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(from + 32)), low);
+    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xd8));
+}
+
 /* ---- random numbers ---- */
 
 /* Words that follow each other, as the dither of 16 elements: in the low half of each vector come the first four words,

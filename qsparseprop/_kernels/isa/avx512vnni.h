@@ -183,6 +183,11 @@ QSP_INLINE void u8x16_store(uint8_t *p, u8x16 v) { _mm_storeu_si128((__m128i *)p
 QSP_INLINE void u8x16_store_n(uint8_t *p, u8x16 v, int n) { _mm_mask_storeu_epi8(p, mask16_first(n), v); }
 #include "isa/x86.h"
 
+QSP_INLINE void u8x32_copy_even(uint8_t *to, const uint8_t *from)
+{
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi16_epi8(_mm512_loadu_si512(from)));
+}
+
 /* ---- random numbers ---- */
 
 QSP_INLINE i32x16 i32x16_random_run(uint64_t seed, uint64_t index)

@@ -18,6 +18,7 @@ static const qsp_kernels *const qsp_built[] = {
     &qsp_kernels_amx_model,
 #endif
     &qsp_kernels_avx512vnni,
+    &qsp_kernels_avx512vbmi,
 #ifdef QSP_AMX
     &qsp_kernels_amx,
 #endif
@@ -25,42 +26,62 @@ static const qsp_kernels *const qsp_built[] = {
 };
 enum { QSP_BUILT = sizeof qsp_built / sizeof qsp_built[0] };
 
-/* Whose functions the i-th has beside its own: AVX-VNNI has but an instruction for products that AVX2 has not, AMX those
- * for products of dense rows. NULL: all are its own. */
-static const qsp_kernels *qsp_base(int i)
+/* Whose functions one has beside its own: AVX-VNNI has but an instruction for products that AVX2 has not, VBMI one for
+ * products of few tokens, AMX those for products of dense rows. NULL: all are its own. */
+static const qsp_kernels *qsp_base(const qsp_kernels *own)
 {
 #ifdef QSP_AVXVNNI
-    if (qsp_built[i] == &qsp_kernels_avxvnni)
+    if (own == &qsp_kernels_avxvnni)
         return &qsp_kernels_avx2;
 #endif
-#ifdef QSP_AMX
-    if (qsp_built[i] == &qsp_kernels_amx || qsp_built[i] == &qsp_kernels_amx_model)
+#ifdef QSP_X86
+    if (own == &qsp_kernels_avx512vbmi)
         return &qsp_kernels_avx512vnni;
 #endif
-    (void)i;
+#ifdef QSP_AMX
+    if (own == &qsp_kernels_amx) /* of processors that have all of these */
+        return &qsp_kernels_avx512vbmi;
+    if (own == &qsp_kernels_amx_model)
+        return &qsp_kernels_avx512vnni;
+#endif
+    (void)own;
     return NULL;
+}
+
+/* The functions that one has of its own, in place of others. */
+static void qsp_take_own(qsp_kernels *all, const qsp_kernels *own)
+{
+    if (own->spmm_u8) {
+        all->spmm_u8 = own->spmm_u8;
+        all->spmm_f32 = own->spmm_f32;
+        all->sddmm_u8 = own->sddmm_u8;
+        all->sddmm_f32 = own->sddmm_f32;
+        all->pair = own->pair;
+    }
+    if (own->spmm_dense_u8) {
+        all->spmm_dense_u8 = own->spmm_dense_u8;
+        all->sddmm_dense_u8 = own->sddmm_dense_u8;
+        all->grad_rows = own->grad_rows;
+    }
+    if (own->tokens_product) {
+        all->tokens_product = own->tokens_product;
+        all->most_tokens = own->most_tokens;
+    }
 }
 
 /* The functions of the i-th. */
 static const qsp_kernels *qsp_table(int i)
 {
     static qsp_kernels shared[QSP_BUILT];
-    const qsp_kernels *const own = qsp_built[i], *const base = qsp_base(i);
+    const qsp_kernels *const own = qsp_built[i], *const base = qsp_base(own), *const first = base ? qsp_base(base) : NULL;
     qsp_kernels *const all = &shared[i];
     if (!base)
         return own;
     if (!all->name) { /* once: it may be in use already */
-        *all = *base;
-        if (own->spmm_u8) {
-            all->spmm_u8 = own->spmm_u8;
-            all->spmm_f32 = own->spmm_f32;
-            all->sddmm_u8 = own->sddmm_u8;
-            all->sddmm_f32 = own->sddmm_f32;
-            all->pair = own->pair;
-        }
-        all->spmm_dense_u8 = own->spmm_dense_u8;
-        all->sddmm_dense_u8 = own->sddmm_dense_u8;
-        all->grad_rows = own->grad_rows;
+        *all = first ? *first : *base;
+        if (first)
+            qsp_take_own(all, base);
+        qsp_take_own(all, own);
         all->name = own->name;
     }
     return all;
@@ -126,14 +147,17 @@ static int qsp_supported(int i)
 #endif
     if (k == &qsp_kernels_avx512vl)
         return avx512vl;
+    const int avx512vbmi = avx512vnni && __builtin_cpu_supports("avx512vbmi");
     if (k == &qsp_kernels_avx512vnni)
         return avx512vnni;
+    if (k == &qsp_kernels_avx512vbmi)
+        return avx512vbmi;
 #ifdef QSP_AMX
     if (k == &qsp_kernels_amx_model)
         return avx512vnni;
 #ifdef __linux__
     if (k == &qsp_kernels_amx)
-        return avx512vnni && qsp_has_amx();
+        return avx512vbmi && qsp_has_amx();
 #endif
 #endif
 #endif

@@ -42,6 +42,10 @@
 #define relu_kernel QSP_NAMED(relu)
 #define keep_kernel QSP_NAMED(keep)
 #define digest_kernel QSP_NAMED(digest)
+#define tokens_product_kernel QSP_NAMED(tokens_product)
+#define tokens_quantize_kernel QSP_NAMED(tokens_quantize)
+#define tokens_rescale_kernel QSP_NAMED(tokens_rescale)
+#define tokens_gather_kernel QSP_NAMED(tokens_gather)
 #define coded_copy_kernel QSP_NAMED(coded_copy)
 #define coded_flatten_kernel QSP_NAMED(coded_flatten)
 #define coded_pool_kernel QSP_NAMED(coded_pool)
@@ -66,12 +70,15 @@
 
 /* requantize.h */
 #define locate_coded QSP_NAMED(locate_coded)
-#define coded_ends QSP_NAMED(coded_ends)
 #define requantize_rows QSP_NAMED(requantize_rows)
 #define locate_task QSP_NAMED(locate_task)
 
 /* coded.h */
-#define pool_max_row QSP_NAMED(pool_max_row)
+#define coded_ends QSP_NAMED(coded_ends)
+
+/* coded_steps.h */
+#define pool_max_part QSP_NAMED(pool_max_part)
+#define pool_max_image QSP_NAMED(pool_max_image)
 #define pool_mean_part QSP_NAMED(pool_mean_part)
 
 /* spmm.h */

@@ -130,6 +130,9 @@ static inline u8x16 i32x16_to_code(i32x16 v);
  * sixteen apart are neighbours; those of all QSP_UNIT lanes are read. */
 static inline void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *codes, int lanes, int channels);
 
+/* 32 bytes: every second one of the 64 at `from`. */
+static inline void u8x32_copy_even(uint8_t *to, const uint8_t *from);
+
 /* ---- random numbers: QSP_DITHER_BITS | qsp_random_bits(seed, an element's number), the bits of 128 + u ---- */
 /* Of 16 elements whose numbers are `step` apart. */
 static i32x16 i32x16_random_strided(uint64_t seed, uint64_t index, int64_t step);

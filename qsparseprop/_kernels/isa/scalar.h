@@ -250,6 +250,12 @@ QSP_INLINE void u8_transpose_unit(uint8_t *p, int64_t pitch, const uint8_t *code
             p[c * pitch + j] = codes[QSP_UNIT * (j % 16) + 16 * (j / 16) + c];
 }
 
+QSP_INLINE void u8x32_copy_even(uint8_t *to, const uint8_t *from)
+{
+    for (int i = 0; i < 32; i++)
+        to[i] = from[2 * i];
+}
+
 /* ---- random numbers ---- */
 
 /* Not inline: it serves odd shapes only, and is long. */

@@ -7,17 +7,6 @@ typedef struct {
     int64_t end;         /* lanes of the block up to there */
 } coded_unit;
 
-/* Lanes of so many images from the first pixel to behind the last. */
-QSP_INLINE int64_t coded_lanes(const qsp_coded *c, int64_t images)
-{
-    return (images - 1) * c->grid.lane_b + (c->rows - 1) * c->grid.lane_y + (c->cols - 1) * c->grid.lane_x + 1;
-}
-
-QSP_INLINE int64_t coded_images(const qsp_coded *c, int64_t block)
-{
-    return qsp_min(c->grid.images, c->images - block * c->grid.images);
-}
-
 static void locate_coded(coded_unit *u, const qsp_coded *c, int64_t unit)
 {
     const int64_t units = (coded_lanes(c, c->grid.images) + QSP_UNIT - 1) / QSP_UNIT;
@@ -26,18 +15,6 @@ static void locate_coded(coded_unit *u, const qsp_coded *c, int64_t unit)
     u->images = coded_images(c, u->block);
     u->end = coded_lanes(c, u->images);
     u->size = qsp_min(QSP_UNIT, u->end - u->lane);
-}
-
-/* What lies around the lanes of a plane: its front, and everything behind the last pixel; the last plane's up to the next
- * block. */
-static void coded_ends(const qsp_coded *c, int64_t block, int64_t channel, int64_t end)
-{
-    const qsp_grid *g = &c->grid;
-    const int64_t plane = c->plane + channel;
-    uint8_t *p = c->planes + block * g->block + plane * g->pitch;
-    const int64_t all = plane + 1 == g->planes ? g->block - plane * g->pitch : g->pitch;
-    memset(p, c->zero, (size_t)g->front);
-    memset(p + g->front + end, c->zero, (size_t)(all - g->front - end));
 }
 
 /* One row of a unit: codes in the order of the lanes. */

@@ -1,17 +1,25 @@
 /* The loops, written once over the primitives of the ISA header that was included before, and the table of one
- * instruction set; with ISA_PRODUCTS_ONLY those of spmm and sddmm, with ISA_DENSE_ONLY those by dense rows, see
- * qsp_table. No loop has an intrinsic in it. */
+ * instruction set; with ISA_PRODUCTS_ONLY those of spmm and sddmm, with ISA_DENSE_ONLY those by dense rows, with
+ * ISA_TOKENS_ONLY those of few tokens, see qsp_table. No loop has an intrinsic in it. */
 #include "isa/primitives.h"
 
 #include "loops/scale.h"
 
 #include "loops/element.h"
 
+#include "loops/coded.h"
+
+#ifndef ISA_TOKENS_ONLY
 #include "loops/unpack.h"
 
 #include "loops/requantize.h"
+#endif
 
-#ifndef ISA_DENSE_ONLY
+#if !defined(ISA_PRODUCTS_ONLY) && !defined(ISA_DENSE_ONLY)
+#include "loops/tokens.h"
+#endif
+
+#if !defined(ISA_DENSE_ONLY) && !defined(ISA_TOKENS_ONLY)
 #include "loops/nonzeros.h"
 
 #include "loops/spmm.h"
@@ -19,9 +27,11 @@
 #include "loops/sddmm.h"
 #endif
 
+#ifndef ISA_TOKENS_ONLY
 #include "loops/dense.h"
+#endif
 
-#if !defined(ISA_PRODUCTS_ONLY) && !defined(ISA_DENSE_ONLY)
+#if !defined(ISA_PRODUCTS_ONLY) && !defined(ISA_DENSE_ONLY) && !defined(ISA_TOKENS_ONLY)
 #include "loops/norm.h"
 
 #include "loops/activation.h"
@@ -49,7 +59,9 @@
 
 #include "loops/digest.h"
 
-#include "loops/coded.h"
+#include "loops/coded_steps.h"
+
+#include "loops/token_codes.h"
 #endif
 
 #define QSP_TEXT_(a) #a
@@ -57,11 +69,17 @@
 
 const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .name = QSP_TEXT(ISA_NAME),
+#ifndef ISA_TOKENS_ONLY
     .spmm_dense_u8 = spmm_dense_kernel,
     .sddmm_dense_u8 = sddmm_dense_kernel,
     .sddmm_dense_units = sddmm_dense_units_kernel,
     .grad_rows = GRAD_ROWS,
-#ifndef ISA_DENSE_ONLY
+#endif
+#if !defined(ISA_PRODUCTS_ONLY) && !defined(ISA_DENSE_ONLY)
+    .tokens_product = tokens_product_kernel,
+    .most_tokens = ISA_MOST_TOKENS,
+#endif
+#if !defined(ISA_DENSE_ONLY) && !defined(ISA_TOKENS_ONLY)
     .spmm_u8 = spmm_u8_kernel,
     .spmm_f32 = spmm_f32_kernel,
     .sddmm_u8 = sddmm_u8_kernel,
@@ -71,7 +89,7 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
 #ifdef ISA_OWN_ROWS
     .pair = pair_kernel,
 #endif
-#if !defined(ISA_PRODUCTS_ONLY) && !defined(ISA_DENSE_ONLY)
+#if !defined(ISA_PRODUCTS_ONLY) && !defined(ISA_DENSE_ONLY) && !defined(ISA_TOKENS_ONLY)
     .pack_u8 = pack_u8_kernel,
     .pack_f32 = pack_f32_kernel,
     .range = range_kernel,
@@ -94,6 +112,9 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .relu = relu_kernel,
     .keep = keep_kernel,
     .digest = digest_kernel,
+    .tokens_quantize = tokens_quantize_kernel,
+    .tokens_rescale = tokens_rescale_kernel,
+    .tokens_gather = tokens_gather_kernel,
     .coded_copy = coded_copy_kernel,
     .coded_flatten = coded_flatten_kernel,
     .coded_pool = coded_pool_kernel,

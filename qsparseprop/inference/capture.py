@@ -1,0 +1,421 @@
+"""A model as a graph of operators: traced by torch.export with a batch of any size, on dense weights, in float32."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import io
+import logging
+import operator
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize, prune
+from torch.utils import _pytree
+
+from qsparseprop._torch_compat import size_guards
+from qsparseprop.inference.calls import Name
+from qsparseprop.inference.draft import Draft, Operator, Shape, names_in
+from qsparseprop.utils._example import copy_model
+from qsparseprop.utils.network_utils import swap_modules_with_dense
+
+__all__ = ["Captured", "NotCapturable", "Signature", "capture", "float_copy"]
+
+#: Nothing happens in them where nothing is trained and results are not written to.
+_NOTHING = {"aten.clone.default", "aten.detach.default", "aten.alias.default", "aten.contiguous.default",
+            "aten.lift_fresh_copy.default", "aten.detach_.default", "aten._assert_tensor_metadata.default"}  # fmt: skip
+#: Their second argument is the size of the result.
+_SIZED = {"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.expand.default"}
+#: Sizes of the batch for which what a model asks of it must hold.
+_BATCHES = (*range(2, 66), 100, 127, 128, 129, 255, 256, 257, 1000, 1021, 4096)
+#: Arithmetic of sizes.
+_ARITHMETIC = {operator.mul: "aten.mul.int", operator.add: "aten.add.int", operator.sub: "aten.sub.int",
+               operator.floordiv: "aten.floordiv.int"}  # fmt: skip
+
+
+class NotCapturable(Exception):
+    """A model is no graph of operators, or one for some inputs only; says why."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model takes and gives.
+
+    Parameters
+    ----------
+    arguments : tuple
+        Positional and keyword arguments, with a number in the place of each tensor and of each other thing.
+    results : any
+        The result, with numbers of outputs in the place of tensors.
+    others : dict
+        What is no tensor, by its number.
+    shapes : tuple of tuple
+        Of each tensor; None for the batch.
+    dtypes : tuple of dtype
+    """
+
+    arguments: Any
+    results: Any
+    others: dict[int, Any]
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A graph of `Operator` nodes, and what belongs to it."""
+
+    draft: Draft
+    signature: Signature
+
+
+def float_copy(model: nn.Module) -> nn.Module:
+    """A copy to take apart: dense layers with their zeros, masks in the weights, float32, in evaluation mode.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+    """
+    dense = swap_modules_with_dense(copy_model(model), inplace=True)
+    for module in dense.modules():
+        for hook in [h for h in module._forward_pre_hooks.values() if isinstance(h, prune.BasePruningMethod)]:
+            prune.remove(module, hook._tensor_name)
+        if parametrize.is_parametrized(module):
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name)
+    return dense.float().eval().requires_grad_(False)
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Captured:
+    """Trace a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        From `float_copy`.
+    args : sequence
+        Example inputs; the first dimension of tensors that have as many elements there as the first one is the batch.
+    kwargs : dict
+
+    Returns
+    -------
+    Captured
+
+    Raises
+    ------
+    NotCapturable
+        If the model depends on values, keeps state, has operators that are not ATen's, or one batch size.
+    """
+    leaves, arguments = _pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise NotCapturable("it takes no tensors")
+    batch = tensors[0].shape[0] if tensors[0].ndim else 0
+    if batch < 1:
+        raise NotCapturable("its first input has no batch")
+    grown = [_at_least_two(leaf, batch) for leaf in leaves]
+    dynamic = [_dynamic(leaf, batch) for leaf in leaves]
+    positional, keyword = _pytree.tree_unflatten(grown, arguments)
+    exported = _export(model, positional, keyword, _pytree.tree_unflatten(dynamic, arguments))
+    reader = _Reader(exported)
+    draft = reader.draft()
+    shapes = tuple(draft.shapes[name] for name in draft.inputs)
+    for shape, leaf in zip(shapes, tensors, strict=True):
+        if _dynamic(leaf, batch) is not None and shape[0] is not None:
+            raise NotCapturable(f"it works for a batch of {shape[0]} only")
+    results = exported.call_spec.out_spec
+    assert results is not None
+    _check_results(results)
+    others = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+    dtypes = tuple(tensor.dtype for tensor in tensors)
+    return Captured(draft, Signature(structure(arguments), structure(results), others, shapes, dtypes))
+
+
+def structure(spec: _pytree.TreeSpec) -> Any:
+    """Tuples, lists and dicts of a tree, with numbers for leaves.
+
+    Parameters
+    ----------
+    spec : TreeSpec
+
+    Returns
+    -------
+    tuple, list, dict or int
+    """
+    return _pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+
+
+def _at_least_two(leaf: Any, batch: int) -> Any:
+    """Example inputs with two or more samples: torch.export takes a size of one for a constant."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach()
+    if batch == 1 and leaf.ndim and leaf.shape[0] == 1:
+        leaf = torch.cat([leaf, leaf])
+    return leaf.clone()
+
+
+def _dynamic(leaf: Any, batch: int) -> Any:
+    if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch:
+        return {0: torch.export.Dim.AUTO}
+    return None
+
+
+def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: Any) -> torch.export.ExportedProgram:
+    """The model by torch.export, without in-place operators, those of ATen as the model calls them."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")  # torch's, of its own
+            shapes = _by_name(model, dynamic)
+            exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+            exported = exported.run_decompositions({})
+    except Exception as error:
+        # whatever the model does that cannot be traced
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        raise NotCapturable(lines[0] if lines else type(error).__name__) from error
+    signature = exported.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        raise NotCapturable(f"it writes to {written[0]!r}")
+    for symbol, constraint in exported.range_constraints.items():
+        if constraint.lower > 2 or constraint.upper < 1 << 30:
+            raise NotCapturable(f"it works for some sizes of the batch only ({symbol}: {constraint})")
+    _check_sizes(exported)
+    return exported
+
+
+def _check_sizes(exported: torch.export.ExportedProgram) -> None:
+    """Check that what was taken for granted of the batch holds for any: torch.export tells, and goes on."""
+    for guard in size_guards(exported):
+        expression = re.sub(r"L(\[[^\]]*\])+\.size\(\)\[0\]", "batch", guard)
+        names = {node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)}
+        if names != {"batch"} or not all(eval(expression, {"__builtins__": {}}, {"batch": n}) for n in _BATCHES):
+            raise NotCapturable(f"it works for some sizes of the batch only ({expression})")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch logs of models that it cannot trace, which are not its callers' business."""
+    names = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def _by_name(model: nn.Module, dynamic: Any) -> Any:
+    """Dynamic shapes as torch.export takes them: positional ones, and others by name."""
+    positional, keyword = dynamic
+    if not keyword:
+        return positional
+    names = [name for name, p in inspect.signature(model.forward).parameters.items()
+             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]  # fmt: skip
+    return {**dict(zip(names, positional, strict=False)), **keyword}
+
+
+def _check_results(results: _pytree.TreeSpec) -> None:
+    allowed = (tuple, list, dict, None)
+    kinds = [results]
+    while kinds:
+        spec = kinds.pop()
+        if spec.type not in allowed:
+            kind = getattr(spec.type, "__name__", spec.type)
+            raise NotCapturable(f"its result is a {kind}, not a tensor or a tuple, list or dict of tensors")
+        kinds.extend(spec.children())
+
+
+class _Reader:
+    """Nodes of an exported program, as a draft of operators."""
+
+    def __init__(self, exported: torch.export.ExportedProgram) -> None:
+        self.exported = exported
+        self.names: dict[str, Any] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.parameters: dict[str, str] = {}
+        self.nodes: list[Operator] = []
+        self.shapes: dict[str, Shape] = {}
+        self.floating: set[str] = set()
+        self.rows: dict[str, int] = {}
+        self.inputs: list[str] = []
+
+    def draft(self) -> Draft:
+        self._placeholders()
+        outputs: tuple[str, ...] = ()
+        for node in self.exported.graph.nodes:
+            if node.op == "call_function":
+                self._read(node)
+            elif node.op == "output":
+                outputs = self._outputs(node.args[0])
+        draft = Draft(tuple(self.inputs), outputs, list(self.nodes), self.constants, self.shapes, self.floating,
+                      self.rows)  # fmt: skip
+        draft.without_unread()
+        return draft
+
+    def _placeholders(self) -> None:
+        signature, state = self.exported.graph_signature, self.exported.state_dict
+        of_state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        lifted = signature.inputs_to_lifted_tensor_constants
+        if signature.inputs_to_lifted_custom_objs:
+            raise NotCapturable("it holds objects that are no tensors")
+        for node in self.exported.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in of_state or node.name in lifted:
+                target = of_state.get(node.name) or lifted[node.name]
+                held = state[target] if target in state else self.exported.constants[target]
+                assert isinstance(held, Tensor)
+                self.constants[node.name] = held.detach().contiguous()
+                self.parameters[node.name] = target
+                self._describe(node)
+            elif isinstance(node.meta.get("val"), Tensor):
+                self.inputs.append(node.name)
+                self._describe(node)
+                # a value that a guard narrows, such as an even one, is no symbol
+                if any(isinstance(n, torch.SymInt) and not n.node.expr.is_symbol for n in node.meta["val"].shape):
+                    raise NotCapturable("it works for some sizes of the batch only")
+
+    def _describe(self, node: fx.Node, name: str | None = None) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            name = node.name if name is None else name
+            sizes = [_multiple(n) for n in value.shape]
+            self.shapes[name] = tuple(size for size, _ in sizes)
+            factors = {factor for _, factor in sizes} - {1}
+            if factors:
+                self.rows[name] = max(factors)
+            if value.dtype is torch.float32:
+                self.floating.add(name)
+
+    def _outputs(self, results: Any) -> tuple[str, ...]:
+        found = []
+        for result in results:
+            if not isinstance(result, fx.Node):
+                raise NotCapturable(f"its result holds {result!r}, which is no tensor")
+            name = self._argument(result)
+            if not isinstance(name, Name) or not isinstance(result.meta.get("val"), Tensor):
+                raise NotCapturable("its result holds a number")
+            found.append(name.name)
+        return tuple(found)
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return Name(self.names.get(argument.name, argument.name))
+        if isinstance(argument, list | tuple):
+            return type(argument)(self._argument(each) for each in argument) if type(argument) in (list, tuple) else [
+                self._argument(each) for each in argument]  # fmt: skip
+        return argument
+
+    def _read(self, node: fx.Node) -> None:
+        name = self._operator_name(node)
+        arguments = tuple(self._argument(argument) for argument in node.args)
+        if name in _NOTHING or "dropout" in name:  # in training it draws random numbers, which is refused
+            if isinstance(arguments[0], Name):
+                self.names[node.name] = arguments[0].name
+            return
+        if name == "getitem" and self._part_of_norm(node, arguments):
+            return
+        keywords = {key: self._argument(value) for key, value in node.kwargs.items()
+                    if key not in ("device", "pin_memory", "layout")}  # fmt: skip
+        if name in _SIZED:
+            arguments = (arguments[0], self._size(node, arguments))
+            if name != "aten.expand.default":
+                name = "aten.reshape.default"
+            if self._same_shape(node):
+                self.names[node.name] = arguments[0].name
+                return
+        if name == "aten.slice.Tensor" and self._same_shape(node) and node.args[4:] in ((), (1,)):
+            self.names[node.name] = arguments[0].name  # all of it
+            return
+        self._describe(node)
+        inputs = tuple(dict.fromkeys(names_in([arguments, keywords])))
+        self.nodes.append(Operator(inputs=inputs, output=node.name, layer=self._layer(node), operator=name,
+                                   arguments=arguments, keywords=keywords))  # fmt: skip
+
+    def _operator_name(self, node: fx.Node) -> str:
+        target = node.target
+        if target is operator.getitem:
+            return "getitem"
+        if target in _ARITHMETIC:
+            return _ARITHMETIC[target]
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+            if torch.Tag.nondeterministic_seeded in target.tags and _draws(node, target):
+                raise NotCapturable(f"it draws random numbers ({target})")
+            return str(target)
+        raise NotCapturable(f"it has an operator that is not one of ATen, {target}")
+
+    def _part_of_norm(self, node: fx.Node, arguments: tuple[Any, ...]) -> bool:
+        """Whether it is the first output of a batch normalisation, whose others are of training."""
+        source = self.nodes[-1] if self.nodes else None
+        if source is None or arguments != (Name(source.output), 0) or "batch_norm" not in source.operator:
+            return False
+        _, weight, bias, mean, variance, momentum, epsilon = source.arguments
+        source.operator = "aten.batch_norm.default"
+        source.arguments = (source.arguments[0], weight, bias, mean, variance, False, momentum, epsilon, False)
+        source.output = node.name
+        self._describe(node)
+        return True
+
+    def _same_shape(self, node: fx.Node) -> bool:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        mine, theirs = node.meta["val"].shape, source.meta["val"].shape
+        return [_expression(n) for n in mine] == [_expression(n) for n in theirs]
+
+    def _size(self, node: fx.Node, arguments: tuple[Any, ...]) -> list[Any]:
+        """The size of a result: -1 for what depends on the batch, so that others need not be left to be guessed."""
+        asked = list(arguments[1])
+        if node.target is torch.ops.aten.expand.default:
+            return asked
+        sizes: list[Any] = [n if isinstance(n, int) else -1 for n in node.meta["val"].shape]
+        return sizes if sizes.count(-1) <= 1 else asked
+
+    def _layer(self, node: fx.Node) -> str:
+        """Name of the layer: where its parameter lies, or the innermost module."""
+        for argument in node.args:
+            if isinstance(argument, fx.Node) and argument.name in self.parameters:
+                path = self.parameters[argument.name]
+                return path.removesuffix(".weight").removesuffix("weight")
+        stack = node.meta.get("nn_module_stack") or {}
+        return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _draws(node: fx.Node, target: torch._ops.OpOverload) -> bool:
+    """Whether an operator with dropout in it has some, or is one of random numbers."""
+    names = [argument.name for argument in target._schema.arguments]
+    given = {**{a.name: a.default_value for a in target._schema.arguments}, **dict(zip(names, node.args, strict=False)),
+             **node.kwargs}  # fmt: skip
+    off = [given.get("train") is False, given.get("training") is False, given.get("dropout_p") == 0]
+    return not any(off)
+
+
+def _multiple(size: Any) -> tuple[int | None, int]:
+    """A size as a draft has it, and how many times the batch it is: that of all inputs is one."""
+    if isinstance(size, int):
+        return size, 1
+    expression = size.node.expr
+    batch = next(iter(expression.free_symbols), None)
+    factor, rest = expression.xreplace(dict.fromkeys(expression.free_symbols, batch)).as_coeff_Mul()
+    if not rest.is_symbol or not factor.is_Integer or factor < 1:
+        return -1, 1
+    return None, int(factor)
+
+
+def _expression(size: Any) -> Any:
+    return size if isinstance(size, int) else size.node.expr

@@ -1,0 +1,179 @@
+"""A frozen model as a module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from qsparseprop.inference.capture import Signature, structure
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.reference import run_reference
+from qsparseprop.inference.report import FreezeReport
+
+__all__ = ["FrozenModule", "execute"]
+
+
+def execute(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of a program.
+
+    Parameters
+    ----------
+    program : Program
+    inputs : sequence of Tensor
+
+    Returns
+    -------
+    tuple of Tensor
+    """
+    return run_reference(program, *inputs)
+
+
+class FrozenModule(nn.Module):
+    """A model that computes on codes of 8 bits; made by `freeze`.
+
+    It takes and gives what the model does that it was made of, for batches of any size. It has no parameters, gradients
+    end at it, and it does not train. A frozen linear layer takes (..., features).
+
+    Parameters
+    ----------
+    program : Program
+    signature : Signature
+        What it takes and gives.
+    report : FreezeReport
+    rows : bool
+        Whether the first input may have more dimensions than the program's, all of which count rows.
+
+    Attributes
+    ----------
+    program : Program
+        What is computed.
+    report : FreezeReport
+        What was frozen, and the errors that this makes.
+    """
+
+    def __init__(self, program: Program, signature: Signature, report: FreezeReport, rows: bool = False) -> None:
+        super().__init__()
+        self.program, self.signature, self.report, self.rows = program, signature, report, rows
+        super().train(False)
+
+    @property
+    def freeze_report(self) -> FreezeReport:
+        """The report, under the name that it has on models that are frozen in parts."""
+        return self.report
+
+    def train(self, mode: bool = True) -> FrozenModule:
+        """Refuse to train.
+
+        Parameters
+        ----------
+        mode : bool
+            False changes nothing.
+
+        Returns
+        -------
+        FrozenModule
+
+        Raises
+        ------
+        RuntimeError
+            If `mode` is true.
+        """
+        if mode:
+            raise RuntimeError("a frozen model does not train; train the one that it was made of and freeze it again")
+        return self
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the model computes.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As the model takes them; what is no tensor must be what it was when the model was frozen.
+
+        Returns
+        -------
+        Tensor, or tuple, list or dict of Tensor
+            As the model gives them, float32 where they are floating point.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For other arguments, shapes or dtypes than those that the model was frozen with.
+        """
+        inputs = self._inputs(args, kwargs)
+        leading = inputs[0].shape[:-1]
+        if self.rows:
+            inputs = [inputs[0].reshape(-1, inputs[0].shape[-1])]
+        with torch.autocast("cpu", enabled=False):
+            outputs = execute(self.program, inputs)
+        if self.rows:
+            outputs = tuple(output.view(*leading, output.shape[-1]) for output in outputs)
+        return _pytree.tree_map(lambda number: outputs[number], self.signature.results)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors among the arguments, after a check of everything."""
+        leaves, spec = _pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+        signature = self.signature
+        if structure(spec) != signature.arguments:
+            raise TypeError(f"the model was frozen for {_described(signature)}, got other arguments")
+        tensors: list[Tensor] = []
+        for number, leaf in enumerate(leaves):
+            if number in signature.others:
+                known = signature.others[number]
+                if isinstance(leaf, Tensor) or type(leaf) is not type(known) or leaf != known:
+                    raise ValueError(f"the model was frozen with {known!r} for an argument, got {leaf!r}")
+            elif isinstance(leaf, Tensor):
+                tensors.append(leaf)
+            else:
+                raise TypeError(f"the model was frozen for {_described(signature)}, got a {type(leaf).__name__}")
+        return self._checked(tensors)
+
+    def _checked(self, tensors: list[Tensor]) -> list[Tensor]:
+        batches: set[int] = set()
+        checked = []
+        for number, tensor in enumerate(tensors):
+            shape, dtype = self.signature.shapes[number], self.signature.dtypes[number]
+            given = tuple(tensor.shape[-1:]) if self.rows else tuple(tensor.shape)
+            wanted = shape[1:] if self.rows else shape
+            fits = len(given) == len(wanted) and all(n is None or n == m for n, m in zip(wanted, given, strict=True))
+            same = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype is dtype
+            if not fits or not same or tensor.device.type != "cpu":
+                raise ValueError(
+                    f"input {number} must be {_tensor(wanted, dtype, self.rows)} on the CPU, as it was when the model "
+                    f"was frozen, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+                )
+            batches.update(m for n, m in zip(wanted, given, strict=True) if n is None)
+            tensor = tensor.detach()
+            checked.append(tensor.float() if dtype.is_floating_point else tensor)
+        if len(batches) > 1:
+            raise ValueError(f"inputs have batches of different sizes, {sorted(batches)}")
+        return checked
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModule:
+        # nothing in it changes
+        return FrozenModule(self.program, self.signature, copy.copy(self.report), self.rows)
+
+    def extra_repr(self) -> str:
+        """What it takes, and what was frozen.
+
+        Returns
+        -------
+        str
+        """
+        return f"{_described(self.signature)}, {self.report.summary()}"
+
+
+def _tensor(shape: Sequence[int | None], dtype: torch.dtype, rows: bool = False) -> str:
+    sizes = ", ".join("batch" if n is None else str(n) for n in shape)
+    kind = "floating point" if dtype.is_floating_point else str(dtype)
+    return f"{kind} (..., {sizes})" if rows else f"{kind} ({sizes})"
+
+
+def _described(signature: Signature) -> str:
+    return " and ".join(_tensor(shape, dtype) for shape, dtype in zip(signature.shapes, signature.dtypes, strict=True))

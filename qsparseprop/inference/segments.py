@@ -1,0 +1,345 @@
+"""From steps of a program to steps of the kernels, on buffers of an arena, for a batch of one size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparseprop._kernels._frozen import CodedBuffer, FrozenStep, Segment
+from qsparseprop._kernels._frozen_product import ProductStep
+from qsparseprop._kernels._frozen_steps import CodedStep, PackStep
+from qsparseprop._kernels._frozen_tokens import (
+    TokenBuffer,
+    TokenGatherStep,
+    TokenProductStep,
+    TokenQuantizeStep,
+    TokenRescaleStep,
+    most_tokens,
+)
+from qsparseprop._kernels._plan import PlaneLayout
+from qsparseprop.inference.lanes import Taps, find_lanes, taps_of
+from qsparseprop.inference.program import (
+    Add,
+    Concat,
+    Dequantize,
+    Flatten,
+    Pool,
+    Product,
+    Program,
+    Quantize,
+    Step,
+    Table,
+    Value,
+)
+from qsparseprop.inference.reference import factors_of, inverse_scale
+from qsparseprop.inference.weights_in_memory import WeightStore
+
+__all__ = ["Lowering"]
+
+#: Bytes that buffers begin at multiples of.
+_LINE = 64
+
+
+class _Form(NamedTuple):
+    """How a value lies: in planes as it is, with its pixels as channels, or in phases for windows of a stride; or, of
+    few images of one pixel, as tokens."""
+
+    value: str
+    flat: bool = False
+    tokens: bool = False
+    #: Not codes, but the scales of tokens.
+    scales: bool = False
+    #: Image of the output, stride and phases.
+    phases: tuple[tuple[int, int], tuple[int, int], tuple[tuple[int, int], ...]] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the value as it is."""
+        return not (self.flat or self.tokens or self.scales) and self.phases is None
+
+
+class _Place(NamedTuple):
+    #: None of tokens.
+    layout: PlaneLayout | None
+    start: int
+
+
+class _Arena:
+    """Places for buffers that live from one step to another."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._taken: list[tuple[int, int]] = []
+
+    def take(self, size: int) -> int:
+        """The first gap that is large enough."""
+        size = -(-size // _LINE) * _LINE
+        at = 0
+        for start, end in sorted(self._taken):
+            if start - at >= size:
+                break
+            at = max(at, end)
+        self._taken.append((at, at + size))
+        self.size = max(self.size, at + size)
+        return at
+
+    def give(self, start: int) -> None:
+        self._taken = [one for one in self._taken if one[0] != start]
+
+
+class Lowering:
+    """A run of steps between two calls of torch, as a `Segment`.
+
+    Parameters
+    ----------
+    program : Program
+    steps : sequence of Step
+        The run.
+    wanted : set of str
+        Values that others read.
+    batch : int
+        Images, or tokens.
+    weights : WeightStore
+        Of the program.
+
+    Attributes
+    ----------
+    inputs, outputs : tuple of str
+        Names of the tensors that the segment takes and gives.
+    """
+
+    def __init__(
+        self, program: Program, steps: Sequence[Step], wanted: set[str], batch: int, weights: WeightStore
+    ) -> None:
+        self._program, self._batch, self._weights = program, batch, weights
+        self._lanes = find_lanes(program, batch)
+        self._steps = steps
+        self._dynamic = {step.output for step in steps if isinstance(step, Quantize) and step.dynamic}
+        self.inputs = tuple(dict.fromkeys(name for step in steps if isinstance(step, Quantize) for name in step.inputs))
+        self.outputs = tuple(step.output for step in steps
+                             if program.values[step.output].codes is None and step.output in wanted)
+        self._tensors = {name: i for i, name in enumerate((*self.inputs, *self.outputs))}
+        self._arena = _Arena()
+        self._places: dict[_Form, _Place] = {}
+
+    # ---- what is where ----
+
+    def _value(self, name: str) -> Value:
+        return self._program.values[name]
+
+    def _forms_read(self, step: Step) -> list[_Form]:
+        """The forms of values that a step reads."""
+        if not isinstance(step, Product):
+            return [_Form(name) for name in step.inputs if self._value(name).codes is not None]
+        source, target = self._value(step.inputs[0]), self._value(step.output)
+        taps = self._taps(step)
+        first = _Form(step.inputs[0], taps is None and source.image != (1, 1), self._has_few_tokens(step))
+        if taps is not None and taps.phases:
+            first = _Form(step.inputs[0], phases=(target.image, step.window.stride, taps.phases))
+        scales = [_Form(first.value, scales=True)] if first.value in self._dynamic else []
+        return [first, *(_Form(name) for name in step.inputs[1:]), *scales]
+
+    def _taps(self, product: Product) -> Taps | None:
+        """How a product's window reads its input; None for features, and where an image is seen as such."""
+        return self._own_taps(product, [f for other in self._steps for f in self._phases_beside(product, other)])
+
+    def _own_taps(self, product: Product, shared: Iterable[tuple[int, int]] = ()) -> Taps | None:
+        source, target = self._value(product.inputs[0]), self._value(product.output)
+        if len(source.shape) == 1 or target.image == (1, 1):
+            return None
+        return taps_of(product.window, source.image, self._lanes[target.image], shared)
+
+    def _phases_beside(self, product: Product, other: Step) -> tuple[tuple[int, int], ...]:
+        """Phases of the same value that another product reads on the same lanes: a shortcut those of a 3x3 window."""
+        if (not isinstance(other, Product) or other.inputs[0] != product.inputs[0]
+                or other.window.stride != product.window.stride
+                or self._value(other.output).shape[1:] != self._value(product.output).shape[1:]):
+            return ()
+        taps = self._own_taps(other)
+        return () if taps is None else taps.phases
+
+    def _has_few_tokens(self, product: Product) -> bool:
+        """Whether planes would have hardly any lanes."""
+        features = self._value(product.inputs[0]).image == product.window.kernel == (1, 1)
+        return features and product.groups == 1 and self._batch <= most_tokens()
+
+    def _layout(self, form: _Form) -> PlaneLayout:
+        value = self._value(form.value)
+        if form.flat:
+            return self._lanes[1, 1].layout(math.prod(value.shape))
+        if form.phases is None:
+            return self._lanes[value.image].layout(value.shape[0])
+        image, stride, phases = form.phases
+        return self._lanes[image].phase_layout(value.shape[0], value.image, stride, phases)
+
+    def _place(self, form: _Form) -> _Place:
+        if form not in self._places:
+            layout = None if form.tokens or form.scales else self._layout(form)
+            if layout is not None:
+                size = layout.lanes(self._batch)
+            else:
+                size = 4 * self._batch if form.scales else self._tokens(form, 0).size
+            self._places[form] = _Place(layout, self._arena.take(size))
+        return self._places[form]
+
+    def _tokens(self, form: _Form, start: int) -> TokenBuffer:
+        value = self._value(form.value)
+        return TokenBuffer(self._batch, value.shape[0], start, value.coded.zero_point)
+
+    def _planes(self, form: _Form) -> tuple[PlaneLayout, int]:
+        layout, start = self._place(form)
+        assert layout is not None
+        return layout, start
+
+    def _buffer(self, form: _Form, view: int = 0) -> CodedBuffer:
+        layout, start = self._planes(form)
+        return CodedBuffer(layout, start, self._batch, self._value(form.value).coded.zero_point, view)
+
+    # ---- steps ----
+
+    def segment(self) -> Segment:
+        """The steps of the kernels, with an arena for what they compute."""
+        last = {form: i for i, step in enumerate(self._steps) for form in self._forms_of(i, step)}
+        made: list[FrozenStep] = []
+        for i, step in enumerate(self._steps):
+            made += self._lowered(step)
+            for form in [form for form in self._places if last[form] <= i]:
+                self._arena.give(self._places.pop(form).start)
+        tensors = len(self._tensors)
+        outputs = tuple(self._tensors[name] for name in self.outputs)
+        return Segment(tuple(made), self._arena.size, tensors, len(self.inputs), outputs)
+
+    def _forms_of(self, place: int, step: Step) -> Iterator[_Form]:
+        """The forms that a step reads, and those that it makes."""
+        yield from self._forms_read(step)
+        if self._value(step.output).codes is not None:
+            yield from self._forms_made(step)
+
+    def _forms_made(self, step: Step) -> list[_Form]:
+        """The forms of a step's output that others read, and those that these are made of."""
+        name = step.output
+        forms = dict.fromkeys(form for one in self._steps for form in self._forms_read(one) if form.value == name)
+        # a tensor is packed in phases as easily as in any other way
+        packed = isinstance(step, Quantize) and forms and not any(form.flat for form in forms)
+        return list(forms if packed else {_Form(name): None, **forms})
+
+    def _lowered(self, step: Step) -> list[FrozenStep]:
+        forms = self._forms_made(step) if self._value(step.output).codes is not None else []
+        if isinstance(step, Quantize):
+            made = [self._packed(step, form) for form in forms if not (form.flat or form.scales)]
+        else:
+            made = _LOWERED[type(step)](self, step)
+        for form in forms:
+            if isinstance(step, Quantize) and not form.flat:
+                continue
+            if form.tokens:
+                tokens = self._tokens(form, self._place(form).start)
+                made.append(TokenGatherStep(self._buffer(_Form(form.value)), tokens))
+            elif form.flat:
+                made.append(CodedStep("flatten", self._buffer(_Form(form.value)), self._buffer(form)))
+            elif form.phases is not None:
+                made += self._phases(form)
+        return made
+
+    def _packed(self, step: Quantize, form: _Form) -> FrozenStep:
+        codes, source = self._value(step.output).coded, self._tensors[step.inputs[0]]
+        if form.tokens or step.dynamic:
+            to = self._tokens(form, self._place(form).start) if form.tokens else self._buffer(form)
+            return TokenQuantizeStep(source, to, inverse_scale(codes), self._scales(step.output))
+        inverse = inverse_scale(codes).repeat(self._planes(form)[0].planes // codes.scale.shape[0])
+        return PackStep(source, self._buffer(form), inverse)
+
+    def _scales(self, name: str) -> int:
+        """Where the scales of tokens are; -1 where they have none."""
+        return self._place(_Form(name, scales=True)).start if name in self._dynamic else -1
+
+    def _phases(self, form: _Form) -> list[FrozenStep]:
+        """Copies of what every window of a stride reads at its first tap, its second one and so on."""
+        assert form.phases is not None
+        _, stride, phases = form.phases
+        source = self._buffer(_Form(form.value))
+        return [CodedStep("copy", source, self._buffer(form, view), (row, col, *stride))
+                for view, (row, col) in enumerate(phases)]  # fmt: skip
+
+    def _dequantized(self, step: Dequantize) -> list[FrozenStep]:
+        source = self._value(step.inputs[0])
+        return [CodedStep("unpack", self._buffer(_Form(step.inputs[0])), self._tensors[step.output], (),
+                          (source.coded.scale,))]  # fmt: skip
+
+    def _product(self, step: Product) -> list[FrozenStep]:
+        source, target = self._value(step.inputs[0]), self._value(step.output)
+        form = self._forms_read(step)[0]
+        factors = factors_of(step, [self._value(name) for name in step.inputs], target)
+        given: tuple[Tensor, ...] = (factors.multiplier, factors.offset, factors.low, factors.high)
+        residual = None
+        if factors.residual is not None:
+            given, residual = (*given, factors.residual), self._buffer(_Form(step.inputs[1]))
+        out = self._buffer(_Form(step.output)) if target.codes is not None else self._tensors[step.output]
+        scales = self._scales(form.value)
+        if form.tokens:
+            tokens = self._tokens(form, self._place(form).start)
+            weights = self._weights.of_tokens(step, source.coded.zero_point)
+            return [TokenProductStep(weights, tokens, out, given, residual, scales)]
+        layouts = self._planes(form)[0], self._lanes[target.image if len(source.shape) == 3 else (1, 1)].layout(
+            step.weight.rows)  # fmt: skip
+        rows = self._weights.of_planes(step, source, self._taps(step), layouts)
+        if scales < 0:
+            return [ProductStep(rows, self._buffer(form), out, given, residual)]
+        # what stands in the sum's formula behind the scale of the token comes in a pass of its own
+        offset, low, high = (torch.full_like(factors.offset, number) for number in (0.0, -math.inf, math.inf))
+        assert isinstance(out, int)
+        return [ProductStep(rows, self._buffer(form), out, (factors.multiplier, offset, low, high)),
+                TokenRescaleStep(out, self._batch, scales, (factors.offset, factors.low, factors.high))]  # fmt: skip
+
+    def _pool(self, step: Pool) -> list[FrozenStep]:
+        source, target = self._value(step.inputs[0]), self._value(step.output)
+        window, mean = step.window, step.kind == "mean"
+        numbers = (*window.kernel, *window.stride, *window.dilation, window.padding[0], window.padding[2], int(mean),
+                   int(step.count_padding))  # fmt: skip
+        factors: tuple[Tensor, ...] = ()
+        if mean:
+            f = factors_of(step, [source], target)
+            factors = f.multiplier, f.offset, torch.zeros_like(f.offset), torch.full_like(f.offset, 255.0)
+        one, out = self._buffer(_Form(step.inputs[0])), self._buffer(_Form(step.output))
+        return [CodedStep("pool", one, out, numbers, factors)]
+
+    def _add(self, step: Add) -> list[FrozenStep]:
+        f = factors_of(step, [self._value(name) for name in step.inputs], self._value(step.output))
+        assert f.residual is not None
+        one, other = (self._buffer(_Form(name)) for name in step.inputs)
+        factors = f.multiplier, f.offset, f.low, f.high, f.residual
+        return [CodedStep("add", one, self._buffer(_Form(step.output)), (), factors, other)]
+
+    def _table(self, step: Table) -> list[FrozenStep]:
+        return [CodedStep("table", self._buffer(_Form(step.inputs[0])), self._buffer(_Form(step.output)),
+                          table=step.table.reshape(-1))]  # fmt: skip
+
+    def _concat(self, step: Concat) -> list[FrozenStep]:
+        (layout, start), zero = self._planes(_Form(step.output)), self._value(step.output).coded.zero_point
+        made: list[FrozenStep] = []
+        first = 0
+        for name in step.inputs:
+            channels = self._value(name).shape[0]
+            part = CodedBuffer(layout, start, self._batch, zero, 0, first, channels)
+            made.append(CodedStep("copy", self._buffer(_Form(name)), part, (0, 0, 1, 1)))
+            first += channels
+        return made
+
+    def _flatten(self, step: Flatten) -> list[FrozenStep]:
+        kind, numbers = ("copy", (0, 0, 1, 1)) if self._value(step.inputs[0]).image == (1, 1) else ("flatten", ())
+        return [CodedStep(kind, self._buffer(_Form(step.inputs[0])), self._buffer(_Form(step.output)), numbers)]
+
+
+_LOWERED: dict[type[Step], Callable[[Lowering, Any], list[FrozenStep]]] = {
+    Dequantize: Lowering._dequantized,
+    Product: Lowering._product,
+    Pool: Lowering._pool,
+    Add: Lowering._add,
+    Table: Lowering._table,
+    Concat: Lowering._concat,
+    Flatten: Lowering._flatten,
+}
