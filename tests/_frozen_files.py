@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qsparseprop.inference.compiled import Compiled
+from qsparseprop.inference.compiled import CompiledProgram
 from qsparseprop.inference.files import load_program
 from qsparseprop.inference.program import Call, Program
 
@@ -59,7 +59,7 @@ def try_file(path: Path) -> str:
         return "large"
     inputs = [torch.randn(2, *[abs(n) for n in program.values[name].shape]) for name in program.inputs]
     try:
-        outputs = Compiled(program, 2)(*inputs)
+        outputs = CompiledProgram(program)(*inputs)
     except _ERRORS_OF_CALLS:
         assert any(isinstance(step, Call) for step in program.steps)
         return "refused by calls"

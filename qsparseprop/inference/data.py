@@ -50,7 +50,7 @@ def to_json(value: Any) -> Any:
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if isinstance(value, Name):
         return {"name": value.name}
-    if isinstance(value, tuple):
+    if type(value) in (tuple, torch.Size):  # named ones would lose their names
         return {"tuple": [to_json(each) for each in value]}
     if isinstance(value, list):
         return [to_json(each) for each in value]

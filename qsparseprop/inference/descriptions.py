@@ -86,6 +86,8 @@ class DescriptionWriter:
 
     def _value(self, name: str, value: Value) -> dict[str, Any]:
         described: dict[str, Any] = {"shape": list(value.shape)}
+        if value.rows != 1:
+            described["rows"] = value.rows
         if value.codes is not None:
             scale = value.codes.scale
             same = bool((scale == scale[0]).all())
@@ -200,11 +202,12 @@ class DescriptionReader:
     def _value(self, value: Any, where: str) -> Value:
         fields = Fields(value, where)
         shape = fields.take("shape", read_list(read_whole(-1, _LARGEST_SIZE), 0, 64))
+        rows = fields.take("rows", read_whole(1, _LARGEST_SIZE)) if fields.has("rows") else 1
         codes = None
         if fields.has("zero_point") or fields.has("scale"):
             if len(shape) not in (1, 3) or min(shape) < 1 or math.prod(shape) > _LARGEST_IMAGE:
                 refuse(where, "of (channels, height, width) or (features,)", shape)
-            self._need(math.prod(shape))
+            self._need(math.prod(shape) * rows)
             self._channels += shape[0]
             if self._channels > _MOST_CHANNELS:
                 raise ConfigurationError(f"its values have more than {_MOST_CHANNELS:,} channels")
@@ -212,7 +215,7 @@ class DescriptionReader:
             scale = fields.take("scale", lambda scale, where: self._scale(scale, where, shape[0]))
             codes = self._checked(where, lambda: Codes(scale, zero))
         fields.close()
-        return self._checked(where, lambda: Value(shape, codes))
+        return self._checked(where, lambda: Value(shape, codes, rows))
 
     def _scale(self, value: Any, where: str, channels: int) -> Tensor:
         if isinstance(value, str):
@@ -337,7 +340,7 @@ _WINDOW = _Field(lambda writer, value, name: {key: list(each) for key, each in v
 _WEIGHT = _Field(DescriptionWriter._weight, DescriptionReader._weight)
 _LIMITS = {"low": _limit(-math.inf), "high": _limit(math.inf)}
 _KINDS = {
-    "quantize": _Kind(Quantize, {}),
+    "quantize": _Kind(Quantize, {"dynamic": _plain(_read_bool)}),
     "dequantize": _Kind(Dequantize, {}),
     "product": _Kind(Product, {"weight": _WEIGHT, "bias": _tensor_field(torch.float32), "window": _WINDOW,
                                "groups": _plain(read_whole(1, _LARGEST_SIZE)), **_LIMITS}),

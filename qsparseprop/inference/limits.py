@@ -126,5 +126,5 @@ def _check_lanes(program: Program) -> None:
     find_lanes(program, BLOCK_LANES)
     lanes = find_lanes(program, 1)
     coded = [value for value in program.values.values() if value.codes is not None]
-    needed = sum(lanes[value.image].grid(value.shape[0]).lanes(1) for value in coded)
+    needed = sum(lanes[value.image].grid(value.shape[0]).lanes(value.rows) for value in coded)
     refuse_more_than_memory(needed, "the codes of one sample")

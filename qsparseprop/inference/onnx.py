@@ -200,6 +200,8 @@ class _Export:
     # ---- steps ----
 
     def _quantize(self, step: Quantize) -> None:
+        if step.dynamic:
+            raise ConfigurationError(f"step {step.output!r}: scales of tokens are not translated to ONNX")
         value, name = self.program.values[step.output], step.output
         self._to_codes(self._times(self.real(step.inputs[0]), 1 / _unit(value), value, f"{name}/scaled"), name)
 
