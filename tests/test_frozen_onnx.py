@@ -6,6 +6,7 @@ import math
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qsparseprop.inference.calls import Name
-from qsparseprop.inference.program import Call, Codes, Concat, Flatten, Pool, Product, Program, Table, Value, Window
+from qsparseprop.inference.program import (
+    Call,
+    Codes,
+    Concat,
+    Flatten,
+    Pool,
+    Product,
+    Program,
+    Quantize,
+    Table,
+    Value,
+    Window,
+)
 from qsparseprop.inference.reference import run_reference, run_step
 from qsparseprop.utils.errors import ConfigurationError
 from tests._frozen_programs import Builder, random_program
@@ -172,6 +185,27 @@ def test_rows_of_any_sign_size_and_bias() -> None:
     inputs = b.tensors(5)
     [found], [wanted] = run_onnx(onnx_model(program), program, inputs), run_reference(program, *inputs)
     assert float((found - wanted).abs().max()) <= 1.001 * float(program.values[name].coded.scale[0])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("builder", [Builder, UniformBuilder])
+def test_tokens_with_scales_of_their_own(builder: type[Builder], groups: int) -> None:
+    b = builder(random.Random(1))
+    b.values["x"] = Value((6,))
+    b.inputs.append("x")
+    b.add_step(Quantize(("x",), "q", True), Value((6,), replace(b.codes(6, 128), zero_point=128)))
+    weight = b.weight(4, 6 // groups, 0.7)
+    b.add_step(Product(("q",), "p", weight, torch.randn(4), groups=groups, low=0.0), Value((4,)))
+    program = b.program("p")
+    inputs = [torch.randn(50, 6) * torch.logspace(-3, 3, 50)[:, None]]
+    inputs[0][7] = 0.0
+    [found], [wanted] = run_onnx(onnx_model(program), program, inputs), run_reference(program, *inputs)
+    step = inputs[0].abs().amax(1, keepdim=True) / 127
+    rest = 1e-5 * wanted.abs().max(1, keepdim=True).values
+    # a code more or less where two are equally near
+    most = step * (weight.dense().abs().amax() * weight.scale.amax() / program.values["q"].coded.scale.min())
+    assert bool(((found - wanted).abs() <= most + rest + 1e-5).all())
+    assert float(((found - wanted).abs() <= rest + 1e-5).float().mean()) > 0.9
 
 
 # ---- operators of torch ----

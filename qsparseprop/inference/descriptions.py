@@ -155,6 +155,9 @@ class DescriptionReader:
         superfluous = self._stored.names - self._read
         if superfluous:
             raise ConfigurationError(f"the tensor {sorted(superfluous)[0]!r:.60} belongs to nothing")
+        unknown = [step.output for step in steps if step.output not in values]
+        if unknown:
+            raise ConfigurationError(f"step {unknown[0]!r:.60} computes a value that is not described")
         try:
             return Program(inputs, outputs, values, steps, constants)
         except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -124,6 +123,7 @@ class _Export:
         self.graph = Graph()
         self._codes: dict[str, str] = {}
         self._real: dict[str, str] = {}
+        self._tokens: dict[str, str] = {}
 
     def model(self) -> onnx.ModelProto:
         from qsparseprop.inference.onnx_calls import export_call, input_dtype
@@ -200,10 +200,21 @@ class _Export:
     # ---- steps ----
 
     def _quantize(self, step: Quantize) -> None:
-        if step.dynamic:
-            raise ConfigurationError(f"step {step.output!r}: scales of tokens are not translated to ONNX")
         value, name = self.program.values[step.output], step.output
-        self._to_codes(self._times(self.real(step.inputs[0]), 1 / _unit(value), value, f"{name}/scaled"), name)
+        real = self._times(self.real(step.inputs[0]), 1 / _unit(value), value, f"{name}/scaled")
+        if step.dynamic:
+            real = self._over_token_scales(real, name, value)
+        self._to_codes(real, name)
+
+    def _over_token_scales(self, real: str, name: str, value: Value) -> str:
+        """Tokens over scales of their own, which make the largest magnitude that of code 127."""
+        g = self.graph
+        largest = g.add("ReduceMax", [g.add("Abs", [real], f"{name}/abs"), g.constant(np.array([1]), "axes")],
+                        f"{name}/largest", keepdims=1)  # fmt: skip
+        scale = g.add("Div", [largest, g.constant(np.float32(127 * _scale(value)), "most")], f"{name}/scale")
+        least = g.constant(np.float32(2.0**-111 / _scale(value)), "least")
+        self._tokens[name] = g.add("Max", [scale, least], f"{name}/token_scale")
+        return g.add("Div", [real, self._tokens[name]], f"{name}/token")
 
     def _dequantize(self, step: Dequantize) -> None:
         value = self.program.values[step.inputs[0]]
@@ -215,22 +226,13 @@ class _Export:
 
     def _product(self, step: Product) -> None:
         source, target = (self.program.values[name] for name in (step.inputs[0], step.output))
-        weight, bias = self._weight(step, source, target)
-        real = self.real(step.inputs[0])
-        plain = target.codes is None and len(step.inputs) == 1 and (step.low, step.high) == (-math.inf, math.inf)
-        name = step.output if plain else f"{step.output}/sum"
-        top, bottom, left, right = step.window.padding
-        window = {"kernel_shape": step.window.kernel, "strides": step.window.stride, "group": step.groups,
-                  "pads": (top, left, bottom, right), "dilations": step.window.dilation}  # fmt: skip
-        if len(source.shape) == 3:
-            real = self.graph.add("Conv", [real, weight, bias], name, **window)
-        elif step.groups == 1:
-            real = self.graph.add("Gemm", [real, weight, bias], name, transB=1)
-        else:
-            shape = self.graph.constant(np.array([0, source.shape[0], 1, 1]), "shape")
-            image = self.graph.add("Reshape", [real, shape], f"{step.output}/image")
-            real = self.graph.add("Conv", [image, weight, bias], f"{step.output}/pixel", **window)
-            real = self.graph.add("Flatten", [real], name, axis=1)
+        tokens = self._tokens.get(step.inputs[0])
+        bias = step.bias if tokens is None else torch.zeros_like(step.bias)
+        given = [self.real(step.inputs[0]), *self._weight(step, bias, source, target)]
+        real = self._sums(step, given, source)
+        if tokens is not None:
+            real = self.graph.add("Mul", [real, tokens], f"{step.output}/real")
+            real = self.graph.add("Add", [real, self.graph.constant(_array(step.bias), "bias")], f"{step.output}/sum")
         if len(step.inputs) == 2:
             if self.coded_sums:
                 real = self._coded_sum(real, step, target)
@@ -239,7 +241,22 @@ class _Export:
         if target.codes is not None:
             self._to_codes(real, step.output)
         else:
-            self._real[step.output] = real if real == step.output else self.graph.add("Identity", [real], step.output)
+            self._real[step.output] = self.graph.add("Identity", [real], step.output)
+
+    def _sums(self, step: Product, given: list[str], source: Value) -> str:
+        """A product of input, weight and bias."""
+        name = f"{step.output}/product"
+        if len(source.shape) == 1 and step.groups == 1:
+            return self.graph.add("Gemm", given, name, transB=1)
+        top, bottom, left, right = step.window.padding
+        window = {"kernel_shape": step.window.kernel, "strides": step.window.stride, "group": step.groups,
+                  "pads": (top, left, bottom, right), "dilations": step.window.dilation}  # fmt: skip
+        if len(source.shape) == 3:
+            return self.graph.add("Conv", given, name, **window)
+        shape = self.graph.constant(np.array([0, source.shape[0], 1, 1]), "shape")
+        given = [self.graph.add("Reshape", [given[0], shape], f"{step.output}/image"), *given[1:]]
+        pixel = self.graph.add("Conv", given, f"{step.output}/pixel", **window)
+        return self.graph.add("Flatten", [pixel], name, axis=1)
 
     def _summand(self, name: str, target: Value) -> str:
         """A value as it is added to one whose channels may have other units."""
@@ -259,11 +276,11 @@ class _Export:
         codes = self.graph.add("QuantizeLinear", [real, *given], f"{step.output}/sum_codes")
         return self.graph.add("DequantizeLinear", [codes, *given], f"{step.output}/sum_real")
 
-    def _weight(self, step: Product, source: Value, target: Value) -> tuple[str, str]:
-        """Weight and bias as float tensors made of int8 and int32."""
+    def _weight(self, step: Product, given_bias: Tensor, source: Value, target: Value) -> tuple[str, ...]:
+        """Weight and bias, if there is one, as float tensors made of int8 and int32."""
         weight, window, g = step.weight, step.window, self.graph
         unit = np.ones(weight.rows) if target.codes is None else _unit(target)
-        bias, real_scale = step.bias.double().numpy() / unit, weight.scale.double().numpy() / _scale(source) / unit
+        bias, real_scale = given_bias.double().numpy() / unit, weight.scale.double().numpy() / _scale(source) / unit
         # sums of products are added to biases in 32 bits: of a row with a far larger one, codes become smaller
         scale = np.maximum(np.abs(real_scale), np.abs(bias) / _scale(source) / (1 << 30))
         scale = np.where(scale < _SMALLEST, 1.0, scale).astype(np.float32)
@@ -274,6 +291,8 @@ class _Export:
         given = [g.constant(codes, f"{name}/weight"), g.constant(scale, f"{name}/weight_scale"),
                  g.constant(np.zeros(weight.rows, np.int8), "zeros")]  # fmt: skip
         real = g.add("DequantizeLinear", given, f"{name}/weight_real", axis=0)
+        if not bias.any():
+            return (real,)
         unit_of_sums = np.float32(_scale(source)) * scale
         rounded = np.rint(bias / unit_of_sums.astype(np.float64))
         if target.codes is not None and (unit_of_sums > _scale(target) / 16)[bias != 0].any():
