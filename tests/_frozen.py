@@ -27,7 +27,7 @@ from qsparseprop.inference.reference import run_reference
 MARGIN = 2.0
 #: Operators that map errors as they map values.
 LINEAR = {"aten.reshape.default", "aten.transpose.int", "aten.mean.dim", "aten.flatten.using_ints", "aten.add.Tensor",
-          "aten.squeeze.default", "aten.permute.default", "aten.pad.default"}  # fmt: skip
+          "aten.squeeze.default", "aten.permute.default", "aten.pad.default", "aten.cat.default"}  # fmt: skip
 #: Functions by their steepest slope.
 SLOPES = {"aten.hardsigmoid.default": 1 / 6, "aten.sigmoid.default": 1 / 4, "aten.clamp.default": 1.0}
 #: The steepest slope of any function that tests make tables of: that of Hardswish.

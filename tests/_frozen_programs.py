@@ -24,6 +24,7 @@ from qsparseprop.inference.program import (
     Value,
     Weight,
     Window,
+    _sees_pixels,
 )
 
 #: Of linear layers.
@@ -135,12 +136,11 @@ def random_window(rng: random.Random, image: tuple[int, int]) -> Window:
             return window
 
 
-def pool_window(rng: random.Random, image: tuple[int, int], padded: bool) -> Window:
+def pool_window(rng: random.Random, image: tuple[int, int]) -> Window:
+    """One that never lies in the padding alone."""
     while True:
         window = random_window(rng, image)
-        reach = [d * (k - 1) + 1 for k, d in zip(window.kernel, window.dilation, strict=True)]
-        p = window.padding
-        if max(p[:2]) < reach[0] and max(p[2:]) < reach[1] and (padded or not any(p)):
+        if _sees_pixels(window, image, window.output_size(image)):
             return window
 
 
@@ -165,10 +165,10 @@ def random_program(seed: int) -> tuple[Builder, Program]:
             residual = name if kind == "residual" else None
             known.append(b.product(name, value.shape[0], window, residual=residual, limited=True))
         elif kind == "max":
-            known.append(b.pool(name, "max", pool_window(rng, value.image, value.coded.zero_point == 0)))
+            known.append(b.pool(name, "max", pool_window(rng, value.image)))
         elif kind == "mean":
             whole = Window(value.image)
-            window = whole if rng.random() < 0.3 else pool_window(rng, value.image, True)
+            window = whole if rng.random() < 0.3 else pool_window(rng, value.image)
             known.append(b.pool(name, "mean", window, rng.random() < 0.5))
         elif kind == "table":
             known.append(b.table(name))

@@ -111,7 +111,7 @@ def counted(model, x):
     (lambda m, x: x.reshape(len(x), 4), "some sizes of the batch only (batch == 4)"),
     (lambda m, x: torch.tensor(x.tolist()), ""),
     (counted, "it writes to 'count'"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_reasons(what, reason):
     model = Draws(what)
     model.register_buffer("count", torch.zeros(()))
@@ -191,3 +191,39 @@ def test_a_layer_whose_weight_is_read_stays():
     left = next(layer for layer in frozen.freeze_report if layer.name == "layer")
     assert left.reason == ("the model does not run with it frozen "
                            "(AttributeError: 'FrozenModule' object has no attribute 'weight')")  # fmt: skip
+
+
+class Held(nn.Module):
+    """A part of a model that nobody calls: others call what is in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 6))), nn.Linear(6, 2)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.head(self.body[1](torch.relu(self.body[0](x))))
+
+
+def test_parts_of_what_is_not_called_are_frozen():
+    frozen = freeze(Held(), [data(4, 4)])
+    assert frozen_parts(frozen) == {"body.0", "body.1", "head"}
+    assert all(layer.quantised for layer in frozen.freeze_report)
+
+
+def test_layers_of_other_packages():
+    """Transposed linear layers of transformers, as parts."""
+    transformers = pytest.importorskip("transformers.pytorch_utils")
+    torch.manual_seed(0)
+
+    class Model(Held):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(transformers.Conv1D(6, 4), transformers.Conv1D(6, 6))
+
+    model = Model().eval()
+    frozen = freeze(model, [data(8, 4)])
+    assert frozen_parts(frozen) == {"body.0", "body.1", "head"}
+    with torch.no_grad():
+        assert (frozen(data(8, 4)) - model(data(8, 4))).norm() < 0.02 * model(data(8, 4)).norm()

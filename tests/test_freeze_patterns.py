@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from qsparseprop.inference import FrozenModule, freeze
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear
@@ -152,7 +152,7 @@ def test_additions_of_what_others_read_too_are_by_themselves():
         return m.c(F.relu(y + z)) + m.c(y) + m.c(z)
 
     model = Lambda(block, a=conv(4, 8), b=conv(4, 8), c=conv(8, 4))
-    frozen = check(model, "Product", "Product", "Add", "Product", "Product", "add", "Product", "add")
+    frozen = check(model, "Product", "Product", "Add", "Product", "Product", "Product", "add", "add")
     assert frozen.program.steps[3].low == 0
 
 
@@ -211,6 +211,19 @@ def test_one_dimension_is_height_one():
     assert_as_good_as_8_bits(model, frozen, x)
 
 
+def test_causal_convolutions():
+    def block(m, x):
+        y = F.relu(m.a(F.pad(x, (2, 0))))
+        return m.b(F.pad(y, (4, 0))) + F.pad(x, (1, -1), "reflect")
+
+    model = Lambda(block, a=nn.Conv1d(4, 8, 3), b=nn.Conv1d(8, 4, 3, dilation=2)).eval()
+    x = data(6, 4, 16)
+    frozen = freeze(model, [x])
+    assert kinds(frozen).count("pad") == 1
+    assert [s.window.padding for s in frozen.program.steps if hasattr(s, "weight")] == [(0, 0, 2, 0), (0, 0, 4, 0)]
+    assert_as_good_as_8_bits(model, frozen, x)
+
+
 @pytest.mark.parametrize("shape", [(5, 6), (5, 3, 6), (5, 2, 3, 6)])
 def test_linear_layers_on_rows_of_any_shape(shape):
     model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(), nn.Linear(16, 6))
@@ -249,6 +262,16 @@ def test_zeros_are_left_out():
     assert_as_good_as_8_bits(model.eval(), frozen, x)
 
 
+def test_parametrized_weights():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(conv(4, 8)), nn.ReLU(), conv(8, 4)).eval()
+    x = data(4, 4, 8, 8)
+    before = model(x)
+    frozen = freeze(model, [x])
+    assert torch.equal(model(x), before)
+    assert parametrize.is_parametrized(model[0])
+    assert_as_good_as_8_bits(model, frozen, x)
+
+
 def test_swapped_models_are_frozen_as_their_dense_ones():
     dense = randomised(nn.Sequential(conv(4, 16), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 6)))
     for layer in (dense[0], dense[4]):
@@ -262,3 +285,24 @@ def test_swapped_models_are_frozen_as_their_dense_ones():
     assert torch.equal(first(x), second(x))
     assert isinstance(swapped[0], QuantizedSparseConv2d)
     assert [layer.name for layer in second.report] == ["0", "4"]
+
+
+def test_pools_of_what_layers_read_too_are_on_codes():
+    model = Lambda(lambda m, x: torch.cat([m.a(x), m.b(F.max_pool2d(x, 3, 1, 1))], 1), a=conv(4, 8, 1), b=conv(4, 8, 1))
+    check(model, "Product", "Pool", "Product", "cat")
+
+
+def test_calls_lie_together():
+    """What of torch depends on nothing on codes does not lie between two steps on them."""
+
+    def block(m, x):
+        y = F.relu(m.a(x))
+        z = x.softmax(1)
+        y = F.relu(m.b(y))
+        return m.c(y + F.relu(m.d(z)))
+
+    layers = {"a": conv(4, 8), "b": conv(8, 8, padding=1), "c": conv(8, 4), "d": conv(4, 8)}
+    frozen = freeze(Lambda(block, **layers).eval(), [data(4, 4, 10, 10)])
+    assert kinds(frozen)[0] == "softmax"
+    assert kinds(frozen).count("softmax") == 1
+    assert all(kind in ("Quantize", "Product", "Add") for kind in kinds(frozen)[1:])

@@ -138,11 +138,10 @@ def test_several_threads_in_one_program() -> None:
 def test_what_batch_sizes_ask_for_is_not_kept_for_all() -> None:
     builder, program = random_program(5)
     compiled = CompiledProgram(program)
-    (run,) = compiled._parts
     for batch in range(1, KEPT_BATCHES + 3):
         inputs = builder.tensors(batch)
         assert all(map(torch.equal, compiled(*inputs), run_reference(program, *inputs)))
-    assert [batch for batch, _ in run._kept] == list(range(3, KEPT_BATCHES + 3))
+    assert [batch for batch, _ in compiled._kept] == list(range(3, KEPT_BATCHES + 3))
 
 
 def test_another_instruction_set_takes_over() -> None:

@@ -97,6 +97,16 @@ cdef class FrozenStep:
         raise NotImplementedError
 
 
+def take_arena(int64_t size):
+    """Memory of so many bytes for a call, or more, which nobody else has until it is given back."""
+    return take_scratch((max(size, 0) + 7) // 8)
+
+
+def give_arena(arena):
+    """Let a later call have it."""
+    give_scratch(arena)
+
+
 cdef class Segment:
     """Steps that run one after the other in one call.
 
@@ -135,22 +145,20 @@ cdef class Segment:
         self.steps, self.arena, self.tensors, self.inputs, self.outputs = steps, arena, tensors, inputs, outputs
         self.isa, self.kernels = active_isa(), active_kernels()
 
-    def __call__(self, tuple inputs not None, int threads, list seconds=None):
-        """The outputs, for input tensors of the number of images that the steps are for.
+    def __call__(self, tuple inputs not None, arena, int threads, list seconds=None):
+        """The outputs, for input tensors of the numbers of images that the steps are for.
 
-        `seconds` gets the time of each step.
+        `arena` is of `take_arena`: what segments before have left there is read. `seconds` gets the time of each step.
         """
         if len(inputs) != self.inputs:
             raise ValueError(f"{self.inputs} inputs are wanted, got {len(inputs)}")
         if active_kernels() != self.kernels:
             raise RuntimeError(f"this segment was made for {self.isa}, and {active_isa()} is in use now")
         cdef list tensors = [*inputs, *[None] * (self.tensors - self.inputs)]
-        scratch = take_scratch((self.arena + 7) // 8)
-        cdef uint8_t *arena = <uint8_t *> pointer(scratch, _int64, (self.arena + 7) // 8, "arena")
+        cdef uint8_t *memory = <uint8_t *> pointer(arena, _int64, (self.arena + 7) // 8, "arena")
         for step in self.steps:
             started = 0 if seconds is None else perf_counter()
-            (<FrozenStep> step).run(arena, tensors, self.kernels, max(threads, 1))
+            (<FrozenStep> step).run(memory, tensors, self.kernels, max(threads, 1))
             if seconds is not None:
                 seconds.append(perf_counter() - started)
-        give_scratch(scratch)
         return tuple([tensors[i] for i in self.outputs])

@@ -168,8 +168,8 @@ cdef class CodedStep(FrozenStep):
             raise ValueError("a window must have a size")
         if x.grid.lane_x != 1 and (x.rows != 1 or x.cols != 1):
             raise ValueError("pixels of a row must be neighbours")
-        if s.mean != (s.offset != NULL) or (not s.mean and self.source.zero and (s.top or s.left)):
-            raise ValueError("means have factors; padded images of a maximum have their zero at code 0")
+        if s.mean != (s.offset != NULL):
+            raise ValueError("means have factors, maxima have none")
         if s.kernel_y * s.kernel_x > 1 << 22:
             raise ValueError("a window must have at most 2**22 pixels, of which an int32 holds the sum")
         if not s.mean and (s.kernel_x - 1) * s.dilation_x + 1 > WIDEST_WINDOW:

@@ -121,9 +121,9 @@ cdef class TokenQuantizeStep(FrozenStep):
         cdef int64_t token, size = self.tokens * self.columns
         memset(&a, 0, sizeof(a))
         x = tensors[self.source]
-        if x.ndim != 2 or x.shape[0] != self.tokens or x.shape[1] != self.columns:
+        if x.ndim < 2 or x.shape[0] != self.tokens or numel(x) != size:
             raise ValueError(f"an input must be of shape ({self.tokens}, {self.columns}), got {tuple(x.shape)}")
-        x = x.to(_float32).contiguous()
+        x = x.to(_float32).reshape(self.tokens, self.columns).contiguous()
         a.x = <const float *> pointer(x, _float32, size, "an input")
         a.step = a.columns = self.columns
         a.inverse = <const float *> pointer(self._held[0], _float32, self.columns, "inverse")

@@ -9,7 +9,7 @@ import inspect
 import math
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -297,6 +297,40 @@ def _pruned(module: nn.Module, sparsity: float) -> nn.Module:
     for part in [pruned] if type(module) in _SPARSE_KINDS else prunable_modules(pruned).values():
         _put_zeros(held(part, "weight"), sparsity)
     return pruned
+
+
+def pruned_for_inference(
+    model: str | None, layers: Sequence[str], shape: tuple[int, ...], sparsity: float
+) -> tuple[str, nn.Module]:
+    """A model or a layer with zeros at random places, and its name.
+
+    Parameters
+    ----------
+    model : str or None
+        See `qsparseprop.training.models.build_model`.
+    layers : sequence of str
+        Without a model: one, see `parse_layer`.
+    shape : tuple of int
+        Of the input, batch included.
+    sparsity : float
+
+    Returns
+    -------
+    str, torch.nn.Module
+
+    Raises
+    ------
+    ConfigurationError
+        If they do not go together.
+    """
+    torch.manual_seed(0)
+    if model is not None:
+        return model, _pruned(_model_and_costs(model, shape)[0], sparsity)
+    (text,) = layers
+    module = parse_layer(text)
+    if (problem := _problem(module, shape, (sparsity,))) is not None:
+        raise ConfigurationError(f"{text} with an input of shape {_times(shape)}: {problem}")
+    return text, _pruned(module, sparsity)
 
 
 def _sparse_layer(module: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ examples:
   python -m qsparseprop bench --layer "Conv2d(64, 128, 3, padding=1)" --input 64,64,32,32
   python -m qsparseprop bench --model resnet18 --input 64,3,32,32 --out bench      the whole training step
   python -m qsparseprop bench --model resnet18 --by-layer --sparsity 0.9 --out bench
+  python -m qsparseprop bench --inference --model resnet18 --input 16,3,32,32 --batches 1 16     frozen, requests
 
 exit codes: 0 done, 1 failed, 2 wrong arguments or a missing package, 130 interrupted (Ctrl-C)"""
 
@@ -42,6 +43,13 @@ def add_parser(commands: Any) -> None:
         help="a model instead: resnet18, resnet20, vgg11, mlp, vit-tiny, or package.module:function")
     add("--input", action="append", default=[], type=shape, metavar="SHAPE",
         help="shape of the input, batch included, like 64,3,32,32")
+    add("--inference", action="store_true",
+        help="measure the latency of requests to the frozen model, or layer, beside dense PyTorch, ONNX Runtime and "
+        "OpenVINO in 8 bits where they are installed")
+    add("--batches", nargs="+", type=whole_number(1), metavar="N",
+        help="with --inference: samples of a request (default: that of --input)")
+    add("--compile", action="store_true",
+        help="with --inference: torch.compile takes part, which needs a C++ compiler and a minute for each batch")
     add("--by-layer", action="store_true", help="with --model: measure its layers one by one, at their inputs' sizes")
     add("--sparsity", nargs="+", type=number_between(0, 1), default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.98], metavar="S",
         help="shares of zeros, at random places (default: %(default)s)")
@@ -65,9 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.input and arguments.model is None and not arguments.layer:
         parser.error("--input is the shape for a --layer or a --model: name one, like "
                      '--layer "Linear(768, 3072)" --input 64,768')
+    _check_inference(arguments)
     wanted = 1 if arguments.model is not None else len(arguments.layer)
     if len(arguments.input) != wanted:
         parser.error(f"--input must be given {wanted} time(s), once a layer or model, got {len(arguments.input)}")
+    if arguments.inference:
+        return _serve(arguments)
     if arguments.out is not None:
         problem = missing_package("bench", ("matplotlib", "matplotlib"))
         if problem:
@@ -93,4 +104,37 @@ def run(arguments: argparse.Namespace) -> int:
             written.append(arguments.out / "roofline.png")
             plot_roofline(result, written[2])
         print("Written: " + ", ".join(map(str, written)))
+    return 0
+
+
+def _check_inference(arguments: argparse.Namespace) -> None:
+    parser: argparse.ArgumentParser = arguments.parser
+    if not arguments.inference and (arguments.batches or arguments.compile):
+        parser.error("--batches and --compile need --inference")
+    if arguments.inference and (arguments.by_layer or (arguments.model is None and len(arguments.layer) != 1)):
+        parser.error("--inference measures one --model or one --layer, with an --input")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    """Requests to frozen models, at each sparsity."""
+    if arguments.out is not None and (problem := prepare_directory(arguments.out)):
+        arguments.parser.error(problem)
+    import torch
+
+    from qsparseprop.benchmarking.bench import pruned_for_inference
+    from qsparseprop.benchmarking.compare_report import write_json
+    from qsparseprop.benchmarking.serving import ServingConfig, format_serving, serve
+
+    (given,) = arguments.input
+    threads = (arguments.threads or torch.get_num_threads(),)
+    config = ServingConfig(tuple(arguments.batches or given[:1]), threads, compiled=arguments.compile)
+    results = []
+    for sparsity in sorted(set(arguments.sparsity)):
+        name, model = pruned_for_inference(arguments.model, arguments.layer, given, sparsity)
+        results.append(serve(f"{name}, {100 * sparsity:g} % zeros", model, given[1:], config,
+                             lambda text: print(text, flush=True)))  # fmt: skip
+        print(format_serving(results[-1]))
+    if arguments.out is not None:
+        write_json({"inference": results}, arguments.out / "inference.json")
+        print(f"Written: {arguments.out / 'inference.json'}")
     return 0

@@ -22,6 +22,7 @@ from torch.utils import _pytree
 from qsparseprop._torch_compat import size_guards
 from qsparseprop.inference.calls import Name
 from qsparseprop.inference.draft import Draft, Operator, Shape, names_in
+from qsparseprop.nn._dense import dense_type, held
 from qsparseprop.utils._example import copy_model
 from qsparseprop.utils.network_utils import swap_modules_with_dense
 
@@ -91,10 +92,18 @@ def float_copy(model: nn.Module) -> nn.Module:
         for hook in [h for h in module._forward_pre_hooks.values() if isinstance(h, prune.BasePruningMethod)]:
             prune.remove(module, hook._tensor_name)
         if parametrize.is_parametrized(module):
-            assert isinstance(module.parametrizations, nn.ModuleDict)
-            for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name)
+            _without_parametrizations(module)
     return dense.float().eval().requires_grad_(False)
+
+
+def _without_parametrizations(module: nn.Module) -> None:
+    """Leave what parametrizations compute, on a copy: torch's function changes the class, which the model shares."""
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    values = {name: held(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = dense_type(module)
+    del module.parametrizations
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Captured:

@@ -65,10 +65,16 @@ def choose(draft: Draft, keep_float: Collection[str]) -> Coding:
         chosen[id(node)] = node
     made = {node.output: node for node in draft.nodes}
     readers = draft.readers()
+
+    def read_by_layers(name: str) -> bool:
+        # it is coded anyway, and what only moves codes costs no accuracy
+        return any(id(reader) in chosen and _always(reader) for reader in readers[name])
+
     while True:
         lost = [key for key, node in chosen.items() if not _always(node) and not (
             any(id(reader) in chosen for reader in readers.get(node.output, ()))
-            and any(id(made.get(name)) in chosen for name in node.inputs))]  # fmt: skip
+            and any(id(made.get(name)) in chosen or (isinstance(node, Pooling | Joined | Flat) and read_by_layers(name))
+                    for name in node.inputs))]  # fmt: skip
         if not lost:
             break
         for key in lost:

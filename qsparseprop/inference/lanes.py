@@ -201,7 +201,8 @@ def find_lanes(program: Program, batch: int) -> dict[tuple[int, int], Lanes]:
         reach = max((abs(y * row + x) for y, x in shifts.get(image, ())), default=0)
         front = -(-reach // UNIT) * UNIT
         # by magnitudes, so that batches of many sizes have the same lanes
-        images = max(1, min(BLOCK_LANES // (rows * row), batch_magnitude(batch)))
+        most = batch * max(v.rows for v in program.values.values() if v.codes is not None)
+        images = max(1, min(BLOCK_LANES // (rows * row), batch_magnitude(most)))
         lanes = Lanes(image, rows, row, front, images)
         channels = max(v.shape[0] for v in program.values.values() if v.codes is not None)
         if lanes.grid(1).pitch * channels * math.prod(_most_phases(program)) >= 2**31:

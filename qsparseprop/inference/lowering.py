@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +13,7 @@ from qsparseprop.inference.coding import Coding
 from qsparseprop.inference.draft import Draft, Flat, Function, Joined, Layer, Node, Pooling, Shape, Sum, renamed
 from qsparseprop.inference.program import (
     Add,
+    Call,
     Codes,
     Concat,
     Dequantize,
@@ -25,7 +28,7 @@ from qsparseprop.inference.program import (
 )
 from qsparseprop.inference.weights import code_weight
 
-__all__ = ["code_table", "lower"]
+__all__ = ["code_table", "in_runs", "lower"]
 
 
 def lower(draft: Draft, coding: Coding, codes: dict[str, Codes]) -> Program:
@@ -83,7 +86,9 @@ class _Lowering:
             else:
                 self._call(node)
         outputs = tuple(self._as_plain(name) for name in self.draft.outputs)
-        return Program(self.draft.inputs, outputs, self.values, tuple(self.steps), self.constants)
+        known = (*self.draft.inputs, *self.constants)
+        steps = min((in_runs(self.steps, known, calls) for calls in (False, True)), key=_count_runs)
+        return Program(self.draft.inputs, outputs, self.values, tuple(steps), self.constants)
 
     def _plain_value(self, name: str) -> Value:
         return Value(_known(self.draft.shapes.get(name, ())), rows=self.draft.rows.get(name, 1))
@@ -137,6 +142,42 @@ class _Lowering:
             return Concat(inputs, output)
         assert isinstance(node, Flat)
         return Flatten(inputs, output)
+
+
+def in_runs(steps: Sequence[Step], known: Iterable[str], calls: bool) -> list[Step]:
+    """Steps in another order, in which few calls of torch lie between those on codes: runs are as long as they can be.
+
+    Parameters
+    ----------
+    steps : sequence of Step
+    known : iterable of str
+        Values that no step computes.
+    calls : bool
+        Whether to begin with calls.
+
+    Returns
+    -------
+    list of Step
+    """
+    left, ordered = list(steps), []
+    there, idle = set(known), 0
+    while left:
+        rest: list[Step] = []
+        for step in left:
+            if isinstance(step, Call) == calls and there.issuperset(step.inputs):
+                there.add(step.output)
+                ordered.append(step)
+            else:
+                rest.append(step)
+        idle = idle + 1 if len(rest) == len(left) else 0
+        if idle == 2:
+            raise ValueError(f"nothing computes what step {rest[0].output!r} reads")
+        left, calls = rest, not calls
+    return ordered
+
+
+def _count_runs(steps: Sequence[Step]) -> int:
+    return sum(isinstance(a, Call) != isinstance(b, Call) for a, b in itertools.pairwise(steps))
 
 
 def _known(shape: Shape) -> tuple[int, ...]:

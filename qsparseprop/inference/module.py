@@ -11,26 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from qsparseprop.inference.capture import Signature, structure
+from qsparseprop.inference.compiled import CompiledProgram
 from qsparseprop.inference.program import Program
-from qsparseprop.inference.reference import run_reference
 from qsparseprop.inference.report import FreezeReport
 
-__all__ = ["FrozenModule", "execute"]
-
-
-def execute(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs of a program.
-
-    Parameters
-    ----------
-    program : Program
-    inputs : sequence of Tensor
-
-    Returns
-    -------
-    tuple of Tensor
-    """
-    return run_reference(program, *inputs)
+__all__ = ["FrozenModule"]
 
 
 class FrozenModule(nn.Module):
@@ -59,6 +44,7 @@ class FrozenModule(nn.Module):
     def __init__(self, program: Program, signature: Signature, report: FreezeReport, rows: bool = False) -> None:
         super().__init__()
         self.program, self.signature, self.report, self.rows = program, signature, report, rows
+        self._compiled = CompiledProgram(program)
         super().train(False)
 
     @property
@@ -111,7 +97,7 @@ class FrozenModule(nn.Module):
         if self.rows:
             inputs = [inputs[0].reshape(-1, inputs[0].shape[-1])]
         with torch.autocast("cpu", enabled=False):
-            outputs = execute(self.program, inputs)
+            outputs = self._compiled(*inputs)
         if self.rows:
             outputs = tuple(output.view(*leading, output.shape[-1]) for output in outputs)
         return _pytree.tree_map(lambda number: outputs[number], self.signature.results)

@@ -20,8 +20,6 @@ from qsparseprop.utils._places import replace_children
 
 __all__ = ["freeze_parts"]
 
-#: What is worth freezing by itself, or in what else.
-_WITH_WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def freeze_parts(model: nn.Module, batches: Sequence[Batch], options: Options, reason: str) -> nn.Module:
@@ -58,14 +56,20 @@ class _Parts:
 
     def inside(self, name: str, module: nn.Module, batches: Sequence[Batch]) -> None:
         """Freeze what a module calls, from what it is called with."""
-        children = dict(_children(name, module))
-        if not children:
-            return
-        calls = _record(module, children, batches)
-        for path, child in children.items():
-            if id(child) not in self.done and any(isinstance(m, _WITH_WEIGHTS) for m in child.modules()):
+        new = dict(_children(name, module))
+        while new:
+            calls = _record(module, new, batches)
+            # what is not called itself may have parts that are
+            further: dict[str, nn.Module] = {}
+            for path, child in new.items():
+                if id(child) in self.done or not any(map(_has_weights, child.modules())):
+                    continue
+                if not calls[path] and path not in self.options.keep_float and next(child.children(), None) is not None:
+                    further.update(_children(path, child))
+                    continue
                 self.done.add(id(child))
                 self.part(path, child, calls[path])
+            new = further
 
     def part(self, path: str, module: nn.Module, batches: Sequence[Batch]) -> None:
         """Freeze a module, or what is inside of it."""
@@ -73,11 +77,7 @@ class _Parts:
             self.leave(path, module, "asked for")
             return
         if not batches:
-            # a list of layers is not called itself, and neither is what only lends its weights
-            if list(module.children()):
-                self.inside(path, module, [])
-            else:
-                self.leave(path, module, "not called as a module")
+            self.leave(path, module, "not called as a module")
             return
         try:
             frozen = self.whole(path, module, batches)
@@ -104,8 +104,9 @@ class _Parts:
     def leave(self, path: str, module: nn.Module, reason: str) -> None:
         """Report the layers of a module as they are."""
         for name, layer in module.named_modules(prefix=path):
-            if isinstance(layer, _WITH_WEIGHTS):
-                zeros = float((layer.weight == 0).float().mean())
+            if _has_weights(layer):
+                weights = torch.cat([p.detach().flatten() for p in layer.parameters(recurse=False) if p.ndim > 1])
+                zeros = float((weights == 0).float().mean())
                 self.left.append(LayerReport(name, type(layer).__name__, zeros, False, reason))
 
     def put_in(self, model: nn.Module, batch: Batch) -> FreezeReport:
@@ -139,6 +140,11 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
             keep_off_fast_path(module, any(isinstance(part, FrozenModule) for part in module.modules()))
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a module multiplies with weights of its own."""
+    return not isinstance(module, nn.Embedding) and any(p.ndim > 1 for p in module.parameters(recurse=False))
 
 
 def _named(path: str, layer: LayerReport) -> LayerReport:

@@ -356,9 +356,11 @@ def _slice(found: _Recogniser, node: Operator) -> list[Node] | None:
 
 
 def _pad(found: _Recogniser, node: Operator) -> list[Node] | None:
-    """Channels of zeros around those of the input: a layer that copies the others."""
+    """Channels of zeros around those of the input: a layer that copies the others. Or zeros around a signal."""
     source, sides = node.arguments[0].name, list(node.arguments[1])
     rest = [*node.arguments[2:], *node.keywords.values()]
+    if len(sides) == 2 and len(found.shapes[source]) == 3 and source not in found.constants:
+        return _pad_signal(found, node, source)
     if not found.draft.images(source) or len(found.shapes[source]) != 4:
         return None
     if any(value not in ("constant", 0, None) for value in rest):
@@ -370,6 +372,20 @@ def _pad(found: _Recogniser, node: Operator) -> list[Node] | None:
     copied[sides[4]:sides[4] + channels, :, 0, 0] = torch.eye(channels)
     return [Layer(inputs=(source,), output=node.output, layer=node.layer, weight=copied, affine=True, kind="pad",
                   bias=torch.zeros(copied.shape[0]))]  # fmt: skip
+
+
+def _pad_signal(found: _Recogniser, node: Operator, source: str) -> list[Node] | None:
+    """As an image of height 1, whose convolution takes the padding over."""
+    shape, output = found.shapes[source], found.shapes[node.output]
+    if shape[0] is not None or any(n is None or n < 1 for n in (*shape[1:], *output[1:])):
+        return None
+    image, before = found.as_form(source, (None, shape[1], 1, shape[2]), node.layer)
+    if found.shapes[image][1] != shape[1]:
+        return None
+    result, after = found.result(node, (None, output[1], 1, output[2]))
+    padded = Operator(inputs=(image,), output=result, layer=node.layer, operator=node.operator, keywords=node.keywords,
+                      arguments=(Name(image), [*node.arguments[1], 0, 0], *node.arguments[2:]))  # fmt: skip
+    return [*before, padded, *after]
 
 
 _FINDERS: dict[str, Callable[[_Recogniser, Operator], list[Node] | None]] = {

@@ -171,8 +171,8 @@ class Quantize(Step):
     ----------
     dynamic : bool
         Whether each token has a scale of its own, found when it is there, beside those of the channels:
-        `real = token scale * scale[channel] * (code - 128)`, the largest magnitude being 127. Only of features, and only
-        read by products that give ordinary tensors.
+        `real = token scale * scale[channel] * (code - 128)`, the largest magnitude being 127. Only of features, and
+        only read by products that give ordinary tensors.
     """
 
     dynamic: bool = False
@@ -406,16 +406,23 @@ def _check_product(step: Product, sources: list[Value], target: Value) -> None:
     _demand(step.low <= step.high, "limits must be in order")
 
 
+def _sees_pixels(window: Window, image: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether a pixel of the image is under the window of every output; with a dilation padding may be all there is."""
+    for axis in range(2):
+        first = torch.arange(size[axis]) * window.stride[axis] - window.padding[2 * axis]
+        places = first[:, None] + torch.arange(window.kernel[axis]) * window.dilation[axis]
+        if not bool(((places >= 0) & (places < image[axis])).any(1).all()):
+            return False
+    return True
+
+
 def _check_pool(step: Pool, sources: list[Value], target: Value) -> None:
     source = _one(sources)
     _demand(step.kind in ("max", "mean") and target.codes is not None, "pools are max or mean, and give codes")
     size = step.window.output_size(source.image)
     _demand(len(source.shape) == 3 and min(size) >= 1 and target.shape == (source.shape[0], *size),
             f"gives {(source.shape[0], *size)}, not {target.shape}")
-    top, bottom, left, right = step.window.padding
-    (height, width), (down, across) = step.window.kernel, step.window.dilation
-    _demand(max(top, bottom) < down * (height - 1) + 1 and max(left, right) < across * (width - 1) + 1,
-            "a window must not lie in the padding alone")
+    _demand(_sees_pixels(step.window, source.image, size), "a window must not lie in the padding alone")
     same = source.coded.zero_point == target.coded.zero_point and torch.equal(source.coded.scale, target.coded.scale)
     _demand(step.kind == "mean" or same, "a maximum has the codes of what it is taken of")
 

@@ -70,8 +70,8 @@ class _Sweep:
         self.frozen: list[dict[str, Any]] = [dict(values) for values in self.exact]
         self.errors: dict[str, float] = {}
         self.last = _last_use(program.steps, program.outputs)
-        self.last_exact = _last_use(draft.nodes, draft.outputs)
-        self.count = 0
+        in_order = [self.nodes[step.output] for step in program.steps if step.output in self.nodes]
+        self.last_exact = _last_use(in_order, draft.outputs)
 
     def step(self, step: Step, correct: bool) -> Step:
         """Compute a step on all batches; gives it with its corrected bias."""

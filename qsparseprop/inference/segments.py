@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop.inference.lanes import Taps, find_lanes, taps_of
 from qsparseprop.inference.program import (
     Add,
+    Call,
     Concat,
     Dequantize,
     Flatten,
@@ -38,7 +39,7 @@ from qsparseprop.inference.program import (
 from qsparseprop.inference.reference import factors_of, inverse_scale
 from qsparseprop.inference.weights_in_memory import WeightStore
 
-__all__ = ["Lowering"]
+__all__ = ["Lowering", "Part"]
 
 #: Bytes that buffers begin at multiples of.
 _LINE = 64
@@ -91,45 +92,77 @@ class _Arena:
         self._taken = [one for one in self._taken if one[0] != start]
 
 
+class Part(NamedTuple):
+    """Steps of a program without calls of torch between them, with the names of what they take and give."""
+
+    segment: Segment
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
 class Lowering:
-    """A run of steps between two calls of torch, as a `Segment`.
+    """The steps of a program for a batch, as segments and the calls of torch between them.
+
+    All codes lie in one arena, from the step that makes them to the last one that reads them, whatever comes between.
 
     Parameters
     ----------
     program : Program
-    steps : sequence of Step
-        The run.
-    wanted : set of str
-        Values that others read.
     batch : int
-        Images, or tokens.
+        1 or more.
     weights : WeightStore
         Of the program.
 
     Attributes
     ----------
-    inputs, outputs : tuple of str
-        Names of the tensors that the segment takes and gives.
+    parts : list of Part or Call
+    arena : int
+        Its bytes.
     """
 
-    def __init__(
-        self, program: Program, steps: Sequence[Step], wanted: set[str], batch: int, weights: WeightStore
-    ) -> None:
+    def __init__(self, program: Program, batch: int, weights: WeightStore) -> None:
         self._program, self._batch, self._weights = program, batch, weights
         self._lanes = find_lanes(program, batch)
-        self._steps = steps
-        self._dynamic = {step.output for step in steps if isinstance(step, Quantize) and step.dynamic}
-        self.inputs = tuple(dict.fromkeys(name for step in steps if isinstance(step, Quantize) for name in step.inputs))
-        self.outputs = tuple(step.output for step in steps
-                             if program.values[step.output].codes is None and step.output in wanted)
-        self._tensors = {name: i for i, name in enumerate((*self.inputs, *self.outputs))}
-        self._arena = _Arena()
+        self._steps = [step for step in program.steps if not isinstance(step, Call)]
+        self._dynamic = {step.output for step in self._steps if isinstance(step, Quantize) and step.dynamic}
+        self._space = _Arena()
         self._places: dict[_Form, _Place] = {}
+        self._tensors: dict[str, int] = {}
+        runs = _runs(program)
+        last = {form: i for i, run in enumerate(runs) for step in run for form in self._forms_of(step)}
+        made: list[tuple[list[FrozenStep], _Run] | Call] = []
+        for i, run in enumerate(runs):
+            if not isinstance(run, _Run):
+                made += run
+                continue
+            self._tensors = {name: k for k, name in enumerate((*run.inputs, *run.outputs))}
+            made.append((self._run(run, {form for form, end in last.items() if end > i}), run))
+        self.arena = self._space.size
+        self.parts = [one if isinstance(one, Call) else self._part(*one) for one in made]
+
+    def _run(self, run: _Run, later: set[_Form]) -> list[FrozenStep]:
+        """The kernels' steps of a run; forms that are read later are left where they are."""
+        last = {form: i for i, step in enumerate(run) for form in self._forms_of(step)}
+        made: list[FrozenStep] = []
+        for i, step in enumerate(run):
+            made += self._lowered(step)
+            for form in [form for form in self._places if form not in later and last.get(form, -1) <= i]:
+                self._space.give(self._places.pop(form).start)
+        return made
+
+    def _part(self, steps: list[FrozenStep], run: _Run) -> Part:
+        tensors = len(run.inputs) + len(run.outputs)
+        outputs = tuple(range(len(run.inputs), tensors))
+        return Part(Segment(tuple(steps), self.arena, tensors, len(run.inputs), outputs), run.inputs, run.outputs)
 
     # ---- what is where ----
 
     def _value(self, name: str) -> Value:
         return self._program.values[name]
+
+    def _images(self, name: str) -> int:
+        """How many images, or tokens, a value has."""
+        return self._batch * self._value(name).rows
 
     def _forms_read(self, step: Step) -> list[_Form]:
         """The forms of values that a step reads."""
@@ -165,7 +198,7 @@ class Lowering:
     def _has_few_tokens(self, product: Product) -> bool:
         """Whether planes would have hardly any lanes."""
         features = self._value(product.inputs[0]).image == product.window.kernel == (1, 1)
-        return features and product.groups == 1 and self._batch <= most_tokens()
+        return features and product.groups == 1 and self._images(product.output) <= most_tokens()
 
     def _layout(self, form: _Form) -> PlaneLayout:
         value = self._value(form.value)
@@ -180,15 +213,15 @@ class Lowering:
         if form not in self._places:
             layout = None if form.tokens or form.scales else self._layout(form)
             if layout is not None:
-                size = layout.lanes(self._batch)
+                size = layout.lanes(self._images(form.value))
             else:
-                size = 4 * self._batch if form.scales else self._tokens(form, 0).size
-            self._places[form] = _Place(layout, self._arena.take(size))
+                size = 4 * self._images(form.value) if form.scales else self._tokens(form, 0).size
+            self._places[form] = _Place(layout, self._space.take(size))
         return self._places[form]
 
     def _tokens(self, form: _Form, start: int) -> TokenBuffer:
         value = self._value(form.value)
-        return TokenBuffer(self._batch, value.shape[0], start, value.coded.zero_point)
+        return TokenBuffer(self._images(form.value), value.shape[0], start, value.coded.zero_point)
 
     def _planes(self, form: _Form) -> tuple[PlaneLayout, int]:
         layout, start = self._place(form)
@@ -197,27 +230,16 @@ class Lowering:
 
     def _buffer(self, form: _Form, view: int = 0) -> CodedBuffer:
         layout, start = self._planes(form)
-        return CodedBuffer(layout, start, self._batch, self._value(form.value).coded.zero_point, view)
+        return CodedBuffer(layout, start, self._images(form.value), self._value(form.value).coded.zero_point, view)
 
     # ---- steps ----
 
-    def segment(self) -> Segment:
-        """The steps of the kernels, with an arena for what they compute."""
-        last = {form: i for i, step in enumerate(self._steps) for form in self._forms_of(i, step)}
-        made: list[FrozenStep] = []
-        for i, step in enumerate(self._steps):
-            made += self._lowered(step)
-            for form in [form for form in self._places if last[form] <= i]:
-                self._arena.give(self._places.pop(form).start)
-        tensors = len(self._tensors)
-        outputs = tuple(self._tensors[name] for name in self.outputs)
-        return Segment(tuple(made), self._arena.size, tensors, len(self.inputs), outputs)
-
-    def _forms_of(self, place: int, step: Step) -> Iterator[_Form]:
+    def _forms_of(self, step: Step) -> Iterator[_Form]:
         """The forms that a step reads, and those that it makes."""
-        yield from self._forms_read(step)
-        if self._value(step.output).codes is not None:
-            yield from self._forms_made(step)
+        if not isinstance(step, Call):
+            yield from self._forms_read(step)
+            if self._value(step.output).codes is not None:
+                yield from self._forms_made(step)
 
     def _forms_made(self, step: Step) -> list[_Form]:
         """The forms of a step's output that others read, and those that these are made of."""
@@ -292,8 +314,8 @@ class Lowering:
         # what stands in the sum's formula behind the scale of the token comes in a pass of its own
         offset, low, high = (torch.full_like(factors.offset, number) for number in (0.0, -math.inf, math.inf))
         assert isinstance(out, int)
-        return [ProductStep(rows, self._buffer(form), out, (factors.multiplier, offset, low, high)),
-                TokenRescaleStep(out, self._batch, scales, (factors.offset, factors.low, factors.high))]  # fmt: skip
+        rescale = TokenRescaleStep(out, self._images(step.output), scales, (factors.offset, factors.low, factors.high))
+        return [ProductStep(rows, self._buffer(form), out, (factors.multiplier, offset, low, high)), rescale]
 
     def _pool(self, step: Pool) -> list[FrozenStep]:
         source, target = self._value(step.inputs[0]), self._value(step.output)
@@ -324,7 +346,7 @@ class Lowering:
         first = 0
         for name in step.inputs:
             channels = self._value(name).shape[0]
-            part = CodedBuffer(layout, start, self._batch, zero, 0, first, channels)
+            part = CodedBuffer(layout, start, self._images(step.output), zero, 0, first, channels)
             made.append(CodedStep("copy", self._buffer(_Form(name)), part, (0, 0, 1, 1)))
             first += channels
         return made
@@ -343,3 +365,32 @@ _LOWERED: dict[type[Step], Callable[[Lowering, Any], list[FrozenStep]]] = {
     Concat: Lowering._concat,
     Flatten: Lowering._flatten,
 }
+
+
+class _Run(list[Step]):
+    """Steps between two calls of torch, and the names of the tensors that they take and give."""
+
+    def __init__(self, steps: list[Step], program: Program, later: set[str]) -> None:
+        super().__init__(steps)
+        results = [step.output for step in steps if program.values[step.output].codes is None]
+        self.inputs = tuple(dict.fromkeys(name for step in steps if isinstance(step, Quantize) for name in step.inputs))
+        self.outputs = tuple(name for name in results if name in later)
+
+
+def _runs(program: Program) -> list[_Run | list[Call]]:
+    """Steps in runs, and the calls between them."""
+    runs: list[list[Step]] = []
+    for step in program.steps:
+        if runs and isinstance(runs[-1][-1], Call) == isinstance(step, Call):
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    found: list[_Run | list[Call]] = []
+    later = set(program.outputs)
+    for run in reversed(runs):
+        if isinstance(run[0], Call):
+            found.append([step for step in run if isinstance(step, Call)])
+        else:
+            found.append(_Run(run, program, later))
+        later |= {name for step in run for name in step.inputs}
+    return found[::-1]

@@ -1,0 +1,109 @@
+"""Frozen models against the best that serves dense ones: ONNX Runtime int8, OpenVINO int8, PyTorch.
+
+Each comparison runs in turn in this process, medians: ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096
+at several batches, and a transformer's encoder layer (768, 3072) of 128 tokens. Weights are random, with zeros at random
+places; the engines get the same weights, whose zeros they do not use. Needs onnx, onnxruntime and openvino for these.
+
+  python benchmarks/inference.py --threads 1 --sparsity 0.9 0.95        some ten minutes
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from _common import Table, make_parser, put_zeros, say, start, write_json
+from torch import Tensor, nn
+
+from qsparseprop.benchmarking.serving import OURS, ServingConfig, serving_times
+from qsparseprop.inference import freeze
+from qsparseprop.training.models import build_model
+from qsparseprop.utils.pruning_utils import prunable_modules
+
+
+class EncoderLayer(nn.Module):
+    """A layer of BERT's size: four projections and two of the feed-forward part, all of them sparse."""
+
+    def __init__(self, width: int = 768, heads: int = 12, inner: int = 3072) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out, self.up, self.down = nn.Linear(width, width), nn.Linear(width, inner), nn.Linear(inner, width)
+        self.norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to the same."""
+        batch, tokens, width = x.shape
+
+        def split(t: Tensor) -> Tensor:
+            return t.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+
+        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        scores = query @ key.transpose(-1, -2) / (width // self.heads) ** 0.5
+        heads = (torch.softmax(scores, -1) @ value).transpose(1, 2).reshape(batch, tokens, width)
+        x = self.norm(x + self.out(heads))
+        return self.last_norm(x + self.down(nn.functional.gelu(self.up(x))))
+
+
+def _resnet18(size: int) -> nn.Module:
+    """For small images the first convolution has 3 x 3 pixels; for large ones 7 x 7, stride 2, and a pool behind it."""
+    model = build_model("resnet18", in_channels=3, image_size=size, num_classes=1000)
+    if size > 64:
+        stem = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        model.conv1 = stem
+        model.bn1 = nn.Sequential(model.bn1, nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    return model
+
+
+#: Name, model, shape of a sample, batches.
+CASES = (
+    ("ResNet-18 224 px", lambda: _resnet18(224), (3, 224, 224), (16, 1)),
+    ("ResNet-18 32 px", lambda: _resnet18(32), (3, 32, 32), (64, 1)),
+    ("Linear 1024 -> 4096", lambda: nn.Linear(1024, 4096), (1024,), (1, 16, 256)),
+    ("encoder layer, 128 tokens", EncoderLayer, (128, 768), (1,)),
+)
+
+
+def measure(case: int, sparsity: float, batch: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds of a request by competitor: medians."""
+    name, build, shape, _ = CASES[case]
+    torch.manual_seed(0)
+    model = build().eval()
+    for module in [model] if isinstance(model, nn.Linear) else prunable_modules(model).values():
+        put_zeros(module.weight, sparsity)
+    x = torch.randn(batch, *shape)
+    frozen = freeze(model, [x if batch > 1 else torch.randn(4, *shape)])
+    times, missing = serving_times(model, frozen, x, ServingConfig(seconds=seconds))
+    ms = {way: 1e3 * statistics.median(taken) for way, taken in times.items()}
+    best = min((way for way in ms if way != OURS), key=ms.__getitem__)
+    return {"case": name, "sparsity": sparsity, "batch": batch, "ms": ms, "best": best, "ratio": ms[best] / ms[OURS],
+            "missing": missing}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark from the command line."""
+    parser = make_parser(__doc__, repeats=5, sparsity=(0.9, 0.95), threads=(1,))
+    parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))), metavar="N",
+                        help="which of the four above, from 0 (default: all)")  # fmt: skip
+    args, document = start("inference", parser, argv)
+    document["results"] = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        say(f"\n{threads} thread(s): milliseconds of a request, and the best of the others over ours\n")
+        table = Table(["case", "batch", "zeros", "frozen", "best", "ratio", "which"], first=28)
+        for case in args.cases[:1] if args.quick else args.cases:
+            for sparsity in args.sparsity:
+                for batch in CASES[case][3]:
+                    found = measure(case, sparsity, 1 if args.quick else batch, args.seconds)
+                    table.row(found["case"], str(found["batch"]), f"{100 * sparsity:g} %", found["ms"][OURS],
+                              found["ms"][found["best"]], f"{found['ratio']:.2f}x", found["best"])  # fmt: skip
+                    document["results"].append({"threads": threads, **found})
+        missing = dict.fromkeys(line for one in document["results"] for line in one["missing"])
+        say("\n".join(missing))
+    write_json(args.json, document)
+
+
+if __name__ == "__main__":
+    main()
