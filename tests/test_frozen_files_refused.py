@@ -137,6 +137,9 @@ EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
     "tensor of another size": (put("bias", value="v2/weight/scale", kind="product"), r"belongs to nothing"),
     "count padding": (put("count_padding", value=1, kind="pool"), r"true or false"),
     "pool": (put("kind", value="min", kind="pool"), r"max or mean"),
+    "enormous pool": (lambda d: (
+        step_of(d, "pool")["window"].update(kernel=[1 << 16, 1], stride=[1, 1], padding=[65535, 65535, 0, 0]),
+        d["program"]["values"][step_of(d, "pool")["output"]].update(shape=[4, 65541, 6])), r"is too large"),
     "pool of another dilation": (put("window", "dilation", value=[9, 9], kind="pool"), r"gives \(4, "),
     "nested": (put("arguments", value={"tuple": [BOMB]}, kind="call"), r"nested more than"),
     "no data": (put("arguments", value={"tuple": [{"set": []}]}, kind="call"), r"no plain data"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qsparseprop.inference.containers import StoredTensors, raw_bytes
 from qsparseprop.inference.data import from_json, to_json
+from qsparseprop.inference.limits import check_pools
 from qsparseprop.inference.packing import WAYS, PackedWeight, pack_weight, part_sizes, unpack_weight
 from qsparseprop.inference.program import (
     Add,
@@ -159,6 +160,7 @@ class DescriptionReader:
         if unknown:
             raise ConfigurationError(f"step {unknown[0]!r:.60} computes a value that is not described")
         try:
+            check_pools(steps, values)
             return Program(inputs, outputs, values, steps, constants)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error

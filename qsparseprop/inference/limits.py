@@ -8,23 +8,47 @@ how much memory they take, only running them shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qsparseprop.inference.calls import Name, find_operator
 from qsparseprop.inference.lanes import find_lanes
 from qsparseprop.inference.operators import is_training
-from qsparseprop.inference.program import Add, Call, Pool, Product, Program, Quantize, Step, Window
+from qsparseprop.inference.program import Add, Call, Pool, Product, Program, Quantize, Step, Value, Window
 from qsparseprop.inference.reference import factors_of, inverse_scale
 from qsparseprop.layout.geometry import BLOCK_LANES
 from qsparseprop.utils.errors import refuse_more_than_memory
 
-__all__ = ["check_limits"]
+__all__ = ["check_limits", "check_pools"]
 
 #: Taps of a window times the phases that it reads: what is looked at one by one when kernels are set up.
 _MOST_TAPS = 1 << 24
 #: Of which an int32 holds the sum.
 _MOST_POOLED = 1 << 22
+#: Outputs of one axis times taps of a pool, which programs look at one by one.
+_MOST_SEEN = 1 << 24
+
+
+def check_pools(steps: Sequence[Step], values: Mapping[str, Value]) -> None:
+    """Refuse pools that a program would take long to check.
+
+    Parameters
+    ----------
+    steps : sequence of Step
+    values : mapping of str to Value
+        Of each output.
+
+    Raises
+    ------
+    ValueError
+        With the step.
+    """
+    for step in steps:
+        if isinstance(step, Pool):
+            sizes = values[step.output].shape[1:]  # of another output than images programs say so
+            seen = max((size * kernel for size, kernel in zip(sizes, step.window.kernel, strict=False)), default=0)
+            if seen > _MOST_SEEN or math.prod(step.window.kernel) > _MOST_POOLED:
+                raise ValueError(f"step {step.output!r:.60}: a window of {step.window.kernel} pixels is too large")
 
 
 def check_limits(program: Program) -> None:
@@ -79,7 +103,6 @@ def _check_step(step: Step, program: Program) -> None:
         _demand(step.weight.rows >= 1, "a weight must have rows")
         _check_taps(step.window)
     elif isinstance(step, Pool):
-        _demand(math.prod(step.window.kernel) <= _MOST_POOLED, f"a window has at most {_MOST_POOLED:,} pixels")
         padded = step.kind == "max" and any(step.window.padding)
         _demand(not padded or sources[0].coded.zero_point == 0, "padded images of a maximum have their zero at code 0")
     elif isinstance(step, Quantize):
