@@ -19,11 +19,11 @@ from qsparseprop.benchmarking.bench import parse_layer
 from qsparseprop.benchmarking.compare import ConfigurationError
 from qsparseprop.cli import main
 from qsparseprop.nn.deferred import conditions
-from qsparseprop.training import files
 from qsparseprop.training.data import load_data
 from qsparseprop.training.finetuner import read_checkpoint
 from qsparseprop.training.models import build_model, load_checkpoint, resnet20
 from qsparseprop.training.run import RunConfig, run_training
+from qsparseprop.utils import files
 from qsparseprop.utils.network_utils import sparsity
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from qsparseprop.training import files, locks
-from qsparseprop.training.files import replacing, save_tensors
+from qsparseprop.training import locks
 from qsparseprop.training.finetuner import Finetuner, read_checkpoint
 from qsparseprop.training.finetuner.session import JsonLines
 from qsparseprop.training.locks import LOCK, locked
+from qsparseprop.utils import files
 from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.files import replacing, save_tensors
 
 from ._helpers import run_python
 
@@ -83,6 +84,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(room, tmp_pat
     whole = tuner()
     whole.fit([BATCH], 2)
     assert again.history.losses == whole.history.losses
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=r"not a regular file.*pipe"), replacing(pipe):
+        raise AssertionError("nothing is written")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_other_errors_while_saving_stay_what_they_are(tmp_path):

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qsparseprop.training.files import replacing
+from qsparseprop.utils.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

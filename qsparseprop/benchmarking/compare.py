@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from qsparseprop.training.files import save_tensors
 from qsparseprop.training.finetuner import Finetuner
 from qsparseprop.training.reporter import Reporter, SilentReporter
 from qsparseprop.training.setup_run import (
@@ -33,6 +32,7 @@ from qsparseprop.training.setup_run import (
     prune_model,
 )
 from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.files import save_tensors
 from qsparseprop.utils.measurement_utils import environment
 
 from .compare_worker import RunHandle, RunSpec, loss_note

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsparseprop.training.files import replacing
 from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.files import replacing
 
 from .compare import RUN_LABELS
 

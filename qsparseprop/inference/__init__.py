@@ -2,6 +2,8 @@
 
 from qsparseprop.inference.freezing import freeze
 from qsparseprop.inference.module import FrozenModule
+from qsparseprop.inference.onnx import export_onnx
 from qsparseprop.inference.report import FreezeReport, LayerReport, measure_accuracy
+from qsparseprop.inference.saving import load, save
 
-__all__ = ["FreezeReport", "FrozenModule", "LayerReport", "freeze", "measure_accuracy"]
+__all__ = ["FreezeReport", "FrozenModule", "LayerReport", "export_onnx", "freeze", "load", "measure_accuracy", "save"]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qsparseprop.inference.operators import is_pure
 from qsparseprop.inference.program import Call
 
 __all__ = ["Name", "call_operator", "find_operator"]
@@ -32,7 +33,7 @@ def find_operator(name: str) -> Any:
     Raises
     ------
     ValueError
-        If there is none, or it is not one of ATen.
+        If there is none, or it is not one of ATen that computes and does nothing else.
     """
     if name == "getitem":
         return operator.getitem
@@ -40,9 +41,12 @@ def find_operator(name: str) -> Any:
     if len(parts) != 3 or parts[0] != "aten" or not all(part.isidentifier() for part in parts):
         raise ValueError(f"{name!r} is not an operator of ATen, such as 'aten.softmax.int'")
     packet = getattr(torch.ops.aten, parts[1], None)
-    if packet is None or parts[2] not in packet.overloads():
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or parts[2] not in packet.overloads():
         raise ValueError(f"this version of torch, {torch.__version__}, has no operator {name!r}")
-    return getattr(packet, parts[2])
+    overload = getattr(packet, parts[2])
+    if not is_pure(parts[1], overload):
+        raise ValueError(f"{name!r} is not among the operators that programs may call (inference/operators.py)")
+    return overload
 
 
 def _resolved(argument: Any, values: dict[str, Any]) -> Any:

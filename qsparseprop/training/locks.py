@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qsparseprop.utils.errors import ConfigurationError
-
-from .files import errors_name
+from qsparseprop.utils.files import errors_name
 
 try:
     import fcntl

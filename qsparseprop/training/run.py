@@ -23,6 +23,7 @@ from torch import nn
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import held
 from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.files import replacing
 from qsparseprop.utils.measurement_utils import (
     current_rss_mb,
     environment,
@@ -34,7 +35,6 @@ from qsparseprop.utils.measurement_utils import (
 from qsparseprop.utils.network_utils import sparsity, swap_modules_for_state
 from qsparseprop.utils.pruning_utils import GradualPruner
 
-from .files import replacing
 from .finetuner import CheckpointError, Finetuner, FitResult, LayerTime, layer_table, read_checkpoint
 from .finetuner.fit import LAST
 from .locks import locked

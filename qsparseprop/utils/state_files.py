@@ -6,11 +6,12 @@ from them, so that memory stays within a small multiple of the file.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import ConfigurationError
 
-__all__ = ["read_state_dict", "stored_bytes", "strip_prefix"]
+__all__ = ["read_state_dict", "regular_size", "safetensors_refusals", "stored_bytes", "strip_prefix"]
 
 #: Under which keys checkpoints keep a model's state.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -94,38 +95,78 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ConfigurationError(f"{name} holds no weights: {error}") from error
 
 
-def _load(path: str) -> Any:
+def regular_size(path: str) -> int:
+    """How many bytes a file has that can be read from beginning to end.
+
+    Parameters
+    ----------
+    path : str
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ConfigurationError
+        If it is a folder, a pipe, on whose writer opening would wait, or a device, which need not end; or empty.
+    OSError
+        If there is none.
+    """
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait, reading a device need not end
+    if not stat.S_ISREG(status.st_mode):
         raise ConfigurationError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+    if not status.st_size:
+        raise ConfigurationError("it is empty")
+    return status.st_size
+
+
+def _load(path: str) -> Any:
+    size = regular_size(path)
     with open(path, "rb") as file:
         start = file.read(9)
-    if not start:
-        raise ConfigurationError("it is empty")
     header = int.from_bytes(start[:8], "little")
-    if path.endswith(".safetensors") or (start[8:] == b"{" and 2 <= header <= status.st_size - 8):
+    if path.endswith(".safetensors") or (start[8:] == b"{" and 2 <= header <= size - 8):
         content = _load_safetensors(path)
     else:
         if start.startswith(_ZIP):
-            _check_zip(path, status.st_size)
+            _check_zip(path, size)
         content = _load_pickle(path)
-    if (claimed := _bytes_of_storages(content)) > status.st_size:
-        raise ConfigurationError(f"its tensors take {claimed} bytes, the file has {status.st_size}")
+    if (claimed := _bytes_of_storages(content)) > size:
+        raise ConfigurationError(f"its tensors take {claimed} bytes, the file has {size}")
     return content
+
+
+@contextlib.contextmanager
+def safetensors_refusals() -> Iterator[None]:
+    """Let what safetensors raises for files that are none of its be a `ConfigurationError`.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    ConfigurationError
+        In the place of its errors, except those of the system.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ConfigurationError):
+        raise
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ConfigurationError(f"it is no valid file of safetensors ({_first_line(error)})") from error
 
 
 def _load_safetensors(path: str) -> dict[str, Tensor]:
     try:
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise ConfigurationError("a .safetensors file needs safetensors: pip install safetensors") from error
-    try:
+    with safetensors_refusals():
         return load_file(path)
-    except OSError:
-        raise
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ConfigurationError(f"it is no valid file of safetensors ({_first_line(error)})") from error
 
 
 def _check_zip(path: str, size: int) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qsparseprop.training.files import replacing, save_tensors
 from qsparseprop.utils.errors import reason_of
+from qsparseprop.utils.files import replacing, save_tensors
 
 __all__ = ["CheckpointError", "read_checkpoint", "write_checkpoint"]
 

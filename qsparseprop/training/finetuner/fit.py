@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qsparseprop.training.files import remove_leftovers
 from qsparseprop.training.locks import locked
+from qsparseprop.utils.files import remove_leftovers
 
 from .batches import are_classes, split_batch
 from .checkpoint import (

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from qsparseprop.training.files import errors_name
+from qsparseprop.utils.files import errors_name
 
 __all__ = ["JsonLines", "ProgressBar", "StopRequest", "stop_on_signals"]
 

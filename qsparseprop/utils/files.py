@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -16,7 +17,17 @@ __all__ = ["errors_name", "remove_leftovers", "replacing", "save_tensors"]
 
 @contextlib.contextmanager
 def errors_name(path: str | os.PathLike[str], instead_of: Path | None = None) -> Iterator[None]:
-    """Let an OSError that names no file (a disk is full) or `instead_of` (a temporary one) name `path`."""
+    """Let an OSError that names no file (a disk is full) or `instead_of` (a temporary one) name `path`.
+
+    Parameters
+    ----------
+    path : path-like
+    instead_of : Path, optional
+
+    Yields
+    ------
+    None
+    """
     try:
         yield
     except OSError as error:
@@ -36,12 +47,20 @@ def replacing(path: str | os.PathLike[str], durable: bool = False) -> Iterator[P
     durable : bool
         Wait until content and name have reached the disk, so that a power failure leaves the old file or the new one.
 
+    Yields
+    ------
+    Path
+        The temporary name.
+
     Raises
     ------
     OSError
-        If it cannot be written; it names `path`.
+        If it cannot be written; it names `path`. Devices, pipes and sockets are not replaced: they would be gone for
+        everybody.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "not a regular file, which another one could replace", os.fspath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with errors_name(path, instead_of=temporary):
@@ -58,7 +77,12 @@ def replacing(path: str | os.PathLike[str], durable: bool = False) -> Iterator[P
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove the temporary files of `path` that killed processes have left."""
+    """Remove the temporary files of `path` that killed processes have left.
+
+    Parameters
+    ----------
+    path : path-like
+    """
     path = Path(path)
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
@@ -94,6 +118,12 @@ class _Output(io.RawIOBase):
 
 def save_tensors(content: Any, path: str | os.PathLike[str]) -> None:
     """``torch.save`` whose error says what is wrong with the file: a full disk is an OSError with its reason.
+
+    Parameters
+    ----------
+    content : any
+        What ``torch.save`` takes.
+    path : path-like
 
     Raises
     ------
