@@ -166,7 +166,7 @@ cdef int64_t quantize_dense(const qsp_weight *a, DenseRows rows, int threads) ex
     cdef int64_t tiles = d.groups * ((d.value_rows // d.groups + QSP_UNIT - 1) // QSP_UNIT)
     cdef int64_t chunks = 1 if threads == 1 or rows.slots < 1 << 15 else min(<int64_t> threads, d.value_rows)
     # lines of floats that a chunk needs: a matrix without zeros is read where it is
-    cdef int64_t each = 2 if not rows.swapped else 0 if d.column == NULL else QSP_UNIT
+    cdef int64_t each = 2 if not rows.swapped else 0 if d.bits == NULL else QSP_UNIT
     cdef int64_t lines = chunks * line * each, size
     cdef float *space
     cdef uint32_t *most

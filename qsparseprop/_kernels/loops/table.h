@@ -9,6 +9,8 @@
 
 #include "loops/unpack.h"
 
+#include "loops/bitmap.h"
+
 #ifndef ISA_DENSE_ONLY
 #include "loops/nonzeros.h"
 
