@@ -1,11 +1,16 @@
 """What layers keep between the passes."""
 
+import functools
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from qsparseprop.layout.modes import DENSE, Modes
 from qsparseprop.nn import QuantizedSparseConv2d, QuantizedSparseLinear
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils.measurement_utils import current_rss_mb, measure_peak_rss, release_free_memory
 
 from ._helpers import dense_example, saved_for_backward, set_weight
 
@@ -33,6 +38,53 @@ def test_a_quantised_conv_keeps_little_more_than_a_byte_an_activation(shape):
     size = sum(t.untyped_storage().nbytes() for t in saved)
     pad = (shape[2] + 1) * (shape[3] + 1) / (shape[2] * shape[3])  # rows and images share their padding
     assert x.numel() <= size <= 1.35 * pad * x.numel()
+
+
+def _train(layer, features):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    x = torch.randn(16, features, requires_grad=True)
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        layer(x).square().mean().backward()
+        optimizer.step()
+
+
+def _added_mb(make, features):
+    """What a layer adds to the process by training steps: resident afterwards, and at most meanwhile."""
+    release_free_memory()
+    before = current_rss_mb()
+    layer = make(features)
+    release_free_memory()
+    peak = measure_peak_rss(lambda: _train(layer, features))
+    release_free_memory()
+    assert peak.of_call
+    return current_rss_mb() - before, peak.peak_mb - before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the memory of the process from /proc")
+def test_weights_by_dense_rows_take_no_more_than_dense_ones():
+    """Values and gradients, 34 MB of a weight without zeros; the codes, 4 MB, are gone when the gradient comes."""
+
+    def dense(size):
+        layer = nn.Linear(size, size, bias=False)
+        nn.init.ones_(layer.weight)
+        return layer
+
+    def sparse(size, density):
+        layer = dense(size)
+        layer = QuantizedSparseLinear.from_dense(layer if density == 1 else set_weight(layer, density, 0))
+        layer.product_modes = Modes(DENSE, DENSE, DENSE)
+        return layer
+
+    for make in (dense, functools.partial(sparse, density=0.9)):  # what the first use loads
+        _train(make(128), 128)
+    resident, peak = _added_mb(dense, 2048)
+    assert 33 < resident < 40
+    for density in (1, 0.95):
+        ours = _added_mb(functools.partial(sparse, density=density), 2048)
+        assert ours[0] < density * 33.6 + 2.5
+        assert ours[0] < resident + 1.5
+        assert ours[1] < peak + 1.5
 
 
 def test_nothing_of_the_float_input_is_kept():
