@@ -118,6 +118,13 @@ def test_bytes():
     assert dense.nbytes < 16 * 640 + 8 * 512 * 10  # a bitmap, since the pattern has columns
 
 
+def test_without_a_zero_there_are_no_columns():
+    plan, count = plan_of(512, 640, 1.1, linear_geometry(640, 512))
+    assert plan.forward.pattern.nbytes == 4 * 513
+    assert plan.forward.nbytes == 4 * 513 + 2 * 4 * 640
+    assert plan.backward.nbytes == 6 * count + 2 * 4 * 641 + 2 * 4 * 512
+
+
 def test_what_is_made_of_a_pattern_is_shared():
     """Plans for several sizes have the other form of its columns once, as long as one of them uses it."""
     given = dense_pattern(torch.rand(512, 640, generator=generator(3)) < 0.5)[:2]

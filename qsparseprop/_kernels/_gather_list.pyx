@@ -1,7 +1,8 @@
 """Lists of the nonzeros that each row of a product has: where in the planes each reads, and which value goes there.
 
-They are kept in little memory, see `qsp_nonzeros` in ``kernels.h``: two bytes a nonzero and, where the values are not
-in order, four more. What the kernels want of a slot is made from that in each call, for some rows at a time.
+They are kept in little memory, see `qsp_nonzeros` in ``kernels.h``: two bytes a nonzero, none where nothing is zero,
+and four more where the values are not in order. What the kernels want of a slot is made from that in each call, for some
+rows at a time.
 """
 
 from operator import index as whole
@@ -227,7 +228,10 @@ cdef class GatherList(ProductRows):
                     to[k] = -1 if i >= n.first[row + 1] else i if n.index == NULL else n.index[i]
                 else:
                     i = min(i, n.first[row + 1] - 1)
-                    code = n.wide[i] if n.code == NULL else n.code[i]
+                    if n.code != NULL:
+                        code = n.code[i]
+                    else:
+                        code = i - n.first[row] if n.wide == NULL else n.wide[i]
                     to[k] = table[start + code]
         return out
 
@@ -319,7 +323,7 @@ cdef class PatternList(GatherList):
         """Nonzeros as the pattern has them, columns as codes."""
         cdef ValuePattern pattern = self.pattern
         self.nonzeros.first, self.nonzeros.wide = pattern.ptr, pattern.wide
-        if pattern.wide == NULL and pattern.columns <= NARROW:
+        if pattern.column != NULL or pattern.bits != NULL:
             columns = pattern.columns_for_lists()
             self.nonzeros.code = <const uint16_t *> pointer(columns, _int16, pattern.count, "code")
             if pattern.column == NULL:  # made for this list, and others of the pattern
@@ -341,7 +345,7 @@ cdef class PatternList(GatherList):
             narrow = <uint16_t *> pointer(self._held[len(self._held) - 1], _int16, p.count, "code")
             self.nonzeros.code = narrow
         cdef const uint16_t *narrow_column = NULL
-        if p.columns <= NARROW:
+        if p.wide == NULL and p.count:
             columns = p.columns_for_lists()
             narrow_column = <const uint16_t *> pointer(columns, _int16, p.count, "columns")
         # of each column the row of the first group, and the tap

@@ -62,7 +62,7 @@ typedef struct {
     const int32_t *group_ptr; /* [rows + 1] */
     const int32_t *first;     /* [rows + 1]: the first nonzero of a row */
     const uint16_t *code;     /* [nonzeros], or NULL where 16 bits are not enough, then */
-    const int32_t *wide;      /* [nonzeros] */
+    const int32_t *wide;      /* [nonzeros]; without either a row has its whole table, in order */
     const int32_t *table;     /* [rows] where the table of a row begins, or NULL: all have the same */
     const int32_t *offset, *plane; /* of the tables: as in qsp_list; the plane that it lies in */
     int32_t step;             /* where offsets of all tables, one behind the other, are this far apart; otherwise 0 */
