@@ -1,17 +1,21 @@
-"""What a layer's weights cost in memory: a Linear of 4096 x 4096 (--features), resident after training steps.
+"""What a layer's weights cost in memory: a Linear of 4096 x 4096 (--features), after training steps and at most.
 
 Each figure is of a process of its own: the layer is made, pruned and swapped, trains for some steps of SGD with a
 batch of 64, and what the process has more than before is measured when all that is free has been given back to the
-system. A dense weight with its gradient has 8 bytes an entry. A sparse one has 8 bytes a nonzero for these two, 2 for
-the column (none in a weight without a single zero), and, where products walk lists, 6 more for the list of the input
-gradient (small layers some more, to save time). What figures have above that are activations and buffers, which do not
-grow with the weight, and of dense rows a byte an entry, zeros included, for the codes. So below some 30 % zeros a
-sparse weight takes more than a dense one with its gradient.
+system. The peak is the largest that the process had during these steps, the plan's making included; the old gradient is
+there besides the new one then, since `zero_grad` sets gradients to zero here.
+
+A dense weight with its gradient has 8 bytes an entry. A sparse one has 8 bytes a nonzero for these two; for the
+pattern 2 for the column, or a bit an entry where a third or more are there, or nothing where all are; and where products
+walk lists 6 more for the list of the input gradient, and 2 for that of another product where the pattern has bits
+(small layers some more, to save time). What figures have above that are activations and buffers, which do not grow with
+the weight. The codes of dense rows, a byte an entry, are there during a product only, in memory that waits for the next
+gradient if there is any.
 
 "chosen" is what plans choose for each product, "lists" and "dense rows" are forced (QSPARSEPROP_PRODUCTS). "bytes" are
 per nonzero.
 
-  python benchmarks/weights_memory.py --threads 1          a minute
+  python benchmarks/weights_memory.py --threads 1          two minutes
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ BATCH, STEPS = 64, 3
 KINDS = {"dense": None, "chosen": "auto", "lists": "list", "dense rows": "dense"}
 #: What a plan makes for products that ask for it.
 ROWS = ("forward", "backward", "dense_forward", "dense_backward")
-#: Bytes of a value and its gradient, and of its column; of the list of the input gradient.
-OWN, LISTS = (4 + 4, 2), 6
+#: Bytes of a value and its gradient; of its column and of the list of the input gradient.
+OWN, LISTS = 4 + 4, 2 + 6
 
 
 def _train(layer: nn.Module, features: int) -> None:
@@ -118,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             document["results"].append({"threads": threads, "features": features, "sparsity": sparsity,
                                         "nonzeros": nonzeros, "mb": mb, "peak_mb": peak, "bytes_per_nonzero": per,
                                         "rows": rows})  # fmt: skip
-    say(f"\nbytes that a nonzero has of its own: {sum(OWN)}, and {LISTS} more where products walk lists")
+    say(f"\nbytes that a nonzero has of its own: {OWN}, and {LISTS} more where products walk lists")
     write_json(args.json, document)
 
 
