@@ -5,10 +5,10 @@ batch of 64, and what the process has more than before is measured when all that
 system. The peak is the largest that the process had during these steps, the plan's making included; the old gradient is
 there besides the new one then, since `zero_grad` sets gradients to zero here.
 
-A dense weight with its gradient has 8 bytes an entry. A sparse one has 8 bytes a nonzero for these two; for the
-pattern 2 for the column, or a bit an entry where a third or more are there, or nothing where all are; and where products
-walk lists 6 more for the list of the input gradient, and 2 for that of another product where the pattern has bits
-(small layers some more, to save time). What figures have above that are activations and buffers, which do not grow with
+A dense weight with its gradient has 8 bytes an entry. A sparse one has 8 bytes a nonzero for these two; for the pattern
+2 for the column, or a bit an entry where a third or more are there, or nothing where all are; and where products walk
+lists 6 more for the list of the input gradient, and 2 for that of other products where the pattern has bits (small
+layers some more, to save time). What figures have above that are activations and buffers, which do not grow with
 the weight. The codes of dense rows, a byte an entry, are there during a product only, in memory that waits for the next
 gradient if there is any.
 
