@@ -1,8 +1,8 @@
 """Lists of the nonzeros that each row of a product has: where in the planes each reads, and which value goes there.
 
 They are kept in little memory, see `qsp_nonzeros` in ``kernels.h``: two bytes a nonzero, none where nothing is zero,
-and four more where the values are not in order. What the kernels want of a slot is made from that in each call, for some
-rows at a time.
+and four more where the values are not in order. What the kernels want of a slot is made from that in each call, for
+some rows at a time.
 """
 
 from operator import index as whole
