@@ -39,7 +39,7 @@ def guarded(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
     return flat.as_strided(shape, like.stride())
 
 
-def guarded_empty(shape, dtype, channels_last=False):
+def guarded_empty(shape, dtype, channels_last=False, for_now=False):
     """In place of `_memory.empty`."""
     return guarded(shape, dtype, torch.channels_last if channels_last else torch.contiguous_format)
 

@@ -298,6 +298,25 @@ def test_accumulated_gradients_keep_both_directions():
     assert kept(layer) == sum(rows.slots + 12 * rows.rows for rows in (plan.forward, plan.backward))
 
 
+@pytest.mark.parametrize(("density", "beside"), [(1, False), (0.9, False), (0.5, True)])
+def test_large_codes_lie_beside_gradients_where_dense_weights_take_more(density, beside):
+    """Values, gradients and codes of both directions, against values and gradients without zeros."""
+    dense = nn.Linear(1480, 1424, bias=False)
+    nn.init.ones_(dense.weight)
+    layer = QuantizedSparseLinear.from_dense(set_weight(dense, density, 0) if density < 1 else dense, qconfig=TENSOR)
+    layer.product_modes = Modes(DENSE, DENSE, DENSE)
+    x = torch.randn(3, 1480)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+    rows = layer.last_plan().dense_forward
+    assert kept(layer) == rows.slots + 12 * rows.rows  # there are no gradients
+    for _ in range(3):
+        layer(x.requires_grad_()).sum().backward()
+    both = rows, layer.last_plan().dense_backward
+    assert kept(layer) == (sum(r.slots + 12 * r.rows for r in both) if beside else 0)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_keeps_for_the_second_run(reentrant):
     """Whose input, and so whose scales, are those of the first."""

@@ -14,7 +14,7 @@ from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
 from qsparseprop.layout.modes import Modes
 from qsparseprop.layout.pattern import dense_pattern
-from qsparseprop.layout.plan import make_plan
+from qsparseprop.layout.plan import Plan, make_plan
 
 from ._helpers import generator
 
@@ -115,7 +115,30 @@ def test_bytes():
     assert again(plan.backward).nbytes == plan.backward.nbytes
     dense = make_plan(pattern.crow_indices, pattern.col_indices, plan.geometry, 1, DENSE).dense_forward
     assert isinstance(dense, DenseRows)
-    assert dense.nbytes < 16 * 640
+    assert dense.nbytes < 16 * 640 + 8 * 512 * 10  # a bitmap, since the pattern has columns
+
+
+def test_without_a_zero_there_are_no_columns():
+    plan, count = plan_of(512, 640, 1.1, linear_geometry(640, 512))
+    assert plan.forward.pattern.nbytes == 4 * 513
+    assert plan.forward.nbytes == 4 * 513 + 2 * 4 * 640
+    assert plan.backward.nbytes == 6 * count + 2 * 4 * 641 + 2 * 4 * 512
+
+
+def test_what_is_made_of_a_pattern_is_shared():
+    """Plans for several sizes have the other form of its columns once, as long as one of them uses it."""
+    given = dense_pattern(torch.rand(512, 640, generator=generator(3)) < 0.5)[:2]
+    pattern, geometry = ValuePattern(*given, 640), linear_geometry(640, 512)
+    assert pattern.nbytes == 4 * 513 + 512 * 640 // 8
+    plans = [Plan(pattern, geometry, 1, modes) for modes in (LISTS, LISTS, DENSE)]
+    first, second = (plan.forward for plan in plans[:2])
+    assert first.nbytes == second.nbytes == 2 * pattern.count + 4 * 513 + 2 * 4 * 640
+    assert pattern.nbytes == 4 * 513 + 512 * 640 // 8
+    assert plans[2].dense_forward.nbytes < 16 * 640  # the bitmap is the pattern's
+    few = ValuePattern(*dense_pattern(torch.rand(64, 70, generator=generator(3)) < 0.2)[:2], 70)
+    rows = [Plan(few, linear_geometry(70, 64), 1, DENSE).dense_forward for _ in range(2)]
+    assert few.nbytes == 4 * 65 + 2 * few.count
+    assert_same([rows[0].index], [rows[1].index])
 
 
 def test_codes_of_32_bits():

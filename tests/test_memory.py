@@ -68,6 +68,26 @@ def test_pages_are_used_again_and_given_back():
 
 
 @linux
+def test_what_is_needed_for_now_takes_pages_that_are_there():
+    """However much larger they are, the smallest that are large enough; and they serve results again."""
+    release_pages()
+    first, second = (empty((size * MB,), torch.uint8) for size in (40, 16))
+    places = first.data_ptr(), second.data_ptr()
+    del first, second
+    scratch = empty((5 * MB,), torch.uint8, for_now=True)
+    other = empty((5 * MB,), torch.uint8, for_now=True)
+    assert (other.data_ptr(), scratch.data_ptr()) == places
+    scratch.fill_(1)
+    del scratch, other
+    again = [empty((size * MB,), torch.uint8) for size in (16, 40)]
+    assert (again[1].data_ptr(), again[0].data_ptr()) == places
+    alone = empty((3 * MB,), torch.uint8, for_now=True)  # there are none
+    assert release_pages() == 0
+    del alone, again
+    assert release_pages() == 59 * MB
+
+
+@linux
 def test_blocks_in_use_and_kept_ones_are_no_more_than_were_in_use():
     release_free_memory()
     before = current_rss_mb()

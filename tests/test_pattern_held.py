@@ -32,19 +32,26 @@ def linear(density, inputs=24, outputs=18, cls=qnn.QuantizedSparseLinear):
     return cls.from_dense(dense)
 
 
-def bits(columns):
+def unsigned(columns):
     return columns.view(torch.uint16).to(torch.int32)
+
+
+def entries(words, rows, columns):
+    """A bitmap as a mask, and what is set behind the columns."""
+    each = (words.view(rows, -1, 1) >> torch.arange(64) & 1).flatten(1).bool()
+    return each[:, :columns], each[:, columns:]
 
 
 # ---- what is held ----
 
 
-@given(shape=st.tuples(st.integers(1, 9), st.sampled_from([1, 2, 7, 40, 32_769, 65_536, 65_537])),
-       density=st.sampled_from([0, 0.01, 0.5, 0.99, 1]), seed=st.integers(0, 99))  # fmt: skip
+@given(shape=st.tuples(st.integers(1, 9), st.sampled_from([1, 2, 7, 40, 63, 64, 65, 32_769, 65_536, 65_537])),
+       density=st.sampled_from([0, 0.01, 0.3, 0.5, 0.99, 1]), seed=st.integers(0, 99))  # fmt: skip
 @examples(60)
 def test_patterns_of_what_patterns_hold(shape, density, seed):
-    """Columns of 15, 16 and more bits, none and all of them."""
-    crow, col, _ = dense_pattern(random_mask(shape, density, seed))
+    """Columns of 15, 16 and more bits, none and all of them, and bitmaps, of which the bytes are as said."""
+    mask = random_mask(shape, density, seed)
+    crow, col, _ = dense_pattern(mask)
     pattern = compact_pattern(crow, col, shape)
     for made in (pattern, checked_pattern(*pattern.held, shape, compact=True), copy.deepcopy(pattern)):
         assert (made.rows, made.columns, made.count) == (*shape, col.numel())
@@ -53,14 +60,23 @@ def test_patterns_of_what_patterns_hold(shape, density, seed):
         assert made.crow_indices.dtype == made.col_indices.dtype == torch.int32
         assert torch.equal(made.held[0], crow)
         held = made.held[1]
+        size, words = 2 * col.numel(), shape[0] * -(-shape[1] // 64)
         if shape[1] > 65_536:
             assert torch.equal(held, col)
+            size *= 2
         elif col.numel() == shape[0] * shape[1]:
-            assert held.numel() == 0
+            size = 0
+        elif 3 * col.numel() >= shape[0] * shape[1] and 8 * words < size:
+            assert held.dtype == torch.int64
+            there, behind = entries(held, *shape)
+            assert torch.equal(there, mask)
+            assert not behind.any()
+            size = 8 * words
         else:
             assert held.dtype == torch.int16
-            assert torch.equal(bits(held), col)
-        assert made.nbytes == made.held[0].nbytes + held.nbytes
+            assert torch.equal(unsigned(held), col)
+        assert held.nbytes == size
+        assert made.nbytes == 4 * (shape[0] + 1) + size
         assert not {t.data_ptr() for t in made.held if t.numel()} & {crow.data_ptr(), col.data_ptr()}
 
 
@@ -82,6 +98,8 @@ def _int16(*values):
     ([0, 2, 2, 3], torch.tensor([0, 3, 1], dtype=torch.uint8), TypeError, "torch.int32"),
     ([0, 2, 2, 3], _int16(0, 3, 1).to_sparse(), ValueError, "dense"),
     ([0, 2, 2, 3], _int16(0, 3, 1).to("meta"), ValueError, "no contents"),
+    ([0, 2, 2, 3], torch.tensor([9, 0, 2]), TypeError, "torch.int32"),  # of so few no bits are held
+    ([0, 0, 0, 0], torch.tensor([9, 0, 2]), TypeError, "torch.int32"),
 ])  # fmt: skip
 def test_held_columns_that_are_wrong(crow, columns, error, message):
     """Graphs are given them by whoever likes to."""
@@ -94,6 +112,49 @@ def test_held_columns_that_are_wrong(crow, columns, error, message):
     with pytest.raises((TypeError, ValueError)):
         sparse_layer(torch.randn(2, 4, 1, 1), torch.ones(count), None, crow, columns, layer_numbers(4, 3), 1,
                      config_text(None), torch.float32)  # fmt: skip
+
+
+def _bits(change=lambda words: words):
+    """Row pointers and the words of two rows of 70 columns, 40 of them there in the second row."""
+    mask = torch.zeros(2, 70, dtype=torch.bool)
+    mask[0, 3:], mask[1, 30:] = True, True
+    crow, col, _ = dense_pattern(mask)
+    words = compact_pattern(crow, col, (2, 70)).held[1]
+    assert words.dtype == torch.int64
+    return crow, change(words.clone())
+
+
+def _with(place, word):
+    def change(words):
+        words[place] = word
+        return words
+
+    return _bits(change)
+
+
+@pytest.mark.parametrize(("given", "error", "message"), [
+    (_with(0, -1), ValueError, "must have 67 bits below 70 in row 0"),
+    (_with(2, 0), ValueError, "must have 40 bits below 70 in row 1"),
+    (_with(3, 1 << 6 | 0b11111), ValueError, "must have 40 bits below 70 in row 1"),  # as many, but one behind the end
+    (_bits(lambda words: words[:3]), ValueError, "must be 4 words of bits, got 3"),
+    (_bits(lambda words: words[:0]), ValueError, "must be 4 words of bits, got 0"),
+    (_bits(lambda words: words.repeat(2)), ValueError, "must be 4 words of bits, got 8"),
+    (_bits(lambda words: words.to(torch.int32)), ValueError, "from 0 to the number of nonzeros, 4"),
+    (_bits(lambda words: words.to(torch.int16)), ValueError, "from 0 to 4"),
+    ((torch.tensor([0, 71, 107], dtype=torch.int32), _bits()[1]), ValueError, "must ascend, by at most 70"),
+])  # fmt: skip
+def test_held_bits_that_are_wrong(given, error, message):
+    with pytest.raises(error, match=message):
+        checked_pattern(*given, (2, 70), compact=True)
+
+
+@pytest.mark.parametrize("density", [0, 0.2, 0.5, 0.99, 1])
+@pytest.mark.parametrize("inputs", [24, 64, 130])
+def test_every_form_has_columns_in_graphs(density, inputs):
+    layer = linear(density, inputs)
+    for traced, indices in zip(layer._traced_indices(), layer._indices(), strict=True):
+        assert torch.equal(traced, indices)
+        assert traced.dtype == indices.dtype
 
 
 def layer_numbers(inputs, outputs):
@@ -126,15 +187,20 @@ def test_the_plans_read_what_the_module_holds(kind):
     assert layer._pattern.count == layer.nonzeros
 
 
-@pytest.mark.parametrize(("density", "each"), [(0, 0), (0.5, 2), (1, 0)])
-def test_bytes_of_a_module(density, each):
-    layer = linear(density)
-    layer(torch.randn(3, 24, requires_grad=True)).sum().backward()
+#: A bitmap of 60 rows of four words where that is less.
+WORDS = 8 * 60 * 4
+
+
+@pytest.mark.parametrize(("density", "size"), [(0, lambda n: 0), (0.2, lambda n: 2 * n), (0.5, lambda n: WORDS),
+                                               (0.9, lambda n: WORDS), (1, lambda n: 0)])  # fmt: skip
+def test_bytes_of_a_module(density, size):
+    layer = linear(density, 240, 60)
+    layer(torch.randn(3, 240, requires_grad=True)).sum().backward()
     layer.state_dict()
     layer.mask()
     gc.collect()
     held = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-    assert sum(t.nbytes for t in held) == each * layer.nonzeros + 4 * 19 == layer._pattern.nbytes
+    assert sum(t.nbytes for t in held) == size(layer.nonzeros) + 4 * 61 == layer._pattern.nbytes
 
 
 def test_what_nobody_should_write_to():

@@ -13,6 +13,7 @@ cdef class DenseRows(ProductRows):
     cdef tuple _given
     cdef tuple _held
     cdef bytes _bands
+    cdef object _bits
 
     cdef object _of_slots(self, object table)
     cdef int64_t _make_tables(self, list phase, list shift, int64_t channels) except -1

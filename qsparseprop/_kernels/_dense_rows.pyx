@@ -5,13 +5,14 @@ from operator import index as whole
 import torch
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
 from qsparseprop._kernels._dispatch cimport QSP_GROUP, QSP_MAX_EXACT, QSP_UNIT, qsp_band
 from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows, ValuePattern
 from qsparseprop._kernels._tensor cimport pointer
 
 cdef object _int32 = torch.int32
+cdef object _int64 = torch.int64
 
 
 cdef object _padded(object table, int64_t width):
@@ -54,7 +55,9 @@ cdef class DenseRows(ProductRows):
         pattern.check_layouts(groups, tuple(phase), tuple(shift), x, y)
         self.dense.rows, self.dense.groups = self.rows, groups
         self.dense.value_rows, self.dense.columns = pattern.rows, pattern.columns
-        self.dense.value_ptr, self.dense.column = pattern.ptr, pattern.column
+        self.dense.value_ptr, self._bits = pattern.ptr, pattern.bits_for_rows()
+        if self._bits is not None:
+            self.dense.bits = <const uint64_t *> pointer(self._bits, _int64, 1, "bits")
         self._make_tables(phase, shift, x.channels)
 
     cdef int64_t _make_tables(self, list phase, list shift, int64_t channels) except -1:
@@ -153,7 +156,8 @@ cdef class DenseRows(ProductRows):
     @property
     def nbytes(self):
         """Bytes that it holds, without those of the pattern."""
-        return len(self._bands) + sum([t.nbytes for t in self._held])
+        own = 0 if self._bits is None or self._bits is self.pattern.held[1] else self._bits.nbytes
+        return len(self._bands) + own + sum([t.nbytes for t in self._held])
 
     def __repr__(self):
         return f"DenseRows({self.rows} rows, {self.slots} slots)"

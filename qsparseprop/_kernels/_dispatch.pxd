@@ -97,7 +97,7 @@ cdef extern from "kernels.h" nogil:
         int64_t columns
         int64_t groups
         const int32_t *value_ptr
-        const uint16_t *column
+        const uint64_t *bits
         const int32_t *row_of
         const int32_t *entry_of
         int64_t group_rows

@@ -1,7 +1,8 @@
 """Lists of the nonzeros that each row of a product has: where in the planes each reads, and which value goes there.
 
-They are kept in little memory, see `qsp_nonzeros` in ``kernels.h``: two bytes a nonzero and, where the values are not
-in order, four more. What the kernels want of a slot is made from that in each call, for some rows at a time.
+They are kept in little memory, see `qsp_nonzeros` in ``kernels.h``: two bytes a nonzero, none where nothing is zero,
+and four more where the values are not in order. What the kernels want of a slot is made from that in each call, for
+some rows at a time.
 """
 
 from operator import index as whole
@@ -227,7 +228,10 @@ cdef class GatherList(ProductRows):
                     to[k] = -1 if i >= n.first[row + 1] else i if n.index == NULL else n.index[i]
                 else:
                     i = min(i, n.first[row + 1] - 1)
-                    code = n.wide[i] if n.code == NULL else n.code[i]
+                    if n.code != NULL:
+                        code = n.code[i]
+                    else:
+                        code = i - n.first[row] if n.wide == NULL else n.wide[i]
                     to[k] = table[start + code]
         return out
 
@@ -318,16 +322,12 @@ cdef class PatternList(GatherList):
     cdef int64_t _number_rows(self) except -1:
         """Nonzeros as the pattern has them, columns as codes."""
         cdef ValuePattern pattern = self.pattern
-        cdef int64_t i
-        cdef uint16_t *code
-        self.nonzeros.first, self.nonzeros.code, self.nonzeros.wide = pattern.ptr, pattern.column, pattern.wide
-        if pattern.column == NULL and pattern.wide == NULL:  # all columns, which are kept nowhere
-            own = torch.empty(max(pattern.count, 1), dtype=_int16, device="cpu")
-            code = <uint16_t *> pointer(own, _int16, pattern.count, "code")
-            for i in range(pattern.count):
-                code[i] = <uint16_t> (i % pattern.columns)
-            self._held.append(own)
-            self.nonzeros.code = code
+        self.nonzeros.first, self.nonzeros.wide = pattern.ptr, pattern.wide
+        if pattern.column != NULL or pattern.bits != NULL:
+            columns = pattern.columns_for_lists()
+            self.nonzeros.code = <const uint16_t *> pointer(columns, _int16, pattern.count, "code")
+            if pattern.column == NULL:  # made for this list, and others of the pattern
+                self._held.append(columns)
         return 0
 
     cdef int64_t _sort(self, int64_t groups, const int32_t *phase, int64_t taps, int64_t channels) except -1:
@@ -344,6 +344,10 @@ cdef class PatternList(GatherList):
             self._held.append(torch.empty(max(p.count, 1), dtype=_int16, device="cpu"))
             narrow = <uint16_t *> pointer(self._held[len(self._held) - 1], _int16, p.count, "code")
             self.nonzeros.code = narrow
+        cdef const uint16_t *narrow_column = NULL
+        if p.wide == NULL and p.count:
+            columns = p.columns_for_lists()
+            narrow_column = <const uint16_t *> pointer(columns, _int16, p.count, "columns")
         # of each column the row of the first group, and the tap
         scratch = torch.empty(2 * p.columns + self.rows, dtype=_int32, device="cpu")
         cdef int32_t *row_of = <int32_t *> pointer(scratch, _int32, 2 * p.columns + self.rows, "scratch")
@@ -357,14 +361,15 @@ cdef class PatternList(GatherList):
             for row in range(p.rows):
                 group_row = row // outer * inner
                 for i in range(p.ptr[row], p.ptr[row + 1]):
-                    first[row_of[p.column_of(row, i)] + group_row + 1] += 1
+                    c = p.wide[i] if narrow_column == NULL else narrow_column[i]
+                    first[row_of[c] + group_row + 1] += 1
             for row in range(self.rows):
                 first[row + 1] += first[row]
                 next_one[row] = first[row]
             for row in range(p.rows):
                 group_row, code = row // outer * inner, row % outer * taps
                 for i in range(p.ptr[row], p.ptr[row + 1]):
-                    c = p.column_of(row, i)
+                    c = p.wide[i] if narrow_column == NULL else narrow_column[i]
                     k = next_one[row_of[c] + group_row]
                     next_one[row_of[c] + group_row] += 1
                     index[k] = <int32_t> i

@@ -5,4 +5,4 @@ from libc.stdint cimport int64_t
 from qsparseprop._kernels._plan cimport ProductRows
 
 cpdef int64_t multiply(object values, ProductRows rows, object scale, object zero_point, object clip, object planes,
-                       object bias, object out, int threads, float least=*, float greatest=*) except -1
+                       object bias, object out, int threads, bint trained=*, float least=*, float greatest=*) except -1

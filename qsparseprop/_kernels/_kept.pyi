@@ -14,6 +14,7 @@ def multiply(
     bias: Tensor | None,
     out: Tensor,
     threads: int,
+    trained: bool = ...,
     least: float = ...,
     greatest: float = ...,
 ) -> int: ...

@@ -14,10 +14,14 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from qsparseprop._kernels._dispatch cimport QSP_DIGEST, active_kernels, qsp_kernels
-from qsparseprop._kernels._plan cimport ProductRows
+from qsparseprop._kernels._dense_rows cimport DenseRows
+from qsparseprop._kernels._gather_list cimport PatternList
+from qsparseprop._kernels._memory cimport LARGE
+from qsparseprop._kernels._plan cimport ProductRows, ValuePattern
 from qsparseprop._kernels._tensor cimport numel, pointer, tensor_version
 
 from qsparseprop._kernels._matmul import quantized_spmm, spmm
+from qsparseprop._kernels._memory import empty
 from qsparseprop._kernels._weights import quantize_weight
 
 cdef enum:
@@ -133,12 +137,30 @@ cdef Codes _made_codes(const weight_t *w, object values, ProductRows rows, objec
     cdef Codes codes = Codes.__new__(Codes)
     before = digest_of(w.values, w.size, threads)
     codes.size, codes.clip, codes.folded = w.size, w.clip, _together(w.scale, w.zero_point, w.folded)
-    codes.parts = (_empty(rows.slots, dtype=_int8, device=_cpu), _empty(rows.rows, dtype=_float32, device=_cpu),
+    codes.parts = (empty((rows.slots,), _int8), _empty(rows.rows, dtype=_float32, device=_cpu),
                    _empty(rows.rows, dtype=_int64, device=_cpu))
     quantize_weight(values, rows, scale if w.folded else None, zero_point if w.folded else None, clip, *codes.parts,
                     threads)
     codes.digest = before if digest_of(w.values, w.size, threads) == before else None
     return codes
+
+
+cdef bint _may_keep(ProductRows rows, bint trained):
+    """Whether codes may lie beside a weight: where it is trained, only if it takes no more than a dense one with them.
+
+    That is a value and its gradient for each entry, here for each that is there, beside the pattern and codes of both
+    directions. Of small weights nobody counts them.
+    """
+    cdef ValuePattern pattern
+    if not trained or rows.slots < LARGE:
+        return True
+    if isinstance(rows, DenseRows):
+        pattern = (<DenseRows> rows).pattern
+    elif isinstance(rows, PatternList):
+        pattern = (<PatternList> rows).pattern
+    else:
+        return True
+    return 8 * pattern.count + pattern.nbytes + rows.nbytes + 2 * rows.slots <= 8 * pattern.rows * pattern.columns
 
 
 cdef Codes _codes_of(object values, ProductRows rows, object scale, object zero_point, object clip, int threads):
@@ -182,16 +204,23 @@ cdef Codes _codes_of(object values, ProductRows rows, object scale, object zero_
 
 
 cpdef int64_t multiply(object values, ProductRows rows, object scale, object zero_point, object clip, object planes,
-                       object bias, object out, int threads, float least=-INFINITY, float greatest=INFINITY) except -1:
-    """`quantized_spmm` of floats of any width, which keeps the codes of the weight where it comes again and again."""
+                       object bias, object out, int threads, bint trained=True,
+                       float least=-INFINITY, float greatest=INFINITY) except -1:
+    """`quantized_spmm` of floats of any width, which keeps the codes of the weight where it comes again and again.
+
+    `trained` says that the weight has a gradient, or may have, see `_may_keep`.
+    """
     cdef Codes codes = None
+    cdef bint may_keep = _may_keep(rows, trained)
     threads = max(threads, 1)
+    if not may_keep:
+        rows.kept = None  # also what was kept before the weight was trained
     if bias is not None and bias.dtype is not _float32:
         bias = bias.to(_float32)
     if values.dtype is not _float32:
         values = values.to(_float32)  # which is another one each time
-    elif (zero_point is not None and numel(planes) <= MANY_LANES * rows.source.grid.planes and numel(values) > 0
-            and numel(zero_point) == numel(scale)):
+    elif (may_keep and zero_point is not None and numel(planes) <= MANY_LANES * rows.source.grid.planes
+            and numel(values) > 0 and numel(zero_point) == numel(scale)):
         codes = _codes_of(values, rows, scale, zero_point, clip, threads)
     if codes is None:
         quantized_spmm(values, rows, scale, zero_point, clip, planes, bias, out, threads, least, greatest)

@@ -12,6 +12,7 @@ def forward(
     seed: Tensor | None,
     clip: Tensor | None,
     out: Tensor,
+    trained: bool,
     threads: int,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def backward(

@@ -8,10 +8,14 @@ from qsparseprop._kernels._matmul import sddmm
 from qsparseprop._kernels._pack import quantize_pack
 
 
-def forward(x, values, bias, ProductRows rows not None, Scheme scheme not None, seed, clip, out, int threads):
-    """Pack the input, quantise the weight, and multiply into `out`: the planes of the input, scale and zero point."""
+def forward(x, values, bias, ProductRows rows not None, Scheme scheme not None, seed, clip, out, bint trained,
+            int threads):
+    """Pack the input, quantise the weight, and multiply into `out`: the planes of the input, scale and zero point.
+
+    `trained` says that the weight wants a gradient.
+    """
     planes, scale, zero_point = packed = quantize_pack(x, rows.source, scheme, seed, threads)
-    multiply(values, rows, scale, zero_point, clip, planes, bias, out, threads)
+    multiply(values, rows, scale, zero_point, clip, planes, bias, out, threads, trained)
     return packed
 
 
@@ -23,7 +27,7 @@ def backward(dy, values, packed, ProductRows rows not None, ProductRows differen
     """
     planes, scale, zero_point = gradient = quantize_pack(dy, rows.source, scheme, seed, threads)
     if dx is not None:
-        multiply(values, rows, scale, zero_point, clip, planes, None, dx, threads)
+        multiply(values, rows, scale, zero_point, clip, planes, None, dx, threads, differentiated is not None)
     if differentiated is None:
         return None
     x_planes, x_scale, x_zero_point = packed

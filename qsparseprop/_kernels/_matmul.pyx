@@ -27,7 +27,7 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_weight,
 )
 from qsparseprop._kernels._dense_rows cimport DenseRows
-from qsparseprop._kernels._gather_list cimport GatherList
+from qsparseprop._kernels._gather_list cimport GatherList, PatternList
 from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows
 from qsparseprop._kernels._tensor cimport image_pointer, numel, optional_pointer, pointer, strides_t
 from qsparseprop._kernels._weights cimport (
@@ -309,9 +309,12 @@ def sddmm(planes, dy, x_scale, x_zero_point, dy_scale, ProductRows rows not None
         a.scale_x_stride = per_channel(x_scale, a.grid.planes, "x_scale")
         a.zero_stride = per_channel(x_zero_point, a.grid.planes, "x_zero_point")
         a.scale_dy_stride = per_channel(dy_scale, rows.rows, "dy_scale")
-    if values:
-        memset(a.out, 0, values * sizeof(float))  # also what no slot names
-    if rows.slots == 0 or images == 0:
+    # what no slot names is zero; of a pattern each value has one, and so is written by the kernels if they run
+    runs = rows.slots > 0 and images > 0
+    if values and not (runs and (dense or (isinstance(rows, PatternList)
+                                           and values == (<PatternList> rows).pattern.count))):
+        memset(a.out, 0, values * sizeof(float))
+    if not runs:
         return out
     units = qsp_count_units(&a.dy_grid, &a.view, a.images)
     if threads == 1 or rows.slots * units * QSP_UNIT <= SERIAL_WORK:

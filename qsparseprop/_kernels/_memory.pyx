@@ -9,12 +9,11 @@ from libc.stdlib cimport free, malloc
 from qsparseprop._kernels._dlpack cimport QSP_DL_CPU, qsp_dlmanaged
 
 cdef enum:
-    LARGE = 1 << 21  # bytes: a huge page
     MOST_DIMS = 4
 
 
 cdef extern from "pool.h" nogil:
-    void *qsp_pool_take(int64_t size, int64_t *given)
+    void *qsp_pool_take(int64_t size, int for_now, int64_t *given)
     void qsp_pool_give(void *start, int64_t size)
     int64_t qsp_pool_release()
 
@@ -26,7 +25,8 @@ ctypedef struct mapped:
     int64_t strides[MOST_DIMS]
 
 cdef dict _codes = {  # DLPack's code and bits
-    torch.uint8: (1, 8), torch.int8: (0, 8), torch.int16: (0, 16), torch.float32: (2, 32), torch.bfloat16: (4, 16),
+    torch.uint8: (1, 8), torch.int8: (0, 8), torch.int16: (0, 16), torch.int64: (0, 64), torch.float32: (2, 32),
+    torch.bfloat16: (4, 16),
 }
 cdef object _contiguous = torch.contiguous_format
 cdef object _channels_last = torch.channels_last
@@ -45,10 +45,11 @@ cdef void _delete_unused(object capsule) noexcept:
         _delete(<qsp_dlmanaged *> PyCapsule_GetPointer(capsule, "dltensor"))
 
 
-def empty(tuple shape, dtype, bint channels_last=False):
+def empty(tuple shape, dtype, bint channels_last=False, bint for_now=False):
     """A tensor on the CPU whose elements are not set, as from torch.empty; channels_last ones have 4 dimensions.
 
-    The storage of a large one cannot be resized.
+    The storage of a large one cannot be resized. One that is wanted `for_now`, and is gone before others are made, may
+    take the pages that a larger one has left.
     """
     cdef int64_t elements = 1, n, i, dims = len(shape)
     cdef mapped *m
@@ -68,7 +69,7 @@ def empty(tuple shape, dtype, bint channels_last=False):
     m = <mapped *> malloc(sizeof(mapped))
     if m == NULL:
         raise MemoryError()
-    data = qsp_pool_take(elements * (code[1] // 8), &m.size)
+    data = qsp_pool_take(elements * (code[1] // 8), for_now, &m.size)
     if data == NULL:
         free(m)
         return _empty(shape, dtype=dtype, memory_format=_channels_last if channels_last else _contiguous, device=_cpu)

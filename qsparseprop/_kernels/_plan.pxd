@@ -1,6 +1,6 @@
 """What the kernels walk, checked once when it is made: see ``_plan.pyx``."""
 
-from libc.stdint cimport int32_t, int64_t, uint16_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint64_t
 
 from qsparseprop._kernels._dispatch cimport qsp_grid, qsp_view
 
@@ -29,20 +29,22 @@ cdef class PlaneLayout:
 
 cdef class ValuePattern:
     cdef const int32_t *ptr
-    cdef const uint16_t *column  # NULL where every row has all columns, or where they want 32 bits
+    # how columns are held; without any of them every row has all
+    cdef const uint16_t *column
     cdef const int32_t *wide
+    cdef const uint64_t *bits
     cdef readonly int64_t rows
     cdef readonly int64_t columns
     cdef readonly int64_t count
     cdef readonly tuple held
     cdef object _room
+    cdef object _other  # a weak reference to the form that is not held, while somebody uses it
 
-    cdef inline int64_t column_of(self, int64_t row, int64_t value) noexcept nogil:
-        if self.column != NULL:
-            return self.column[value]
-        return value - self.ptr[row] if self.wide == NULL else self.wide[value]
-
-    cdef int64_t _check_columns(self, const int32_t *given, const int32_t *ptr, uint16_t *out) except -1
+    cdef object _take_columns(self, object given, bint held)
+    cdef object _take_bits(self, object given, bint held)
+    cdef int64_t _check_columns(self, object given, uint16_t *out, uint64_t *bits) except -1
+    cdef object columns_for_lists(self)
+    cdef object bits_for_rows(self)
     cdef int64_t check_layouts(self, int64_t groups, tuple phase, tuple shift, PlaneLayout x, PlaneLayout y) except -1
 
 

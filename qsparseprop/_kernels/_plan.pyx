@@ -4,10 +4,12 @@ Nobody can change them afterwards: all numbers are copied, and what Python sees 
 read them without looking at them anew, and without the GIL.
 """
 
+import weakref
+
 import torch
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport int32_t, int64_t, uint16_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint64_t
 
 from qsparseprop._kernels._dispatch cimport QSP_UNIT
 from qsparseprop._kernels._tensor cimport numel, pointer
@@ -22,6 +24,7 @@ cdef enum:
 
 cdef object _int16 = torch.int16
 cdef object _int32 = torch.int32
+cdef object _int64 = torch.int64
 
 
 ctypedef struct pixels_t:
@@ -232,30 +235,19 @@ cdef int64_t view_end(const qsp_grid *grid, const qsp_view *view, int64_t images
     return end + QSP_UNIT
 
 
-cdef extern from *:
-    """
-    /* Columns as 16 bits, those of a row ascending and below `columns`; returns the first bad one, or n.
-       Without `column` they are in `out` already. */
-    static int64_t qsp_narrow(const int32_t *column, const int32_t *ptr, int64_t rows, int64_t columns, uint16_t *out)
-    {
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = ptr[r], least = 0; i < ptr[r + 1]; i++) {
-                /* read once: others may be writing there */
-                const int32_t c = column ? *(const volatile int32_t *)(column + i) : out[i];
-                if (c < least || c >= columns)
-                    return i;
-                least = (int64_t)c + 1;
-                if (out)
-                    out[i] = (uint16_t)c;
-            }
-        return ptr[rows];
-    }
-    """
-    int64_t qsp_narrow(const int32_t *, const int32_t *, int64_t, int64_t, uint16_t *) noexcept nogil
+cdef extern from "pattern.h" nogil:
+    int64_t qsp_words(int64_t)
+    int64_t qsp_narrow(const int32_t *, const int32_t *, int64_t, int64_t, uint16_t *)
+    int64_t qsp_set_bits(const int32_t *, const uint16_t *, const int32_t *, int64_t, int64_t, uint64_t *)
+    int64_t qsp_check_bits(const uint64_t *, const int32_t *, int64_t, int64_t)
+    void qsp_columns_of(const uint64_t *, int64_t, int64_t, uint16_t *)
 
 
 cdef class ValuePattern:
-    """Which entries of a weight, (rows, columns), its values are: in two bytes a value, none where they are all.
+    """Which entries of a weight, (rows, columns), its values are: as columns or as a bitmap.
+
+    What it holds is two bytes a value, or a bit an entry where that is less and a third or more of the entries are
+    there, or nothing where all are. Below, products go by lists, which read columns.
 
     Parameters
     ----------
@@ -270,7 +262,7 @@ cdef class ValuePattern:
         The latter of values.
     held : tuple of Tensor
         What it holds, not to be written to: row pointers as given, and columns: as int32 above 65,536 of them; else
-        int16, the bits of 16 without a sign, and none where every row has all.
+        int16, the bits of 16 without a sign, and none where every row has all; or int64, words of the rows' bitmaps.
     nbytes : int
         Bytes that it holds.
 
@@ -292,45 +284,104 @@ cdef class ValuePattern:
         check_storage(col_indices, "col_indices")
         own, col_indices = crow_indices.clone(), col_indices.resolve_neg()
         cdef int32_t *ptr = <int32_t *> pointer(own, _int32, self.rows + 1, "crow_indices")
-        cdef bint narrow = columns <= WIDE and col_indices.dtype is _int16
-        if narrow and self.count == 0 and ptr[self.rows] == self.rows * columns:
-            self.count = self.rows * columns
+        cdef bint held = columns <= WIDE and (col_indices.dtype is _int64 or col_indices.dtype is _int16)
+        if held and (col_indices.dtype is _int64 or (self.count == 0 and ptr[self.rows] == self.rows * columns)):
+            self.count = ptr[self.rows]
         for i in range(self.rows):
             if ptr[i + 1] < ptr[i] or <int64_t> ptr[i + 1] - ptr[i] > columns:
                 raise ValueError(f"crow_indices must ascend, by at most {columns}")
         if ptr[0] != 0 or ptr[self.rows] != self.count:
             raise ValueError(f"crow_indices must ascend from 0 to {self.count}")
-        cdef const int32_t *given = NULL
-        if self.count and not narrow:
-            given = <const int32_t *> pointer(col_indices, _int32, self.count, "col_indices")
-        cdef uint16_t *out = NULL
-        if columns > WIDE:
-            columns_held = col_indices.clone()
-        elif self.count == self.rows * columns:
-            columns_held = torch.empty(0, dtype=_int16, device="cpu")
-        else:
-            # of no columns, `out` points to memory all the same
-            self._room = room = torch.empty(max(self.count, 1), dtype=_int16, device="cpu")
-            out = <uint16_t *> pointer(room, _int16, self.count, "col_indices")
-            columns_held = room if self.count else room.new_empty(0)
-            if narrow:
-                columns_held.copy_(col_indices)
-        self._check_columns(given, ptr, out)
-        self.ptr, self.column, self.held = ptr, out, (own, columns_held)
-        if columns > WIDE and self.count:
-            self.wide = <const int32_t *> pointer(columns_held, _int32, self.count, "col_indices")
+        self.ptr = ptr
+        self.held = (own, self._take_columns(col_indices, held))
 
-    cdef int64_t _check_columns(self, const int32_t *given, const int32_t *ptr, uint16_t *out) except -1:
-        """Check columns that are given, or in `out`, where they are left."""
+    cdef object _take_columns(self, object given, bint held):
+        """Columns as they are to be held, of CSR or, where they are `held`, of another pattern's."""
+        cdef int64_t bytes_of_bits = 8 * self.rows * qsp_words(self.columns)
+        if self.columns > WIDE:
+            own = given.clone() if given.is_contiguous() else given
+            self._check_columns(own, NULL, NULL)
+            if self.count:
+                self.wide = <const int32_t *> pointer(own, _int32, self.count, "col_indices")
+            return own
+        if self.count == self.rows * self.columns:
+            if not (held and numel(given) == 0):
+                self._check_columns(given, NULL, NULL)
+            return torch.empty(0, dtype=_int16, device="cpu")
+        if 3 * self.count >= self.rows * self.columns and bytes_of_bits < 2 * self.count:
+            return self._take_bits(given, held)
+        # of no columns, `column` points to memory all the same
+        room = self._room = torch.empty(max(self.count, 1), dtype=_int16, device="cpu")
+        cdef uint16_t *out = <uint16_t *> pointer(room, _int16, self.count, "col_indices")
+        own = room if self.count else room.new_empty(0)
+        if held and given.dtype is _int16:
+            own.copy_(given)
+            given = None
+        self._check_columns(given, out, NULL)
+        self.column = out
+        return own
+
+    cdef object _take_bits(self, object given, bint held):
+        cdef int64_t words = self.rows * qsp_words(self.columns), bad
+        cdef uint64_t *out
+        if held and given.dtype is _int64:
+            if numel(given) != words:
+                raise ValueError(f"col_indices must be {words} words of bits, got {numel(given)}")
+            own = given.clone()
+            out = <uint64_t *> pointer(own, _int64, words, "col_indices")
+            bad = qsp_check_bits(out, self.ptr, self.rows, self.columns)
+            if bad != self.rows:
+                raise ValueError(f"col_indices must have {self.ptr[bad + 1] - self.ptr[bad]} bits below "
+                                 f"{self.columns} in row {bad}")
+        else:
+            own = torch.empty(words, dtype=_int64, device="cpu")
+            out = <uint64_t *> pointer(own, _int64, words, "col_indices")
+            self._check_columns(given, NULL, out)
+        self.bits = out
+        return own
+
+    cdef int64_t _check_columns(self, object given, uint16_t *out, uint64_t *bits) except -1:
+        """Check columns of CSR, or without them those in `out`, and leave them there or as bits."""
         cdef int64_t bad
-        if given == NULL and out == NULL:
-            return 0
+        cdef const int32_t *column = NULL
+        if given is not None and (self.count or numel(given)):
+            column = <const int32_t *> pointer(given, _int32, self.count, "col_indices")
         with nogil:
-            bad = qsp_narrow(given, ptr, self.rows, self.columns, out)
+            if bits != NULL:
+                bad = qsp_set_bits(column, NULL, self.ptr, self.rows, self.columns, bits)
+            else:
+                bad = qsp_narrow(column, self.ptr, self.rows, self.columns, out)
         if bad != self.count:
             raise ValueError(f"col_indices must ascend in each row and lie in [0, {self.columns}), got "
-                             f"{out[bad] if given == NULL else given[bad]} at {bad}")
+                             f"{out[bad] if column == NULL else column[bad]} at {bad}")
         return 0
+
+    cdef object columns_for_lists(self):
+        """Columns as 16 bits, which whoever uses them is to hold: those that are held, or made once for all users."""
+        if self.column != NULL:
+            return self._room
+        made = None if self._other is None else self._other()
+        if made is None:
+            made = torch.empty(max(self.count, 1), dtype=_int16, device="cpu")
+            qsp_columns_of(self.bits, self.rows, self.columns,
+                           <uint16_t *> pointer(made, _int16, self.count, "col_indices"))
+            self._other = weakref.ref(made)
+        return made
+
+    cdef object bits_for_rows(self):
+        """The bitmap in the same way; None where every row has all."""
+        cdef int64_t words = self.rows * qsp_words(self.columns)
+        if self.bits != NULL:
+            return self.held[1]
+        if self.column == NULL:
+            return None
+        made = None if self._other is None else self._other()
+        if made is None:
+            made = torch.empty(words, dtype=_int64, device="cpu")
+            qsp_set_bits(NULL, self.column, self.ptr, self.rows, self.columns,
+                         <uint64_t *> pointer(made, _int64, words, "col_indices"))
+            self._other = weakref.ref(made)
+        return made
 
     cdef int64_t check_layouts(self, int64_t groups, tuple phase, tuple shift, PlaneLayout x, PlaneLayout y) except -1:
         """Check that groups and taps make a convolution of this weight from planes x to y."""
@@ -356,9 +407,7 @@ cdef class ValuePattern:
         """Column of each value, int32."""
         if self.columns > WIDE:
             return self.held[1].clone()
-        if self.column == NULL:
-            return torch.arange(self.columns, dtype=_int32, device="cpu").repeat(self.rows)
-        return self.held[1].view(torch.uint16).to(_int32)
+        return self.columns_for_lists()[:self.count].view(torch.uint16).to(_int32)
 
     @property
     def nbytes(self):

@@ -21,8 +21,11 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_weight,
 )
 from qsparseprop._kernels._gather_list cimport GatherList
+from qsparseprop._kernels._memory cimport LARGE
 from qsparseprop._kernels._plan cimport ProductRows
 from qsparseprop._kernels._tensor cimport numel, pointer
+
+from qsparseprop._kernels._memory import empty
 
 cdef object _float32 = torch.float32
 cdef object _int32 = torch.int32
@@ -58,11 +61,14 @@ cdef int64_t cut_rows(const qsp_nonzeros *l, int64_t first, int64_t last, int64_
 
 
 # Scratch memory of the last calls (sums of weight gradients), kept: fresh memory of this size would cost more in page
-# faults than its use. A call takes one out, so that threads never share it.
+# faults than its use. A call takes one out, so that threads never share it. What is large, the codes of dense rows,
+# would lie beside values and gradients for ever, and so comes from the pages of results.
 _spare_scratch = []
 
 
 cdef object take_scratch(int64_t size):
+    if size >= LARGE // 8:
+        return empty((size,), _int64, False, True)
     while _spare_scratch:
         scratch = _spare_scratch.pop()
         if scratch.numel() >= size:
@@ -72,7 +78,8 @@ cdef object take_scratch(int64_t size):
 
 cdef int64_t give_scratch(object scratch) except -1:
     """Let a later call have it."""
-    _spare_scratch.append(scratch)
+    if scratch.numel() < LARGE // 8:
+        _spare_scratch.append(scratch)
     return 0
 
 
@@ -166,7 +173,7 @@ cdef int64_t quantize_dense(const qsp_weight *a, DenseRows rows, int threads) ex
     cdef int64_t tiles = d.groups * ((d.value_rows // d.groups + QSP_UNIT - 1) // QSP_UNIT)
     cdef int64_t chunks = 1 if threads == 1 or rows.slots < 1 << 15 else min(<int64_t> threads, d.value_rows)
     # lines of floats that a chunk needs: a matrix without zeros is read where it is
-    cdef int64_t each = 2 if not rows.swapped else 0 if d.column == NULL else QSP_UNIT
+    cdef int64_t each = 2 if not rows.swapped else 0 if d.bits == NULL else QSP_UNIT
     cdef int64_t lines = chunks * line * each, size
     cdef float *space
     cdef uint32_t *most

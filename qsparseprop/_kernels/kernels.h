@@ -13,6 +13,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "pattern.h"
+
 #define QSP_UNIT 64       /* lanes of one unit */
 #define QSP_DIGEST 24     /* sums of 64 bits that are a digest */
 #define QSP_GROUP 4       /* nonzeros that one step of gather-SpMM takes */
@@ -62,7 +64,7 @@ typedef struct {
     const int32_t *group_ptr; /* [rows + 1] */
     const int32_t *first;     /* [rows + 1]: the first nonzero of a row */
     const uint16_t *code;     /* [nonzeros], or NULL where 16 bits are not enough, then */
-    const int32_t *wide;      /* [nonzeros] */
+    const int32_t *wide;      /* [nonzeros]; without either a row has its whole table, in order */
     const int32_t *table;     /* [rows] where the table of a row begins, or NULL: all have the same */
     const int32_t *offset, *plane; /* of the tables: as in qsp_list; the plane that it lies in */
     int32_t step;             /* where offsets of all tables, one behind the other, are this far apart; otherwise 0 */
@@ -84,7 +86,7 @@ typedef struct {
     /* The pattern of the values, (out_channels, columns) cut into groups of rows. */
     int64_t value_rows, columns, groups;
     const int32_t *value_ptr; /* [value_rows + 1] */
-    const uint16_t *column;   /* [values] ascending in each row; NULL: every row has all */
+    const uint64_t *bits;     /* [value_rows][qsp_words(columns)], see pattern.h; NULL: every row has all */
     /* NULL where the matrix' rows are the values' rows and its entries their columns; otherwise where a column of the
      * first group has its row, and the entry there of the group's first value row. The row of another group is further
      * on by `group_rows`, the entry of another value row by one. */

@@ -3,8 +3,9 @@
  * The C library returns the largest blocks to the system at once, whose first use then costs more page faults than the
  * kernels need for their work, and keeps smaller ones for later: those of a training step leave holes between each
  * other, and the process grows to several times what it uses. Here freed blocks are kept for a later one of about the
- * same size, and go when one comes that none fits, as many bytes as it asks for: so blocks in use and kept ones are
- * together never more than those in use were at some time, but for what threads take while another one is at it. */
+ * same size, and go when one comes that none fits, as many bytes as it asks for; meanwhile they serve as scratch memory.
+ * So blocks in use and kept ones are together never more than those in use were at some time, but for what threads take
+ * while another one is at it. */
 #ifndef QSPARSEPROP_POOL_H
 #define QSPARSEPROP_POOL_H
 
@@ -58,15 +59,29 @@ static inline void qsp_unmap_all(const qsp_block *blocks, int count)
         (void)munmap(blocks[i].start, (size_t)blocks[i].size);
 }
 
-/* A block of at least so many bytes, whatever they contain; its size in *size. NULL where there is none. */
-static inline void *qsp_pool_take(int64_t bytes, int64_t *size)
+/* The smallest kept block of at least so many bytes and at most `largest`, the newest of these; -1 where there is none. */
+static inline int qsp_kept_find(int64_t bytes, int64_t largest)
+{
+    int found = -1;
+    for (int i = qsp_kept_count - 1; i >= 0; i--)
+        if (qsp_kept[i].size >= bytes && qsp_kept[i].size <= largest) {
+            found = i;
+            largest = qsp_kept[i].size - 1;
+        }
+    return found;
+}
+
+/* A block of at least so many bytes, whatever they contain; its size in *size. NULL where there is none. What is
+ * taken `for_now`, and given back before results are wanted, may be a larger block that waits for another use, in place
+ * of a new one beside it. */
+static inline void *qsp_pool_take(int64_t bytes, int for_now, int64_t *size)
 {
     qsp_block gone[QSP_KEPT_BLOCKS], block = {NULL, 0};
     int count = 0;
     if (qsp_kept_enter()) {
-        for (int i = qsp_kept_count - 1; i >= 0 && !block.start; i--)
-            if (qsp_kept[i].size >= bytes && qsp_kept[i].size - bytes <= bytes / 8)
-                block = qsp_kept_remove(i);
+        const int i = qsp_kept_find(bytes, for_now ? INT64_MAX : bytes + bytes / 8);
+        if (i >= 0)
+            block = qsp_kept_remove(i);
         if (!block.start)
             count = qsp_kept_evict(bytes, gone);
         qsp_kept_leave();
@@ -118,9 +133,9 @@ static inline int64_t qsp_pool_release(void)
 }
 
 #else /* left to the C library */
-static inline void *qsp_pool_take(int64_t bytes, int64_t *size)
+static inline void *qsp_pool_take(int64_t bytes, int for_now, int64_t *size)
 {
-    (void)bytes, (void)size;
+    (void)bytes, (void)for_now, (void)size;
     return NULL;
 }
 static inline void qsp_pool_give(void *start, int64_t size) { (void)start, (void)size; }

@@ -110,8 +110,8 @@ def checked_pattern(
     TypeError, ValueError
         See `check_pattern`.
     """
-    if compact and isinstance(col_indices, Tensor) and col_indices.dtype == torch.int16:
-        _check_sizes(crow_indices, col_indices, shape, "", (torch.int32, torch.int16))
+    if compact and isinstance(col_indices, Tensor) and col_indices.dtype in (torch.int16, torch.int64):
+        _check_sizes(crow_indices, col_indices, shape, "", (torch.int16, torch.int64))
     else:
         check_pattern(crow_indices, col_indices, shape)
     return ValuePattern(crow_indices, col_indices, shape[1])

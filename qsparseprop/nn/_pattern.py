@@ -87,10 +87,16 @@ class PatternHolder:
         crow, held = self._crow, self._columns
         if held.dtype == torch.int32:
             return crow.clone(), held.clone()
-        if held.numel() == self._values_shape.numel():
+        count, rows = self._values_shape.numel(), crow.numel() - 1
+        if held.dtype == torch.int64:
+            bits = (held[:, None] >> torch.arange(64) & 1).view(-1)
+            # bits that are not set go behind the others, since operations that a graph has give results of known sizes
+            place = torch.where(bits != 0, bits.cumsum(0) - 1, count)
+            column = torch.arange(bits.numel() // rows, dtype=torch.int32).repeat(rows)
+            return crow.clone(), column.new_empty(count + 1).scatter(0, place, column)[:-1]
+        if held.numel() == count:
             return crow.clone(), held.to(torch.int32) & 0xFFFF
-        rows = crow.numel() - 1  # all of it, which needs no columns
-        return crow.clone(), torch.arange(self._values_shape.numel() // rows, dtype=torch.int32).repeat(rows)
+        return crow.clone(), torch.arange(count // rows, dtype=torch.int32).repeat(rows)  # all, which needs no columns
 
     def _assign(self, place: int, given: Tensor) -> None:
         if not isinstance(given, Tensor):

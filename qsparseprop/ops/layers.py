@@ -144,7 +144,8 @@ def layer_forward_plain(
             _give_own_fronts(packed, plan, x.shape[0])
         multiply_plain(packed, values, rows, out, bias, clip)
     else:
-        packed = Packed(*_layer.forward(x, values, bias, rows, scheme, seed, clip, out, torch.get_num_threads()))
+        packed = Packed(*_layer.forward(x, values, bias, rows, scheme, seed, clip, out, save,
+                                        torch.get_num_threads()))  # fmt: skip
     if not save:
         return out, None
     if scheme is not None and in_floats:

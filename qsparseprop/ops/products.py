@@ -316,7 +316,7 @@ def multiply_plain(
     planes, scale, zero_point = operand
     threads = torch.get_num_threads()
     if scale is not None and not profiler_is_on():
-        _kept.multiply(values, rows, scale, zero_point, clip, planes, bias, out, threads, *limits)
+        _kept.multiply(values, rows, scale, zero_point, clip, planes, bias, out, threads, True, *limits)
         return out
     if values.dtype is not torch.float32:
         values = values.to(torch.float32)

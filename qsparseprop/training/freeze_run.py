@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qsparseprop.inference import freeze, save
-from qsparseprop.inference.report import measure_accuracy
+from qsparseprop.inference.report import FreezeReport, measure_accuracy
 from qsparseprop.utils.errors import ConfigurationError
 
 from .finetuner import CheckpointError, read_checkpoint
@@ -102,7 +102,8 @@ def freeze_checkpoint(
     Returns
     -------
     dict
-        ``top1_before`` and ``top1_after`` in percent, ``layers`` (rows of the report), ``bytes`` of the file, ``config``.
+        ``top1_before`` and ``top1_after`` in percent, ``layers`` (rows of the report), ``bytes`` of the file,
+        ``config``.
 
     Raises
     ------
@@ -122,8 +123,8 @@ def freeze_checkpoint(
                     metric=lambda one: measure_accuracy(one, test))  # fmt: skip
     save(frozen, out)
     report = frozen.freeze_report
+    assert isinstance(report, FreezeReport)
     say(str(report))
-    assert report is not None
     return {"top1_before": report.metric_before, "top1_after": report.metric_after,
             "layers": [asdict(layer) for layer in report], "bytes": Path(out).stat().st_size,
             "config": asdict(config)}  # fmt: skip

@@ -102,6 +102,55 @@ QSP_INLINE f32x16 f32x16_keep(f32x16 v, uint32_t bits)
 {
     return f32x16_of(f32x8_keep(v.a, bits), f32x8_keep(v.b, bits >> 8));
 }
+#if ISA_DOT == DOT_EVEX
+#if defined(__GNUC__)
+#define KEEP_BOTH(a, b) __asm__("" : "+v"(a), "+v"(b))
+#else
+#define KEEP_BOTH(a, b) ((void)0)
+#endif
+QSP_INLINE __m256 f32x8_mul_spread(const float *p, uint32_t bits, __m256 factor)
+{
+    const __m256 v = _mm256_maskz_expand_ps((__mmask8)bits, _mm256_loadu_ps(p));
+    return _mm256_maskz_mul_ps((__mmask8)bits, v, factor);
+}
+QSP_INLINE void f32x16_store_side(float *p, f32x16 v, uint32_t bits)
+{
+    __m256 a = _mm256_maskz_compress_ps((__mmask8)bits, v.a), b = _mm256_maskz_compress_ps((__mmask8)(bits >> 8), v.b);
+    KEEP_BOTH(a, b); /* first: into memory it is microcode (Zen 4) */
+    _mm256_storeu_ps(p, a);
+    _mm256_storeu_ps(p + __builtin_popcount(bits & 0xff), b);
+}
+#else
+/* Each place reads the element whose number is how many bits are set before it. */
+QSP_INLINE __m256 f32x8_mul_spread(const float *p, uint32_t bits, __m256 factor)
+{
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i in = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), bit), bit);
+    __m256i sum = _mm256_add_epi32(in, _mm256_slli_si256(in, 4)); /* of each half, minus how many there are up to here */
+    sum = _mm256_add_epi32(sum, _mm256_slli_si256(sum, 8));
+    const __m256i low = _mm256_permutevar8x32_epi32(sum, _mm256_set1_epi32(3));
+    sum = _mm256_add_epi32(sum, _mm256_blend_epi32(_mm256_setzero_si256(), low, 0xf0));
+    const __m256i before = _mm256_xor_si256(sum, _mm256_set1_epi32(-1)); /* -sum - 1 */
+    const __m256 v = _mm256_mul_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(p), before), factor);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(in));
+}
+QSP_INLINE void f32x16_store_side(float *p, f32x16 v, uint32_t bits)
+{
+    QSP_ALIGNED(32) float line[16];
+    _mm256_store_ps(line, v.a);
+    _mm256_store_ps(line + 8, v.b);
+    QSP_UNROLL
+    for (int i = 0, n = 0; i < 16; i++) { /* all are written, the wrong ones again: a branch would be guessed wrong */
+        p[n] = line[i];
+        n += (int)(bits >> i & 1);
+    }
+}
+#endif
+QSP_INLINE f32x16 f32x16_mul_spread(const float *p, uint32_t bits, f32x16 factor)
+{
+    const float *upper = p + __builtin_popcount(bits & 0xff);
+    return f32x16_of(f32x8_mul_spread(p, bits, factor.a), f32x8_mul_spread(upper, bits >> 8, factor.b));
+}
 QSP_INLINE __m256 f32x8_load_u8(const uint8_t *p)
 {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));

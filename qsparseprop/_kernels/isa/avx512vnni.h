@@ -64,6 +64,18 @@ QSP_INLINE f32x16 f32x16_keep(f32x16 v, uint32_t bits)
     KEEP(v); /* in a register: gcc makes a masked load of it, which was several times slower out of the cache (Zen 5) */
     return _mm512_maskz_mov_ps((__mmask16)bits, v);
 }
+QSP_INLINE f32x16 f32x16_mul_spread(const float *p, uint32_t bits, f32x16 factor)
+{
+    f32x16 v = f32x16_load(p);
+    KEEP(v); /* likewise */
+    return _mm512_maskz_mul_ps((__mmask16)bits, _mm512_maskz_expand_ps((__mmask16)bits, v), factor);
+}
+QSP_INLINE void f32x16_store_side(float *p, f32x16 v, uint32_t bits)
+{
+    f32x16 side = _mm512_maskz_compress_ps((__mmask16)bits, v);
+    KEEP(side); /* first: into memory it is microcode (Zen 4) */
+    f32x16_store(p, side);
+}
 QSP_INLINE f32x16 f32x16_load_u8(const uint8_t *p)
 {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));

@@ -66,6 +66,12 @@ static inline f32x16 f32x16_is_nonzero(f32x16 v);
 static inline uint32_t f32x16_between(f32x16 v, f32x16 low, f32x16 high);
 /* v at the places whose bit is set, zero elsewhere; the upper sixteen bits may be anything. */
 static inline f32x16 f32x16_keep(f32x16 v, uint32_t bits);
+/* What follows p, in order, at the places whose bit is set, times what `factor` has there; zero elsewhere, whatever factor
+ * has. The upper sixteen bits are zero. Sixteen elements may be read. */
+static inline f32x16 f32x16_mul_spread(const float *p, uint32_t bits, f32x16 factor);
+/* The other way round: what is at places whose bit is set, side by side, and behind that anything: sixteen elements may
+ * be written. The upper sixteen bits are zero. */
+static inline void f32x16_store_side(float *p, f32x16 v, uint32_t bits);
 /* In any order of additions: the last bits may differ. */
 static inline float f32x16_reduce_add(f32x16 v);
 /* Any of them where there is a NaN. */

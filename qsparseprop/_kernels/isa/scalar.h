@@ -54,6 +54,28 @@ QSP_INLINE uint32_t f32x16_between(f32x16 v, f32x16 low, f32x16 high)
     return bits;
 }
 QSP_INLINE f32x16 f32x16_keep(f32x16 v, uint32_t bits) { RETURN_F32X16(bits >> i & 1 ? v.v[i] : 0.0f); }
+QSP_INLINE f32x16 f32x16_mul_spread(const float *p, uint32_t bits, f32x16 factor)
+{
+    f32x16 r;
+    QSP_UNROLL
+    for (int i = 0; i < 16; i++) { /* no branch, which patterns would mislead every other time */
+        const uint32_t there = bits >> i & 1;
+        const float v = *p * factor.v[i];
+        uint32_t word;
+        memcpy(&word, &v, sizeof word);
+        word &= 0U - there;
+        memcpy(&r.v[i], &word, sizeof word);
+        p += i < 15 ? there : 0;
+    }
+    return r;
+}
+QSP_INLINE void f32x16_store_side(float *p, f32x16 v, uint32_t bits)
+{
+    for (int i = 0, n = 0; i < 16; i++) { /* all are written, the wrong ones again: a branch would be guessed wrong */
+        p[n] = v.v[i];
+        n += (int)(bits >> i & 1);
+    }
+}
 QSP_INLINE f32x16 f32x16_load_u8(const uint8_t *p) { RETURN_F32X16((float)p[i]); }
 QSP_INLINE float f32x16_reduce_add(f32x16 v)
 {

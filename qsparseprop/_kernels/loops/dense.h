@@ -131,26 +131,28 @@ QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, int64_t row, int64_t firs
 {
     const qsp_dense *d = a->dense;
     const float scale_dy = a->scale_dy[row * a->scale_dy_stride];
-    const int64_t end = d->value_ptr[row + 1];
-    const uint16_t *column = d->column;
-    int64_t i = d->value_ptr[row];
-    if (!column) {
-        float *out = a->out + i + first;
-        const int64_t n = qsp_min(size, d->columns - first);
+    const int64_t n = qsp_min(size, d->columns - first); /* the table may have padding */
+    float *out = a->out + d->value_ptr[row] + values_between(d, row, 0, first);
+    if (!d->bits) {
         for (int64_t k = 0; k < n; k++)
             out[k] = e->value[k] * (e->scale[k] * scale_dy);
         return;
     }
-    for (int64_t high = end; i < high;) { /* the first column that is not below */
-        const int64_t middle = (i + high) / 2;
-        if (column[middle] < first)
-            i = middle + 1;
-        else
-            high = middle;
-    }
-    for (; i < end && column[i] < first + size; i++) {
-        const int64_t k = column[i] - first;
-        a->out[i] = e->value[k] * (e->scale[k] * scale_dy);
+    const uint64_t *row_bits = d->bits + row * qsp_words(d->columns);
+    const float *end = out + values_between(d, row, first, first + n);
+    for (int64_t k = 0; out < end; k += 16) {
+        const uint32_t bits = bits_at(row_bits, first + k);
+        const int there_are = __builtin_popcount(bits);
+        const f32x16 scale = f32x16_mul(columns_at(e->scale, k, size), f32x16_set1(scale_dy));
+        const f32x16 value = f32x16_mul(columns_at(e->value, k, size), scale);
+        if (end - out >= 16) { /* what is written too much is written again */
+            f32x16_store_side(out, value, bits);
+        } else {
+            float line[16];
+            f32x16_store_side(line, value, bits);
+            memcpy(out, line, (size_t)there_are * sizeof *line);
+        }
+        out += there_are;
     }
 }
 

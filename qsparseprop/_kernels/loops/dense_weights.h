@@ -1,40 +1,16 @@
 /* Values -> the matrix of dense rows: int8 codes with one scale a row, as weights.h makes them for the slots of lists. */
 
-/* How many of a value row there are, and which: all columns where `column` is NULL. */
-QSP_INLINE int64_t values_of_row(const qsp_weight *a, int64_t row, const float **value, const uint16_t **column)
-{
-    const qsp_dense *d = a->dense;
-    const int64_t first = d->value_ptr[row];
-    *value = a->values + first;
-    *column = d->column ? d->column + first : NULL;
-    return d->value_ptr[row + 1] - first;
-}
-
-/* A value row as a line with zeros, up to a multiple of 16. `factor` goes with the columns; without it `common` does. Only
- * what is there is multiplied: a factor may be NaN. */
+/* A value row as a line with zeros, up to a multiple of 16. `factor` goes with the columns; without it `common` does. */
 QSP_INLINE void expand_row(const qsp_weight *a, int64_t row, float *line, const float *factor, float common)
 {
-    const float *value;
-    const uint16_t *column;
-    const int64_t n = values_of_row(a, row, &value, &column), end = (a->dense->columns + 15) / 16 * 16;
-    if (column)
-        memset(line, 0, (size_t)end * sizeof *line);
-    for (int64_t i = 0; column && factor && i < n; i++)
-        line[column[i]] = value[i] * factor[column[i]];
-    for (int64_t i = 0; column && !factor && i < n; i++)
-        line[column[i]] = value[i] * common;
-    for (int64_t k = 0; !column && k < end; k += 16) {
-        const int m = (int)qsp_min(16, n - k);
-        const f32x16 f = factor ? f32x16_load(factor + k) : f32x16_set1(common);
-        f32x16_store(line + k, f32x16_mul(f32x16_load_n(value + k, m), f));
-    }
-}
-
-/* Sixteen columns of a line, zeros behind the last. */
-QSP_INLINE f32x16 columns_at(const float *line, int64_t column, int64_t columns)
-{
-    return column + 16 <= columns ? f32x16_load(line + column)
-                                  : f32x16_load_n(line + column, (int)(columns - column));
+    const int64_t end = (a->dense->columns + 15) / 16 * 16;
+    value_row r = row_of_values(a->dense, a->values, row);
+    if (factor)
+        for (int64_t k = 0; k < end; k += 16)
+            f32x16_store(line + k, next_values(&r, k, f32x16_load(factor + k)));
+    else
+        for (int64_t k = 0; k < end; k += 16)
+            f32x16_store(line + k, next_values(&r, k, f32x16_set1(common)));
 }
 
 static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, float *line)
@@ -49,10 +25,8 @@ static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, 
         for (int64_t k = 0; factor && known != b && k < end; k++)
             factor[k] = k < d->columns ? a->factor[d->plane[b->table + k]] : 1.0f;
         known = b;
-        const float *value;
-        const uint16_t *column;
-        values_of_row(a, row, &value, &column);
-        if (column || factor) { /* otherwise the values are the line */
+        const float *value = a->values + d->value_ptr[row];
+        if (d->bits || factor) { /* otherwise the values are the line */
             expand_row(a, row, line, factor, 1.0f);
             value = line;
         }
@@ -73,25 +47,22 @@ static void dense_rows_kernel(const qsp_weight *a, int64_t first, int64_t last, 
 static void dense_column_max_kernel(const qsp_weight *a, int64_t first, int64_t last, float *most)
 {
     const qsp_dense *d = a->dense;
+    const int64_t rest = d->columns % 16, whole = d->columns - rest;
     for (int64_t row = first; row < last; row++) {
-        const float *value;
-        const uint16_t *column;
-        const int64_t n = values_of_row(a, row, &value, &column);
-        const float factor = a->factor ? a->factor[row] : 1.0f;
+        value_row r = row_of_values(d, a->values, row);
+        const f32x16 factor = f32x16_set1(a->factor ? a->factor[row] : 1.0f);
         float *to = most + row / (d->value_rows / d->groups) * d->columns;
-        int64_t i = 0;
-        for (; !column && i + 16 <= n; i += 16)
-            u32x16_store_bits(to + i, u32x16_max_abs(u32x16_load_bits(to + i),
-                                                     f32x16_mul(f32x16_load(value + i), f32x16_set1(factor))));
-        for (; i < n; i++) {
-            const float v = value[i] * factor;
-            const int64_t c = column ? column[i] : i;
-            uint32_t bits, known;
-            memcpy(&bits, &v, sizeof bits);
-            memcpy(&known, to + c, sizeof known);
-            bits &= 0x7fffffff;
-            if (bits > known)
-                memcpy(to + c, &bits, sizeof bits);
+        if (d->bits) /* two loops, which do not ask which of them they are */
+            for (int64_t k = 0; k < whole; k += 16)
+                u32x16_store_bits(to + k, u32x16_max_abs(u32x16_load_bits(to + k), next_values(&r, k, factor)));
+        else
+            for (int64_t k = 0; k < whole; k += 16)
+                u32x16_store_bits(to + k, u32x16_max_abs(u32x16_load_bits(to + k), next_values(&r, k, factor)));
+        if (rest) { /* behind them are the columns of another group */
+            float line[16] = {0};
+            memcpy(line, to + whole, (size_t)rest * sizeof *line);
+            u32x16_store_bits(line, u32x16_max_abs(u32x16_load_bits(line), next_values(&r, whole, factor)));
+            memcpy(to + whole, line, (size_t)rest * sizeof *line);
         }
     }
 }
@@ -154,10 +125,9 @@ static void dense_columns_kernel(const qsp_weight *a, int64_t tile, const float 
     float factor[QSP_UNIT];
     for (int i = 0; i < n; i++) {
         const int64_t r = group * in_group + row + i;
-        const uint16_t *column;
-        values_of_row(a, r, &line[i], &column);
+        line[i] = a->values + d->value_ptr[r];
         factor[i] = a->factor ? a->factor[r] : 1.0f;
-        if (column) {
+        if (d->bits) {
             expand_row(a, r, lines + i * pitch, NULL, factor[i]);
             line[i] = lines + i * pitch;
             factor[i] = 1.0f;

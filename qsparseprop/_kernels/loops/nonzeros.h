@@ -17,6 +17,9 @@ QSP_INLINE void look_up(const qsp_nonzeros *l, int64_t row, const int32_t *table
         const uint16_t *code = l->code + first;
         for (int64_t k = 0; k < there; k++)
             out[k] = table[code[k]];
+    } else if (!l->wide) {
+        for (int64_t k = 0; k < there; k++)
+            out[k] = table[from + k];
     } else {
         const int32_t *code = l->wide + first;
         for (int64_t k = 0; k < there; k++)
@@ -30,14 +33,19 @@ QSP_INLINE void look_up(const qsp_nonzeros *l, int64_t row, const int32_t *table
 QSP_INLINE void row_offsets(const qsp_nonzeros *l, int64_t row, int32_t *out)
 {
     const int64_t n = nonzeros_of_row(l, row), slots = slots_of_row(l, row);
-    if (!l->step || !l->code) {
+    if (!l->step || l->wide) {
         look_up(l, row, l->offset, 0, slots, out);
         return;
     }
-    const uint16_t *code = l->code + l->first[row];
     const int32_t start = l->offset[l->table ? l->table[row] : 0], step = l->step;
-    for (int64_t k = 0; k < n; k++)
-        out[k] = start + code[k] * step;
+    if (l->code) {
+        const uint16_t *code = l->code + l->first[row];
+        for (int64_t k = 0; k < n; k++)
+            out[k] = start + code[k] * step;
+    } else {
+        for (int64_t k = 0; k < n; k++)
+            out[k] = start + (int32_t)k * step;
+    }
     for (int64_t k = n; k < slots; k++)
         out[k] = out[n - 1];
 }

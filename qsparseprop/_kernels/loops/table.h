@@ -13,6 +13,8 @@
 #include "loops/unpack.h"
 
 #include "loops/requantize.h"
+
+#include "loops/bitmap.h"
 #endif
 
 #if !defined(ISA_PRODUCTS_ONLY) && !defined(ISA_DENSE_ONLY)

@@ -9,6 +9,9 @@ QSP_INLINE void places_at(const qsp_nonzeros *l, int64_t row, int64_t from, int6
     if (l->code)
         for (int64_t i = 0; i < there; i++)
             place[i] = l->code[first + i];
+    else if (!l->wide)
+        for (int64_t i = 0; i < there; i++)
+            place[i] = (int32_t)(from + i);
     else
         for (int64_t i = 0; i < there; i++)
             place[i] = l->wide[first + i];
