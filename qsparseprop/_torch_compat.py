@@ -2,8 +2,8 @@
 
 The tests are in ``tests/test_torch_compat.py`` and ``tests/test_torch_compat_export.py``. Not here:
 ``DisableTorchFunctionSubclass``, which torch documents in spite of its place; a module's own dictionaries
-(``_parameters``, ``_forward_hooks``), the only way to keep their order; and what compiled modules ask (DLPack's table of
-C functions in ``_kernels/_tensor.pyx``, which they can do without).
+(``_parameters``, ``_forward_hooks``), the only way to keep their order; and what compiled modules ask (DLPack's table
+of C functions in ``_kernels/_tensor.pyx``, which they can do without).
 """
 
 from __future__ import annotations
