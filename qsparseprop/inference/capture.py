@@ -209,8 +209,15 @@ def _check_sizes(exported: torch.export.ExportedProgram) -> None:
     for guard in size_guards(exported):
         expression = re.sub(r"L(\[[^\]]*\])+\.size\(\)\[0\]", "batch", guard)
         names = {node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)}
-        if names != {"batch"} or not all(eval(expression, {"__builtins__": {}}, {"batch": n}) for n in _BATCHES):
+        if names != {"batch"} or not all(_holds(expression, n) for n in _BATCHES):
             raise NotCapturable(f"it works for some sizes of the batch only ({expression})")
+
+
+def _holds(expression: str, batch: int) -> bool:
+    try:
+        return bool(eval(expression, {"__builtins__": {}}, {"batch": batch}))
+    except ArithmeticError:  # a division by zero
+        return False
 
 
 @contextlib.contextmanager

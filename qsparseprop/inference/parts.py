@@ -40,11 +40,21 @@ def freeze_parts(model: nn.Module, batches: Sequence[Batch], options: Options, r
         The model, with the report as its attribute ``freeze_report``.
     """
     parts = _Parts(options)
-    parts.inside("", model, [*batches, batches[0].first()])
+    parts.inside("", model, [*batches, *_single(model, batches[0])])
     report = parts.put_in(model, batches[0])
     report.whole, report.reason = False, reason
     model.freeze_report = report  # type: ignore[assignment]  # torch types only what modules hold themselves
     return model
+
+
+def _single(model: nn.Module, batch: Batch) -> list[Batch]:
+    """The first sample alone, which tells what sizes parts depend on; nothing where the model does not take one."""
+    try:
+        _run(model, batch.first())
+    except Exception:
+        # whatever the model's own code says to that
+        return []
+    return [batch.first()]
 
 
 class _Parts:

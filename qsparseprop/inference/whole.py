@@ -195,8 +195,12 @@ def _check_like(batches: Iterable[Batch], signature: Signature) -> None:
 def _check_same(model: nn.Module, captured: Captured, batches: Iterable[Batch]) -> None:
     """Check that a graph computes what the model does, of one sample as of several."""
     for batch in batches:
-        with torch.no_grad():
-            result = model(*batch.args, **batch.kwargs)
+        try:
+            with torch.no_grad():
+                result = model(*batch.args, **batch.kwargs)
+        except Exception as error:
+            # whatever the model's own code says to fewer or more samples
+            raise NotCapturable(f"it does not run for each size of the batch ({error})") from error
         given = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         found = run_draft(captured.draft, batch.tensors)
         for mine, theirs in zip(found, given, strict=True):
