@@ -25,6 +25,8 @@ __all__ = ["check_limits", "check_pools"]
 _MOST_TAPS = 1 << 24
 #: Of which an int32 holds the sum.
 _MOST_POOLED = 1 << 22
+#: Columns that the kernels take the largest of.
+_WIDEST_MAXIMUM = 256
 #: Outputs of one axis times taps of a pool, which programs look at one by one.
 _MOST_SEEN = 1 << 24
 
@@ -103,8 +105,9 @@ def _check_step(step: Step, program: Program) -> None:
         _demand(step.weight.rows >= 1, "a weight must have rows")
         _check_taps(step.window)
     elif isinstance(step, Pool):
-        padded = step.kind == "max" and any(step.window.padding)
-        _demand(not padded or sources[0].coded.zero_point == 0, "padded images of a maximum have their zero at code 0")
+        wide = (step.window.kernel[1] - 1) * step.window.dilation[1] + 1
+        _demand(step.kind == "mean" or wide <= _WIDEST_MAXIMUM, f"a window of a maximum has at most {_WIDEST_MAXIMUM} "
+                "columns")  # fmt: skip
     elif isinstance(step, Quantize):
         _demand(bool(inverse_scale(target.coded).isfinite().all()), "a scale is too small")
     if isinstance(step, Product | Add | Pool):
