@@ -14,8 +14,8 @@ from qsparseprop.inference import freeze, save
 from qsparseprop.inference.report import FreezeReport, measure_accuracy
 from qsparseprop.utils.errors import ConfigurationError
 
-from .finetuner import CheckpointError, read_checkpoint
-from .run import RunConfig, swap_like
+from .finetuner import read_checkpoint
+from .run import RunConfig, stored_settings, swap_like
 from .setup_run import make_loaders, prepare_network
 from .weights import load_state
 
@@ -65,15 +65,10 @@ def load_run_model(checkpoint: str | os.PathLike[str], data: str | None = None) 
     Raises
     ------
     CheckpointError, ConfigurationError
-        If the file is not a checkpoint of a run, or the images do not go with it.
+        If the file is not a checkpoint, does not lie in the folder of a run, or the images do not go with it.
     """
     state = read_checkpoint(checkpoint)
-    try:
-        settings = state["stateful"]["run"]["config"]
-        config = RunConfig(**settings)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{os.fspath(checkpoint)} is not of a run of the finetune command, which says what "
-                              f"network it is: {error}") from error  # fmt: skip
+    config = RunConfig(**stored_settings(Path(checkpoint).absolute().parent))
     config = config if data is None else replace(config, data=data)
     model, images = prepare_network(config, load_weights_too=False)
     swap_like(model, state["model"], config)

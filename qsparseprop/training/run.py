@@ -50,7 +50,7 @@ from .setup_run import (
     swap_model,
 )
 
-__all__ = ["RunConfig", "Stopped", "format_result", "run_training"]
+__all__ = ["RunConfig", "Stopped", "format_result", "run_training", "stored_settings", "swap_like"]
 
 SETTINGS, RESULT = "run.json", "result.json"
 
@@ -134,19 +134,41 @@ class RunConfig:
         return TrainingMode(self.precision == "bf16", channels_last=True)
 
 
-def _stored_settings(folder: Path, config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
-    """Settings of the run in a folder, with which those that the user names must agree."""
+def stored_settings(folder: Path, wanted: str = "run") -> dict[str, Any]:
+    """Settings of the run in a folder, for `RunConfig`.
+
+    Parameters
+    ----------
+    folder : Path
+    wanted : str
+        What is said not to be there where it is not.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none.
+    """
     try:
         stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigurationError(f"{folder} holds no run to resume: there is no {SETTINGS}") from None
+        raise ConfigurationError(f"{folder} holds no {wanted}: there is no {SETTINGS}") from None
     except OSError as error:
-        raise ConfigurationError(f"{folder} holds no run to resume: {SETTINGS}: {error.strerror}") from error
+        raise ConfigurationError(f"{folder} holds no {wanted}: {SETTINGS}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigurationError(f"{folder / SETTINGS} cannot be read: {error}") from error
     known = {field.name for field in fields(RunConfig)}
     if not isinstance(stored, dict) or not stored.keys() <= known:
         raise ConfigurationError(f"{folder / SETTINGS} is not the settings of a run")
+    return stored
+
+
+def _resumed_settings(folder: Path, config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
+    """Settings of the run in a folder, with which those that the user names must agree."""
+    stored = stored_settings(folder, "run to resume")
     for name, value in chosen.items():
         if name in stored and stored[name] != value:
             raise ConfigurationError(f"the run in {folder} has {name} {stored[name]}, not {value}; leave it out, or "
@@ -205,11 +227,11 @@ def run_training(
     folder = Path(folder)
     if resume:
         # before anything is made there
-        _stored_settings(folder, config, chosen or {})
+        _resumed_settings(folder, config, chosen or {})
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if resume:
-            config = _stored_settings(folder, config, chosen or {})
+            config = _resumed_settings(folder, config, chosen or {})
         else:
             _refuse_results(folder)
         return _train_in(folder, config, resume, say, progress, time_layers)
@@ -405,7 +427,15 @@ def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
 
 
 def swap_like(model: nn.Module, state: Mapping[str, torch.Tensor], config: RunConfig) -> None:
-    """Replace the layers of a fresh model that are sparse in a state by empty ones of the same pattern."""
+    """Replace the layers of a fresh model that are sparse in a state by empty ones of the same pattern.
+
+    Parameters
+    ----------
+    model : nn.Module
+    state : mapping of str to Tensor
+    config : RunConfig
+        Of the run that the state is of.
+    """
     if config.scheme == "dense":
         return
     quantize, qconfig = parse_scheme(config.scheme)
