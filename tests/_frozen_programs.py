@@ -24,7 +24,7 @@ from qsparseprop.inference.program import (
     Value,
     Weight,
     Window,
-    _sees_pixels,
+    sees_pixels,
 )
 
 #: Of linear layers.
@@ -140,7 +140,7 @@ def pool_window(rng: random.Random, image: tuple[int, int]) -> Window:
     """One that never lies in the padding alone."""
     while True:
         window = random_window(rng, image)
-        if _sees_pixels(window, image, window.output_size(image)):
+        if sees_pixels(window, image, window.output_size(image)):
             return window
 
 
