@@ -38,7 +38,7 @@ static void locate_unit(qsp_unit *u, const qsp_grid *g, const qsp_view *v, int64
 
 /* The runs of lanes of a unit that lie in the tensor. */
 typedef struct {
-    int runs;
+    int runs, lanes;
     int columns;                  /* whether channels are neighbours in memory, and `column` is set */
     int64_t step;                 /* elements from lane to lane */
     uint8_t first[QSP_UNIT], size[QSP_UNIT];
@@ -53,12 +53,13 @@ static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, co
     int64_t i0 = u->lane / w.lane[0], rest = u->lane % w.lane[0], i1 = rest / w.lane[1], i2 = rest % w.lane[1];
     const int64_t base = v->elem + u->block * g->images * v->elem_b;
     const int64_t end = qsp_min(QSP_UNIT, u->end - u->lane);
-    t->runs = 0;
+    t->runs = t->lanes = 0;
     t->step = w.elem[2];
     for (int64_t place = 0; place < end && i0 < w.size[0];) {
         if (i1 < w.size[1] && i2 < w.size[2]) {
             t->first[t->runs] = (uint8_t)place;
             t->size[t->runs] = (uint8_t)qsp_min(w.size[2] - i2, end - place);
+            t->lanes += t->size[t->runs];
             t->elem[t->runs++] = base + i0 * w.elem[0] + i1 * w.elem[1] + i2 * w.elem[2];
         }
         place += w.lane[1] - i2;
@@ -89,10 +90,11 @@ QSP_INLINE f32x16 with_bias(const qsp_spmm *a, f32x16 v, f32x16 bias)
     return f32x16_min(f32x16_set1(a->high), f32x16_max(f32x16_set1(a->low), f32x16_add(v, bias)));
 }
 
-/* 16 lanes of 16 rows, transposed. What belongs to no element of the tensor is stored as well, where nobody reads it: a
- * branch for each lane, which the processor mispredicts at every gap, would cost more. */
+/* 16 lanes of 16 rows, transposed. With `gaps` what belongs to no element of the tensor is stored as well, where nobody reads
+ * it: a branch for each lane, which the processor mispredicts at every gap, would cost more. */
 QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row, const row_sums *sums, int place,
-                            f32x16 scale, f32x16 bias, const int as_float, const int has_bias, const int dtype)
+                            f32x16 scale, f32x16 bias, const int as_float, const int has_bias, const int dtype,
+                            const int gaps)
 {
     QSP_ALIGNED(64) float nowhere[16];
     f32x16 tile[16];
@@ -104,7 +106,8 @@ QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row
     for (int i = 0; i < 16; i++) {
         const f32x16 v = as_float ? tile[i] : f32x16_mul(tile[i], scale);
         void *to = t->column[as_float ? place + i : unit_lane(place + i)];
-        store_elements(to ? element_at(to, dtype, row) : nowhere, dtype, has_bias ? with_bias(a, v, bias) : v);
+        store_elements(to || !gaps ? element_at(to, dtype, row) : nowhere, dtype,
+                       has_bias ? with_bias(a, v, bias) : v);
     }
 }
 
@@ -139,8 +142,8 @@ QSP_INLINE void unpack_unit(const qsp_spmm *a, const unit_target *t, int64_t row
             const int rows = whole ? 16 : (int)qsp_min(16, n - r);
             const f32x16 s = f32x16_load(scale + r);
             const f32x16 b = has_bias ? f32x16_load_n(a->bias + row + r, rows) : f32x16_zero();
-            if (whole)
-                unpack_tile(a, t, row + r, sums + r, p, s, b, as_float, has_bias, dtype);
+            if (rows == 16)
+                unpack_tile(a, t, row + r, sums + r, p, s, b, as_float, has_bias, dtype, !whole);
             else
                 unpack_part(a, t, row + r, rows, sums + r, p, s, b, as_float, has_bias, dtype);
         }
@@ -164,7 +167,7 @@ QSP_INLINE void unpack_columns_of(const qsp_spmm *a, const unit_target *t, int64
     QSP_ALIGNED(64) float scale[QSP_ROW_BLOCK] = {0};
     for (int i = 0; i < n && !as_float; i++)
         scale[i] = a->scale[row + i] * a->scale_factor;
-    const int whole = n / 16 * 16;
+    const int whole = t->lanes == QSP_UNIT ? n / 16 * 16 : 0;
     unpack_unit(a, t, row, whole, sums, scale, as_float, has_bias, dtype, 1);
     if (whole < n)
         unpack_rest(a, t, row + whole, n - whole, sums + whole, scale + whole, as_float);
