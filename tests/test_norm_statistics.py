@@ -72,6 +72,25 @@ def test_statistics_are_those_of_torch(shape, there, training):
             close(mine, theirs.float())
 
 
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 4097])
+def test_equal_elements_have_no_variance(isa, rows):
+    values = torch.tensor([0.1, -1.7, 1e-30, 1e30, 3.0, 0.0])
+    _, _, doubles = ops.norm_statistics(values.repeat(rows, 1), None, None, None, None, 0.1, 1e-5, True, True)
+    assert torch.equal(doubles[0], values.double())
+    assert torch.equal(doubles[1], torch.zeros(6).double())
+
+
+@pytest.mark.parametrize("outlier", [0.0, 30.0, -1e4])
+@pytest.mark.parametrize("places", [slice(0, 20), slice(0, None, 64), slice(-1, None)])
+def test_statistics_do_not_lean_on_a_few_rows(isa, outlier, places):
+    x = torch.randn(9000, 20) * 3 + 5
+    x[places] = outlier
+    _, _, doubles = ops.norm_statistics(x, None, None, None, None, 0.1, 1e-5, True, True)
+    exact = x.double()
+    close(doubles[0], exact.mean(0), rtol=1e-5, atol=1e-5)
+    close(doubles[1], exact.var(0, correction=0), rtol=1e-5, atol=0)
+
+
 def test_statistics_of_many_rows_lose_no_digits():
     x, running = torch.randn(100_000, 3) + 1e4, [torch.zeros(3), torch.zeros(3)]
     _, _, doubles = ops.norm_statistics(x, None, None, *running, 1.0, 1e-30, True, False)

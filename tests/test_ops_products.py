@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparseprop import ops
+from qsparseprop._kernels import _matmul
 from qsparseprop.layout.geometry import linear_geometry
 from qsparseprop.ops import reference
 
@@ -111,6 +112,28 @@ def test_spmm_on_codes_is_the_reference(isa, case, backward, scheme, channels_la
         without = (*arguments[:4], None, *arguments[5:])
         assert_same(ops.spmm(*without), reference.spmm(*without))
     assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@given(case=CASES, scheme=st.sampled_from([None, "absmax", "standard"]), order=st.permutations(range(4)),
+       beside=st.integers(0, 17), dtype=st.sampled_from(DTYPES))  # fmt: skip
+@examples(100)
+def test_a_product_writes_its_result_and_nothing_beside(isa, case, scheme, order, beside, dtype):
+    """Lanes between rows and images are no elements, whatever the strides of the result."""
+    bias = torch.randn(case.out_channels) if case.bias else None
+    operand, weights, rows, images, *_ = spmm_arguments(case, scheme, False, bias)
+    expected = ops.spmm(operand, weights, rows, images, bias, dtype)
+    size, back = [expected.shape[d] for d in order], [order.index(d) for d in range(4)]
+    around = torch.full([n + beside for n in size], 7.0, dtype=dtype)
+    part = around[tuple(slice(beside // 2, beside // 2 + n) for n in size)]
+    _matmul.spmm(operand.planes, *weights, *operand[1:], rows, bias, part.permute(back), 1)
+    found = part.permute(back).clone()
+    part.fill_(7.0)
+    assert torch.equal(around, torch.full_like(around, 7.0))
+    if scheme is None or bias is not None:  # whose roundings may depend on the order in memory
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-5)
+    else:
+        assert_same(found, expected)
 
 
 @given(case=CASES, backward=st.booleans(), channels_last=st.booleans())

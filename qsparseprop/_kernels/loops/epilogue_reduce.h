@@ -43,6 +43,18 @@ QSP_INLINE const void *read_at(const void *tensor, const int dtype, int64_t at)
     return tensor ? (const char *)tensor + (dtype == QSP_F32 ? 4 : 2) * at : NULL;
 }
 
+/* Fetch WIDE channels of a row that comes later, where there are more of them: the processor sees that rows follow each
+ * other, not what lies between them. */
+QSP_INLINE void fetch_wide(const void *x, const int dtype, int64_t row, int64_t channels, int64_t c)
+{
+    enum { AHEAD = 16, LINE = 64 };
+    const int size = dtype == QSP_U8 ? 1 : dtype == QSP_BF16 ? 2 : 4;
+    if (channels == WIDE)
+        return;
+    for (int i = 0; i < WIDE * size; i += LINE)
+        QSP_PREFETCH_READ((const char *)x + ((row + AHEAD) * channels + c) * size + i);
+}
+
 /* ---- ranges: least, greatest, and a NaN where an element is not finite ---- */
 QSP_INLINE void range_take(reduced_x16 *v, f32x16 y)
 {
@@ -73,6 +85,9 @@ QSP_INLINE void range_of_wide(const qsp_epilogue *a, int64_t first, int64_t last
     for (int i = 0; i < WIDE_VECTORS; i++)
         v[i] = reduced_load(r, at + 16 * i);
     for (int64_t row = first; row < last; row++) {
+        fetch_wide(a->x, dtype, row, a->channels, c);
+        if (residual)
+            fetch_wide(a->residual, dtype, row, a->channels, c);
         QSP_UNROLL
         for (int i = 0; i < WIDE_VECTORS; i++)
             range_take(&v[i], epilogue_at(a, row, c + 16 * i, 16, dtype, QSP_CLAMP, affine, residual, 0, 0));
@@ -190,6 +205,8 @@ QSP_INLINE void sums_of_wide(const qsp_epilogue_grad *a, int64_t first, int64_t 
     for (int i = 0; i < WIDE_VECTORS; i++)
         v[i] = reduced_load(r, at + 16 * i);
     for (int64_t row = first; row < last; row++) {
+        fetch_wide(a->dy, dtype, row, a->channels, c);
+        fetch_wide(a->codes, QSP_U8, row, a->channels, c);
         QSP_UNROLL
         for (int i = 0; i < WIDE_VECTORS; i++)
             sums_take(&v[i], slope_at(a, row, c + 16 * i, 16, dtype, QSP_CLAMP, 1),

@@ -90,10 +90,13 @@ QSP_INLINE f32x16 with_bias(const qsp_spmm *a, f32x16 v, f32x16 bias)
     return f32x16_min(f32x16_set1(a->high), f32x16_max(f32x16_set1(a->low), f32x16_add(v, bias)));
 }
 
-/* 16 lanes of 16 rows, transposed; all lanes exist. */
+/* 16 lanes of 16 rows, transposed. With `gaps` what belongs to no element of the tensor is stored as well, where nobody reads
+ * it: a branch for each lane, which the processor mispredicts at every gap, would cost more. */
 QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row, const row_sums *sums, int place,
-                            f32x16 scale, f32x16 bias, const int as_float, const int has_bias, const int dtype)
+                            f32x16 scale, f32x16 bias, const int as_float, const int has_bias, const int dtype,
+                            const int gaps)
 {
+    QSP_ALIGNED(64) float nowhere[16];
     f32x16 tile[16];
     QSP_UNROLL
     for (int i = 0; i < 16; i++)
@@ -102,16 +105,18 @@ QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row
     QSP_UNROLL
     for (int i = 0; i < 16; i++) {
         const f32x16 v = as_float ? tile[i] : f32x16_mul(tile[i], scale);
-        store_elements(element_at(t->column[as_float ? place + i : unit_lane(place + i)], dtype, row), dtype,
+        void *to = t->column[as_float ? place + i : unit_lane(place + i)];
+        store_elements(to || !gaps ? element_at(to, dtype, row) : nowhere, dtype,
                        has_bias ? with_bias(a, v, bias) : v);
     }
 }
 
-/* The same of at most 16 rows, and of those lanes that exist. */
+/* The same of at most 16 rows. */
 QSP_INLINE void unpack_part(const qsp_spmm *a, const unit_target *t, int64_t row, int rows, const row_sums *sums,
                             int place, f32x16 scale, f32x16 bias, const int as_float, const int has_bias,
                             const int dtype)
 {
+    QSP_ALIGNED(64) float nowhere[16];
     f32x16 tile[16];
     QSP_UNROLL
     for (int i = 0; i < 16; i++) /* rows that do not exist repeat the first one; their columns are not stored */
@@ -119,12 +124,9 @@ QSP_INLINE void unpack_part(const qsp_spmm *a, const unit_target *t, int64_t row
     f32_transpose_16x16(tile);
     QSP_UNROLL
     for (int i = 0; i < 16; i++) {
+        const f32x16 v = as_float ? tile[i] : f32x16_mul(tile[i], scale);
         void *to = t->column[as_float ? place + i : unit_lane(place + i)];
-        f32x16 v = as_float ? tile[i] : f32x16_mul(tile[i], scale);
-        if (has_bias)
-            v = with_bias(a, v, bias);
-        if (to)
-            store_elements_n(element_at(to, dtype, row), dtype, v, rows);
+        store_elements_n(to ? element_at(to, dtype, row) : nowhere, dtype, has_bias ? with_bias(a, v, bias) : v, rows);
     }
 }
 
@@ -140,8 +142,8 @@ QSP_INLINE void unpack_unit(const qsp_spmm *a, const unit_target *t, int64_t row
             const int rows = whole ? 16 : (int)qsp_min(16, n - r);
             const f32x16 s = f32x16_load(scale + r);
             const f32x16 b = has_bias ? f32x16_load_n(a->bias + row + r, rows) : f32x16_zero();
-            if (whole)
-                unpack_tile(a, t, row + r, sums + r, p, s, b, as_float, has_bias, dtype);
+            if (rows == 16)
+                unpack_tile(a, t, row + r, sums + r, p, s, b, as_float, has_bias, dtype, !whole);
             else
                 unpack_part(a, t, row + r, rows, sums + r, p, s, b, as_float, has_bias, dtype);
         }
