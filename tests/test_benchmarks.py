@@ -348,3 +348,12 @@ def test_gradual(tmp_path):
         assert result["name"] in printed
         assert result["zeros"] == pytest.approx(0.95, abs=1e-3)
         assert len(result["top1"]) == 3
+
+
+def test_inference(tmp_path):
+    document, printed = run(tmp_path, "inference.py", "--cases", "2", "--threads", "1", "--sparsity", "0.9")
+    for result in document["results"]:
+        assert result["case"] == "Linear 1024 -> 4096"
+        assert result["ratio"] == pytest.approx(result["ms"][result["best"]] / result["ms"]["frozen"])
+        assert result["best"] != "frozen"
+    assert "Linear 1024" in printed

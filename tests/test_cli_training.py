@@ -396,7 +396,8 @@ def test_layers_are_read_as_pytorch_prints_them():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 def test_help_of_every_command(capsys):
     for name, options in (("finetune", ("--weights", "--resume", "--compress-saved", "--prune")), ("info", ("FILE",)),
-                          ("bench", ("--layer", "--input", "--by-layer"))):  # fmt: skip
+                          ("bench", ("--layer", "--input", "--by-layer")),
+                          ("freeze", ("--out", "--keep-float"))):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
         assert stop.value.code == 0

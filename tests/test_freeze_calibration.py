@@ -262,3 +262,13 @@ def test_what_is_not_finite_is_refused_by_name(bad):
     model[0].weight.data *= 1e30
     with pytest.raises(ValueError, match="'0' gives NaN or infinity on the calibration data"):
         freeze(model, [x, x * 1e10])
+
+
+def test_few_samples_do_not_tell_the_ranges_of_channels() -> None:
+    """Of a handful of rows each feature's largest element is far from what it may be: all get that of the largest."""
+    layer = nn.Linear(200, 30)
+    few, more = torch.randn(4, 200), torch.randn(300, 200) * torch.linspace(0.1, 2, 200)
+    scales = freeze(layer, [few], token_scales=False).program.values["input.codes"].codes.scale
+    assert bool((scales == few.abs().max() / 127).all())
+    scales = freeze(layer, [more], token_scales=False).program.values["input.codes"].codes.scale
+    assert torch.allclose(scales, more.abs().amax(0) / 127)

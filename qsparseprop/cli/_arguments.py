@@ -78,15 +78,15 @@ def model_name(text: str) -> str:
     return text
 
 
-def missing_package(command: str, *modules: tuple[str, str]) -> str | None:
-    """Return what to tell the user if one of the (module, package) pairs cannot be imported."""
+def missing_package(command: str, *modules: tuple[str, str], extra: str = "finetune") -> str | None:
+    """Return what to tell the user if one of the (module, package) pairs of an extra cannot be imported."""
     for module, package in modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
             return (
                 f"the {command} command needs {package}, which cannot be imported ({error}); "
-                'install it with:  pip install "qsparseprop[finetune]"'
+                f'install it with:  pip install "qsparseprop[{extra}]"'
             )
     return None
 

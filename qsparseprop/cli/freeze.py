@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Freeze, print and write; return the exit code."""
-    problem = missing_package("freeze", ("safetensors", "safetensors"))
+    problem = missing_package("freeze", ("safetensors", "safetensors"), extra="inference")
     if problem:
         arguments.parser.exit(2, f"{arguments.parser.prog}: error: {problem}\n")
     import torch

@@ -14,6 +14,8 @@ from qsparseprop.inference.program import Codes
 
 __all__ = ["OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate", "codes_of", "token_codes"]
 
+#: Elements of a channel from which on what was seen of it tells its range; of fewer all have that of the largest.
+ENOUGH = 256
 #: Largest code behind the zero point, by zero point.
 _LEVELS = {0: 255.0, 128: 127.0}
 
@@ -154,6 +156,7 @@ def calibrate(
     # others may be infinite, as masks of attention are
     numbers = coding.values.union(node.output for node in draft.nodes if isinstance(node, Layer))
     negative: dict[str, bool] = dict.fromkeys(observers, False)
+    elements = dict.fromkeys(observers, 0)
 
     def see(name: str, value: Any) -> None:
         if name in numbers and not bool(value.isfinite().all()):
@@ -162,6 +165,7 @@ def calibrate(
             return
         negative[name] = negative[name] or bool((value < 0).any())
         rows = value.transpose(0, 1).flatten(1) if per_channel else value.reshape(1, -1)
+        elements[name] += rows.shape[1]
         observers[name].see(rows)
 
     for batch in batches:
@@ -171,7 +175,10 @@ def calibrate(
     for name, seen in observers.items():
         channels = draft.shapes[name][1]
         assert channels is not None
-        low, high = (limit.expand(channels) for limit in seen.ranges())
+        low, high = seen.ranges()
+        if elements[name] < ENOUGH:
+            low, high = low.min(), high.max()
+        low, high = low.expand(channels), high.expand(channels)
         found[name] = codes_of(low, high, zero_points[name])
     for node in draft.nodes:
         if node.output in sources and node.output not in found:

@@ -113,9 +113,12 @@ def freeze_checkpoint(
     model, images, run = load_run_model(checkpoint, config.data)
     train, test = make_loaders(images, run.batch_size, run.seed)
     say(f"Freezing {run.model} with {min(config.samples, len(images.train_labels))} images ...")
-    frozen = freeze(model, list(_first(train, config.samples)), observer=config.observer,
-                    per_channel=config.per_channel, keep_float=config.keep_float,
-                    metric=lambda one: measure_accuracy(one, test))  # fmt: skip
+    try:
+        frozen = freeze(model, list(_first(train, config.samples)), observer=config.observer,
+                        per_channel=config.per_channel, keep_float=config.keep_float,
+                        metric=lambda one: measure_accuracy(one, test))  # fmt: skip
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     save(frozen, out)
     report = frozen.freeze_report
     assert isinstance(report, FreezeReport)
