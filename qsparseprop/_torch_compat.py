@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 __all__ = [
     "FakeTensor",
     "Overload",
+    "OverloadPacket",
     "at_the_end_of_backward",
     "before_averaging",
     "called_by_parameter",
@@ -50,8 +51,9 @@ __all__ = [
     "without_dispatch",
 ]
 
-#: An operator as it stands in a graph.
+#: An operator as it stands in a graph, and all of one name.
 Overload = torch._ops.OpOverload
+OverloadPacket = torch._ops.OpOverloadPacket
 #: How many modes see operators (FakeTensorMode, FlopCounterMode, ...) or torch's functions (set_default_device, ...).
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qsparseprop.inference.checks import sees_pixels
 from qsparseprop.inference.program import (
     Add,
     Codes,
@@ -24,7 +25,6 @@ from qsparseprop.inference.program import (
     Value,
     Weight,
     Window,
-    sees_pixels,
 )
 
 #: Of linear layers.

@@ -176,7 +176,8 @@ cdef class ProductStep(FrozenStep):
         q.low = <const float *> pointer(held[2], _float32, n, "low")
         q.high = <const float *> pointer(held[3], _float32, n, "high")
         if self.residual is not None:
-            if not same_lanes(self.residual, out) or self.residual.layout.grid.planes != n:
+            if (not same_lanes(self.residual, out) or self.residual.layout.grid.planes != n
+                    or self.residual.channels != n):
                 raise ValueError("a residual must lie on the output's lanes, with as many channels")
             q.residual_multiplier = <const float *> pointer(held[4], _float32, n, "residual multiplier")
             q.residual_pitch = self.residual.layout.grid.pitch

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qsparseprop._torch_compat import OverloadPacket
 from qsparseprop.inference.operators import is_pure
 from qsparseprop.inference.program import Call
 
@@ -28,7 +29,7 @@ def find_operator(name: str) -> Any:
 
     Returns
     -------
-    torch._ops.OpOverload or callable
+    Overload or callable
 
     Raises
     ------
@@ -41,7 +42,7 @@ def find_operator(name: str) -> Any:
     if len(parts) != 3 or parts[0] != "aten" or not all(part.isidentifier() for part in parts):
         raise ValueError(f"{name!r} is not an operator of ATen, such as 'aten.softmax.int'")
     packet = getattr(torch.ops.aten, parts[1], None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket) or parts[2] not in packet.overloads():
+    if not isinstance(packet, OverloadPacket) or parts[2] not in packet.overloads():
         raise ValueError(f"this version of torch, {torch.__version__}, has no operator {name!r}")
     overload = getattr(packet, parts[2])
     if not is_pure(parts[1], overload):

@@ -69,7 +69,7 @@ def is_pure(name: str, overload: Any) -> bool:
     ----------
     name : str
         Without namespace and overload.
-    overload : torch._ops.OpOverload
+    overload : Overload
 
     Returns
     -------
@@ -85,7 +85,7 @@ def is_training(overload: Any, arguments: Sequence[Any], keywords: Mapping[str, 
 
     Parameters
     ----------
-    overload : torch._ops.OpOverload
+    overload : Overload
     arguments : sequence
     keywords : mapping
 
