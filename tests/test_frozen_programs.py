@@ -178,7 +178,8 @@ def test_tokens(tokens: int, dynamic: bool) -> None:
     b.values["x"] = Value((200,))
     b.inputs.append("x")
     x = b.add_step(Quantize(("x",), "q", dynamic), Value((200,), Codes(torch.rand(200) + 0.5, 128)))
-    program = b.program(b.product(x, 33, floats=True, limited=True), b.product(x, 130, floats=True))
+    products = b.product(x, 33, floats=True, limited=True), b.product(x, 130, floats=True), b.product(x, 1, floats=True)
+    program = b.program(*products)
     given = torch.randn(tokens, 200) * torch.logspace(-40, 30, tokens).view(-1, 1)
     given[0] = 0
     compare(program, [given], ISAS)

@@ -187,14 +187,6 @@ cdef extern from "kernels.h" nogil:
         float *scale
         float *scaled
 
-    ctypedef struct qsp_token_rescale:
-        float *x
-        int64_t columns
-        const float *scale
-        const float *offset
-        const float *low
-        const float *high
-
     ctypedef struct qsp_spmm:
         qsp_grid grid
         qsp_list list
@@ -214,6 +206,7 @@ cdef extern from "kernels.h" nogil:
         qsp_view view
         int64_t images
         int64_t row_chunks
+        const float *lane_scale
         const int32_t *paired
 
     ctypedef struct qsp_sddmm:
@@ -376,7 +369,6 @@ cdef extern from "kernels.h" nogil:
         void (*coded_unpack)(const qsp_coded_step *, int64_t, int64_t, int64_t) noexcept nogil
         void (*tokens_product)(const qsp_tokens *, int64_t) noexcept nogil
         void (*tokens_quantize)(const qsp_token_codes *, int64_t) noexcept nogil
-        void (*tokens_rescale)(const qsp_token_rescale *, int64_t) noexcept nogil
         void (*tokens_gather)(const qsp_coded *, int64_t, uint8_t *, int64_t) noexcept nogil
         int64_t most_tokens
         void (*digest)(const void *, int64_t, int64_t, int64_t, uint64_t *) noexcept nogil

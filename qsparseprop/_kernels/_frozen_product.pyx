@@ -126,19 +126,25 @@ cdef class ProductStep(FrozenStep):
         On the lanes of the output.
     table : Tensor, optional
         uint8, (256,) or (rows * 256,): what becomes of the output's codes.
+    scales : int
+        Where in the arena the images of one pixel, tokens, have scales, float32, whole units of them: multiplied in
+        before the offset; below 0 they have none.
     """
 
     cdef ProductWeights weights
     cdef CodedBuffer source, out, residual
-    cdef int64_t target, units
+    cdef int64_t target, units, scales
     cdef qsp_spmm product
     cdef qsp_requantize requantize
 
     def __cinit__(self, ProductWeights weights not None, CodedBuffer source not None, out, tuple factors,
-                  CodedBuffer residual=None, table=None):
+                  CodedBuffer residual=None, table=None, int64_t scales=-1):
         cdef ProductRows rows = weights.rows
         cdef int64_t n = rows.rows
         self.weights, self.source, self.residual, self.product = weights, source, residual, weights.product
+        self.scales = scales
+        if scales >= 0 and (scales % QSP_UNIT or isinstance(out, CodedBuffer) or rows.target.image != (1, 1)):
+            raise ValueError("scales start at a multiple of 64, and are for floats of images of one pixel")
         if source.layout != rows.source:
             raise ValueError("the codes that a product reads must lie as its rows say")
         if len(factors) != (4 if residual is None else 5):
@@ -206,7 +212,9 @@ cdef class ProductStep(FrozenStep):
         return 0
 
     cdef int64_t last_byte(self) noexcept:
-        cdef int64_t last = self.source.end()
+        cdef int64_t last = self.source.end(), units = (self.source.images + QSP_UNIT - 1) // QSP_UNIT
+        if self.scales >= 0:
+            last = max(last, self.scales + units * QSP_UNIT * <int64_t> sizeof(float))
         for buffer in (self.out, self.residual):
             if buffer is not None:
                 last = max(last, (<CodedBuffer> buffer).end())
@@ -229,6 +237,8 @@ cdef class ProductStep(FrozenStep):
             self._run(&a, units, kernels, threads)
             return self.out.fill_tail(arena)
         shape = self.weights.rows.target.shape(a.images)
+        if self.scales >= 0:
+            a.lane_scale = <const float *> (arena + self.scales)
         out = empty(shape[:2] if self.weights.rows.target.image == (1, 1) else shape, _float32)
         tensors[self.target] = out
         a.out = image_pointer(out, &where, &a.dtype, "out")

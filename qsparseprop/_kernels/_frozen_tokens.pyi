@@ -25,9 +25,6 @@ class TokenQuantizeStep(FrozenStep):
         cls, source: int, out: TokenBuffer | CodedBuffer, inverse: Tensor, scales: int = -1
     ) -> TokenQuantizeStep: ...
 
-class TokenRescaleStep(FrozenStep):
-    def __new__(cls, tensor: int, tokens: int, scales: int, factors: tuple[Tensor, ...]) -> TokenRescaleStep: ...
-
 class TokenGatherStep(FrozenStep):
     def __new__(cls, source: CodedBuffer, out: TokenBuffer) -> TokenGatherStep: ...
 

@@ -19,7 +19,6 @@ from qsparseprop._kernels._dispatch cimport (
     qsp_kernels,
     qsp_pack,
     qsp_token_codes,
-    qsp_token_rescale,
     qsp_tokens,
 )
 from qsparseprop._kernels._frozen cimport CodedBuffer, FrozenStep, own_copy
@@ -154,48 +153,6 @@ cdef class TokenQuantizeStep(FrozenStep):
         p.inverse, p.zero_point, p.planes = &one, &zero, arena + self.planes.start
         stride[0], stride[1], stride[2], stride[3] = self.columns, 1, 1, 1
         return pack_planes(&p, self.planes.layout, stride, True, threads)
-
-
-cdef class TokenRescaleStep(FrozenStep):
-    """Rows of a tensor, times the scales of tokens, plus an offset, within limits.
-
-    Parameters
-    ----------
-    tensor : int
-        Which, (tokens, columns).
-    tokens, scales : int
-        How many, and where their scales are.
-    factors : tuple of Tensor
-        float32, (columns,): offset, lower and upper limit.
-    """
-
-    cdef int64_t tensor, tokens, scales, columns
-
-    def __cinit__(self, int64_t tensor, int64_t tokens, int64_t scales, tuple factors not None):
-        self.tensor, self.tokens, self.scales = tensor, tokens, scales
-        if len(factors) != 3 or tokens < 1 or scales < 0 or scales % QSP_UNIT:
-            raise ValueError("factors must be an offset and two limits, and scales start at a multiple of 64")
-        self.columns = numel(factors[0])
-        self._held = tuple([own_copy(f, _float32, self.columns, "a factor") for f in factors])
-
-    cdef int64_t last_byte(self) noexcept:
-        return self.scales + self.tokens * <int64_t> sizeof(float)
-
-    cdef int64_t run(self, uint8_t *arena, list tensors, const qsp_kernels *kernels, int threads) except -1:
-        cdef qsp_token_rescale a
-        cdef int64_t token, size = self.tokens * self.columns
-        x = tensors[self.tensor]
-        if x.shape != (self.tokens, self.columns):
-            raise ValueError(f"a result must be of shape ({self.tokens}, {self.columns}), got {tuple(x.shape)}")
-        a.x, a.columns = <float *> pointer(x, _float32, size, "a result"), self.columns
-        a.scale = <const float *> (arena + self.scales)
-        a.offset = <const float *> pointer(self._held[0], _float32, 0, "factor")
-        a.low = <const float *> pointer(self._held[1], _float32, 0, "factor")
-        a.high = <const float *> pointer(self._held[2], _float32, 0, "factor")
-        for token in prange(self.tokens, nogil=True, num_threads=threads, schedule="static",
-                            use_threads_if=threads > 1 and size > SERIAL_ELEMENTS):
-            kernels.tokens_rescale(&a, token)
-        return 0
 
 
 cdef class TokenGatherStep(FrozenStep):

@@ -135,6 +135,7 @@ typedef struct {
     qsp_view view;           /* where row `view.plane + i` goes: channel i of the view */
     int64_t images;          /* of the whole tensor */
     int64_t row_chunks;      /* parts into which the rows are cut; tasks = units * row_chunks */
+    const float *lane_scale; /* of codes with a bias, or NULL: [images of one pixel, whole units], multiplied in before it */
     const int32_t *paired;   /* [rows] or NULL: how many groups of a row, the first ones, are as qsp_kernels.pair says */
 } qsp_spmm;
 
@@ -322,14 +323,6 @@ typedef struct {
     float *scaled;           /* [tokens][columns]: in place of codes, what is only to be rounded; or NULL */
 } qsp_token_codes;
 
-/* Rows of results of products on such codes: x * scale + offset, within limits. */
-typedef struct {
-    float *x;
-    int64_t columns;
-    const float *scale;      /* [tokens] */
-    const float *offset, *low, *high; /* [columns] */
-} qsp_token_rescale;
-
 typedef struct {
     const char *name;
     void (*spmm_u8)(const qsp_spmm *, int64_t unit, int64_t chunk);
@@ -397,7 +390,6 @@ typedef struct {
     /* Rows of block `block`, for all tokens; token `token`; and codes of images of one pixel as tokens. */
     void (*tokens_product)(const qsp_tokens *, int64_t block);
     void (*tokens_quantize)(const qsp_token_codes *, int64_t token);
-    void (*tokens_rescale)(const qsp_token_rescale *, int64_t token);
     void (*tokens_gather)(const qsp_coded *, int64_t token, uint8_t *codes, int64_t pitch);
     int64_t most_tokens; /* up to which that is faster than planes, which have QSP_UNIT lanes */
     /* What tells whether words of 32 bits, `size` in all, are still the same: of the sixteens [first, last), the last one

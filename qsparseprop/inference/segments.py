@@ -17,7 +17,6 @@ from qsparseprop._kernels._frozen_tokens import (
     TokenGatherStep,
     TokenProductStep,
     TokenQuantizeStep,
-    TokenRescaleStep,
     most_tokens,
 )
 from qsparseprop._kernels._plan import PlaneLayout
@@ -38,6 +37,7 @@ from qsparseprop.inference.program import (
 )
 from qsparseprop.inference.reference import factors_of, inverse_scale
 from qsparseprop.inference.weights_in_memory import WeightStore
+from qsparseprop.layout.geometry import UNIT
 
 __all__ = ["Lowering", "Part"]
 
@@ -226,7 +226,9 @@ class Lowering:
             if layout is not None:
                 size = layout.lanes(self._images(form.value))
             else:
-                size = 4 * self._images(form.value) if form.scales else self._tokens(form, 0).size
+                # scales are read in whole units
+                units = -(-self._images(form.value) // UNIT)
+                size = 4 * UNIT * units if form.scales else self._tokens(form, 0).size
             self._places[form] = _Place(layout, self._space.take(size))
         return self._places[form]
 
@@ -320,13 +322,7 @@ class Lowering:
         layouts = self._planes(form)[0], self._lanes[target.image if len(source.shape) == 3 else (1, 1)].layout(
             step.weight.rows)  # fmt: skip
         rows = self._weights.of_planes(step, source, self._taps(step), layouts)
-        if scales < 0:
-            return [ProductStep(rows, self._buffer(form), out, given, residual)]
-        # what stands in the sum's formula behind the scale of the token comes in a pass of its own
-        offset, low, high = (torch.full_like(factors.offset, number) for number in (0.0, -math.inf, math.inf))
-        assert isinstance(out, int)
-        rescale = TokenRescaleStep(out, self._images(step.output), scales, (factors.offset, factors.low, factors.high))
-        return [ProductStep(rows, self._buffer(form), out, (factors.multiplier, offset, low, high)), rescale]
+        return [ProductStep(rows, self._buffer(form), out, given, residual, None, scales)]
 
     def _pool(self, step: Pool) -> list[FrozenStep]:
         source, target = self._value(step.inputs[0]), self._value(step.output)

@@ -44,7 +44,6 @@
 #define digest_kernel QSP_NAMED(digest)
 #define tokens_product_kernel QSP_NAMED(tokens_product)
 #define tokens_quantize_kernel QSP_NAMED(tokens_quantize)
-#define tokens_rescale_kernel QSP_NAMED(tokens_rescale)
 #define tokens_gather_kernel QSP_NAMED(tokens_gather)
 #define coded_copy_kernel QSP_NAMED(coded_copy)
 #define coded_flatten_kernel QSP_NAMED(coded_flatten)

@@ -80,10 +80,12 @@ static int64_t locate_task(const qsp_spmm *a, int64_t unit, unit_target *target,
     *coded = none;
     if (a->requantize) {
         target->columns = 0;
+        target->lane_scale = NULL;
         locate_coded(coded, &a->requantize->out, unit);
         return coded->block * a->grid.block + coded->lane;
     }
     locate_unit(&where, &a->grid, &a->view, a->images, unit);
     target_init(target, &a->view, &a->grid, &where, a->dtype, a->out);
+    target->lane_scale = a->lane_scale ? a->lane_scale + where.block * a->grid.images + where.lane : NULL;
     return where.block * a->grid.block + a->view.origin + where.lane;
 }

@@ -115,7 +115,6 @@ const qsp_kernels QSP_PASTE(qsp_kernels_, ISA_NAME) = {
     .keep = keep_kernel,
     .digest = digest_kernel,
     .tokens_quantize = tokens_quantize_kernel,
-    .tokens_rescale = tokens_rescale_kernel,
     .tokens_gather = tokens_gather_kernel,
     .coded_copy = coded_copy_kernel,
     .coded_flatten = coded_flatten_kernel,

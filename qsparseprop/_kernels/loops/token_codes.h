@@ -41,19 +41,6 @@ static void tokens_quantize_kernel(const qsp_token_codes *a, int64_t token)
         memset(codes + a->columns, a->zero, (size_t)(a->pitch - a->columns));
 }
 
-static void tokens_rescale_kernel(const qsp_token_rescale *a, int64_t token)
-{
-    const f32x16 scale = f32x16_set1(a->scale[token]);
-    float *x = a->x + token * a->columns;
-    for (int64_t i = 0; i < a->columns; i += 16) {
-        const int n = (int)qsp_min(16, a->columns - i);
-        f32x16 v = f32x16_add(f32x16_mul(f32x16_load_n(x + i, n), scale), f32x16_load_n(a->offset + i, n));
-        /* in this order a NaN stays one */
-        v = f32x16_min(f32x16_load_n(a->high + i, n), f32x16_max(f32x16_load_n(a->low + i, n), v));
-        f32x16_store_n(x + i, v, n);
-    }
-}
-
 static void tokens_gather_kernel(const qsp_coded *c, int64_t token, uint8_t *codes, int64_t pitch)
 {
     const uint8_t *plane = coded_row(c, token, 0, 0);

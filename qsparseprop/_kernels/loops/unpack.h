@@ -36,6 +36,11 @@ static void locate_unit(qsp_unit *u, const qsp_grid *g, const qsp_view *v, int64
     u->end = w.turns == 1 ? INT64_MAX : (unit / w.units_per_turn + 1) * w.lane[0];
 }
 
+QSP_INLINE int unit_lane(int place)
+{
+    return place / ISA_LANES * ISA_LANES + spmm_acc_lane(place % ISA_LANES);
+}
+
 /* The runs of lanes of a unit that lie in the tensor. */
 typedef struct {
     int runs, lanes;
@@ -44,7 +49,14 @@ typedef struct {
     uint8_t first[QSP_UNIT], size[QSP_UNIT];
     int64_t elem[QSP_UNIT];
     void *column[QSP_UNIT];       /* where channel 0 of a lane is, NULL where there is none */
+    const float *lane_scale;      /* of the unit's lanes, or NULL */
 } unit_target;
+
+/* A result times the scale of its lane, where lanes have some. */
+QSP_INLINE f32x16 at_lane(const unit_target *t, int place, f32x16 v)
+{
+    return t->lane_scale ? f32x16_mul(v, f32x16_set1(t->lane_scale[unit_lane(place)])) : v;
+}
 
 static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, const qsp_unit *u, int dtype, void *out)
 {
@@ -79,11 +91,6 @@ static void target_init(unit_target *t, const qsp_view *v, const qsp_grid *g, co
             t->column[t->first[k] + j] = element_at(out, dtype, t->elem[k] + j * t->step);
 }
 
-QSP_INLINE int unit_lane(int place)
-{
-    return place / ISA_LANES * ISA_LANES + spmm_acc_lane(place % ISA_LANES);
-}
-
 /* A result with its bias, inside of its limits; in this order a NaN stays one. */
 QSP_INLINE f32x16 with_bias(const qsp_spmm *a, f32x16 v, f32x16 bias)
 {
@@ -104,7 +111,9 @@ QSP_INLINE void unpack_tile(const qsp_spmm *a, const unit_target *t, int64_t row
     f32_transpose_16x16(tile);
     QSP_UNROLL
     for (int i = 0; i < 16; i++) {
-        const f32x16 v = as_float ? tile[i] : f32x16_mul(tile[i], scale);
+        f32x16 v = as_float ? tile[i] : f32x16_mul(tile[i], scale);
+        if (has_bias && !as_float)
+            v = at_lane(t, place + i, v);
         void *to = t->column[as_float ? place + i : unit_lane(place + i)];
         store_elements(to || !gaps ? element_at(to, dtype, row) : nowhere, dtype,
                        has_bias ? with_bias(a, v, bias) : v);
@@ -124,7 +133,9 @@ QSP_INLINE void unpack_part(const qsp_spmm *a, const unit_target *t, int64_t row
     f32_transpose_16x16(tile);
     QSP_UNROLL
     for (int i = 0; i < 16; i++) {
-        const f32x16 v = as_float ? tile[i] : f32x16_mul(tile[i], scale);
+        f32x16 v = as_float ? tile[i] : f32x16_mul(tile[i], scale);
+        if (has_bias && !as_float)
+            v = at_lane(t, place + i, v);
         void *to = t->column[as_float ? place + i : unit_lane(place + i)];
         store_elements_n(to ? element_at(to, dtype, row) : nowhere, dtype, has_bias ? with_bias(a, v, bias) : v, rows);
     }
@@ -208,7 +219,12 @@ static void unpack_rows(const qsp_spmm *a, const unit_target *t, int64_t row, in
             for (int p = 0; p < QSP_UNIT; p += 16)
                 f32x16_store(values + p, f32x16_add(f32x16_mul(f32x16_load(sums[i].f32 + p), f32x16_set1(scale)),
                                                     f32x16_set1(bias)));
-        else
+        else if (t->lane_scale) {
+            spmm_unit_to_f32(values, sums[i].i32, scale, 0.0f);
+            for (int p = 0; p < QSP_UNIT; p += 16)
+                f32x16_store(values + p, f32x16_add(f32x16_mul(f32x16_load(values + p), f32x16_load(t->lane_scale + p)),
+                                                    f32x16_set1(bias)));
+        } else
             spmm_unit_to_f32(values, sums[i].i32, scale, bias);
         for (int p = 0; a->bias && p < QSP_UNIT; p += 16)
             f32x16_store(values + p, with_bias(a, f32x16_load(values + p), f32x16_zero()));
