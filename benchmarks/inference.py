@@ -1,7 +1,8 @@
 """Frozen models against the best that serves dense ones: ONNX Runtime int8, OpenVINO int8, PyTorch.
 
 Each comparison runs in turn in this process; medians. ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096 at several
-batches, and a transformer's encoder layer (768, 3072) of 128 tokens. Weights are random, with zeros at random
+batches, a transformer's encoder layer (768, 3072) of 128 tokens, and the backbone of a pose detector with weights of its
+own, 75 % of which are zeros (--shared names the folder with it). Weights are random, with zeros at random
 places; the engines get the same weights, whose zeros they do not use. Needs onnx, onnxruntime and openvino for these.
 
   python benchmarks/inference.py --threads 1 --sparsity 0.9 0.95        some ten minutes
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from _common import Table, make_parser, put_zeros, say, start, write_json
+from _networks import PoseBackbone
 from torch import Tensor, nn
 
 from qsparseprop.benchmarking.serving import OURS, ServingConfig, serving_times
@@ -56,24 +59,32 @@ def _resnet18(size: int) -> nn.Module:
     return model
 
 
+#: Of the folder of shared files, with the weights of the pose detector.
+POSE = "weights/mediapipe_pose_detection_sparse75.npz"
 #: Name, model, shape of a sample, batches.
 CASES = (
     ("ResNet-18 224 px", lambda: _resnet18(224), (3, 224, 224), (16, 1)),
     ("ResNet-18 32 px", lambda: _resnet18(32), (3, 32, 32), (64, 1)),
     ("Linear 1024 -> 4096", lambda: nn.Linear(1024, 4096), (1024,), (1, 16, 256)),
     ("encoder layer, 128 tokens", EncoderLayer, (128, 768), (1,)),
+    ("pose backbone 224 px", None, (3, 224, 224), (1, 8)),
 )
 
 
-def measure(case: int, sparsity: float, batch: int, seconds: float) -> dict[str, Any]:
+def measure(case: int, sparsity: float, batch: int, seconds: float, shared: Path) -> dict[str, Any]:
     """Milliseconds of a request by competitor: medians."""
     name, build, shape, _ = CASES[case]
     torch.manual_seed(0)
-    model = build().eval()
-    # of a network all but the first and the last layer, of a layer everything
-    whole = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    for module in prunable_modules(model).values() if shape[0] == 3 else whole:
-        put_zeros(module.weight, sparsity)
+    if build is None:
+        model: nn.Module = PoseBackbone(shared / POSE, 10).eval()
+        pruned = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        sparsity = 1 - sum(int((w != 0).sum()) for w in pruned) / sum(w.numel() for w in pruned)
+    else:
+        model = build().eval()
+        # of a network all but the first and the last layer, of a layer everything
+        whole = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        for module in prunable_modules(model).values() if shape[0] == 3 else whole:
+            put_zeros(module.weight, sparsity)
     x = torch.randn(batch, *shape)
     frozen = freeze(model, [x if batch > 1 else torch.randn(4, *shape)])
     times, missing = serving_times(model, frozen, x, ServingConfig(seconds=seconds))
@@ -87,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     parser = make_parser(__doc__, repeats=5, sparsity=(0.9, 0.95), threads=(1,))
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))), metavar="N",
-                        help="which of the four above, from 0 (default: all)")  # fmt: skip
+                        help="which of the five above, from 0 (default: all)")
+    parser.add_argument("--shared", default=str(Path(__file__).resolve().parents[2] / "shared"), metavar="FOLDER",
+                        help="folder with weights/ (default: the one beside the project)")
     args, document = start("inference", parser, argv)
     document["results"] = []
     for threads in args.threads:
@@ -95,10 +108,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"\n{threads} thread(s): milliseconds of a request, and the best of the others over ours\n")
         table = Table(["case", "batch", "zeros", "frozen", "best", "ratio", "which"], first=28)
         for case in args.cases[:1] if args.quick else args.cases:
-            for sparsity in args.sparsity:
+            pose = CASES[case][1] is None
+            if pose and not (Path(args.shared) / POSE).is_file():
+                say(f"{CASES[case][0]}: left out, {args.shared} has no {POSE}")
+                continue
+            for sparsity in args.sparsity[:1] if pose else args.sparsity:
                 for batch in CASES[case][3]:
-                    found = measure(case, sparsity, 1 if args.quick else batch, args.seconds)
-                    table.row(found["case"], str(found["batch"]), f"{100 * sparsity:g} %", found["ms"][OURS],
+                    found = measure(case, sparsity, 1 if args.quick else batch, args.seconds, Path(args.shared))
+                    table.row(found["case"], str(found["batch"]), f"{100 * found['sparsity']:.3g} %", found["ms"][OURS],
                               found["ms"][found["best"]], f"{found['ratio']:.2f}x", found["best"])  # fmt: skip
                     document["results"].append({"threads": threads, **found})
         missing = dict.fromkeys(line for one in document["results"] for line in one["missing"])

@@ -67,6 +67,11 @@ def test_other_padding_is_torchs(mode):
           "Product", "pad", "Quantize", "Product")  # fmt: skip
 
 
+def test_padding_of_images_that_names_the_channels_too():
+    model = Lambda(lambda m, x: m.a(F.pad(x, (0, 1, 2, 0, 0, 0))), a=conv(4, 8, padding=1))
+    assert check(model, "Product").program.steps[1].window.padding == (3, 1, 1, 2)
+
+
 def test_padding_with_zeros_is_the_convolutions():
     model = Lambda(lambda m, x: m.a(F.pad(x, (0, 1, 2, 0))), a=conv(4, 8, padding=1))
     frozen = check(model, "Product")

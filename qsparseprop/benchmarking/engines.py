@@ -58,6 +58,7 @@ def quantized_onnx(model: nn.Module, example: Tensor, folder: Path) -> Path:
     ImportError
         Without the packages onnx and onnxruntime.
     """
+    import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class OneBatch(CalibrationDataReader):
@@ -67,6 +68,7 @@ def quantized_onnx(model: nn.Module, example: Tensor, folder: Path) -> Path:
         def get_next(self) -> dict[str, Any] | None:
             return self._left.pop() if self._left else None
 
+    onnxruntime.set_default_logger_severity(3)  # errors; of what it leaves out it would tell in a line each
     plain, quantized = folder / "float.onnx", folder / "int8.onnx"
     with _quiet():
         torch.onnx.export(model, (example,), str(plain), input_names=["x"], dynamo=False, opset_version=17)

@@ -71,6 +71,8 @@ def _absorb_padding(draft: Draft, before: Node, node: Node) -> Node | None:
         return None
     source, sides = before.inputs[0], list(before.arguments[1])
     rest = [*before.arguments[2:], *before.keywords.values()]
+    while len(sides) > 4 and not any(sides[-2:]):  # of channels and images, where nothing is added
+        sides = sides[:-2]
     if len(sides) != 4 or min(sides) < 0 or any(value not in ("constant", 0, None) for value in rest):
         return None
     if not draft.images(source):
