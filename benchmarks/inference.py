@@ -1,8 +1,8 @@
 """Frozen models against the best that serves dense ones: ONNX Runtime int8, OpenVINO int8, PyTorch.
 
 Each comparison runs in turn in this process; medians. ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096 at several
-batches, a transformer's encoder layer (768, 3072) of 128 tokens, and the backbone of a pose detector with weights of its
-own, 75 % of which are zeros (--shared names the folder with it). Weights are random, with zeros at random
+batches, a transformer's encoder layer (768, 3072) of 128 tokens, and the backbone of a pose detector with its weights,
+75 % zeros (--shared names the folder with it). Weights of the others are random, with zeros at random
 places; the engines get the same weights, whose zeros they do not use. Needs onnx, onnxruntime and openvino for these.
 
   python benchmarks/inference.py --threads 1 --sparsity 0.9 0.95        some ten minutes
