@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shared", type=Path, default=Path(default), metavar="FOLDER",
                         help="folder with data/ and weights/ (default: the one beside the project)")
     parser.add_argument("--cases", nargs="+", default=[], metavar="TEXT",
-                        help="only cases in whose name one of the texts occurs: " + ", ".join(c.name for c in CASES))
+                        help="only cases in whose name one of the texts occurs: "
+                             + ", ".join(c.name for c in CASES).replace("%", "%%"))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["default"], metavar="NAME",
                         help="of " + ", ".join(SETTINGS) + " (default: %(default)s)")
     parser.add_argument("--calibration", type=int, default=512, metavar="N",

@@ -236,14 +236,10 @@ def _quiet() -> Iterator[None]:
             logger.disabled = disabled
 
 
-def _by_name(model: nn.Module, dynamic: Any) -> Any:
-    """Dynamic shapes as torch.export takes them: positional ones, and others by name."""
+def _by_name(model: nn.Module, dynamic: Any) -> dict[str, Any]:
+    """Dynamic shapes as torch.export takes them: by name, those of `*args` as one tuple."""
     positional, keyword = dynamic
-    if not keyword:
-        return positional
-    names = [name for name, p in inspect.signature(model.forward).parameters.items()
-             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]  # fmt: skip
-    return {**dict(zip(names, positional, strict=False)), **keyword}
+    return dict(inspect.signature(model.forward).bind(*positional, **keyword).arguments)
 
 
 def _check_results(results: _pytree.TreeSpec) -> None:

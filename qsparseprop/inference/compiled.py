@@ -53,26 +53,23 @@ class CompiledProgram:
         batch, threads = inputs[0].shape[0], torch.get_num_threads()
         lowering = self.get(max(batch, 1))
         arena = take_arena(lowering.arena)
-        bad: Tensor | None = None
+        bad: dict[str, Tensor] = {}
         for part in lowering.parts:
             if isinstance(part, Call):
                 values[part.output] = call_operator(part, values)
             elif batch:
-                for name in part.limited:
-                    bad = _not_finite(values[name], batch, bad)
                 self._run(part, values, batch, arena, threads)
+                _mark(part, values, bad)
             else:
-                values.update({name: torch.empty(0, *self._program.values[name].shape) for name in part.outputs})
+                shapes = {name: self._program.values[name].shape for name in part.outputs}
+                values.update({name: torch.empty(0, *shape, dtype=torch.float32, device="cpu")
+                               for name, shape in shapes.items()})  # fmt: skip
         give_arena(arena)
-        outputs = tuple(values[name] for name in self._program.outputs)
-        if bad is not None:
-            for output in outputs:
-                if output.is_floating_point() and output.ndim and output.shape[0] == batch:
-                    output[bad] = torch.nan
-        return outputs
+        return tuple(values[name] for name in self._program.outputs)
 
     def _run(self, part: Part, values: dict[str, Any], batch: int, arena: Tensor, threads: int) -> None:
-        results = part.segment(tuple(values[name] for name in part.inputs), arena, threads)
+        # kernels read memory, which does not show that a view of it is negated
+        results = part.segment(tuple(values[name].resolve_neg() for name in part.inputs), arena, threads)
         for name, result in zip(part.outputs, results, strict=True):
             known = self._program.values[name]
             values[name] = result.view(batch * known.rows, *known.shape)
@@ -97,10 +94,29 @@ class CompiledProgram:
         return CompiledProgram, (self._program,)
 
 
-def _not_finite(tensor: Tensor, batch: int, known: Tensor | None) -> Tensor | None:
-    """Samples with NaN or infinities, beside those that are known: their codes would not show it."""
-    # a sum finds them in one look, and now and then where there are none
-    if bool(tensor.sum().isfinite()):
-        return known
-    bad = ~tensor.reshape(batch, -1).isfinite().all(1)
-    return bad if known is None else bad | known
+def _mark(part: Part, values: dict[str, Any], bad: dict[str, Tensor]) -> None:
+    """Make NaN of what comes from rows with NaN or infinities, whose codes would not show it.
+
+    Rows are samples or tokens, which steps on codes keep apart; calls of torch, which may mix or move them, find NaN.
+
+    Parameters
+    ----------
+    part : Part
+    values : dict
+        What it took and gave, by name.
+    bad : dict
+        Which rows are meant, by the names of values that have some; codes of earlier parts may be read by later ones.
+    """
+    for name in part.limited:
+        # a sum finds them in one look, and now and then where there are none
+        if not bool(values[name].sum().isfinite()):
+            bad[name] = ~values[name].flatten(1).isfinite().all(1)
+    if not bad:
+        return
+    for step in part.steps:
+        masks = [bad[name] for name in step.inputs if name in bad]
+        if masks:
+            bad[step.output] = torch.stack(masks).any(0)
+    for name in part.outputs:
+        if name in bad:
+            values[name][bad[name]] = torch.nan

@@ -45,7 +45,8 @@ def freeze(
         DataLoader, whose batches may have labels behind what the model takes. Some hundred samples are enough. They are
         kept while the model is frozen.
     observer : str
-        What of the values that were seen is coded: "minmax", all of them; "moving_average", the average of the
+        What of the values that were seen is coded: "minmax", all of them, and what more examples would add where
+        channels have scales of their own, as far as these ones tell; "moving_average", the average of the
         extremes of batches, each of which counts 0.1 and those before it 0.9; "percentile", all but 0.01 % of them.
     per_channel : bool
         A scale for each channel of activations.

@@ -337,7 +337,8 @@ def _flatten(found: _Recogniser, node: Operator) -> list[Node] | None:
     if not found.draft.images(source) or not found.draft.images(node.output):
         return None
     shape, output = found.shapes[source], found.shapes[node.output]
-    if len(shape) != 4 or len(output) != 2:
+    # others make rows of pixels
+    if len(shape) != 4 or len(output) != 2 or math.prod(_sizes(shape[1:3])) * (shape[3] or 0) != output[1]:
         return None
     return [Flat(inputs=(source,), output=node.output, layer=node.layer)]
 

@@ -102,12 +102,15 @@ class Part(NamedTuple):
         Names of what it takes and gives.
     limited : tuple of str
         Those of the inputs whose elements go to the ends of the codes where they lie outside.
+    steps : tuple of Step
+        What it computes, in this order.
     """
 
     segment: Segment
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     limited: tuple[str, ...]
+    steps: tuple[Step, ...]
 
 
 class Lowering:
@@ -164,7 +167,7 @@ class Lowering:
         tensors = len(run.inputs) + len(run.outputs)
         outputs = tuple(range(len(run.inputs), tensors))
         segment = Segment(tuple(steps), self.arena, tensors, len(run.inputs), outputs)
-        return Part(segment, run.inputs, run.outputs, run.limited)
+        return Part(segment, run.inputs, run.outputs, run.limited, tuple(run))
 
     # ---- what is where ----
 
