@@ -264,11 +264,19 @@ def test_what_is_not_finite_is_refused_by_name(bad):
         freeze(model, [x, x * 1e10])
 
 
-def test_few_samples_do_not_tell_the_ranges_of_channels() -> None:
+@pytest.mark.parametrize("observer", ["minmax", "moving_average"])
+def test_few_samples_do_not_tell_the_ranges_of_channels(observer):
     """Of a handful of rows each feature's largest element is far from what it may be: all get that of the largest."""
-    layer = nn.Linear(200, 30)
-    few, more = torch.randn(4, 200), torch.randn(300, 200) * torch.linspace(0.1, 2, 200)
-    scales = freeze(layer, [few], token_scales=False).program.values["input.codes"].codes.scale
-    assert bool((scales == few.abs().max() / 127).all())
-    scales = freeze(layer, [more], token_scales=False).program.values["input.codes"].codes.scale
-    assert torch.allclose(scales, more.abs().amax(0) / 127)
+    layer, few = nn.Linear(200, 30), torch.randn(4, 200)
+    batches = [few] if observer == "minmax" else list(few.split(1)) * 20
+    scales = freeze(layer, batches, token_scales=False, observer=observer).program.values["input.codes"].codes.scale
+    assert bool((scales == scales[0]).all())
+    if observer == "minmax":
+        assert scales[0] >= few.abs().max() / 127
+    else:
+        assert scales[0] >= 0.5 * few.abs().amax(1).mean() / 127
+
+
+def test_data_that_is_zero_all_over_is_refused():
+    with pytest.raises(ValueError, match="zero all over"):
+        freeze(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), [torch.zeros(4, 3, 9, 9)])

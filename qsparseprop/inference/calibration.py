@@ -15,7 +15,7 @@ from qsparseprop.inference.program import Codes
 __all__ = ["OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate", "codes_of", "token_codes"]
 
 #: Elements of a channel from which on what was seen of it tells its range; of fewer all have that of the largest.
-ENOUGH = 256
+ENOUGH = 32
 #: Largest code behind the zero point, by zero point.
 _LEVELS = {0: 255.0, 128: 127.0}
 
@@ -192,7 +192,9 @@ def calibrate(
     # others may be infinite, as masks of attention are
     numbers = coding.values.union(node.output for node in draft.nodes if isinstance(node, Layer))
     negative: dict[str, bool] = dict.fromkeys(observers, False)
-    elements = dict.fromkeys(observers, 0)
+    elements: dict[str, int] = {}
+    # an average is of what batches show, each by itself
+    counted = min if observer == "moving_average" else int.__add__
 
     def see(name: str, value: Any) -> None:
         if name in numbers and not bool(value.isfinite().all()):
@@ -201,7 +203,7 @@ def calibrate(
             return
         negative[name] = negative[name] or bool((value < 0).any())
         rows = value.transpose(0, 1).flatten(1) if per_channel else value.reshape(1, -1)
-        elements[name] += rows.shape[1]
+        elements[name] = counted(elements[name], rows.shape[1]) if name in elements else rows.shape[1]
         observers[name].see(rows)
 
     for batch in batches:
@@ -212,6 +214,8 @@ def calibrate(
         channels = draft.shapes[name][1]
         assert channels is not None
         low, high = seen.ranges()
+        if name in draft.inputs and not bool(low.any()) and not bool(high.any()):
+            raise ValueError(f"the calibration data is zero all over ({name!r}), which tells no scale")
         if elements[name] < ENOUGH:
             low, high = low.min(), high.max()
         low, high = low.expand(channels), high.expand(channels)

@@ -65,7 +65,9 @@ class CompiledProgram:
                 values.update({name: torch.empty(0, *shape, dtype=torch.float32, device="cpu")
                                for name, shape in shapes.items()})  # fmt: skip
         give_arena(arena)
-        return tuple(values[name] for name in self._program.outputs)
+        # nobody is to write into what belongs to the program
+        constants = self._program.constants
+        return tuple(values[name].clone() if name in constants else values[name] for name in self._program.outputs)
 
     def _run(self, part: Part, values: dict[str, Any], batch: int, arena: Tensor, threads: int) -> None:
         # kernels read memory, which does not show that a view of it is negated
