@@ -3,6 +3,7 @@
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,9 +75,11 @@ def _added_mb(size, density):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the memory of the process from /proc")
-def test_weights_by_dense_rows_take_no_more_than_dense_ones():
+def test_weights_by_dense_rows_take_no_more_than_dense_ones(monkeypatch):
     """Values and gradients, 34 MB of a weight without zeros; the codes, 4 MB, are gone when the gradient comes."""
     densities, spawn = (None, 1, 0.95), multiprocessing.get_context("spawn")
+    # where the other processes find this file; behind what is installed, which is what is tested
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).resolve().parents[1])])
     measured = []
     for density in densities:  # each in a process without a past
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
