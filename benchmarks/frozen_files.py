@@ -5,7 +5,7 @@ import time
 import torch
 
 from qsparseprop.inference.packing import pack_weight, unpack_weight
-from qsparseprop.inference.program import Weight
+from qsparseprop.inference.steps import Weight
 
 ROWS, COLUMNS, ZEROS = 512, (64, 576, 4608), (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 

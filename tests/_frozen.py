@@ -10,18 +10,8 @@ from torch import nn
 from torch.utils import _pytree
 
 from qsparseprop.inference.calls import call_operator
-from qsparseprop.inference.program import (
-    Add,
-    Call,
-    Concat,
-    Dequantize,
-    Flatten,
-    Pool,
-    Product,
-    Quantize,
-    Table,
-)
 from qsparseprop.inference.reference import run_reference
+from qsparseprop.inference.steps import Add, Call, Concat, Dequantize, Flatten, Pool, Product, Quantize, Table
 
 #: Errors of 8 bits are taken for independent, which those of two ways to one sum are not.
 MARGIN = 2.0

@@ -22,7 +22,8 @@ import torch
 
 from qsparseprop.inference.compiled import CompiledProgram
 from qsparseprop.inference.files import load_program
-from qsparseprop.inference.program import Call, Program
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.steps import Call
 
 #: What torch's operators raise for arguments that do not go together.
 _ERRORS_OF_CALLS = (RuntimeError, IndexError, TypeError, ValueError, KeyError, OverflowError, NotImplementedError)

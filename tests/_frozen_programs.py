@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qsparseprop.inference.checks import sees_pixels
-from qsparseprop.inference.program import (
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.steps import (
     Add,
     Codes,
     Concat,
@@ -18,7 +19,6 @@ from qsparseprop.inference.program import (
     Flatten,
     Pool,
     Product,
-    Program,
     Quantize,
     Step,
     Table,

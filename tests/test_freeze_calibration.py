@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from qsparseprop.inference import FreezeReport, freeze, measure_accuracy
 from qsparseprop.inference.calibration import MinMax, MovingAverage, Percentile, codes_of
 from qsparseprop.inference.draft import Layer
-from qsparseprop.inference.program import Codes, Product, Window
+from qsparseprop.inference.steps import Codes, Product, Window
 from qsparseprop.inference.weights import code_weight, real_weight
 
 from ._frozen import assert_as_good_as_8_bits, data, randomised

@@ -21,8 +21,9 @@ from qsparseprop.inference.containers import write_container
 from qsparseprop.inference.data import from_json, to_json
 from qsparseprop.inference.files import load_program, read_program, save_program
 from qsparseprop.inference.packing import WAYS, pack_weight, part_sizes, unpack_weight
-from qsparseprop.inference.program import Call, Product, Program, Value, Weight, Window
+from qsparseprop.inference.program import Program
 from qsparseprop.inference.reference import run_reference
+from qsparseprop.inference.steps import Call, Product, Value, Weight, Window
 from tests._frozen_programs import Builder, random_program
 from tests._helpers import examples, run_python
 

@@ -19,7 +19,8 @@ import qsparseprop
 from qsparseprop.inference.calls import Name, call_operator, find_operator
 from qsparseprop.inference.files import load_program, save_program
 from qsparseprop.inference.operators import PURE, is_pure
-from qsparseprop.inference.program import Call, Product, Program, Quantize, Value, Window
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.steps import Call, Product, Quantize, Value, Window
 from qsparseprop.utils.errors import ConfigurationError
 from tests._frozen_files import WAYS, join_file, split_file
 from tests._frozen_programs import Builder, random_program

@@ -19,20 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qsparseprop.inference.calls import Name
-from qsparseprop.inference.program import (
-    Call,
-    Codes,
-    Concat,
-    Flatten,
-    Pool,
-    Product,
-    Program,
-    Quantize,
-    Table,
-    Value,
-    Window,
-)
+from qsparseprop.inference.program import Program
 from qsparseprop.inference.reference import run_reference, run_step
+from qsparseprop.inference.steps import Call, Codes, Concat, Flatten, Pool, Product, Quantize, Table, Value, Window
 from qsparseprop.utils.errors import ConfigurationError
 from tests._frozen_programs import Builder, random_program
 from tests._helpers import examples

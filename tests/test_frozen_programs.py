@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qsparseprop._kernels import _dispatch
 from qsparseprop.inference.compiled import KEPT_BATCHES, CompiledProgram
-from qsparseprop.inference.program import Codes, Product, Program, Quantize, Value, Weight, Window
+from qsparseprop.inference.program import Program
 from qsparseprop.inference.reference import run_reference
+from qsparseprop.inference.steps import Codes, Product, Quantize, Value, Weight, Window
 from tests._frozen_programs import Builder, random_program
 from tests._helpers import examples
 

@@ -123,8 +123,6 @@ cdef extern from "kernels.h" nogil:
         int64_t residual_pitch
         int64_t residual_block
         const float *residual_multiplier
-        const uint8_t *table
-        int64_t table_step
 
     ctypedef struct qsp_coded_step:
         qsp_coded input "in"
@@ -178,7 +176,6 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct qsp_token_codes:
         const float *x
-        int64_t step
         int64_t columns
         int64_t pitch
         const float *inverse

@@ -4,8 +4,6 @@ What steps compute lies in an arena, memory that a call takes and gives back, so
 segment at once. All numbers that the kernels walk are of the steps, and nobody can change them.
 """
 
-from time import perf_counter
-
 import torch
 
 from qsparseprop._kernels._dispatch import active_isa
@@ -145,10 +143,10 @@ cdef class Segment:
         self.steps, self.arena, self.tensors, self.inputs, self.outputs = steps, arena, tensors, inputs, outputs
         self.isa, self.kernels = active_isa(), active_kernels()
 
-    def __call__(self, tuple inputs not None, arena, int threads, list seconds=None):
+    def __call__(self, tuple inputs not None, arena, int threads):
         """The outputs, for input tensors of the numbers of images that the steps are for.
 
-        `arena` is of `take_arena`: what segments before have left there is read. `seconds` gets the time of each step.
+        `arena` is of `take_arena`: what segments before have left there is read.
         """
         if len(inputs) != self.inputs:
             raise ValueError(f"{self.inputs} inputs are wanted, got {len(inputs)}")
@@ -157,8 +155,5 @@ cdef class Segment:
         cdef list tensors = [*inputs, *[None] * (self.tensors - self.inputs)]
         cdef uint8_t *memory = <uint8_t *> pointer(arena, _int64, (self.arena + 7) // 8, "arena")
         for step in self.steps:
-            started = 0 if seconds is None else perf_counter()
             (<FrozenStep> step).run(memory, tensors, self.kernels, max(threads, 1))
-            if seconds is not None:
-                seconds.append(perf_counter() - started)
         return tuple([tensors[i] for i in self.outputs])

@@ -16,6 +16,5 @@ class ProductStep(FrozenStep):
         out: CodedBuffer | int,
         factors: tuple[Tensor, ...],
         residual: CodedBuffer | None = None,
-        table: Tensor | None = None,
         scales: int = -1,
     ) -> ProductStep: ...

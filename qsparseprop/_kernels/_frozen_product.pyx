@@ -23,7 +23,7 @@ from qsparseprop._kernels._dispatch cimport (
 from qsparseprop._kernels._frozen cimport CodedBuffer, FrozenStep, own_copy, same_lanes
 from qsparseprop._kernels._gather_list cimport GatherList
 from qsparseprop._kernels._plan cimport ProductRows
-from qsparseprop._kernels._tensor cimport image_pointer, numel, pointer, strides_t
+from qsparseprop._kernels._tensor cimport image_pointer, pointer, strides_t
 
 cdef enum:
     # multiply-adds below which starting threads costs more than it gives
@@ -124,8 +124,6 @@ cdef class ProductStep(FrozenStep):
         residual is multiplied by.
     residual : CodedBuffer, optional
         On the lanes of the output.
-    table : Tensor, optional
-        uint8, (256,) or (rows * 256,): what becomes of the output's codes.
     scales : int
         Where in the arena the images of one pixel, tokens, have scales, float32, whole units of them: multiplied in
         before the offset; below 0 they have none.
@@ -138,7 +136,7 @@ cdef class ProductStep(FrozenStep):
     cdef qsp_requantize requantize
 
     def __cinit__(self, ProductWeights weights not None, CodedBuffer source not None, out, tuple factors,
-                  CodedBuffer residual=None, table=None, int64_t scales=-1):
+                  CodedBuffer residual=None, int64_t scales=-1):
         cdef ProductRows rows = weights.rows
         cdef int64_t n = rows.rows
         self.weights, self.source, self.residual, self.product = weights, source, residual, weights.product
@@ -154,17 +152,17 @@ cdef class ProductStep(FrozenStep):
         self.product.scale_factor, self.product.correction_factor = 1, -source.zero
         if isinstance(out, CodedBuffer):
             self.out, self.target = out, -1
-            self._take_codes(held, table)
+            self._take_codes(held)
         else:
             self.target = out
             self.product.scale = <const float *> pointer(held[0], _float32, n, "scale")
             self.product.bias = <const float *> pointer(held[1], _float32, n, "bias")
             self.product.low, self.product.high = float(held[2].max()), float(held[3].min())
-            if residual is not None or table is not None or rows.target.count != 1:
-                raise ValueError("floats are of one view, without residual and table")
+            if residual is not None or rows.target.count != 1:
+                raise ValueError("floats are of one view, without residual")
         self._held = tuple(held)
 
-    cdef int64_t _take_codes(self, list held, object table) except -1:
+    cdef int64_t _take_codes(self, list held) except -1:
         """What becomes of the sums where the output is codes."""
         cdef qsp_requantize *q = &self.requantize
         cdef int64_t n = self.weights.rows.rows, lane, lanes
@@ -204,11 +202,6 @@ cdef class ProductStep(FrozenStep):
         self.units = whole * (lanes // QSP_UNIT)
         if rest:
             self.units += (lane - (where.grid.images - rest) * where.grid.lane_b + QSP_UNIT - 1) // QSP_UNIT
-        if table is not None:
-            q.table_step = 256 if numel(table) > 256 else 0
-            own = own_copy(table, _uint8, n * 256 if q.table_step else 256, "table")
-            held.append(own)
-            q.table = <const uint8_t *> pointer(own, _uint8, 256, "table")
         return 0
 
     cdef int64_t last_byte(self) noexcept:

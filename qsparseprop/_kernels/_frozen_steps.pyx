@@ -39,7 +39,6 @@ cdef class PackStep(FrozenStep):
 
     cdef int64_t source
     cdef CodedBuffer out
-    cdef object zeros
 
     def __cinit__(self, int64_t source, CodedBuffer out not None, inverse):
         self.source, self.out = source, out

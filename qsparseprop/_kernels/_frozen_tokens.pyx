@@ -95,7 +95,6 @@ cdef class TokenQuantizeStep(FrozenStep):
     cdef int64_t source, scales, tokens, columns
     cdef TokenBuffer out
     cdef CodedBuffer planes
-    cdef object zeros
 
     def __cinit__(self, int64_t source, out, inverse, int64_t scales=-1):
         self.source, self.scales = source, scales
@@ -124,7 +123,7 @@ cdef class TokenQuantizeStep(FrozenStep):
             raise ValueError(f"an input must be of shape ({self.tokens}, {self.columns}), got {tuple(x.shape)}")
         x = x.to(_float32).reshape(self.tokens, self.columns).contiguous()
         a.x = <const float *> pointer(x, _float32, size, "an input")
-        a.step = a.columns = self.columns
+        a.columns = self.columns
         a.inverse = <const float *> pointer(self._held[0], _float32, self.columns, "inverse")
         if self.scales >= 0:
             a.scale = <float *> (arena + self.scales)

@@ -113,8 +113,6 @@ typedef struct {
     const uint8_t *residual; /* the first plane's lane 0, or NULL; lanes as those of `out` */
     int64_t residual_pitch, residual_block;
     const float *residual_multiplier; /* [rows] */
-    const uint8_t *table;    /* of what is written, or NULL: 256 bytes, or as many a row */
-    int64_t table_step;
 } qsp_requantize;
 
 typedef struct {
@@ -314,8 +312,8 @@ typedef struct {
 /* Rows of features to codes: nearest(x / scale) + zero, one scale a column, and where `scale` is given one a token, which
  * is found first. */
 typedef struct {
-    const float *x;          /* rows `step` apart */
-    int64_t step, columns, pitch; /* codes of a row take `pitch` bytes, those behind its columns are `zero` */
+    const float *x;          /* [tokens][columns] */
+    int64_t columns, pitch;  /* codes of a row take `pitch` bytes, those behind its columns are `zero` */
     const float *inverse;    /* [columns] */
     int32_t zero;
     uint8_t *codes;

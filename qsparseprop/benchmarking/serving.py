@@ -109,7 +109,6 @@ def serving_times(
     ways |= _torch_ways(model, x, config.compiled)
     with torch.inference_mode():
         turn = sum(times[0] for times in interleaved_times(ways, 1, warmup=2).values())
-        # engines that are far slower than the others take their turn less often
         calls = max(5, min(_MOST_CALLS, int(config.seconds / turn)))
         return interleaved_times(ways, calls, warmup=1), missing
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qsparseprop.inference.coding import Coding
 from qsparseprop.inference.draft import Draft, Flat, Joined, Layer, Node, Pooling, run_draft
-from qsparseprop.inference.program import Codes
+from qsparseprop.inference.steps import Codes
 
 __all__ = ["OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate", "codes_of", "token_codes"]
 

@@ -9,7 +9,7 @@ import torch
 
 from qsparseprop._torch_compat import OverloadPacket
 from qsparseprop.inference.operators import is_pure
-from qsparseprop.inference.program import Call
+from qsparseprop.inference.steps import Call
 
 __all__ = ["Name", "call_operator", "find_operator"]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from qsparseprop._kernels import _dispatch
 from qsparseprop._kernels._frozen import give_arena, take_arena
 from qsparseprop.inference.calls import call_operator
-from qsparseprop.inference.program import Call, Program
+from qsparseprop.inference.program import Program
 from qsparseprop.inference.segments import Lowering, Part
+from qsparseprop.inference.steps import Call
 from qsparseprop.inference.weights_in_memory import WeightStore
 
 __all__ = ["CompiledProgram"]

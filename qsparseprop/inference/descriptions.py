@@ -16,7 +16,9 @@ from qsparseprop.inference.containers import StoredTensors, raw_bytes
 from qsparseprop.inference.data import from_json, to_json
 from qsparseprop.inference.limits import check_pools
 from qsparseprop.inference.packing import WAYS, PackedWeight, pack_weight, part_sizes, unpack_weight
-from qsparseprop.inference.program import (
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.reading import Fields, read_list, read_number, read_text, read_whole, refuse
+from qsparseprop.inference.steps import (
     Add,
     Call,
     Codes,
@@ -25,7 +27,6 @@ from qsparseprop.inference.program import (
     Flatten,
     Pool,
     Product,
-    Program,
     Quantize,
     Step,
     Table,
@@ -33,7 +34,6 @@ from qsparseprop.inference.program import (
     Weight,
     Window,
 )
-from qsparseprop.inference.reading import Fields, read_list, read_number, read_text, read_whole, refuse
 from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
 
 __all__ = ["DescriptionReader", "DescriptionWriter"]

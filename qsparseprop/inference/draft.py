@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop.inference.calls import Name, call_operator
-from qsparseprop.inference.program import Call, Window
+from qsparseprop.inference.steps import Call, Window
 
 __all__ = ["Draft", "Flat", "Function", "Joined", "Layer", "Node", "Operator", "Pooling", "Shape", "Sum"]
 

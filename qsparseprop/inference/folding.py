@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from qsparseprop.inference.draft import Draft, Function, Layer, Node, Operator, Pooling, Sum
-from qsparseprop.inference.program import Window
+from qsparseprop.inference.steps import Window
 
 __all__ = ["fold", "fold_residuals"]
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qsparseprop._kernels._plan import PlaneLayout
-from qsparseprop.inference.program import Product, Program, Window
-from qsparseprop.layout.geometry import BLOCK_LANES, UNIT, Grid, batch_magnitude
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.steps import Product, Window
+from qsparseprop.layout.geometry import BLOCK_LANES, UNIT, Grid, batch_magnitude, plane_pitch
 
 __all__ = ["Lanes", "Taps", "find_lanes", "taps_of"]
 
@@ -109,9 +110,8 @@ class Lanes:
             base = Grid(UNIT, 1, UNIT, UNIT, 1, UNIT, 0, UNIT)
         else:
             lanes = self.images * self.rows * self.row
-            pitch = self.front + -(-lanes // UNIT) * UNIT
-            # an odd number of cache lines spreads the planes over the cache's sets
-            base = Grid(self.images, self.rows * self.row, self.row, 1, 1, pitch | UNIT, self.front, pitch)
+            pitch = plane_pitch(self.front, lanes)
+            base = Grid(self.images, self.rows * self.row, self.row, 1, 1, pitch, self.front, pitch)
         return base.with_planes(planes)
 
     def layout(self, channels: int) -> PlaneLayout:

@@ -14,8 +14,9 @@ from typing import Any
 from qsparseprop.inference.calls import Name, find_operator
 from qsparseprop.inference.lanes import find_lanes
 from qsparseprop.inference.operators import is_training
-from qsparseprop.inference.program import Add, Call, Pool, Product, Program, Quantize, Step, Value, Window
+from qsparseprop.inference.program import Program
 from qsparseprop.inference.reference import factors_of, inverse_scale
+from qsparseprop.inference.steps import Add, Call, Pool, Product, Quantize, Step, Value, Window
 from qsparseprop.layout.geometry import BLOCK_LANES
 from qsparseprop.utils.errors import refuse_more_than_memory
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qsparseprop.inference.coding import Coding
 from qsparseprop.inference.draft import Draft, Flat, Function, Joined, Layer, Node, Pooling, Shape, Sum, renamed
-from qsparseprop.inference.program import (
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.steps import (
     Add,
     Call,
     Codes,
@@ -20,7 +21,6 @@ from qsparseprop.inference.program import (
     Flatten,
     Pool,
     Product,
-    Program,
     Quantize,
     Step,
     Table,

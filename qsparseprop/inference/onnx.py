@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsparseprop.inference.program import (
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.steps import (
     Add,
     Call,
     Concat,
@@ -18,7 +19,6 @@ from qsparseprop.inference.program import (
     Flatten,
     Pool,
     Product,
-    Program,
     Quantize,
     Step,
     Table,

@@ -11,7 +11,8 @@ import torch
 from onnx import TensorProto
 
 from qsparseprop.inference.calls import Name, find_operator
-from qsparseprop.inference.program import Call, Program
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.steps import Call
 from qsparseprop.utils.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsparseprop.inference.program import Weight
+from qsparseprop.inference.steps import Weight
 
 __all__ = ["WAYS", "PackedWeight", "pack_weight", "part_sizes", "unpack_weight"]
 

@@ -13,8 +13,8 @@ from qsparseprop._torch_compat import keep_off_fast_path
 from qsparseprop.inference.batches import Batch
 from qsparseprop.inference.capture import NotCapturable
 from qsparseprop.inference.module import FrozenModule
-from qsparseprop.inference.program import Product
 from qsparseprop.inference.report import FreezeReport, LayerReport
+from qsparseprop.inference.steps import Product
 from qsparseprop.inference.whole import Options, freeze_module, freeze_rows
 from qsparseprop.utils._places import replace_children
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsparseprop.inference.calls import Name
 from qsparseprop.inference.draft import Draft, Flat, Function, Joined, Layer, Node, Operator, Pooling, Shape, Sum
-from qsparseprop.inference.program import Window
+from qsparseprop.inference.steps import Window
 
 __all__ = ["recognise"]
 

@@ -12,40 +12,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from qsparseprop.inference.checks import check_step
-from qsparseprop.inference.steps import (
-    Add,
-    Call,
-    Codes,
-    Concat,
-    Dequantize,
-    Flatten,
-    Pool,
-    Product,
-    Quantize,
-    Step,
-    Table,
-    Value,
-    Weight,
-    Window,
-)
+from qsparseprop.inference.steps import Product, Quantize, Step, Value
 
-__all__ = [
-    "Add",
-    "Call",
-    "Codes",
-    "Concat",
-    "Dequantize",
-    "Flatten",
-    "Pool",
-    "Product",
-    "Program",
-    "Quantize",
-    "Step",
-    "Table",
-    "Value",
-    "Weight",
-    "Window",
-]
+__all__ = ["Program"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsparseprop.inference.calls import call_operator
-from qsparseprop.inference.program import (
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.steps import (
     Add,
     Call,
     Codes,
@@ -22,7 +23,6 @@ from qsparseprop.inference.program import (
     Flatten,
     Pool,
     Product,
-    Program,
     Quantize,
     Step,
     Table,

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsparseprop.inference.draft import Draft, Layer, Node, compute
-from qsparseprop.inference.program import Codes, Product, Program, Step, Window
+from qsparseprop.inference.program import Program
 from qsparseprop.inference.reference import Tokens, run_step
+from qsparseprop.inference.steps import Codes, Product, Step, Window
 from qsparseprop.inference.weights import real_weight
 
 __all__ = ["SAMPLES", "refine"]

@@ -21,7 +21,9 @@ from qsparseprop._kernels._frozen_tokens import (
 )
 from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop.inference.lanes import Taps, find_lanes, taps_of
-from qsparseprop.inference.program import (
+from qsparseprop.inference.program import Program
+from qsparseprop.inference.reference import factors_of, inverse_scale
+from qsparseprop.inference.steps import (
     Add,
     Call,
     Concat,
@@ -29,13 +31,11 @@ from qsparseprop.inference.program import (
     Flatten,
     Pool,
     Product,
-    Program,
     Quantize,
     Step,
     Table,
     Value,
 )
-from qsparseprop.inference.reference import factors_of, inverse_scale
 from qsparseprop.inference.weights_in_memory import WeightStore
 from qsparseprop.layout.geometry import UNIT
 
@@ -56,11 +56,6 @@ class _Form(NamedTuple):
     scales: bool = False
     #: Image of the output, stride and phases.
     phases: tuple[tuple[int, int], tuple[int, int], tuple[tuple[int, int], ...]] | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is the value as it is."""
-        return not (self.flat or self.tokens or self.scales) and self.phases is None
 
 
 class _Place(NamedTuple):
@@ -325,7 +320,7 @@ class Lowering:
         layouts = self._planes(form)[0], self._lanes[target.image if len(source.shape) == 3 else (1, 1)].layout(
             step.weight.rows)  # fmt: skip
         rows = self._weights.of_planes(step, source, self._taps(step), layouts)
-        return [ProductStep(rows, self._buffer(form), out, given, residual, None, scales)]
+        return [ProductStep(rows, self._buffer(form), out, given, residual, scales)]
 
     def _pool(self, step: Pool) -> list[FrozenStep]:
         source, target = self._value(step.inputs[0]), self._value(step.output)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qsparseprop.inference.draft import Layer
-from qsparseprop.inference.program import Codes, Weight
+from qsparseprop.inference.steps import Codes, Weight
 
 __all__ = ["code_weight", "real_weight"]
 

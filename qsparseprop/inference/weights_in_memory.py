@@ -16,7 +16,7 @@ from qsparseprop._kernels._frozen_tokens import TokenWeights, block_shape
 from qsparseprop._kernels._gather_list import PatternList
 from qsparseprop._kernels._plan import PlaneLayout, ProductRows, ValuePattern
 from qsparseprop.inference.lanes import Taps
-from qsparseprop.inference.program import Product, Value, Weight
+from qsparseprop.inference.steps import Product, Value, Weight
 from qsparseprop.layout.costs import machine_costs
 from qsparseprop.layout.modes import forced_modes
 

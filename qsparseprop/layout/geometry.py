@@ -48,8 +48,8 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _pitch(front: int, lanes: int) -> int:
-    """Lanes from plane to plane."""
+def plane_pitch(front: int, lanes: int) -> int:
+    """Lanes from plane to plane, for planes of so many with so many before the first one."""
     pitch = front + _round_up(lanes, UNIT)
     # an odd number of cache lines spreads the planes over the cache's sets
     return pitch | UNIT if pitch > UNIT else pitch
@@ -284,10 +284,10 @@ def _conv_geometry(sizes: ConvSizes, batch: int, batch_innermost: bool, transpos
     front = _round_up(max(tap_shift), UNIT)
     if not batch_innermost:
         # a block of twice the size where that saves a good part of the lanes
-        if _pitch(front, 2 * images * pixels) < (2 - SAVED_LANES) * _pitch(front, images * pixels):
+        if plane_pitch(front, 2 * images * pixels) < (2 - SAVED_LANES) * plane_pitch(front, images * pixels):
             images *= 2
         images = min(images, batch)
-    pitch = _pitch(front, images * pixels)
+    pitch = plane_pitch(front, images * pixels)
     base = Grid(images, lane_b, lane_y, lane_x, 1, pitch, front, pitch)
     phases = len(zs.phases) * len(ys.phases) * len(xs.phases)
     if max(in_channels * phases, out_channels) * pitch >= 2**31:

@@ -1,5 +1,15 @@
 /* Where codes of images lie in planes. */
 
+/* What becomes of a product: plus an offset, and a residual where there is one, within limits; in this order a NaN stays
+ * one. */
+QSP_INLINE f32x16 coded_result(f32x16 product, f32x16 offset, const f32x16 *residual, f32x16 low, f32x16 high)
+{
+    f32x16 v = f32x16_add(product, offset);
+    if (residual)
+        v = f32x16_add(v, *residual);
+    return f32x16_min(high, f32x16_max(low, v));
+}
+
 /* Lanes of so many images from the first pixel to behind the last. */
 QSP_INLINE int64_t coded_lanes(const qsp_coded *c, int64_t images)
 {

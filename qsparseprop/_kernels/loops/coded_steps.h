@@ -63,10 +63,12 @@ static void coded_flatten_kernel(const qsp_coded_step *s, int64_t block, int64_t
 /* sum * multiplier + offset + other * other_multiplier, within its limits, as a code. */
 QSP_INLINE i32x16 coded_finish(const qsp_coded_step *s, int64_t c, f32x16 sums, const uint8_t *other)
 {
-    f32x16 v = f32x16_add(f32x16_mul(sums, f32x16_set1(s->multiplier[c])), f32x16_set1(s->offset[c]));
+    const f32x16 product = f32x16_mul(sums, f32x16_set1(s->multiplier[c])), offset = f32x16_set1(s->offset[c]);
+    f32x16 more = offset;
     if (other)
-        v = f32x16_add(v, f32x16_mul(f32x16_load_u8(other), f32x16_set1(s->other_multiplier[c])));
-    return i32x16_nearest(f32x16_min(f32x16_max(v, f32x16_set1(s->low[c])), f32x16_set1(s->high[c])));
+        more = f32x16_mul(f32x16_load_u8(other), f32x16_set1(s->other_multiplier[c]));
+    return i32x16_nearest(coded_result(product, offset, other ? &more : NULL, f32x16_set1(s->low[c]),
+                                       f32x16_set1(s->high[c])));
 }
 
 QSP_INLINE void coded_store(uint8_t *to, i32x16 v, int64_t n)

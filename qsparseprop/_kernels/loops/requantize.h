@@ -2,7 +2,6 @@
 
 typedef struct {
     int64_t block, lane; /* of the planes */
-    int64_t images;      /* in that block */
     int64_t size;        /* lanes of the unit up to the last pixel */
     int64_t end;         /* lanes of the block up to there */
 } coded_unit;
@@ -12,8 +11,7 @@ static void locate_coded(coded_unit *u, const qsp_coded *c, int64_t unit)
     const int64_t units = (coded_lanes(c, c->grid.images) + QSP_UNIT - 1) / QSP_UNIT;
     u->block = unit / units;
     u->lane = unit % units * QSP_UNIT;
-    u->images = coded_images(c, u->block);
-    u->end = coded_lanes(c, u->images);
+    u->end = coded_lanes(c, coded_images(c, u->block));
     u->size = qsp_min(QSP_UNIT, u->end - u->lane);
 }
 
@@ -28,10 +26,11 @@ QSP_INLINE void requantize_unit(const qsp_requantize *q, int64_t row, const row_
         spmm_unit_from_codes(r, residual);
     QSP_UNROLL
     for (int i = 0; i < QSP_UNIT / 16; i++) {
-        f32x16 y = f32x16_add(f32x16_mul(f32x16_load_i32(sums->i32 + 16 * i), multiplier), offset);
+        const f32x16 product = f32x16_mul(f32x16_load_i32(sums->i32 + 16 * i), multiplier);
+        f32x16 other = offset;
         if (residual)
-            y = f32x16_add(y, f32x16_mul(f32x16_from_i32(r[i]), f32x16_set1(q->residual_multiplier[row])));
-        v[i] = i32x16_nearest(f32x16_min(f32x16_max(y, low), high));
+            other = f32x16_mul(f32x16_from_i32(r[i]), f32x16_set1(q->residual_multiplier[row]));
+        v[i] = i32x16_nearest(coded_result(product, offset, residual ? &other : NULL, low, high));
     }
     spmm_unit_to_codes(codes, v);
 }
@@ -58,11 +57,6 @@ static void requantize_rows(const qsp_requantize *q, const coded_unit *u, int64_
         uint8_t *to = q->out.planes + at + i * g->pitch;
         uint8_t *codes = u->size == QSP_UNIT ? to : part;
         requantize_unit(q, row + i, sums + i, q->residual ? q->residual + other + i * q->residual_pitch : NULL, codes);
-        if (q->table) {
-            const uint8_t *table = q->table + (row + i) * q->table_step;
-            for (int k = 0; k < QSP_UNIT; k++)
-                codes[k] = table[codes[k]];
-        }
         for (int k = 0; gaps && k < QSP_UNIT; k++)
             codes[k] = (uint8_t)((codes[k] & keep[k]) | (q->out.zero & ~keep[k]));
         if (codes == part)
@@ -75,7 +69,7 @@ static void requantize_rows(const qsp_requantize *q, const coded_unit *u, int64_
 /* Where a task's results go; returns the first lane of its unit in the planes that it reads. */
 static int64_t locate_task(const qsp_spmm *a, int64_t unit, unit_target *target, coded_unit *coded)
 {
-    const coded_unit none = {0, 0, 0, 0, 0};
+    const coded_unit none = {0, 0, 0, 0};
     qsp_unit where;
     *coded = none;
     if (a->requantize) {

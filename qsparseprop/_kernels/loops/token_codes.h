@@ -17,25 +17,20 @@ QSP_INLINE float token_scale(const qsp_token_codes *a, const float *x)
 
 static void tokens_quantize_kernel(const qsp_token_codes *a, int64_t token)
 {
-    const f32x16 most = f32x16_set1(1024.0f); /* what does not fit into an integer would change its sign */
-    const i32x16 zero = i32x16_set1(a->zero - 128);
-    const float *x = a->x + token * a->step;
+    const qsp_scheme fixed = {.kind = QSP_AFFINE, .bits = 8, .fixed = 1};
+    const float *x = a->x + token * a->columns;
     uint8_t *codes = a->scaled ? NULL : a->codes + token * a->pitch;
     float scale = 1.0f;
     if (a->scale)
         a->scale[token] = scale = token_scale(a, x);
-    const f32x16 inverse = f32x16_set1(1.0f / scale);
+    const quantizer q = quantizer_from(&fixed, f32x16_set1(1.0f / scale), i32x16_set1(a->zero), LIMITED);
     for (int64_t i = 0; i < a->columns; i += 16) {
         const int n = (int)qsp_min(16, a->columns - i);
-        f32x16 v = f32x16_mul(f32x16_load_n(x + i, n), f32x16_load_n(a->inverse + i, n));
-        if (a->scale)
-            v = f32x16_mul(v, inverse);
-        if (a->scaled) {
-            f32x16_store_n(a->scaled + token * a->columns + i, v, n);
-            continue;
-        }
-        v = f32x16_max(f32x16_min(v, most), f32x16_sub(f32x16_zero(), most));
-        u8x16_store_n(codes + i, i32x16_to_code(i32x16_add(i32x16_nearest(v), zero)), n);
+        const f32x16 v = f32x16_mul(f32x16_load_n(x + i, n), f32x16_load_n(a->inverse + i, n));
+        if (a->scaled)
+            f32x16_store_n(a->scaled + token * a->columns + i, f32x16_mul(v, q.inverse), n);
+        else /* without scales of tokens times one */
+            u8x16_store_n(codes + i, i32x16_to_code(quantize_x16(v, &q, LIMITED, q.zero)), n);
     }
     if (codes)
         memset(codes + a->columns, a->zero, (size_t)(a->pitch - a->columns));

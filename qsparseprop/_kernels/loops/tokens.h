@@ -25,18 +25,19 @@ QSP_INLINE void tokens_dot(int32_t *sums, const qsp_tokens *a, const uint8_t *x,
 QSP_INLINE void tokens_finish(const qsp_tokens *a, int64_t row, int64_t token, const int32_t *sums)
 {
     const int n = (int)qsp_min(QSP_TOKEN_ROWS, a->rows - row);
-    f32x16 v = f32x16_mul(f32x16_load_i32(sums), f32x16_load(a->multiplier + row));
+    f32x16 product = f32x16_mul(f32x16_load_i32(sums), f32x16_load(a->multiplier + row));
     if (a->scale)
-        v = f32x16_mul(v, f32x16_set1(a->scale[token]));
-    v = f32x16_add(v, f32x16_load(a->offset + row));
+        product = f32x16_mul(product, f32x16_set1(a->scale[token]));
+    const f32x16 offset = f32x16_load(a->offset + row);
+    f32x16 more = offset;
     const f32x16 low = f32x16_load(a->low + row), high = f32x16_load(a->high + row);
     uint8_t codes[QSP_TOKEN_ROWS] = {0};
     if (a->residual) {
         for (int i = 0; i < n; i++)
             codes[i] = *coded_row(a->residual, token, row + i, 0);
-        v = f32x16_add(v, f32x16_mul(f32x16_load_u8(codes), f32x16_load(a->residual_multiplier + row)));
+        more = f32x16_mul(f32x16_load_u8(codes), f32x16_load(a->residual_multiplier + row));
     }
-    v = f32x16_min(high, f32x16_max(low, v)); /* in this order a NaN stays one */
+    const f32x16 v = coded_result(product, offset, a->residual ? &more : NULL, low, high);
     if (a->out) {
         f32x16_store_n(a->out + token * a->rows + row, v, n);
         return;
