@@ -132,6 +132,9 @@ def test_what_is_made_of_a_pattern_is_shared():
     assert pattern.nbytes == 4 * 513 + 512 * 640 // 8
     plans = [Plan(pattern, geometry, 1, modes) for modes in (LISTS, LISTS, DENSE)]
     first, second = (plan.forward for plan in plans[:2])
+    values = torch.randn(pattern.count, generator=generator(1))
+    for rows in (first, second):
+        ops.quantize_weight(values, rows, torch.ones(1), torch.zeros(1, dtype=torch.int32))
     assert first.nbytes == second.nbytes == 2 * pattern.count + 4 * 513 + 2 * 4 * 640
     assert pattern.nbytes == 4 * 513 + 512 * 640 // 8
     assert plans[2].dense_forward.nbytes < 16 * 640  # the bitmap is the pattern's
@@ -139,6 +142,30 @@ def test_what_is_made_of_a_pattern_is_shared():
     rows = [Plan(few, linear_geometry(70, 64), 1, DENSE).dense_forward for _ in range(2)]
     assert few.nbytes == 4 * 65 + 2 * few.count
     assert_same([rows[0].index], [rows[1].index])
+
+
+@pytest.mark.parametrize("shape", [(512, 640), (300, 4097), (2000, 70)])
+@pytest.mark.parametrize("density", [0.35, 0.6, 0.98])
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_weight_gradient_reads_bits_as_they_are(shape, density, channels):
+    """Where only it goes by a list that list holds no columns, and the gradient has the same bits."""
+    g = linear_geometry(shape[1], shape[0])
+    mask = torch.rand(shape, generator=generator(3)) < density
+    plan, count = make_plan(*dense_pattern(mask)[:2], g, 1, LISTS), int(mask.sum())
+    x, dy = (torch.randn(70, size, 1, 1, generator=generator(size)) for size in reversed(shape))
+    packed = ops.quantize_pack(x, g.input_layout, ops.Scheme("standard", (), channels))
+    gradient = ops.quantize_pack(dy, g.output_layout, ops.Scheme("symmetric", (), False))
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(ops.sddmm(packed, gradient, plan.forward, 70, count))
+    floats = ops.sddmm(ops.pack(x, g.input_layout), ops.pack(dy, g.output_layout), plan.forward, 70, count)
+    before, settled = plan.forward.nbytes, again(plan.forward)
+    assert plan.forward.nbytes == before + 2 * count  # which had to read them
+    found += [ops.sddmm(packed, gradient, rows, 70, count) for rows in (plan.forward, settled, plan.dense_forward)]
+    assert_same(found, found[-1:] * 5)
+    wanted = dy[:, :, 0, 0].double().T @ x[:, :, 0, 0].double()
+    torch.testing.assert_close(floats, wanted[mask].float(), rtol=1e-4, atol=1e-4)
 
 
 def test_codes_of_32_bits():

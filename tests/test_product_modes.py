@@ -20,7 +20,7 @@ from qsparseprop.layout import costs as costs_module
 from qsparseprop.layout import modes as modes_module
 from qsparseprop.layout.costs import Costs, cost_key, costs_file, machine_costs, measure_costs
 from qsparseprop.layout.geometry import conv_geometry, linear_geometry
-from qsparseprop.layout.modes import LONGEST_ROW, Modes, choose_modes, shape_of, use_modes
+from qsparseprop.layout.modes import LONGEST_ROW, Modes, choose_modes, doubtful_modes, shape_of, use_modes
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import make_plan
 from qsparseprop.quantization import QuantConfig
@@ -157,10 +157,24 @@ def test_the_choice_is_by_costs(by_costs):
     """40 x 100: dense rows cost 4,000 + 500 and 4,000 + 200, their gradient 4,000; a nonzero of a list 2, or 3."""
     g = linear_geometry(100, 40)
     assert shape_of(pattern(40, 100, 7), g, 1) == (7, 4000, 4000, 100, 40)
-    for nonzeros, wanted in ((1, "lll"), (1333, "lll"), (1334, "lld"), (2100, "lld"), (2101, "ldd"), (2250, "ldd"),
+    for nonzeros, wanted in ((1, "lll"), (1333, "lll"), (1334, "lld"), (1960, "lld"), (2101, "ldd"), (2250, "ldd"),
                              (2251, "ddd"), (4000, "ddd"), (0, "lll")):  # fmt: skip
         modes = choose_modes(pattern(40, 100, nonzeros), g, 1)
         assert "".join(mode[0] for mode in modes) == wanted, nonzeros
+
+
+def test_the_choice_takes_no_more_memory_than_a_dense_weight(file):
+    """Where lists are faster at any sparsity: of 40 x 100, 32,000 bytes dense, 640 are the bitmap. Lists take 8 bytes a
+    value, 6 for the input gradient and 2 for the output: at most 1,960 and 3,136 values have both and one."""
+    file.parent.mkdir()
+    costs = COSTS._replace(spmm_list=0.1, sddmm_list=0.1)._asdict()
+    file.write_text(json.dumps({cost_key(name): costs for name in _dispatch.built_isas()}))
+    g = linear_geometry(100, 40)
+    for nonzeros, wanted in ((1960, "lll"), (1961, "ldl"), (3136, "ldl"), (3137, "ddl"), (3999, "ddl"), (4000, "ldl")):
+        given = pattern(40, 100, nonzeros)
+        modes = choose_modes(given, g, 1)
+        assert "".join(mode[0] for mode in modes) == wanted, nonzeros
+        assert doubtful_modes(given, g, 1) is None
 
 
 def test_shapes_of_convolutions():

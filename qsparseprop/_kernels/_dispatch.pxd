@@ -211,6 +211,8 @@ cdef extern from "kernels.h" nogil:
         qsp_grid dy_grid
         qsp_list list
         qsp_nonzeros nonzeros
+        const uint64_t *bits
+        int64_t columns
         const qsp_dense *dense
         const void *planes
         const void *dy

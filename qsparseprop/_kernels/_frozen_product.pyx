@@ -92,6 +92,7 @@ cdef class ProductWeights:
         offset = torch.zeros(slots, dtype=_int32, device="cpu")
         held.append(offset)
         cdef int32_t *offsets = <int32_t *> pointer(offset, _int32, slots, "offset")
+        rows.settle()
         kernels.offsets(&rows.nonzeros, 0, rows.rows, offsets)
         self.product.list.offset = offsets
         if kernels.pair == NULL or rows.slots == 0:

@@ -1,6 +1,6 @@
 """Lists of nonzeros, checked once when they are made: see ``_gather_list.pyx``."""
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
 from qsparseprop._kernels._dispatch cimport qsp_nonzeros
 from qsparseprop._kernels._plan cimport PlaneLayout, ProductRows, ValuePattern
@@ -11,6 +11,7 @@ cdef class GatherList(ProductRows):
     cdef int64_t last_index
     cdef int64_t entries  # of the tables
     cdef const int32_t *kept_offsets  # of all slots, or NULL
+    cdef const uint64_t *bits  # of a pattern: the columns, as long as nobody has settled the list; or NULL
     cdef list _held
 
     cdef int32_t *_hold(self, int64_t size) except? NULL
@@ -18,6 +19,7 @@ cdef class GatherList(ProductRows):
     cdef int64_t _take_nonzeros(self, const int32_t *offset, const int32_t *index, const int32_t *plane,
                                 object code) except -1
     cdef int64_t _find_step(self) except -1
+    cdef int64_t settle(self) except -1
     cdef int64_t _keep_offsets(self) except -1
     cdef object _expanded(self, const int32_t *table)
 

@@ -205,10 +205,15 @@ cdef class GatherList(ProductRows):
         self.nonzeros.step = max(0, offset[1] - offset[0])
         return 0
 
+    cdef int64_t settle(self) except -1:
+        """Make what products read, if there is anything that was not made with the list."""
+        return 0
+
     cdef int64_t _keep_offsets(self) except -1:
         """Those of small lists: to write them out in each call would be felt, to keep them is not."""
         cdef int32_t *offset
         if 0 < self.slots <= SMALL_LIST:
+            self.settle()
             offset = self._hold(self.slots)
             active_kernels().offsets(&self.nonzeros, 0, self.rows, offset)
             self.kept_offsets = offset
@@ -218,6 +223,7 @@ cdef class GatherList(ProductRows):
         """What a table has for each slot, or, without one, which value the slot holds."""
         cdef const qsp_nonzeros *n = &self.nonzeros
         cdef int64_t row, k, i, start, code
+        self.settle()
         out = torch.empty(self.slots, dtype=_int32, device="cpu")
         cdef int32_t *to = <int32_t *> pointer(out, _int32, self.slots, "out") if self.slots else NULL
         for row in range(self.rows):
@@ -323,11 +329,20 @@ cdef class PatternList(GatherList):
         """Nonzeros as the pattern has them, columns as codes."""
         cdef ValuePattern pattern = self.pattern
         self.nonzeros.first, self.nonzeros.wide = pattern.ptr, pattern.wide
-        if pattern.column != NULL or pattern.bits != NULL:
-            columns = pattern.columns_for_lists()
-            self.nonzeros.code = <const uint16_t *> pointer(columns, _int16, pattern.count, "code")
-            if pattern.column == NULL:  # made for this list, and others of the pattern
-                self._held.append(columns)
+        if pattern.column != NULL:
+            self.nonzeros.code = pattern.column
+        self.bits = pattern.bits
+        return 0
+
+    cdef int64_t settle(self) except -1:
+        """The columns of bits, from now on: products of small batches would feel it if they were made in each. The
+        weight gradient makes them for some rows at a time, so that where only it goes by a list nothing is kept.
+        """
+        if self.bits != NULL:
+            columns = self.pattern.columns_for_lists()
+            self._held.append(columns)
+            self.nonzeros.code = <const uint16_t *> pointer(columns, _int16, self.pattern.count, "code")
+            self.bits = NULL
         return 0
 
     cdef int64_t _sort(self, int64_t groups, const int32_t *phase, int64_t taps, int64_t channels) except -1:

@@ -234,6 +234,7 @@ cdef int64_t _spmm_list(qsp_spmm *a, qsp_weight *w, GatherList rows, const qsp_v
     cdef int8_t *paired_weights = made + (most if w != NULL else 0)
     cdef const qsp_list *part = &a.list
     cdef const int8_t *unpaired
+    rows.settle()
     a.list.group_ptr = n.group_ptr
     first = 0
     while first < n.rows:
@@ -360,8 +361,8 @@ cdef int64_t _sddmm_list(qsp_sddmm *a, int64_t slots, bint codes, int threads) e
     a.row_chunks = min(a.list.rows, max(1 if threads == 1 else 4 * threads, (slots + SUM_SLOTS - 1) // SUM_SLOTS))
     for chunk in range(a.row_chunks):
         first, last = last, qsp_cut_rows(&a.list, chunk + 1, a.row_chunks)
-        # a sum and half of an integer for each slot, and the gradient's sum for each row
-        size = max(size, 6 * (a.list.group_ptr[last] - a.list.group_ptr[first]) + last - first)
+        # a sum, half of an integer and, of bits, a quarter for each slot, and the gradient's sum for each row
+        size = max(size, (6 + (a.bits != NULL)) * (a.list.group_ptr[last] - a.list.group_ptr[first]) + last - first)
     scratch = take_scratch(threads * size)
     a.sums = pointer(scratch, _int64, threads * size, "scratch")
     for chunk in prange(args.row_chunks, nogil=True, num_threads=threads, schedule="dynamic",
@@ -373,6 +374,8 @@ cdef int64_t _sddmm_list(qsp_sddmm *a, int64_t slots, bint codes, int threads) e
 
 cdef int64_t _take_list(qsp_sddmm *a, GatherList rows, int64_t values) except -1:
     a.nonzeros = rows.nonzeros
+    if rows.bits != NULL:
+        a.bits, a.columns = rows.bits, (<PatternList> rows).pattern.columns
     a.list.rows, a.list.group_ptr, a.list.offset = rows.rows, rows.nonzeros.group_ptr, rows.kept_offsets
     if rows.last_index >= values:
         raise ValueError(f"index must lie in [-1, {values}), got {rows.last_index}")

@@ -240,7 +240,7 @@ cdef extern from "pattern.h" nogil:
     int64_t qsp_narrow(const int32_t *, const int32_t *, int64_t, int64_t, uint16_t *)
     int64_t qsp_set_bits(const int32_t *, const uint16_t *, const int32_t *, int64_t, int64_t, uint64_t *)
     int64_t qsp_check_bits(const uint64_t *, const int32_t *, int64_t, int64_t)
-    void qsp_columns_of(const uint64_t *, int64_t, int64_t, uint16_t *)
+    void qsp_columns_of(const uint64_t *, int64_t, int64_t, uint16_t *, int64_t)
 
 
 cdef class ValuePattern:
@@ -364,7 +364,7 @@ cdef class ValuePattern:
         if made is None:
             made = torch.empty(max(self.count, 1), dtype=_int16, device="cpu")
             qsp_columns_of(self.bits, self.rows, self.columns,
-                           <uint16_t *> pointer(made, _int16, self.count, "col_indices"))
+                           <uint16_t *> pointer(made, _int16, self.count, "col_indices"), self.count)
             self._other = weakref.ref(made)
         return made
 

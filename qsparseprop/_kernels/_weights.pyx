@@ -148,6 +148,7 @@ cdef object take_weights(qsp_weight *a, ProductRows rows, object values, object 
             raise ValueError(f"values must have {(<DenseRows> rows).pattern.count} elements, got {n}")
     else:
         slots = <GatherList> rows
+        slots.settle()
         a.nonzeros = slots.nonzeros
         if slots.last_index >= n:
             raise ValueError(f"values must have at least {slots.last_index + 1} elements, got {n}")

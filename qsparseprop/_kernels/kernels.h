@@ -141,6 +141,8 @@ typedef struct {
     qsp_grid grid, dy_grid;
     qsp_list list;            /* without offsets a task writes its own out */
     qsp_nonzeros nonzeros;
+    const uint64_t *bits;     /* of a pattern, see pattern.h, or NULL: what a task makes codes of where there are none */
+    int64_t columns;
     const qsp_dense *dense;   /* in place of these, for sddmm_dense_u8 */
     const void *planes, *dy;  /* u8 and u8 around 128, or float and float */
     const int32_t *zero_point; /* per plane of x, or one value (zero_stride 0) */

@@ -59,15 +59,31 @@ static inline int64_t qsp_check_bits(const uint64_t *bits, const int32_t *ptr, i
     return rows;
 }
 
-/* A bitmap as columns of 16 bits; without one every row has all. */
-static inline void qsp_columns_of(const uint64_t *bits, int64_t rows, int64_t columns, uint16_t *out)
+/* Four columns, of the set bits of a nibble, as 16 bits each; what is behind the last of them is of no use. */
+static const uint64_t QSP_NIBBLE[16] = {
+    0, 0, 1, 1ull << 16, 2, 2ull << 16, 2ull << 16 | 1, 2ull << 32 | 1ull << 16,
+    3, 3ull << 16, 3ull << 16 | 1, 3ull << 32 | 1ull << 16, 3ull << 16 | 2, 3ull << 32 | 2ull << 16,
+    3ull << 32 | 2ull << 16 | 1, 3ull << 48 | 2ull << 32 | 1ull << 16,
+};
+
+/* A bitmap of `rows` rows as so many columns of 16 bits; without one every row has all. Four are written at once where
+ * four are left: one at a time would take as long as a product of a small batch. */
+static inline void qsp_columns_of(const uint64_t *bits, int64_t rows, int64_t columns, uint16_t *out, int64_t count)
 {
+    const uint16_t *const end = out + count;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < columns; c += 64) {
             const int n = (int)(columns - c < 64 ? columns - c : 64);
             uint64_t word = bits ? *bits++ : ~(uint64_t)0 >> (64 - n);
+            int64_t from = c;
+            for (; word && end - out >= 4; word >>= 4, from += 4) {
+                const uint64_t four = QSP_NIBBLE[word & 15] + (uint64_t)from * 0x0001000100010001u;
+                for (int i = 0; i < 4; i++) /* one store where the first is the lowest */
+                    out[i] = (uint16_t)(four >> 16 * i);
+                out += __builtin_popcountll(word & 15);
+            }
             for (; word; word &= word - 1)
-                *out++ = (uint16_t)(c + __builtin_ctzll(word));
+                *out++ = (uint16_t)(from + __builtin_ctzll(word));
         }
 }
 

@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 from qsparseprop._kernels import _dispatch
 from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop.layout.costs import machine_costs
@@ -161,7 +163,27 @@ def choose_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Mode
         return Modes()
     if (modes := forced_modes()) is None:
         modes = Modes(*(DENSE if ratio < 1 else LIST for ratio in _ratios(pattern, geometry, groups)))
+        modes = _affordable(modes, pattern)
     return usable_modes(modes, pattern, geometry, groups)
+
+
+def _affordable(modes: Modes, pattern: ValuePattern) -> Modes:
+    """Modes with which a weight takes no more memory than a dense one with its gradient, those given if they do.
+
+    Nonzeros have a value and its gradient, four bytes each, as a dense weight's entries have. The list of the input
+    gradient takes six more, that of the forward pass two where the pattern is held as bits; the weight gradient reads
+    bits. The largest is given up first: where that happens, with half of the entries there and more, dense rows take
+    up to a fifth more time with AVX2; with AVX-512 they are the faster ones.
+    """
+    columns = pattern.held[1]
+    room = 8 * pattern.rows * pattern.columns - 8 * pattern.count - columns.nbytes
+    backward = 6 * pattern.count if modes.backward == LIST else 0
+    forward = 2 * pattern.count if modes.forward == LIST and columns.dtype == torch.int64 else 0
+    if forward + backward > room:
+        modes, backward = modes._replace(backward=DENSE), 0
+    if forward + backward > room:
+        modes = modes._replace(forward=DENSE)
+    return modes
 
 
 def usable_modes(modes: Modes, pattern: ValuePattern, geometry: Geometry, groups: int) -> Modes:
@@ -193,5 +215,5 @@ def doubtful_modes(pattern: ValuePattern, geometry: Geometry, groups: int) -> Mo
     if not any(doubted):
         return None
     modes = Modes(*(DENSE if (ratio < 1) is not doubt else LIST for ratio, doubt in zip(ratios, doubted, strict=True)))
-    modes = usable_modes(modes, pattern, geometry, groups)
+    modes = usable_modes(_affordable(modes, pattern), pattern, geometry, groups)
     return None if modes == choose_modes(pattern, geometry, groups) else modes

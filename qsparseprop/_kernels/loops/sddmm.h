@@ -130,6 +130,12 @@ QSP_INLINE void sddmm_task(const qsp_sddmm *given, int64_t chunk, const int code
     int64_t *sums = (int64_t *)a->sums, *dy_sums = sums + slots;
     double *float_sums = (double *)a->sums;
     int32_t *offset = (int32_t *)(dy_sums + (last - first));
+    if (given->bits) {
+        const int64_t before = given->nonzeros.first[first], n = given->nonzeros.first[last] - before;
+        uint16_t *column = (uint16_t *)(offset + slots);
+        qsp_columns_of(given->bits + first * qsp_words(given->columns), last - first, given->columns, column, n);
+        one.nonzeros.code = (const uint16_t *)((uintptr_t)column - (uintptr_t)before * sizeof *column);
+    }
     if (given->list.offset) {
         one.list.offset = given->list.offset + QSP_GROUP * one.list.base;
     } else {
