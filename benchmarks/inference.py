@@ -1,11 +1,12 @@
-"""Frozen models against the best that serves dense ones: ONNX Runtime int8, OpenVINO int8, PyTorch.
+"""Frozen models against the best that serves dense ones: ONNX Runtime int8, OpenVINO int8, torch.compile, PyTorch.
 
 Each comparison runs in turn in this process; medians. ResNet-18 at 224 and 32 pixels, Linear 1024 -> 4096 at several
 batches, a transformer's encoder layer (768, 3072) of 128 tokens, and the backbone of a pose detector with its weights,
 75 % zeros (--shared names the folder with it). Weights of the others are random, with zeros at random
-places; the engines get the same weights, whose zeros they do not use. Needs onnx, onnxruntime and openvino for these.
+places; the engines get the same weights, whose zeros they do not use. Needs onnx, onnxruntime and openvino for these,
+and for torch.compile a C++ compiler.
 
-  python benchmarks/inference.py --threads 1 --sparsity 0.9 0.95        some ten minutes
+  python benchmarks/inference.py --threads 1 --sparsity 0.9 0.95        some twenty minutes, ten with --no-compile
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ CASES = (
 )
 
 
-def measure(case: int, sparsity: float, batch: int, seconds: float, shared: Path) -> dict[str, Any]:
+def measure(case: int, sparsity: float, batch: int, config: ServingConfig, shared: Path) -> dict[str, Any]:
     """Milliseconds of a request by competitor: medians."""
     name, build, shape, _ = CASES[case]
     torch.manual_seed(0)
@@ -87,7 +88,7 @@ def measure(case: int, sparsity: float, batch: int, seconds: float, shared: Path
             put_zeros(module.weight, sparsity)
     x = torch.randn(batch, *shape)
     frozen = freeze(model, [x if batch > 1 else torch.randn(4, *shape)])
-    times, missing = serving_times(model, frozen, x, ServingConfig(seconds=seconds))
+    times, missing = serving_times(model, frozen, x, config)
     ms = {way: 1e3 * statistics.median(taken) for way, taken in times.items()}
     best = min((way for way in ms if way != OURS), key=ms.__getitem__)
     return {"case": name, "sparsity": sparsity, "batch": batch, "ms": ms, "best": best, "ratio": ms[best] / ms[OURS],
@@ -101,8 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="which of the five above, from 0 (default: all)")
     parser.add_argument("--shared", default=str(Path(__file__).resolve().parents[2] / "shared"), metavar="FOLDER",
                         help="folder with weights/ (default: the one beside the project)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     args, document = start("inference", parser, argv)
     document["results"] = []
+    config = ServingConfig(seconds=args.seconds, compiled=not (args.no_compile or args.quick))
     for threads in args.threads:
         torch.set_num_threads(threads)
         say(f"\n{threads} thread(s): milliseconds of a request, and the best of the others over ours\n")
@@ -114,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             for sparsity in args.sparsity[:1] if pose else args.sparsity:
                 for batch in CASES[case][3]:
-                    found = measure(case, sparsity, 1 if args.quick else batch, args.seconds, Path(args.shared))
+                    found = measure(case, sparsity, 1 if args.quick else batch, config, Path(args.shared))
                     table.row(found["case"], str(found["batch"]), f"{100 * found['sparsity']:.3g} %", found["ms"][OURS],
                               found["ms"][found["best"]], f"{found['ratio']:.2f}x", found["best"])  # fmt: skip
                     document["results"].append({"threads": threads, **found})

@@ -181,6 +181,8 @@ def random_program(seed: int) -> tuple[Builder, Program]:
             known.append(b.concat(name, rng.choice(same), name))
         elif math.prod(value.shape) < 2000:
             known.append(b.flatten(name))
+        if isinstance(b.steps[-1], Product) and rng.random() < 0.4:
+            known[-1] = b.table(known[-1])  # which nobody else reads
     read = {name for step in b.steps for name in step.inputs}
     outputs = [b.dequantize(name) for name in known if name not in read]
     if rng.random() < 0.5:

@@ -15,7 +15,8 @@ from qsparseprop._kernels import _dispatch
 from qsparseprop.inference.compiled import KEPT_BATCHES, CompiledProgram
 from qsparseprop.inference.program import Program
 from qsparseprop.inference.reference import run_reference
-from qsparseprop.inference.steps import Codes, Product, Quantize, Value, Weight, Window
+from qsparseprop.inference.segments import Part
+from qsparseprop.inference.steps import Codes, Product, Quantize, Table, Value, Weight, Window
 from tests._frozen_programs import Builder, random_program
 from tests._helpers import examples
 
@@ -81,6 +82,32 @@ def test_linear_chain(batch: int, density: float) -> None:
     y = b.product(x, 129, density=density, limited=True)
     y = b.product(y, 129, density=density, residual=y)
     compare(b.program(b.product(y, 17, floats=True, density=density), b.dequantize(y)), b.tensors(batch), ISAS)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("channels", [False, True])
+def test_products_look_up_what_only_a_table_reads(isa: str, channels: bool) -> None:
+    """Every code of every table, with and without gaps between pixels and a residual; and one that others read, too."""
+    for image, shared in (((8, 8), False), ((13, 5), False), ((13, 5), True)):
+        b = Builder(random.Random(5))
+        x = b.add_input(16, *image)
+        first = b.product(x, 16, Window((3, 3), (1, 1), (1, 1, 1, 1)), density=0.5, residual=x)
+        # all codes occur
+        source = b.values[first].coded
+        b.values[first] = Value((16, *image), Codes(source.scale / 20, source.zero_point))
+        b.rng = random.Random(2 if channels else 1)
+        tabled = b.table(first)
+        step = b.steps[-1]
+        assert isinstance(step, Table)
+        assert step.table.dim() == 1 + channels
+        outputs = [b.dequantize(b.add(tabled, first) if shared else tabled)]
+        program = b.program(*outputs)
+        inputs = b.tensors(9)
+        compare(program, inputs, [isa])
+        (part,) = CompiledProgram(program).get(9).parts
+        assert isinstance(part, Part)
+        # the input is packed and the output unpacked; the sum is a step, and then the table, too
+        assert len(part.segment.steps) == (5 if shared else 3)
 
 
 def test_the_longest_row_is_exact() -> None:

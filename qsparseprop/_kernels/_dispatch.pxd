@@ -123,6 +123,8 @@ cdef extern from "kernels.h" nogil:
         int64_t residual_pitch
         int64_t residual_block
         const float *residual_multiplier
+        const uint8_t *table
+        int64_t table_step
 
     ctypedef struct qsp_coded_step:
         qsp_coded input "in"

@@ -17,4 +17,5 @@ class ProductStep(FrozenStep):
         factors: tuple[Tensor, ...],
         residual: CodedBuffer | None = None,
         scales: int = -1,
+        table: Tensor | None = None,
     ) -> ProductStep: ...

@@ -23,7 +23,7 @@ from qsparseprop._kernels._dispatch cimport (
 from qsparseprop._kernels._frozen cimport CodedBuffer, FrozenStep, own_copy, same_lanes
 from qsparseprop._kernels._gather_list cimport GatherList
 from qsparseprop._kernels._plan cimport ProductRows
-from qsparseprop._kernels._tensor cimport image_pointer, pointer, strides_t
+from qsparseprop._kernels._tensor cimport image_pointer, numel, pointer, strides_t
 
 cdef enum:
     # multiply-adds below which starting threads costs more than it gives
@@ -128,6 +128,8 @@ cdef class ProductStep(FrozenStep):
     scales : int
         Where in the arena the images of one pixel, tokens, have scales, float32, whole units of them: multiplied in
         before the offset; below 0 they have none.
+    table : Tensor, optional
+        uint8, 256 of them, or as many for each row: what becomes of the result's codes.
     """
 
     cdef ProductWeights weights
@@ -137,7 +139,7 @@ cdef class ProductStep(FrozenStep):
     cdef qsp_requantize requantize
 
     def __cinit__(self, ProductWeights weights not None, CodedBuffer source not None, out, tuple factors,
-                  CodedBuffer residual=None, int64_t scales=-1):
+                  CodedBuffer residual=None, int64_t scales=-1, table=None):
         cdef ProductRows rows = weights.rows
         cdef int64_t n = rows.rows
         self.weights, self.source, self.residual, self.product = weights, source, residual, weights.product
@@ -154,13 +156,17 @@ cdef class ProductStep(FrozenStep):
         if isinstance(out, CodedBuffer):
             self.out, self.target = out, -1
             self._take_codes(held)
+            if table is not None:
+                self.requantize.table_step = 256 if numel(table) > 256 else 0
+                held.append(own_copy(table, _uint8, n * 256 if self.requantize.table_step else 256, "table"))
+                self.requantize.table = <const uint8_t *> pointer(held[len(held) - 1], _uint8, 256, "table")
         else:
             self.target = out
             self.product.scale = <const float *> pointer(held[0], _float32, n, "scale")
             self.product.bias = <const float *> pointer(held[1], _float32, n, "bias")
             self.product.low, self.product.high = float(held[2].max()), float(held[3].min())
-            if residual is not None or rows.target.count != 1:
-                raise ValueError("floats are of one view, without residual")
+            if residual is not None or table is not None or rows.target.count != 1:
+                raise ValueError("floats are of one view, without residual and table")
         self._held = tuple(held)
 
     cdef int64_t _take_codes(self, list held) except -1:

@@ -113,6 +113,8 @@ typedef struct {
     const uint8_t *residual; /* the first plane's lane 0, or NULL; lanes as those of `out` */
     int64_t residual_pitch, residual_block;
     const float *residual_multiplier; /* [rows] */
+    const uint8_t *table;    /* of a function of the codes, 256 bytes, or as many a row; or NULL */
+    int64_t table_step;
 } qsp_requantize;
 
 typedef struct {

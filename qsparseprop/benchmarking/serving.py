@@ -128,8 +128,10 @@ def _torch_ways(model: nn.Module, x: Tensor, compiled: bool) -> dict[str, Callab
         ways |= {"torch fp32 channels_last": way(last, given, False),
                  "torch bf16 channels_last": way(last, given, True)}  # fmt: skip
     if compiled:
-        ways |= {"torch.compile fp32": way(torch.compile(copy.deepcopy(model)), x, False),
-                 "torch.compile bf16": way(torch.compile(copy.deepcopy(model)), x, True)}  # fmt: skip
+        # constants in the graph, so that weights are laid out once for its products
+        for name, bf16 in (("fp32", False), ("bf16", True)):
+            graph = torch.compile(copy.deepcopy(model), dynamic=False, options={"freezing": True})
+            ways[f"torch.compile {name}"] = way(graph, x, bf16)
     return ways
 
 

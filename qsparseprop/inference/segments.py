@@ -131,12 +131,14 @@ class Lowering:
     def __init__(self, program: Program, batch: int, weights: WeightStore) -> None:
         self._program, self._batch, self._weights = program, batch, weights
         self._lanes = find_lanes(program, batch)
+        self._tabled: dict[str, Product] = {}
         self._steps = [step for step in program.steps if not isinstance(step, Call)]
         self._dynamic = {step.output for step in self._steps if isinstance(step, Quantize) and step.dynamic}
         self._space = _Arena()
         self._places: dict[_Form, _Place] = {}
         self._tensors: dict[str, int] = {}
         runs = _runs(program)
+        self._tabled = {product.output: product for run in runs for product in self._before_tables(run)}
         last = {form: i for i, run in enumerate(runs) for step in run for form in self._forms_of(step)}
         made: list[tuple[list[FrozenStep], _Run] | Call] = []
         for i, run in enumerate(runs):
@@ -164,6 +166,14 @@ class Lowering:
         segment = Segment(tuple(steps), self.arena, tensors, len(run.inputs), outputs)
         return Part(segment, run.inputs, run.outputs, run.limited, tuple(run))
 
+    def _before_tables(self, run: _Run | list[Call]) -> Iterator[Product]:
+        """Products whose codes nobody but a table reads, which they then look up themselves."""
+        readers = [name for step in self._program.steps for name in step.inputs] + list(self._program.outputs)
+        products = {step.output: step for step in run if isinstance(step, Product) and not self._has_few_tokens(step)}
+        for step in run:
+            if isinstance(step, Table) and step.inputs[0] in products and readers.count(step.inputs[0]) == 1:
+                yield products[step.inputs[0]]
+
     # ---- what is where ----
 
     def _value(self, name: str) -> Value:
@@ -175,6 +185,8 @@ class Lowering:
 
     def _forms_read(self, step: Step) -> list[_Form]:
         """The forms of values that a step reads."""
+        if isinstance(step, Table) and step.inputs[0] in self._tabled:
+            return self._forms_read(self._tabled[step.inputs[0]])
         if not isinstance(step, Product):
             return [_Form(name) for name in step.inputs if self._value(name).codes is not None]
         source, target = self._value(step.inputs[0]), self._value(step.output)
@@ -247,7 +259,7 @@ class Lowering:
 
     def _forms_of(self, step: Step) -> Iterator[_Form]:
         """The forms that a step reads, and those that it makes."""
-        if not isinstance(step, Call):
+        if not isinstance(step, Call) and step.output not in self._tabled:
             yield from self._forms_read(step)
             if self._value(step.output).codes is not None:
                 yield from self._forms_made(step)
@@ -261,6 +273,8 @@ class Lowering:
         return list(forms if packed else {_Form(name): None, **forms})
 
     def _lowered(self, step: Step) -> list[FrozenStep]:
+        if step.output in self._tabled:  # with the table behind it
+            return []
         forms = self._forms_made(step) if self._value(step.output).codes is not None else []
         if isinstance(step, Quantize):
             made = [self._packed(step, form) for form in forms if not (form.flat or form.scales)]
@@ -303,7 +317,7 @@ class Lowering:
         return [CodedStep("unpack", self._buffer(_Form(step.inputs[0])), self._tensors[step.output], (),
                           (source.coded.scale,))]  # fmt: skip
 
-    def _product(self, step: Product) -> list[FrozenStep]:
+    def _product(self, step: Product, table: Table | None = None) -> list[FrozenStep]:
         source, target = self._value(step.inputs[0]), self._value(step.output)
         form = self._forms_read(step)[0]
         factors = factors_of(step, [self._value(name) for name in step.inputs], target)
@@ -311,7 +325,8 @@ class Lowering:
         residual = None
         if factors.residual is not None:
             given, residual = (*given, factors.residual), self._buffer(_Form(step.inputs[1]))
-        out = self._buffer(_Form(step.output)) if target.codes is not None else self._tensors[step.output]
+        result = step.output if table is None else table.output
+        out = self._buffer(_Form(result)) if target.codes is not None else self._tensors[result]
         scales = self._scales(form.value)
         if form.tokens:
             tokens = self._tokens(form, self._place(form).start)
@@ -320,7 +335,8 @@ class Lowering:
         layouts = self._planes(form)[0], self._lanes[target.image if len(source.shape) == 3 else (1, 1)].layout(
             step.weight.rows)  # fmt: skip
         rows = self._weights.of_planes(step, source, self._taps(step), layouts)
-        return [ProductStep(rows, self._buffer(form), out, given, residual, scales)]
+        looked_up = None if table is None else table.table.reshape(-1)
+        return [ProductStep(rows, self._buffer(form), out, given, residual, scales, looked_up)]
 
     def _pool(self, step: Pool) -> list[FrozenStep]:
         source, target = self._value(step.inputs[0]), self._value(step.output)
@@ -342,6 +358,8 @@ class Lowering:
         return [CodedStep("add", one, self._buffer(_Form(step.output)), (), factors, other)]
 
     def _table(self, step: Table) -> list[FrozenStep]:
+        if step.inputs[0] in self._tabled:
+            return self._product(self._tabled[step.inputs[0]], step)
         return [CodedStep("table", self._buffer(_Form(step.inputs[0])), self._buffer(_Form(step.output)),
                           table=step.table.reshape(-1))]  # fmt: skip
 

@@ -73,6 +73,23 @@ QSP_INLINE void spmm_unit_to_codes(uint8_t *codes, const i32x16 *v)
     }
 }
 
+/* Of each sixteenth of the table a shuffle, which gives zero for codes of the others. Single bytes would be written faster
+ * than they can be read again as vectors. */
+QSP_INLINE void spmm_unit_look_up(uint8_t *out, const uint8_t *codes, const uint8_t *table)
+{
+    const __m256i beyond = _mm256_set1_epi8(0x70); /* from 16 on to 128 and more */
+    const __m256i a = _mm256_loadu_si256((const __m256i *)codes), b = _mm256_loadu_si256((const __m256i *)(codes + 32));
+    __m256i low = _mm256_setzero_si256(), high = low;
+    for (int i = 0; i < 16; i++) {
+        const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(table + 16 * i)));
+        const __m256i first = _mm256_set1_epi8((char)(16 * i));
+        low = _mm256_or_si256(low, _mm256_shuffle_epi8(t, _mm256_adds_epu8(_mm256_xor_si256(a, first), beyond)));
+        high = _mm256_or_si256(high, _mm256_shuffle_epi8(t, _mm256_adds_epu8(_mm256_xor_si256(b, first), beyond)));
+    }
+    _mm256_storeu_si256((__m256i *)out, low);
+    _mm256_storeu_si256((__m256i *)(out + 32), high);
+}
+
 /* ---- gather-SDDMM on codes ---- */
 typedef __m256i sddmm_acc;
 

@@ -407,6 +407,26 @@ QSP_INLINE void spmm_unit_to_codes(uint8_t *codes, const i32x16 *v)
     _mm512_storeu_si512(codes, _mm512_packus_epi16(_mm512_packus_epi32(v[0], v[1]), _mm512_packus_epi32(v[2], v[3])));
 }
 
+/* 32 codes, in the low halves of words: the table as 128 words, of which each has the bytes of two codes. */
+QSP_INLINE __m512i u16x32_look_up(__m512i codes, const __m512i *t)
+{
+    const __m512i word = _mm512_srli_epi16(codes, 1);
+    const __m512i low = _mm512_permutex2var_epi16(t[0], word, t[1]), high = _mm512_permutex2var_epi16(t[2], word, t[3]);
+    const __mmask32 upper = _mm512_movepi16_mask(_mm512_slli_epi16(codes, 8)); /* codes from 128 on */
+    const __m512i place = _mm512_and_si512(_mm512_slli_epi16(codes, 3), _mm512_set1_epi16(8));
+    return _mm512_srlv_epi16(_mm512_mask_blend_epi16(upper, low, high), place);
+}
+QSP_INLINE void spmm_unit_look_up(uint8_t *out, const uint8_t *codes, const uint8_t *table)
+{
+    const __m512i c = _mm512_loadu_si512(codes), low = _mm512_set1_epi16(0xff);
+    __m512i t[4];
+    QSP_UNROLL
+    for (int i = 0; i < 4; i++)
+        t[i] = _mm512_loadu_si512(table + 64 * i);
+    const __m512i even = u16x32_look_up(_mm512_and_si512(c, low), t), odd = u16x32_look_up(_mm512_srli_epi16(c, 8), t);
+    _mm512_storeu_si512(out, _mm512_or_si512(_mm512_and_si512(even, low), _mm512_slli_epi16(odd, 8)));
+}
+
 /* ---- gather-SDDMM on codes ---- */
 typedef __m512i sddmm_acc;
 typedef __m512i sddmm_grad;

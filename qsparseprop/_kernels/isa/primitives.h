@@ -162,6 +162,8 @@ static inline void spmm_unit_to_f32(float *out, const int32_t *sums, float scale
  * [0, 255]. */
 static inline void spmm_unit_from_codes(i32x16 *v, const uint8_t *codes);
 static inline void spmm_unit_to_codes(uint8_t *codes, const i32x16 *v);
+/* A unit's codes -> what a table of 256 has for each. */
+static inline void spmm_unit_look_up(uint8_t *out, const uint8_t *codes, const uint8_t *table);
 #ifndef ISA_OWN_ROWS
 /* All ISA_LANES sums. */
 static inline void spmm_acc_set1(spmm_acc *acc, int32_t v);

@@ -351,6 +351,11 @@ QSP_INLINE void spmm_unit_to_codes(uint8_t *codes, const i32x16 *v)
     for (int i = 0; i < QSP_UNIT; i++)
         codes[i] = (uint8_t)v[i / 16].v[i % 16];
 }
+QSP_INLINE void spmm_unit_look_up(uint8_t *out, const uint8_t *codes, const uint8_t *table)
+{
+    for (int i = 0; i < QSP_UNIT; i++)
+        out[i] = table[codes[i]];
+}
 
 /* ---- gather-SDDMM on codes ---- */
 typedef struct {

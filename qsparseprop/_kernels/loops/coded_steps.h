@@ -123,8 +123,14 @@ static void coded_table_kernel(const qsp_coded_step *s, int64_t block, int64_t f
             const int64_t lane = run_lane(&s->out, &runs, r);
             const uint8_t *x = coded_plane(&s->in, block, c) + lane;
             uint8_t *to = coded_plane(&s->out, block, c) + lane;
-            for (int64_t i = 0; i < runs.size; i++)
-                to[i] = table[x[i]];
+            int64_t i = 0;
+            for (; i + QSP_UNIT <= runs.size; i += QSP_UNIT)
+                spmm_unit_look_up(to + i, x + i, table);
+            if (i < runs.size) { /* behind the last plane there is a unit more */
+                QSP_ALIGNED(64) uint8_t part[QSP_UNIT];
+                spmm_unit_look_up(part, x + i, table);
+                memcpy(to + i, part, (size_t)(runs.size - i));
+            }
         }
     }
 }

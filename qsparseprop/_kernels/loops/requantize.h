@@ -33,6 +33,8 @@ QSP_INLINE void requantize_unit(const qsp_requantize *q, int64_t row, const row_
         v[i] = i32x16_nearest(coded_result(product, offset, residual ? &other : NULL, low, high));
     }
     spmm_unit_to_codes(codes, v);
+    if (q->table)
+        spmm_unit_look_up(codes, codes, q->table + row * q->table_step);
 }
 
 /* Whether all lanes of a unit are pixels. */
