@@ -72,3 +72,60 @@ def test_the_environment_of_other_programs_stays_as_it_is(monkeypatch):
     process = run_python("import os, qsparseprop; from qsparseprop.cli import main; main(['info']); "
                          "print('GOMP_SPINCOUNT' in os.environ)")  # fmt: skip
     assert process.stdout.endswith("False\n"), process.stdout
+
+
+FORK = """
+import os, sys, warnings
+import torch
+from qsparseprop.inference import freeze
+from qsparseprop.nn import QuantizedSparseLinear, SparseLinear
+
+torch.set_num_threads(2)
+dense, x = torch.nn.Linear(1024, 512), torch.randn(600, 1024)
+models = [QuantizedSparseLinear.from_dense(dense), SparseLinear.from_dense(dense), freeze(dense, [x])]
+with torch.no_grad():
+    expected = [model(x).tolist() for model in models]
+    child = os.fork()
+    if not child:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            same = [model(x).tolist() == y for model, y in zip(models, expected)]
+        same = all(same) and len(found) == 1 and "was forked" in str(found[0].message)
+        torch.set_num_threads(1)
+        (x @ x.T).sum()  # as the sentence says
+        os._exit(0 if same else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP runtime")
+def test_a_process_that_was_forked_after_threads_were_used_computes_with_one():
+    """It waited for threads that it has not; torch's own operators still do."""
+    process = run_python(FORK)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == ["0"], process.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP runtime")
+def test_workers_of_data_loaders_compute_without_a_warning():
+    process = run_python("""
+import torch
+from qsparseprop.nn import QuantizedSparseLinear
+
+torch.set_num_threads(2)
+layer = QuantizedSparseLinear.from_dense(torch.nn.Linear(512, 512))
+x = torch.randn(40, 300, 512)
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(x)
+    def __getitem__(self, i):
+        with torch.no_grad():
+            return layer(x[i])
+
+loader = torch.utils.data.DataLoader(Data(), 8, num_workers=2, multiprocessing_context="fork")
+with torch.no_grad():
+    assert torch.equal(torch.cat(list(loader)), torch.stack([layer(one) for one in x]))
+""")
+    assert process.returncode == 0, process.stderr
+    assert "was forked" not in process.stderr

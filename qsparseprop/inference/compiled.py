@@ -16,6 +16,7 @@ from qsparseprop.inference.program import Program
 from qsparseprop.inference.segments import Lowering, Part
 from qsparseprop.inference.steps import Call
 from qsparseprop.inference.weights_in_memory import WeightStore
+from qsparseprop.ops.threads import thread_count
 
 __all__ = ["CompiledProgram"]
 
@@ -51,7 +52,7 @@ class CompiledProgram:
         tuple of Tensor
         """
         values: dict[str, Any] = {**self._program.constants, **dict(zip(self._program.inputs, inputs, strict=True))}
-        batch, threads = inputs[0].shape[0], torch.get_num_threads()
+        batch, threads = inputs[0].shape[0], thread_count()
         lowering = self.get(max(batch, 1))
         arena = take_arena(lowering.arena)
         bad: dict[str, Tensor] = {}

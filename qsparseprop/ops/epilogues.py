@@ -38,6 +38,7 @@ from qsparseprop._kernels._plan import PlaneLayout
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop.ops._registration import check_tensors, operator, recorded
 from qsparseprop.ops.products import Packed
+from qsparseprop.ops.threads import thread_count
 
 __all__ = ["ACTIVATIONS", "Activation", "Affine", "Kept", "activation_range", "codes_like", "epilogue", "epilogue_grad",
            "epilogue_grad_pack", "epilogue_pack", "epilogue_range", "epilogue_sums", "saved_like"]  # fmt: skip
@@ -181,7 +182,7 @@ def epilogue(
     """
     out = empty(tuple(x.shape), x.dtype)
     _epilogue.epilogue(x, residual, out, scale, shift, activation, options, code_scale, code_shift, codes, saved,
-                       torch.get_num_threads())  # fmt: skip
+                       thread_count())  # fmt: skip
     return out
 
 
@@ -212,7 +213,7 @@ def epilogue_range(
     Tensor
         float32, (channels, 2); NaN where an element is not finite.
     """
-    return _epilogue.epilogue_range(x, residual, scale, shift, activation, options, torch.get_num_threads())
+    return _epilogue.epilogue_range(x, residual, scale, shift, activation, options, thread_count())
 
 
 @operator(
@@ -280,7 +281,7 @@ def epilogue_pack(
     check_tensors(x=x, residual=residual, ranges=ranges, **affine._asdict(), **kept._asdict())
     out = empty(tuple(x.shape), x.dtype) if keep else None
     packed = _epilogue.epilogue_pack(x, residual, out, *affine, *activation, *kept, ranges, layout, scheme,
-                                     torch.get_num_threads())  # fmt: skip
+                                     thread_count())  # fmt: skip
     return out, Packed(*packed)
 
 
@@ -307,7 +308,7 @@ def epilogue_sums(
     Tensor
         float64, (channels, 3); the second is 0 without codes, the magnitude NaN where an element is not finite.
     """
-    return _epilogue.epilogue_sums(dy, codes, saved, activation, options, torch.get_num_threads())
+    return _epilogue.epilogue_sums(dy, codes, saved, activation, options, thread_count())
 
 
 @operator(
@@ -342,7 +343,7 @@ def epilogue_grad(
         Like dy; the latter empty if not wanted.
     """
     dx, g = empty(tuple(dy.shape), dy.dtype), empty(tuple(dy.shape), dy.dtype) if want_g else None
-    _epilogue.epilogue_grad(dy, codes, saved, activation, options, factor, dx, g, torch.get_num_threads())
+    _epilogue.epilogue_grad(dy, codes, saved, activation, options, factor, dx, g, thread_count())
     return dx, _or_empty(g, dy.dtype)
 
 
@@ -381,5 +382,5 @@ def epilogue_grad_pack(
     check_tensors(dy=dy, codes=codes, saved=saved, factor=factor, ranges=ranges, seed=seed)
     g = empty(tuple(dy.shape), dy.dtype) if want_g else None
     packed = _epilogue.epilogue_grad_pack(dy, codes, saved, *activation, factor, g, ranges, layout, scheme, seed,
-                                          torch.get_num_threads())  # fmt: skip
+                                          thread_count())  # fmt: skip
     return Packed(*packed), g

@@ -30,6 +30,7 @@ from qsparseprop.ops.products import (
     quantize_pack_plain,
     sddmm_plain,
 )
+from qsparseprop.ops.threads import thread_count
 
 __all__ = ["Quantisation", "bias_gradient", "is_channels_last", "layer_backward", "layer_forward", "packed_backward"]
 
@@ -145,7 +146,7 @@ def layer_forward_plain(
         multiply_plain(packed, values, rows, out, bias, clip)
     else:
         packed = Packed(*_layer.forward(x, values, bias, rows, scheme, seed, clip, out, save,
-                                        torch.get_num_threads()))  # fmt: skip
+                                        thread_count()))  # fmt: skip
     if not save:
         return out, None
     if scheme is not None and in_floats:
@@ -244,7 +245,7 @@ def layer_backward_plain(
     if scheme is not None and not in_floats and (grads[0] or grads[1]) and not profiler_is_on():
         differentiated = plan.differentiated(True) if grads[1] else None
         dvalues = _layer.backward(dy, values, packed, rows, differentiated, scheme, seed, clip, dx, transposed,
-                                  torch.get_num_threads())  # fmt: skip
+                                  thread_count())  # fmt: skip
         return dx, dvalues, dbias
     if grads[0] or (grads[1] and not in_floats):
         gradient = _packed_by(dy, rows.source, scheme, seed)
@@ -279,7 +280,7 @@ def bias_gradient(dy: Tensor) -> Tensor:
     if not dy.is_floating_point():
         raise TypeError(f"dy must be floating point, got {dy.dtype}")
     if are_plain(dy) and dy.dtype in (torch.float32, torch.bfloat16):
-        return channel_sums(dy, torch.get_num_threads())
+        return channel_sums(dy, thread_count())
     dims = 0 if dy.ndim == 2 else (0, 2, 3)
     return dy.sum(dims) if dy.dtype is torch.float32 else dy.sum(dims, dtype=torch.float32)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from qsparseprop._kernels import _mask
 from qsparseprop._kernels._memory import empty
 from qsparseprop.ops._registration import operator
+from qsparseprop.ops.threads import thread_count
 
 __all__ = ["dense_layout", "keep_masked", "relu_mask", "relu_mask_", "words"]
 
@@ -58,7 +59,7 @@ def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
         order of memory, which is ``not (x <= 0)``.
     """
     out, mask = torch.empty_like(x), empty((words(x.numel()),), torch.int16)
-    _mask.relu(_flat(x), _flat(out), mask, torch.get_num_threads())
+    _mask.relu(_flat(x), _flat(out), mask, thread_count())
     return out, mask
 
 
@@ -80,7 +81,7 @@ def relu_mask_(x: Tensor) -> Tensor:
         The mask.
     """
     mask = empty((words(x.numel()),), torch.int16)
-    _mask.relu(_flat(x), _flat(x), mask, torch.get_num_threads())
+    _mask.relu(_flat(x), _flat(x), mask, thread_count())
     return mask
 
 
@@ -101,5 +102,5 @@ def keep_masked(x: Tensor, mask: Tensor) -> Tensor:
         Like x.
     """
     out = torch.empty_like(x)
-    _mask.keep(_flat(x), mask, _flat(out), torch.get_num_threads())
+    _mask.keep(_flat(x), mask, _flat(out), thread_count())
     return out

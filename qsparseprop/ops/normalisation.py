@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qsparseprop._kernels import _norm
 from qsparseprop.ops._registration import operator
+from qsparseprop.ops.threads import thread_count
 
 __all__ = ["norm_factors", "norm_statistics"]
 
@@ -74,7 +75,7 @@ def norm_statistics(
         Before anything has changed.
     """
     return _norm.statistics(x, weight, bias, running_mean, running_var, momentum, eps, training, save,
-                            torch.get_num_threads())  # fmt: skip
+                            thread_count())  # fmt: skip
 
 
 def _norm_factors_fake(sums: Tensor, statistics: Tensor, *others: Any) -> tuple[Tensor, ...]:

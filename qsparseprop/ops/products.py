@@ -20,6 +20,7 @@ from qsparseprop._kernels._plan import PlaneLayout, ProductRows
 from qsparseprop._kernels._statistics import Scheme
 from qsparseprop._torch_compat import profiler_is_on
 from qsparseprop.ops._registration import are_plain, check_tensors, in_memory, recorded, seen_as
+from qsparseprop.ops.threads import thread_count
 
 __all__ = ["Packed", "Weights", "empty_result", "gather_weight", "gather_weight_plain", "in_memory_parts", "multiply",
            "multiply_plain", "pack", "pack_plain", "quantize_pack", "quantize_pack_plain", "quantize_weight",
@@ -96,7 +97,7 @@ def quantize_pack(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor |
 @recorded
 def quantize_pack_plain(x: Tensor, layout: PlaneLayout, scheme: Scheme, seed: Tensor | None = None) -> Packed:
     """`quantize_pack` for those who have looked at the tensor already."""
-    return Packed(*_pack.quantize_pack(x, layout, scheme, seed, torch.get_num_threads()))
+    return Packed(*_pack.quantize_pack(x, layout, scheme, seed, thread_count()))
 
 
 def pack(x: Tensor, layout: PlaneLayout) -> Packed:
@@ -118,7 +119,7 @@ def pack(x: Tensor, layout: PlaneLayout) -> Packed:
 @recorded
 def pack_plain(x: Tensor, layout: PlaneLayout) -> Packed:
     """`pack` for those who have looked at the tensor already."""
-    return Packed(_pack.pack(x, layout, torch.get_num_threads()))
+    return Packed(_pack.pack(x, layout, thread_count()))
 
 
 def quantize_weight(
@@ -159,7 +160,7 @@ def quantize_weight_plain(
     weights = Weights(torch.empty(rows.slots, dtype=torch.int8, device="cpu"),
                       torch.empty(rows.rows, dtype=torch.float32, device="cpu"),
                       torch.empty(rows.rows, dtype=torch.int64, device="cpu"))  # fmt: skip
-    _weights.quantize_weight(values, rows, factor, zero_point, clip, *weights, torch.get_num_threads())
+    _weights.quantize_weight(values, rows, factor, zero_point, clip, *weights, thread_count())
     return weights
 
 
@@ -250,7 +251,7 @@ def spmm(
     _check_limits(limits, bias)
     operand, weights, bias = in_memory_parts(operand), in_memory_parts(weights), in_memory(bias, "bias")
     out = empty_result(rows, images, dtype, channels_last)
-    _matmul.spmm(operand.planes, *weights, *operand[1:], rows, bias, out, torch.get_num_threads(), *limits)
+    _matmul.spmm(operand.planes, *weights, *operand[1:], rows, bias, out, thread_count(), *limits)
     return out
 
 
@@ -314,7 +315,7 @@ def multiply_plain(
     if limits:
         _check_limits(limits, bias)
     planes, scale, zero_point = operand
-    threads = torch.get_num_threads()
+    threads = thread_count()
     if scale is not None and not profiler_is_on():
         _kept.multiply(values, rows, scale, zero_point, clip, planes, bias, out, threads, True, *limits)
         return out
@@ -357,4 +358,4 @@ def sddmm(operand: Packed, gradient: Packed, rows: ProductRows, images: int, non
 def sddmm_plain(operand: Packed, gradient: Packed, rows: ProductRows, images: int, nonzeros: int) -> Tensor:
     """`sddmm` for those who have looked at the tensors already."""
     return _matmul.sddmm(operand.planes, gradient.planes, operand.scale, operand.zero_point, gradient.scale, rows,
-                         images, nonzeros, torch.get_num_threads())  # fmt: skip
+                         images, nonzeros, thread_count())  # fmt: skip

@@ -12,6 +12,7 @@ from qsparseprop._kernels import _quantize
 from qsparseprop._kernels._memory import empty
 from qsparseprop.ops._registration import operator
 from qsparseprop.ops.schemes import seed_bits
+from qsparseprop.ops.threads import thread_count
 
 __all__ = ["dequantize", "line_sizes", "quantize"]
 
@@ -92,7 +93,7 @@ def quantize(
     zero_point = torch.empty(scale.shape, dtype=torch.int32, device="cpu")
     if scale.numel():
         _quantize.quantize(x, codes, scale, zero_point, *sizes, scheme, bits, options,
-                           bits_of_seed, torch.get_num_threads())  # fmt: skip
+                           bits_of_seed, thread_count())  # fmt: skip
     return codes, scale, zero_point
 
 
@@ -128,5 +129,5 @@ def dequantize(
     out = empty(tuple(codes.shape), dtype)
     if codes.numel():
         _quantize.dequantize(codes.contiguous(), scale, zero_point, out, *line_sizes(codes.shape, dim, group_size),
-                             torch.get_num_threads())  # fmt: skip
+                             thread_count())  # fmt: skip
     return out

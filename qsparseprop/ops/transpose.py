@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qsparseprop._kernels import _transpose
 from qsparseprop._kernels._memory import empty
 from qsparseprop.ops._registration import operator
+from qsparseprop.ops.threads import thread_count
 
 __all__ = ["transpose"]
 
@@ -36,5 +36,5 @@ def transpose(x: Tensor, images: int, rows: int, columns: int) -> Tensor:
         If x is not as said.
     """
     out = empty((images, columns, rows), x.dtype)
-    _transpose.transpose(x, out, images, rows, columns, torch.get_num_threads())
+    _transpose.transpose(x, out, images, rows, columns, thread_count())
     return out
