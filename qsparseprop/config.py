@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qsparseprop._kernels import _dispatch
+from qsparseprop._processors import allowed_processors
 from qsparseprop._version import __version__
 from qsparseprop.layout.costs import machine_costs
 
@@ -30,8 +31,12 @@ def cpu_model() -> str:
 
 
 def usable_processors() -> int:
-    """How many logical processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many logical processors this process may use, by its affinity and the limit of its control group.
+
+    Torch starts threads for all processors that it sees: where this is less, call ``torch.set_num_threads``, as the
+    command line does by itself.
+    """
+    return allowed_processors()
 
 
 def _torch_build() -> str:

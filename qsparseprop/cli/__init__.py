@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from . import bench, finetune, freeze, info
 from ._arguments import Parser
-from ._waiting import sleep_soon
+from ._openmp import prepare_threads
 
 __all__ = ["main"]
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         From argparse: with code 0 after ``--help`` and ``--version``, with code 2 for arguments it does not accept.
     """
     arguments = _build_parser().parse_args(argv)
-    sleep_soon()
+    prepare_threads()
     from qsparseprop.utils.errors import ConfigurationError
 
     parser: Parser = arguments.parser
