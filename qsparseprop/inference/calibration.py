@@ -14,8 +14,8 @@ from qsparseprop.inference.steps import Codes
 
 __all__ = ["OBSERVERS", "MinMax", "MovingAverage", "Observer", "Percentile", "calibrate", "codes_of", "token_codes"]
 
-#: Elements of a channel from which on what was seen of it tells its range; of fewer all have that of the largest.
-ENOUGH = 32
+#: Elements of a channel, without room for more, beyond whose extremes others lie so rarely that it costs nothing.
+RARE = 4096
 #: Largest code behind the zero point, by zero point.
 _LEVELS = {0: 255.0, 128: 127.0}
 
@@ -41,6 +41,14 @@ class Observer(Protocol):
             float64, (channels,).
         """
 
+    def enough(self) -> int:
+        """Elements of a channel from which on what was seen of it tells its range.
+
+        Returns
+        -------
+        int
+        """
+
 
 class MinMax:
     """The smallest and the largest value that was seen, and what more examples would have added to that.
@@ -57,6 +65,8 @@ class MinMax:
     MOST = 4.0
     #: Channels that tell how they grow; of fewer nothing is concluded.
     CHANNELS = 16
+    #: Elements of a channel that tell its range where that grows, and where it does not.
+    ENOUGH, MANY = 32, 512
 
     def __init__(self) -> None:
         self._low: Tensor | None = None
@@ -100,6 +110,11 @@ class MinMax:
         growth = self._growth()
         return self._low * growth, self._high * growth
 
+    def enough(self) -> int:
+        """See `Observer.enough`."""
+        assert self._low is not None
+        return self.ENOUGH if len(self._low) >= self.CHANNELS else self.MANY
+
 
 class MovingAverage(MinMax):
     """The average of the extremes of batches, of which each one counts a tenth and what was before nine tenths."""
@@ -112,6 +127,10 @@ class MovingAverage(MinMax):
 
     def _growth(self) -> float:
         return 1.0
+
+    def enough(self) -> int:
+        """See `Observer.enough`: of a batch, whose extreme what lies beyond is cut off at."""
+        return RARE
 
 
 class Percentile:
@@ -151,6 +170,10 @@ class Percentile:
         # a channel of which nothing is left would have no range at all
         empty = torch.maximum(high.abs(), low.abs()) == 0
         return torch.where(empty, ordered[:, 0], low), torch.where(empty, ordered[:, -1], high)
+
+    def enough(self) -> int:
+        """See `Observer.enough`: of fewer the percentile is their largest."""
+        return RARE
 
 
 #: By the names that `qsparseprop.inference.freeze` takes.
@@ -216,7 +239,7 @@ def calibrate(
         low, high = seen.ranges()
         if name in draft.inputs and not bool(low.any()) and not bool(high.any()):
             raise ValueError(f"the calibration data is zero all over ({name!r}), which tells no scale")
-        if elements[name] < ENOUGH:
+        if elements[name] < seen.enough():  # all have the range of the largest
             low, high = low.min(), high.max()
         low, high = low.expand(channels), high.expand(channels)
         found[name] = codes_of(low, high, zero_points[name])

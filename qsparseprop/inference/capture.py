@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import inspect
-import io
-import logging
 import operator
-import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree
 
-from qsparseprop._torch_compat import Overload, size_guards
-from qsparseprop.inference.calls import Name
+from qsparseprop._torch_compat import Overload
+from qsparseprop.inference.calls import Name, find_operator
 from qsparseprop.inference.draft import Draft, Operator, Shape, names_in
+from qsparseprop.inference.exporting import NotCapturable, export_model
 from qsparseprop.nn._dense import dense_type, held
 from qsparseprop.utils._example import copy_model
 from qsparseprop.utils.network_utils import swap_modules_with_dense
@@ -33,15 +29,11 @@ _NOTHING = {"aten.clone.default", "aten.detach.default", "aten.alias.default", "
             "aten.lift_fresh_copy.default", "aten.detach_.default", "aten._assert_tensor_metadata.default"}  # fmt: skip
 #: Their second argument is the size of the result.
 _SIZED = {"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.expand.default"}
-#: Sizes of the batch for which what a model asks of it must hold.
-_BATCHES = (*range(2, 66), 100, 127, 128, 129, 255, 256, 257, 1000, 1021, 4096)
+#: Names of parameters and buffers of layers that have one weight.
+_USUAL = {"weight", "bias", "running_mean", "running_var"}
 #: Arithmetic of sizes.
 _ARITHMETIC = {operator.mul: "aten.mul.int", operator.add: "aten.add.int", operator.sub: "aten.sub.int",
                operator.floordiv: "aten.floordiv.int"}  # fmt: skip
-
-
-class NotCapturable(Exception):
-    """A model is no graph of operators, or one for some inputs only; says why."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class Signature:
     arguments : tuple
         Positional and keyword arguments, with a number in the place of each tensor and of each other thing.
     results : any
-        The result, with numbers of outputs in the place of tensors.
+        The result, with numbers of outputs in the place of tensors; it may hold None as well.
     others : dict
         What is no tensor, by its number.
     shapes : tuple of tuple
@@ -91,6 +83,9 @@ def float_copy(model: nn.Module) -> nn.Module:
     for module in dense.modules():
         for hook in [h for h in module._forward_pre_hooks.values() if isinstance(h, prune.BasePruningMethod)]:
             prune.remove(module, hook._tensor_name)
+        for kind, remove in ((WeightNorm, remove_weight_norm), (SpectralNorm, remove_spectral_norm)):
+            for normed in [h for h in module._forward_pre_hooks.values() if isinstance(h, kind)]:
+                remove(module, normed.name)
         if parametrize.is_parametrized(module):
             _without_parametrizations(module)
     return dense.float().eval().requires_grad_(False)
@@ -136,19 +131,23 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Ca
     grown = [_at_least_two(leaf, batch) for leaf in leaves]
     dynamic = [_dynamic(leaf, batch) for leaf in leaves]
     positional, keyword = _pytree.tree_unflatten(grown, arguments)
-    exported = _export(model, positional, keyword, _pytree.tree_unflatten(dynamic, arguments))
-    reader = _Reader(exported)
+    exported = export_model(model, positional, keyword, _pytree.tree_unflatten(dynamic, arguments))
+    reader = _Reader(exported, dict(model.named_modules(remove_duplicate=False)))
     draft = reader.draft()
     shapes = tuple(draft.shapes[name] for name in draft.inputs)
     for shape, leaf in zip(shapes, tensors, strict=True):
         if _dynamic(leaf, batch) is not None and shape[0] is not None:
-            raise NotCapturable(f"it works for a batch of {shape[0]} only")
+            raise NotCapturable(f"it works for a batch of {shape[0]} only; batches of another size tell apart what is "
+                                "none of an input and has as many rows")  # fmt: skip
     results = exported.call_spec.out_spec
     assert results is not None
     _check_results(results)
+    numbers = iter(range(len(draft.outputs)))
+    given = [next(numbers) if there else None for there in reader.given]
+    answers = _pytree.tree_unflatten(given, results)
     others = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     dtypes = tuple(tensor.dtype for tensor in tensors)
-    return Captured(draft, Signature(structure(arguments), structure(results), others, shapes, dtypes))
+    return Captured(draft, Signature(structure(arguments), answers, others, shapes, dtypes))
 
 
 def structure(spec: _pytree.TreeSpec) -> Any:
@@ -181,67 +180,6 @@ def _dynamic(leaf: Any, batch: int) -> Any:
     return None
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: Any) -> torch.export.ExportedProgram:
-    """The model by torch.export, without in-place operators, those of ATen as the model calls them."""
-    try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")  # torch's, of its own
-            shapes = _by_name(model, dynamic)
-            exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
-            exported = exported.run_decompositions({})
-    except Exception as error:
-        # whatever the model does that cannot be traced
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        raise NotCapturable(lines[0] if lines else type(error).__name__) from error
-    signature = exported.graph_signature
-    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if written:
-        raise NotCapturable(f"it writes to {written[0]!r}")
-    for symbol, constraint in exported.range_constraints.items():
-        if constraint.lower > 2 or constraint.upper < 1 << 30:
-            raise NotCapturable(f"it works for some sizes of the batch only ({symbol}: {constraint})")
-    _check_sizes(exported)
-    return exported
-
-
-def _check_sizes(exported: torch.export.ExportedProgram) -> None:
-    """Check that what was taken for granted of the batch holds for any: torch.export tells, and goes on."""
-    for guard in size_guards(exported):
-        expression = re.sub(r"L(\[[^\]]*\])+\.size\(\)\[0\]", "batch", guard)
-        names = {node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)}
-        if names != {"batch"} or not all(_holds(expression, n) for n in _BATCHES):
-            raise NotCapturable(f"it works for some sizes of the batch only ({expression})")
-
-
-def _holds(expression: str, batch: int) -> bool:
-    try:
-        return bool(eval(expression, {"__builtins__": {}}, {"batch": batch}))
-    except ArithmeticError:  # a division by zero
-        return False
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch logs of models that it cannot trace, which are not its callers' business."""
-    names = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
-    loggers = [logging.getLogger(name) for name in names]
-    before = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
-
-
-def _by_name(model: nn.Module, dynamic: Any) -> dict[str, Any]:
-    """Dynamic shapes as torch.export takes them: by name, those of `*args` as one tuple."""
-    positional, keyword = dynamic
-    return dict(inspect.signature(model.forward).bind(*positional, **keyword).arguments)
-
-
 def _check_results(results: _pytree.TreeSpec) -> None:
     allowed = (tuple, list, dict, None)
     kinds = [results]
@@ -256,16 +194,19 @@ def _check_results(results: _pytree.TreeSpec) -> None:
 class _Reader:
     """Nodes of an exported program, as a draft of operators."""
 
-    def __init__(self, exported: torch.export.ExportedProgram) -> None:
-        self.exported = exported
+    def __init__(self, exported: torch.export.ExportedProgram, modules: Mapping[str, nn.Module]) -> None:
+        self.exported, self.modules = exported, modules
         self.names: dict[str, Any] = {}
         self.constants: dict[str, Tensor] = {}
-        self.parameters: dict[str, str] = {}
+        #: Paths of the parameters and buffers that a node is computed of, of those that depend on nothing else.
+        self.made_of: dict[str, tuple[str, ...]] = {}
         self.nodes: list[Operator] = []
         self.shapes: dict[str, Shape] = {}
         self.floating: set[str] = set()
         self.rows: dict[str, int] = {}
         self.inputs: list[str] = []
+        #: Of what the model gives, whether it is a tensor; otherwise it is None.
+        self.given: list[bool] = []
 
     def draft(self) -> Draft:
         self._placeholders()
@@ -294,7 +235,7 @@ class _Reader:
                 held = state[target] if target in state else self.exported.constants[target]
                 assert isinstance(held, Tensor)
                 self.constants[node.name] = held.detach().contiguous()
-                self.parameters[node.name] = target
+                self.made_of[node.name] = (target,)
                 self._describe(node)
             elif isinstance(node.meta.get("val"), Tensor):
                 self.inputs.append(node.name)
@@ -318,12 +259,17 @@ class _Reader:
     def _outputs(self, results: Any) -> tuple[str, ...]:
         found = []
         for result in results:
+            self.given.append(result is not None)
+            if result is None:
+                continue
             if not isinstance(result, fx.Node):
                 raise NotCapturable(f"its result holds {result!r}, which is no tensor")
             name = self._argument(result)
             if not isinstance(name, Name) or not isinstance(result.meta.get("val"), Tensor):
                 raise NotCapturable("its result holds a number")
             found.append(name.name)
+        if not found:
+            raise NotCapturable("its result holds no tensor")
         return tuple(found)
 
     def _argument(self, argument: Any) -> Any:
@@ -336,6 +282,8 @@ class _Reader:
 
     def _read(self, node: fx.Node) -> None:
         name = self._operator_name(node)
+        if all(source.name in self.made_of for source in node.all_input_nodes):
+            self.made_of[node.name] = self._paths(node)
         arguments = tuple(self._argument(argument) for argument in node.args)
         if name in _NOTHING or "dropout" in name:  # in training it draws random numbers, which is refused
             if isinstance(arguments[0], Name):
@@ -355,6 +303,10 @@ class _Reader:
         if name == "aten.slice.Tensor" and self._same_shape(node) and node.args[4:] in ((), (1,)):
             self.names[node.name] = arguments[0].name  # all of it
             return
+        try:
+            find_operator(name)
+        except ValueError as error:
+            raise NotCapturable(str(error)) from error
         self._describe(node)
         inputs = tuple(dict.fromkeys(names_in([arguments, keywords])))
         self.nodes.append(Operator(inputs=inputs, output=node.name, layer=self._layer(node), operator=name,
@@ -398,14 +350,25 @@ class _Reader:
         sizes: list[Any] = [n if isinstance(n, int) else -1 for n in node.meta["val"].shape]
         return sizes if sizes.count(-1) <= 1 else asked
 
+    def _paths(self, node: fx.Node) -> tuple[str, ...]:
+        return tuple(path for source in node.all_input_nodes for path in self.made_of.get(source.name, ()))
+
     def _layer(self, node: fx.Node) -> str:
-        """Name of the layer: where its parameter lies, or the innermost module."""
-        for argument in node.args:
-            if isinstance(argument, fx.Node) and argument.name in self.parameters:
-                path = self.parameters[argument.name]
-                return path.removesuffix(".weight").removesuffix("weight")
+        """Name of the layer: the innermost module, or its parameter where that is none of the usual ones.
+
+        Modules that share a parameter are told apart by who is called.
+        """
         stack = node.meta.get("nn_module_stack") or {}
-        return str(list(stack.values())[-1][0]) if stack else ""
+        caller = str(list(stack.values())[-1][0]) if stack else ""
+        paths = self._paths(node)
+        path = next((path for path in paths if path.endswith("weight")), paths[0] if paths else None)
+        if path is None:
+            return caller
+        owner, _, leaf = path.rpartition(".")
+        if caller in self.modules and leaf in self.modules[caller]._parameters:
+            owner = caller
+        usual = owner and leaf in _USUAL
+        return owner if usual else f"{owner}.{leaf}".lstrip(".")
 
 
 def _draws(node: fx.Node, target: Overload) -> bool:

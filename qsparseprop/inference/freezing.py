@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-from qsparseprop.inference.batches import batches_of
+from qsparseprop.inference.batches import Batch, batches_of
 from qsparseprop.inference.capture import NotCapturable, float_copy
 from qsparseprop.inference.module import FrozenModule
 from qsparseprop.inference.parts import freeze_parts
@@ -53,7 +54,8 @@ def freeze(
     correct_bias : bool
         Correct the bias of each layer by the mean of its error on the calibration data.
     keep_float : iterable of str or type
-        Layers that are not quantised: qualified names, of modules as well whose layers then are all meant, or types.
+        Layers that are not quantised: qualified names, of modules as well whose layers then are all meant, or of
+        parameters, or types.
     token_scales : bool
         Whether the inputs of linear layers on tokens, as transformers have them, get a scale for each token, found when
         it is there; otherwise, and for all other values, scales are those of the calibration.
@@ -80,17 +82,18 @@ def freeze(
         raise ValueError("the model is frozen already")
     if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("the model must be on the CPU")
-    options = Options(observer, per_channel, correct_bias, _names(model, keep_float), token_scales)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a model that torch.jit has compiled cannot be frozen: freeze the one that it was made of")
+    dense = float_copy(model)
+    options = Options(observer, per_channel, correct_bias, _names(model, dense, keep_float), token_scales)
     options.check()
     batches = batches_of(model, calibration)
     before = None if metric is None else float(metric(model))
-    dense = float_copy(model)
     try:
         if type(dense) is nn.Linear:
             frozen: nn.Module = freeze_rows(dense, batches, options)
         else:
-            traced = None if example is None else batches_of(model, [example])[0]
-            frozen = freeze_module(dense, batches, options, traced)
+            frozen = freeze_module(dense, batches, options, _traced(model, dense, example))
     except NotCapturable as error:
         frozen = freeze_parts(dense, batches, options, str(error))
     if metric is not None:
@@ -100,19 +103,33 @@ def freeze(
     return frozen
 
 
-def _names(model: nn.Module, keep_float: Iterable[str | type[nn.Module]]) -> tuple[str, ...]:
-    """Names of the layers that stay as they are."""
+def _traced(model: nn.Module, dense: nn.Module, example: Any) -> Batch | None:
+    """The batch to trace with, with which the model runs."""
+    if example is None:
+        return None
+    batch = batches_of(model, [example])[0]
+    with torch.no_grad():
+        dense(*batch.args, **batch.kwargs)
+    return batch
+
+
+def _names(model: nn.Module, dense: nn.Module, keep_float: Iterable[str | type[nn.Module]]) -> tuple[str, ...]:
+    """Names of the layers that stay as they are; types are those of the model, or of its dense copy."""
     if isinstance(keep_float, str):
         raise TypeError("keep_float must be several names or types, got a string")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(dense.named_modules(remove_duplicate=False))
+    types = {name: (module, modules.get(name)) for name, module in model.named_modules(remove_duplicate=False)}
+    parameters = dict(dense.named_parameters(remove_duplicate=False))
     names: list[str] = []
     for kept in keep_float:
         if isinstance(kept, str):
-            if kept not in modules:
+            if kept not in modules and kept not in parameters:
                 raise ValueError(f"keep_float names {kept!r}, which the model does not have")
             names.append(kept)
         elif isinstance(kept, type) and issubclass(kept, nn.Module):
-            names.extend(name for name, module in modules.items() if isinstance(module, kept))
+            names.extend(name for name, pair in types.items() if any(isinstance(module, kept) for module in pair))
         else:
             raise TypeError(f"keep_float takes names and types of modules, got {kept!r}")
-    return tuple(names)
+    # a module that is there under several names is meant by each
+    meant = {id(module) for name in names if name in modules for module in modules[name].modules()}
+    return (*names, *(name for name, module in modules.items() if id(module) in meant and name not in names))

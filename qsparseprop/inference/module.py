@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from qsparseprop._torch_compat import is_jit_tracing, transforms_active
 from qsparseprop.inference.capture import Signature, structure
 from qsparseprop.inference.compiled import CompiledProgram
 from qsparseprop.inference.program import Program
@@ -92,6 +93,7 @@ class FrozenModule(nn.Module):
         TypeError, ValueError
             For other arguments, shapes or dtypes than those that the model was frozen with.
         """
+        _check_eager()
         if self._takes_one and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             inputs = self._checked([args[0]])  # without the search for tensors, which takes as long as a layer
         else:
@@ -107,14 +109,18 @@ class FrozenModule(nn.Module):
         if self.rows:
             outputs = tuple(output.view(*leading, output.shape[-1]) for output in outputs)
         results = self.signature.results
-        return outputs[results] if type(results) is int else _pytree.tree_map(outputs.__getitem__, results)
+        if type(results) is int:
+            return outputs[results]
+        return _pytree.tree_map(lambda number: None if number is None else outputs[number], results)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments, after a check of everything."""
         leaves, spec = _pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
         signature = self.signature
         if structure(spec) != signature.arguments:
-            raise TypeError(f"the model was frozen for {_described(signature)}, got other arguments")
+            given = [_kind(leaf) for leaf in leaves]
+            raise TypeError(f"the model was frozen for {_called(signature)}, as the calibration data had its "
+                            f"arguments, got {_written(structure(spec), given)}")  # fmt: skip
         tensors: list[Tensor] = []
         for number, leaf in enumerate(leaves):
             if number in signature.others:
@@ -124,7 +130,7 @@ class FrozenModule(nn.Module):
             elif isinstance(leaf, Tensor):
                 tensors.append(leaf)
             else:
-                raise TypeError(f"the model was frozen for {_described(signature)}, got a {type(leaf).__name__}")
+                raise TypeError(f"the model was frozen for {_called(signature)}, got a {type(leaf).__name__}")
         return self._checked(tensors)
 
     def _checked(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -159,7 +165,7 @@ class FrozenModule(nn.Module):
         -------
         str
         """
-        return f"{_described(self.signature)}, {self.report.summary()}"
+        return f"{_called(self.signature)}, {self.report.summary()}"
 
 
 def _tensor(shape: Sequence[int | None], dtype: torch.dtype, rows: bool = False) -> str:
@@ -168,5 +174,39 @@ def _tensor(shape: Sequence[int | None], dtype: torch.dtype, rows: bool = False)
     return f"{kind} (..., {sizes})" if rows else f"{kind} ({sizes})"
 
 
-def _described(signature: Signature) -> str:
-    return " and ".join(_tensor(shape, dtype) for shape, dtype in zip(signature.shapes, signature.dtypes, strict=True))
+def _called(signature: Signature) -> str:
+    """A call with the arguments that a model takes: ``(floating point (batch, 3), mask=torch.bool (batch, 4))``."""
+    tensors = iter(map(_tensor, signature.shapes, signature.dtypes))
+    count = len(_pytree.tree_leaves(signature.arguments))
+    return _written(signature.arguments, [repr(signature.others[number]) if number in signature.others else
+                                          next(tensors) for number in range(count)])  # fmt: skip
+
+
+def _written(arguments: Any, leaves: Sequence[str]) -> str:
+    """Positional and keyword arguments with words in the place of numbers."""
+
+    def words(tree: Any) -> str:
+        if isinstance(tree, dict):
+            return "{" + ", ".join(f"{key!r}: {words(each)}" for key, each in tree.items()) + "}"
+        if isinstance(tree, list | tuple):
+            inside = ", ".join(map(words, tree))
+            return f"[{inside}]" if isinstance(tree, list) else f"({inside})"
+        return leaves[tree]
+
+    positional, keyword = arguments
+    return "(" + ", ".join([*map(words, positional), *(f"{key}={words(each)}" for key, each in keyword.items())]) + ")"
+
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+
+
+def _check_eager() -> None:
+    """Refuse what would make a constant of what kernels compute, or take them for operators of torch."""
+    if is_jit_tracing() or torch.compiler.is_exporting():
+        raise RuntimeError("a frozen model is no graph of torch's operators, torch.jit.trace, torch.export and ONNX's "
+                           "exporters cannot take it over: qsparseprop.inference.save writes it to a file, and "
+                           "export_onnx for other engines")  # fmt: skip
+    if transforms_active():
+        raise NotImplementedError("a frozen model has no derivatives and no vmap (torch.func): it takes batches of any "
+                                  "size, and the model that it was made of has gradients")  # fmt: skip

@@ -44,8 +44,9 @@ class _Recogniser:
         self.draft = draft
         self.shapes, self.constants = draft.shapes, draft.constants
         self.nodes: list[Node] = []
-        #: Of values with other dimensions than codes have, tokens for instance, the same value as codes can be.
-        self.forms: dict[str, str] = {}
+        #: Of values with other dimensions than codes have, tokens for instance, the same value as codes can be, in
+        #: each of the shapes that somebody makes or reads it in.
+        self.forms: dict[str, list[str]] = {}
 
     def run(self) -> None:
         for node in self.draft.nodes:
@@ -74,15 +75,26 @@ class _Recogniser:
         self.draft.floating.add(name)
         return name
 
+    def all_forms(self, name: str) -> list[str]:
+        """A value in each shape as which it can be codes, that of its own included."""
+        return [*self.forms.get(name, ()), *([name] if self.draft.images(name) else [])]
+
     def form(self, name: str) -> str | None:
         """A value as codes can be, where it is one; itself or another one."""
-        return self.forms.get(name) or (name if self.draft.images(name) else None)
+        return next(iter(self.all_forms(name)), None)
+
+    def image(self, name: str) -> str | None:
+        """A value as codes can be with the same channels, which are not those of rows of tokens."""
+        dims = {3: 4}.get(len(self.shapes[name]), len(self.shapes[name]))
+        return next((form for form in self.all_forms(name) if len(self.shapes[form]) == dims), None)
 
     def as_form(self, name: str, shape: Shape, layer: str) -> tuple[str, list[Node]]:
         """A value with other dimensions, and what makes it of the one that the graph has."""
-        if name in self.forms:
-            return self.forms[name], []
-        form = self.forms[name] = self.made(f"{name}.form", shape, self._rows_for(name, shape))
+        for known in self.all_forms(name):
+            if self.shapes[known] == shape:
+                return known, []
+        form = self.made(f"{name}.form{len(shape)}", shape, self._rows_for(name, shape))
+        self.forms.setdefault(name, []).append(form)
         return form, [_view(name, form, shape, layer)]
 
     def _rows_for(self, name: str, shape: Shape) -> int:
@@ -95,7 +107,8 @@ class _Recogniser:
         output = node.output
         if len(self.shapes[output]) == len(shape):
             return output, []
-        form = self.forms[output] = self.made(f"{output}.form", shape, self._rows_for(output, shape))
+        form = self.made(f"{output}.form{len(shape)}", shape, self._rows_for(output, shape))
+        self.forms.setdefault(output, []).append(form)
         return form, [_view(form, output, self.shapes[output], node.layer)]
 
 
@@ -204,9 +217,8 @@ def _batch_norm(found: _Recogniser, node: Operator) -> list[Node] | None:
     held = [None if argument is None else found.constant(argument) for argument in (scale, shift, mean, variance)]
     known = held[2] is not None and held[3] is not None and (scale is None) == (held[0] is None) and (
         (shift is None) == (held[1] is None))
-    form = found.form(source.name)
-    # channels are second: of rows of tokens they are not
-    if training or not known or form is None or found.shapes[form][1] != found.shape(source)[1]:
+    form = found.image(source.name)
+    if training or not known or form is None:
         return None
     average, spread = held[2].double(), held[3].double()  # type: ignore[union-attr]  # they are known
     factor = (1.0 if held[0] is None else held[0].double()) / (spread + epsilon).sqrt()
@@ -317,11 +329,12 @@ def _add(found: _Recogniser, node: Operator) -> list[Node] | None:
         return _function(found, node)
     if node.keywords.get("alpha", 1) != 1 or found.shape(first) != found.shape(second):
         return None
-    forms = found.form(first.name), found.form(second.name)
-    if forms[0] is None or forms[1] is None or found.shapes[forms[0]] != found.shapes[forms[1]]:
+    forms = next(((one, other) for one in found.all_forms(first.name) for other in found.all_forms(second.name)
+                  if found.shapes[one] == found.shapes[other]), None)  # fmt: skip
+    if forms is None:
         return None
     output, after = found.result(node, found.shapes[forms[0]])
-    return [Sum(inputs=(forms[0], forms[1]), output=output, layer=node.layer), *after]
+    return [Sum(inputs=forms, output=output, layer=node.layer), *after]
 
 
 def _cat(found: _Recogniser, node: Operator) -> list[Node] | None:
@@ -381,8 +394,6 @@ def _pad_signal(found: _Recogniser, node: Operator, source: str) -> list[Node] |
     if shape[0] is not None or any(n is None or n < 1 for n in (*shape[1:], *output[1:])):
         return None
     image, before = found.as_form(source, (None, shape[1], 1, shape[2]), node.layer)
-    if found.shapes[image][1] != shape[1]:
-        return None
     result, after = found.result(node, (None, output[1], 1, output[2]))
     padded = Operator(inputs=(image,), output=result, layer=node.layer, operator=node.operator, keywords=node.keywords,
                       arguments=(Name(image), [*node.arguments[1], 0, 0], *node.arguments[2:]))  # fmt: skip

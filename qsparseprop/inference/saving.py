@@ -85,7 +85,7 @@ def load(path: str | os.PathLike[str]) -> FrozenModule:
         count = len([leaf for leaf in _leaves(signature.arguments) if leaf not in signature.others])
         if count != len(program.inputs) or not len(signature.shapes) == len(signature.dtypes) == count:
             raise ConfigurationError(f"the program takes {len(program.inputs)} tensors, the model others")
-        results = list(_leaves(signature.results))
+        results = list(_leaves(signature.results, or_none=True))
         if not all(0 <= number < len(program.outputs) for number in results):
             raise ConfigurationError(f"the program gives {len(program.outputs)} tensors, the model others")
         return FrozenModule(program, signature, _report(about), about.take("rows", bool))
@@ -107,16 +107,16 @@ class _Plain:
         return self._value[name]
 
 
-def _leaves(tree: Any) -> Iterator[int]:
-    """The numbers of a structure; anything else in it is refused."""
+def _leaves(tree: Any, or_none: bool = False) -> Iterator[int]:
+    """The numbers of a structure; anything else in it is refused, but for None where that may be there."""
     if isinstance(tree, dict):
         tree = list(tree.values())
     if isinstance(tree, list | tuple):
         for each in tree:
-            yield from _leaves(each)
+            yield from _leaves(each, or_none)
     elif type(tree) is int:
         yield tree
-    else:
+    elif tree is not None or not or_none:
         refuse("a structure", "of numbers", tree)
 
 

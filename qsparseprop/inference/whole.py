@@ -14,6 +14,7 @@ from qsparseprop.inference.batches import Batch
 from qsparseprop.inference.calibration import OBSERVERS, calibrate, token_codes
 from qsparseprop.inference.capture import Captured, NotCapturable, Signature, capture
 from qsparseprop.inference.coding import Coding, choose, find_tokens
+from qsparseprop.inference.computed import compute_weights
 from qsparseprop.inference.draft import Draft, Layer, Node, Operator, run_draft
 from qsparseprop.inference.folding import check_weights, fold
 from qsparseprop.inference.lowering import lower
@@ -39,6 +40,9 @@ _FLOATING = {
     "aten.linear.default": "Linear",
     "aten.lstm.input": "LSTM",
     "aten.gru.input": "GRU",
+    "aten.rnn_tanh.input": "RNN",
+    "aten.rnn_relu.input": "RNN",
+    "aten.bilinear.default": "Bilinear",
     "aten.embedding.default": "Embedding",
 }
 
@@ -119,6 +123,7 @@ def freeze_module(
     captured = capture(model, example.args, example.kwargs)
     _check_like(batches, captured.signature)
     draft = captured.draft
+    compute_weights(draft)
     recognise(draft)
     check_weights(draft)
     fold(draft)
