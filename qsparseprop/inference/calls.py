@@ -10,6 +10,7 @@ import torch
 from qsparseprop._torch_compat import OverloadPacket
 from qsparseprop.inference.operators import is_pure
 from qsparseprop.inference.steps import Call
+from qsparseprop.inference.trusting import TRUSTING, check_trusting
 
 __all__ = ["Name", "call_operator", "find_operator"]
 
@@ -73,4 +74,7 @@ def call_operator(step: Call, values: dict[str, Any]) -> Any:
     """
     function = find_operator(step.operator)
     arguments = [_resolved(argument, values) for argument in step.arguments]
-    return function(*arguments, **{key: _resolved(value, values) for key, value in step.keywords.items()})
+    keywords = {key: _resolved(value, values) for key, value in step.keywords.items()}
+    if step.operator.removeprefix("aten.").split(".")[0] in TRUSTING:
+        check_trusting(function, arguments, keywords)
+    return function(*arguments, **keywords)

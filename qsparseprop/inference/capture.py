@@ -303,10 +303,11 @@ class _Reader:
         if name == "aten.slice.Tensor" and self._same_shape(node) and node.args[4:] in ((), (1,)):
             self.names[node.name] = arguments[0].name  # all of it
             return
-        try:
-            find_operator(name)
-        except ValueError as error:
-            raise NotCapturable(str(error)) from error
+        if "batch_norm" not in name:  # of which only the first output is read, see `_part_of_norm`
+            try:
+                find_operator(name)
+            except ValueError as error:
+                raise NotCapturable(str(error)) from error
         self._describe(node)
         inputs = tuple(dict.fromkeys(names_in([arguments, keywords])))
         self.nodes.append(Operator(inputs=inputs, output=node.name, layer=self._layer(node), operator=name,

@@ -1,8 +1,9 @@
 """Which operators of torch programs may call: those that compute, and do nothing else.
 
 Programs come from files. An operator that is not named here is refused, whatever else it is: what reads or writes files
-(`from_file`), shows memory that nobody has written (`empty`), reads where it is told to (`as_strided`), or changes what
-others hold.
+(`from_file`), shows memory that nobody has written (`empty`), reads where it is told to (`as_strided`, and kernels that
+take sizes for granted, as those of normalisation and attention that torch calls after checks of its own), or changes
+what others hold. Recurrence and attention are checked when they are called (`trusting.py`).
 """
 
 from __future__ import annotations
@@ -41,8 +42,7 @@ reflection_pad3d replication_pad1d replication_pad2d replication_pad3d scatter s
 select_scatter slice_scatter take_along_dim
 """
 _LAYERS = """
-_adaptive_avg_pool2d _adaptive_avg_pool3d _native_batch_norm_legit_no_training
-_scaled_dot_product_flash_attention_for_cpu _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d
+_adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d
 _upsample_nearest_exact2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
 adaptive_max_pool2d adaptive_max_pool3d addbmm addmm addmv affine_grid_generator avg_pool1d avg_pool2d avg_pool3d
 baddbmm batch_norm bilinear bmm cdist col2im conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
@@ -76,6 +76,9 @@ def is_pure(name: str, overload: Any) -> bool:
     bool
     """
     schema = overload._schema
+    # of others scales may be negative, with which kernels read before the image
+    if "upsample" in name and overload._overloadname != "vec":
+        return False
     # those of Python's lists could repeat one as often as they like
     return name in PURE and not schema.is_mutable and not any(str(a.type) == "List[t]" for a in schema.arguments)
 
