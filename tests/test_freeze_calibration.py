@@ -237,7 +237,7 @@ def test_what_is_refused():
         freeze(small(), [x], observer="max")
     with pytest.raises(ValueError, match="keep_float names 'conv', which the model does not have"):
         freeze(small(), [x], keep_float=["conv"])
-    with pytest.raises(TypeError, match="keep_float must be several names or types, got a string"):
+    with pytest.raises(TypeError, match="keep_float must be several names, got the string"):
         freeze(small(), [x], keep_float="0")
     with pytest.raises(TypeError, match="keep_float takes names and types of modules, got 3"):
         freeze(small(), [x], keep_float=[3])

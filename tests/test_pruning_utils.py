@@ -4,7 +4,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from qsparseprop.training.models import resnet20
+from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import (
+    GradualPruner,
     collect_masks,
     global_magnitude_prune,
     layer_sparsity,
@@ -45,6 +47,18 @@ def test_skip_replaces_the_default(model):
 def test_misspelt_skip_is_an_error(model):
     with pytest.raises(ValueError, match=r"layer9\.conv"):
         prunable_modules(model, skip=["conv1", "layer9.conv"])
+
+
+def test_one_string_is_not_several_names(model):
+    sentence = r"must be several names, got the string 'conv1, fc': write skip(_modules)?=\['conv1', 'fc'\]"
+    names = "conv1, fc"
+    with pytest.raises(TypeError, match=sentence):
+        layerwise_magnitude_prune(model, 0.5, skip=names)
+    with pytest.raises(TypeError, match=sentence):
+        swap_modules_with_sparse(model, None, include_dense=False, skip_modules=names)
+    layerwise_magnitude_prune(model, 0.5)
+    with pytest.raises(TypeError, match=sentence):
+        GradualPruner(model, torch.optim.SGD(model.parameters(), 0.1), 0.9, end_step=2, skip=names)
 
 
 def test_global_pruning_has_one_threshold(model):

@@ -14,6 +14,7 @@ from qsparseprop.inference.module import FrozenModule
 from qsparseprop.inference.parts import freeze_parts
 from qsparseprop.inference.report import FreezeReport
 from qsparseprop.inference.whole import Options, freeze_module, freeze_rows
+from qsparseprop.utils.errors import several
 
 __all__ = ["freeze"]
 
@@ -115,13 +116,11 @@ def _traced(model: nn.Module, dense: nn.Module, example: Any) -> Batch | None:
 
 def _names(model: nn.Module, dense: nn.Module, keep_float: Iterable[str | type[nn.Module]]) -> tuple[str, ...]:
     """Names of the layers that stay as they are; types are those of the model, or of its dense copy."""
-    if isinstance(keep_float, str):
-        raise TypeError("keep_float must be several names or types, got a string")
     modules = dict(dense.named_modules(remove_duplicate=False))
     types = {name: (module, modules.get(name)) for name, module in model.named_modules(remove_duplicate=False)}
     parameters = dict(dense.named_parameters(remove_duplicate=False))
     names: list[str] = []
-    for kept in keep_float:
+    for kept in several(keep_float, "keep_float"):
         if isinstance(kept, str):
             if kept not in modules and kept not in parameters:
                 raise ValueError(f"keep_float names {kept!r}, which the model does not have")

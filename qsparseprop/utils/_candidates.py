@@ -17,6 +17,7 @@ from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._carry import gradient_hooks, own_hooks
 from qsparseprop.utils._weights import Weights, weights_of
+from qsparseprop.utils.errors import several
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
 __all__ = ["SwapOptions", "find_candidates", "names_to_skip", "sparse_types", "untouched"]
@@ -79,13 +80,15 @@ def names_to_skip(model: nn.Module, skip_modules: Iterable[str | nn.Module] | No
 
     Raises
     ------
+    TypeError
+        For a string in place of several.
     ValueError
         For one that the model does not have.
     """
     named = dict(model.named_modules())
     every_name = dict(model.named_modules(remove_duplicate=False))
     skipped: set[int] = set()
-    for item in skip_modules or ():
+    for item in several(skip_modules, "skip_modules") or ():
         module = item if isinstance(item, nn.Module) else every_name.get(item)
         if module is None or not any(module is m for m in named.values()):
             raise ValueError(f"skip_modules names {item!r}, which the model does not have")

@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 from qsparseprop.nn._dense import held
 from qsparseprop.nn._interop import check_owners, check_unsplit, element_state, inner_optimizer
 from qsparseprop.nn._weight import SparseWeight
+from qsparseprop.utils.errors import several
 
 #: torch's layers that register their weight before everything else.
 _WEIGHT_FIRST = (nn.Linear, nn.modules.conv._ConvNd)
@@ -59,7 +60,7 @@ def prunable_modules(model: nn.Module, skip: Collection[str] | None = None) -> d
     if skip is None:
         names = list(candidates)
         skip = {names[0], names[-1]} if names else set()
-    unknown = sorted(set(skip) - set(candidates))
+    unknown = sorted(set(several(skip, "skip")) - set(candidates))
     if unknown:
         raise ValueError(f"skip names no Conv2d or Linear of the model: {', '.join(unknown)}")
     return {name: module for name, module in candidates.items() if name not in skip}
@@ -347,7 +348,7 @@ class GradualPruner:
             raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
         candidates = {name: m for name, m in model.named_modules()
                       if isinstance(m, SparseWeight) or (prune.is_pruned(m) and hasattr(m, "weight_mask"))}
-        unknown = sorted(set(skip) - set(candidates))
+        unknown = sorted(set(several(skip, "skip")) - set(candidates))
         if unknown:
             raise ValueError(f"skip names nothing that could be pruned on: {', '.join(unknown)}")
         self.modules = {name: m for name, m in candidates.items() if name not in skip}
