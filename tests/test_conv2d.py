@@ -184,6 +184,15 @@ def test_the_hint_changes_no_bit_of_integers(case, layout):
             assert torch.equal(getattr(other, name), getattr(results[0], name)), name
 
 
+def test_the_hint_means_what_it_does_in_sparseprop():
+    """ON is the width of the output: True puts pixels of a row side by side, False images of the batch."""
+    for hint in (False, True):
+        layer = QuantizedSparseConv2d.from_dense(set_weight(nn.Conv2d(4, 5, 3), 0.5, 0), hint)
+        layer(torch.randn(32, 4, 9, 9))
+        *_, batch_innermost = layer.last_plan().geometry.numbers
+        assert batch_innermost == (not hint)
+
+
 @pytest.mark.parametrize("cls", [SparseConv2d, QuantizedSparseConv2d])
 @pytest.mark.parametrize("bias", [False, True])
 def test_images_without_a_batch(cls, bias):

@@ -108,9 +108,9 @@ class SparseConvNd(SparseModule):
             The convolution of torch.nn of the same name, with zeros in its weight, or pruned by torch.nn.utils.prune or
             torch.ao.pruning (mask attached or removed). It is not changed.
         vectorizing_over_on : bool, optional
-            A hint for the order of the lanes; results do not depend on it. True: neighbouring lanes are images of the
-            batch, which wastes none on small feature maps with batches of 16 and more. False: they are pixels of
-            a row. None: the module decides by the size of its input.
+            A hint for the order of the lanes; results do not depend on it. False: neighbouring lanes are images of the
+            batch, which wastes none on small feature maps with batches of 16 and more. True: they are pixels of
+            a row, along the width of the output (ON in SparseProp). None: the module decides by the size of its input.
         qconfig : QuantConfig, optional
             For quantised layers.
 
@@ -183,9 +183,7 @@ class SparseConvNd(SparseModule):
                 return None
             batch, _, *size = shape
             flat = (1,) * (2 - dims)
-            batch_innermost = self.vectorizing_over_on
-            if batch_innermost is None:
-                batch_innermost = prefer_batch_innermost(batch, tuple(size), True)
+            batch_innermost = self._batch_innermost(batch, tuple(size), True)
             geometry = conv_geometry(*self._layout(tuple(size), self._pads), batch, batch_innermost)
             out = (batch, self.out_channels, *geometry.output_size[2 - dims:])
             return self._defer(x, (batch, self.in_channels, *flat, *size),
@@ -214,13 +212,18 @@ class SparseConvNd(SparseModule):
         return (self.in_channels, self.out_channels, flat + size, flat + self.kernel_size, flat + self.stride,
                 (0, 0) * len(flat) + pads, flat + self.dilation)  # fmt: skip
 
+    def _batch_innermost(self, batch: int, size: tuple[int, ...], channels_last: bool) -> bool:
+        """Whether neighbouring lanes are images of the batch."""
+        if self.vectorizing_over_on is None:
+            return prefer_batch_innermost(batch, size, channels_last)
+        return not self.vectorizing_over_on  # ON: the width of the output
+
     def _convolve(
         self, x: Tensor, images: Tensor, layout: ConvSizes, out_size: tuple[int, ...]
     ) -> Tensor:
         dims = len(self._axes)
-        batch, batch_innermost = images.shape[0], self.vectorizing_over_on
-        if batch_innermost is None:
-            batch_innermost = prefer_batch_innermost(batch, tuple(images.shape[2:]), images.stride(1) == 1)
+        batch = images.shape[0]
+        batch_innermost = self._batch_innermost(batch, tuple(images.shape[2:]), images.stride(1) == 1)
         if dims == 1:
             images = images.unsqueeze(2)
         elif dims == 3:
