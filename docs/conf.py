@@ -4,7 +4,11 @@ The root of the project is the folder of the sources, so that links between docs
 same on the site and beside the code.
 """
 
-from qsparseprop import __version__
+import importlib
+
+from sphinx.util import logging
+
+from qsparseprop import __version__, ops
 
 project = "qsparseprop"
 author = "the qsparseprop authors"
@@ -45,3 +49,29 @@ html_copy_source = False
 html_extra_path = ["_static/index.html"]  # at the root of the site: leads to docs/index.html
 html_theme_options = {"navigation_with_keys": True}
 pygments_style = "friendly"
+
+# Operators are objects that call a function, and autodoc describes functions.
+for _name in ops.__all__:
+    if isinstance(getattr(ops, _name), ops.Operator):
+        setattr(ops, _name, getattr(ops, _name).function)
+
+
+def leave_out_fields(app, kind, name, value, skip, options):
+    """Named tuples describe their fields themselves."""
+    return True if (getattr(value, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def warn_of_what_is_missing(app, env):
+    """What a module exports is on its page, constants excepted."""
+    domain = env.get_domain("py")
+    for module in domain.modules:
+        exported = importlib.import_module(module)
+        for name in exported.__all__:
+            if callable(getattr(exported, name)) and f"{module}.{name}" not in domain.objects:
+                logging.getLogger(__name__).warning("%s.%s is not described", module, name)
+
+
+def setup(app):
+    """Connect the two."""
+    app.connect("autodoc-skip-member", leave_out_fields)
+    app.connect("env-check-consistency", warn_of_what_is_missing)
