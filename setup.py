@@ -3,6 +3,8 @@
 Environment variables, read at build time:
 
 ``QSPARSEPROP_NO_OPENMP=1``  build single-threaded, with a compiler that has no OpenMP
+``QSPARSEPROP_OPENMP=compiler``  link with the compiler's own OpenMP runtime in place of using torch's: a second one in
+the process, for tools that know only that one (clang's ThreadSanitizer)
 ``QSPARSEPROP_WERROR=1``     warnings of Cython and, under -Wall -Wextra, of the C compiler are errors (CI)
 ``CC``, ``CFLAGS``, ``LDFLAGS``  as everywhere
 
@@ -25,6 +27,7 @@ from setuptools.errors import BaseError, CCompilerError
 
 KERNELS = Path("qsparseprop", "_kernels")
 ISA = KERNELS / "isa"
+OPENMP = KERNELS / "openmp"
 
 CYTHON_DIRECTIVES = {
     "language_level": 3,
@@ -51,8 +54,11 @@ STRICT_KERNELS = ["-Wstrict-aliasing=2"]
 
 HELLO = "int main(void) { return 0; }\n"
 PYTHON_H = "#include <Python.h>\nint main(void) { return 0; }\n"
-OPENMP = """\
+USES_OPENMP = """\
 #include <omp.h>
+#ifndef _OPENMP
+#error "the pragmas are ignored"
+#endif
 int main(void) {
     int i, sum = 0;
     #pragma omp parallel for reduction(+:sum)
@@ -60,6 +66,8 @@ int main(void) {
     return omp_get_max_threads() >= 1 && sum == 4950 ? 0 : 1;
 }
 """
+# The value of the macro QSPARSEPROP_OPENMP: whose runtime is used.
+NOBODYS, TORCHS, COMPILERS = range(3)
 
 
 def enabled(variable):
@@ -68,13 +76,14 @@ def enabled(variable):
 
 
 class Flags(NamedTuple):
-    """What one way of using OpenMP adds to the two command lines."""
+    """What one way of using OpenMP adds to the two command lines, and whose runtime that is."""
 
     compile: list[str]
     link: list[str]
+    runtime: int
 
 
-NO_FLAGS = Flags([], [])
+NO_FLAGS = Flags([], [], NOBODYS)
 
 
 def processors():
@@ -83,17 +92,24 @@ def processors():
 
 
 def openmp_candidates(compiler_type):
-    """The ways to try, in this order."""
+    """The ways to try, in this order.
+
+    Torch's runtime is in the process when the modules are loaded, so they are linked with none, which leaves its
+    functions undefined (qsparseprop/_kernels/_runtime.py), and need no more than a compiler that knows the pragmas.
+    """
     if compiler_type == "msvc":
-        return [Flags(["/openmp"], [])]
-    candidates = [Flags(["-fopenmp"], ["-fopenmp"])]
+        return [Flags(["/openmp"], [], COMPILERS)]
+    # Apple's clang knows the pragmas behind its front door only.
+    ways = [["-fopenmp"], *([["-Xpreprocessor", "-fopenmp"]] if sys.platform == "darwin" else [])]
+    if sys.platform in ("linux", "darwin") and os.environ.get("QSPARSEPROP_OPENMP", "torch") == "torch":
+        return [Flags([*way, f"-I{OPENMP.resolve()}"], [], TORCHS) for way in ways]
+    candidates = [Flags(["-fopenmp"], ["-fopenmp"], COMPILERS)]
     if sys.platform == "darwin":
-        # Apple's clang has the pragmas but no runtime, and Homebrew installs its libomp where no compiler looks.
+        # Homebrew installs its libomp where no compiler looks.
         for prefix in ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp"):
             if os.path.isdir(prefix):
                 compile_flags = ["-Xpreprocessor", "-fopenmp", f"-I{prefix}/include"]
-                candidates.append(Flags(compile_flags, [f"-L{prefix}/lib", "-lomp"]))
-        candidates.append(Flags(["-Xpreprocessor", "-fopenmp"], ["-lomp"]))
+                candidates.append(Flags(compile_flags, [f"-L{prefix}/lib", "-lomp"], COMPILERS))
     return candidates
 
 
@@ -119,10 +135,15 @@ class BuildKernels(build_ext):
 
         self.check_extensions_list(self.extensions)
         self.forget_the_interpreters_own_flags()
+        macros = [("QSPARSEPROP_OPENMP", str(openmp.runtime))]
+        # What clang's OpenMP lacks in torch's runtime, for modules with loops; of other compilers nothing.
+        sources = sorted(path.as_posix() for path in OPENMP.glob("*.c"))
+        objects = self.compiler.compile(sources, self.build_temp, macros, extra_postargs=compile_flags)
         for ext in self.extensions:
             ext.extra_compile_args = compile_flags
             ext.extra_link_args = openmp.link
-            ext.define_macros = [("QSPARSEPROP_OPENMP", "1" if openmp.compile else "0")]
+            ext.extra_objects = objects if "prange" in Path(ext.sources[0]).read_text(encoding="utf-8") else []
+            ext.define_macros = macros
         self.compile_in_parallel(kernel_flags)
         stamp.write_text(settings)
 
@@ -194,24 +215,27 @@ class BuildKernels(build_ext):
                 f"error: qsparseprop needs the C headers of Python {sys.version_info.major}.{sys.version_info.minor}, "
                 "and Python.h was not found: install them (`apt install python3-dev`, `dnf install python3-devel`)."
             )
+        if os.environ.get("QSPARSEPROP_OPENMP", "torch") not in ("torch", "compiler"):
+            raise SystemExit("error: QSPARSEPROP_OPENMP is 'torch' (whose OpenMP runtime is used) or 'compiler'.")
         if enabled("QSPARSEPROP_NO_OPENMP"):
             return NO_FLAGS
         for flags in openmp_candidates(self.compiler.compiler_type):
-            if self.works(OPENMP, flags):
+            if self.works(USES_OPENMP, flags):
                 return flags
         raise SystemExit(
-            "error: this C compiler cannot build and run an OpenMP program: install its OpenMP runtime "
-            "(`apt install libgomp1` for gcc, `apt install libomp-dev` for clang, `brew install libomp` on macOS), or "
-            "set QSPARSEPROP_NO_OPENMP=1 to build qsparseprop single-threaded."
+            "error: this C compiler cannot build an OpenMP program: name another in CC (gcc and clang know OpenMP, "
+            "Apple's clang too), or set QSPARSEPROP_NO_OPENMP=1 to build qsparseprop single-threaded."
         )
 
     def works(self, program, flags=NO_FLAGS):
-        """Whether the C program compiles, links, runs and returns 0."""
+        """Whether the C program compiles, links, runs and returns 0; compiles, if its runtime will be torch's."""
         with tempfile.TemporaryDirectory() as folder:
             source = os.path.join(folder, "probe.c")
             Path(source).write_text(program)
             try:
                 objects = self.compiler.compile([source], output_dir=folder, extra_postargs=flags.compile)
+                if flags.runtime == TORCHS:
+                    return True
                 self.compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=flags.link)
                 executable = os.path.join(folder, self.compiler.executable_filename("probe"))
                 subprocess.run([executable], check=True, timeout=60)
@@ -242,12 +266,13 @@ def extensions():
     headers = sorted(path.as_posix() for path in KERNELS.rglob("*.h"))
     definitions = sorted(path.as_posix() for path in KERNELS.glob("*.pxd"))
     isa_sources = sorted(path.as_posix() for path in ISA.glob("*.c"))
+    openmp_sources = sorted(path.as_posix() for path in OPENMP.glob("*.c"))
     return [
         Extension(
             f"qsparseprop._kernels.{pyx.stem}",
             [pyx.as_posix(), *(isa_sources if pyx.stem == "_dispatch" else [])],
             include_dirs=[KERNELS.as_posix()],
-            depends=[*headers, *definitions],
+            depends=[*headers, *definitions, *openmp_sources],
         )
         for pyx in sorted(KERNELS.glob("*.pyx"))
     ]

@@ -15,8 +15,8 @@ from qsparseprop.layout import geometry
 
 MODULES = sorted(Path(_kernels.__path__[0]).glob("*" + EXTENSION_SUFFIXES[0]))
 
-#: Two tags of the dynamic section, that section's type, and two types of symbols, as in the ELF specification.
-RPATH, RUNPATH, SHT_DYNAMIC = 15, 29, 6
+#: Three tags of the dynamic section, that section's type, and two types of symbols, as in the ELF specification.
+NEEDED, RPATH, RUNPATH, SHT_DYNAMIC = 1, 15, 29, 6
 STT_FUNC, STT_FILE = 2, 4
 
 
@@ -28,9 +28,19 @@ def sections(data: bytes) -> dict[str, tuple[int, bytes]]:
     start = headers[names][4]
     found = {}
     for name, kind, _, _, offset, length in headers:
-        text = data[start + name : data.index(b"\0", start + name)].decode()
-        found[text] = (kind, data[offset : offset + length])
+        found[text_at(data, start + name)] = (kind, data[offset : offset + length])
     return found
+
+
+def dynamic_tags(found: dict[str, tuple[int, bytes]]) -> set[tuple[int, int]]:
+    """Entries of the dynamic section: their tags and values."""
+    contents = [content for kind, content in found.values() if kind == SHT_DYNAMIC]
+    return {entry for content in contents for entry in struct.iter_unpack("<QQ", content)}
+
+
+def text_at(strings: bytes, start: int) -> str:
+    """A name in a table of strings."""
+    return strings[start : strings.index(b"\0", start)].decode()
 
 
 def elf_sections(path: Path) -> dict[str, tuple[int, bytes]]:
@@ -53,12 +63,27 @@ def test_modules_have_no_debug_data(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name.split(".")[0])
 def test_modules_name_no_folder_of_the_build_machine(path):
-    if not _dispatch.compiler.startswith("GCC"):
+    if _dispatch.openmp_of == "compiler":
         pytest.skip("clang adds the folder of its own OpenMP runtime")
-    dynamic = [content for kind, content in elf_sections(path).values() if kind == SHT_DYNAMIC]
-    tags = {tag for content in dynamic for tag, _ in struct.iter_unpack("<QQ", content)}
+    tags = dynamic_tags(elf_sections(path))
     assert tags, "not a dynamic library"
-    assert not tags & {RPATH, RUNPATH}
+    assert not {RPATH, RUNPATH} & {tag for tag, _ in tags}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name.split(".")[0])
+def test_modules_need_no_openmp_runtime_of_their_own(path):
+    """Its functions are torch's, which all runtimes have that torch is built with on Linux."""
+    if _dispatch.openmp_of == "compiler":
+        pytest.skip("this build was asked to")
+    found = elf_sections(path)
+    names = found[".dynstr"][1]
+    needed = {text_at(names, value) for tag, value in dynamic_tags(found) if tag == NEEDED}
+    assert not {name for name in needed if not name.startswith(("libc.", "libm.", "libpthread.", "ld-linux"))}
+    symbols = struct.iter_unpack("<IBBHQQ", found[".dynsym"][1])
+    undefined = {text_at(names, name) for name, _, _, section, _, _ in symbols if not section}
+    assert not {name for name in undefined if name.startswith("__kmpc")}, "openmp/kmpc.c lacks them"
+    if path.name.startswith("_dispatch."):  # which is loaded before there is one, to tell whether one is wanted
+        assert not {name for name in undefined if name.startswith(("GOMP", "omp_"))}
 
 
 def test_modules_are_small():
@@ -72,7 +97,7 @@ def functions(path: Path) -> dict[str, list[str]]:
         pytest.skip("the modules are stripped")
     names, by_file, file = found[".strtab"][1], {}, ""
     for start, info, _, section, _, _ in struct.iter_unpack("<IBBHQQ", found[".symtab"][1]):
-        name = names[start : names.index(b"\0", start)].decode()
+        name = text_at(names, start)
         if info & 15 == STT_FILE:
             file = Path(name).name
         elif info & 15 == STT_FUNC and section:

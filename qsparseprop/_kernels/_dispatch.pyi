@@ -1,4 +1,5 @@
 have_openmp: bool
+openmp_of: str
 compiler: str
 unit: int
 group: int

@@ -26,11 +26,14 @@ cdef extern from *:
     """
     enum:
         QSP_HAVE_OPENMP
+        QSPARSEPROP_OPENMP
     const char *QSP_COMPILER
 
 cdef const qsp_kernels *_active = NULL
 
 have_openmp = bool(QSP_HAVE_OPENMP)
+#: Whose runtime the modules use; setup.py has these numbers.
+openmp_of = ("nobody", "torch", "compiler")[QSPARSEPROP_OPENMP]
 compiler = QSP_COMPILER.decode()
 #: Lanes of a unit, slots of a group, and products of codes that an int32 sums up exactly.
 unit, group, longest_row = QSP_UNIT, QSP_GROUP, QSP_MAX_EXACT
