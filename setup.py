@@ -8,8 +8,8 @@ the process, for tools that know only that one (clang's ThreadSanitizer)
 ``QSPARSEPROP_WERROR=1``     warnings of Cython and, under -Wall -Wextra, of the C compiler are errors (CI)
 ``CC``, ``CFLAGS``, ``LDFLAGS``  as everywhere
 
-No ``-march``/``-m`` flag appears here: each ``isa/*.c`` switches its own instruction set on by pragma and is chosen at
-import, so that one build runs on every CPU of the architecture.
+No ``-march``/``-m`` flag appears here: each ``isa/*.c`` switches its own instruction set on by pragma (for Microsoft's
+compiler by a flag of that file) and is chosen at import, so that one build runs on every CPU of the architecture.
 """
 
 import os
@@ -40,13 +40,16 @@ CYTHON_DIRECTIVES = {
 
 # -ffp-contract=off: otherwise gcc fuses a*b+c (intrinsics too) where the instruction set has FMA and nowhere else, and
 # the instruction sets round, and so quantise, differently. Where a fused multiply-add is wanted the source says so.
+# Microsoft's compiler is told by a pragma (kernels.h).
 FLAGS = {
     "unix": ["-O2", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"],
-    "msvc": ["/O2", "/std:c11"],
+    "msvc": ["/O2", "/std:c11", "/fp:precise"],
 }
 # The instruction sets' loops: with -O2 some kernels take up to twice the time, the portable ones three times. What
 # Cython makes only deals out their tasks.
 KERNEL_FLAGS = {"unix": ["-O3"], "msvc": []}
+# Microsoft's compiler has no pragma for instruction sets: of a file, by how its name begins.
+MSVC_ISA_FLAGS = {"avx2": "/arch:AVX2", "avx512": "/arch:AVX512", "avxvnni": "/arch:AVX2"}
 # Cython's output is clean under these too (gcc 12, clang 14), so there are no exceptions for it.
 STRICT = ["-Wall", "-Wextra", "-Werror"]
 # Of the kernels also what may be a breach of strict aliasing: Python's own headers have much that looks like one.
@@ -155,7 +158,7 @@ class BuildKernels(build_ext):
             if failures:
                 raise failures[0]
             if Path(source).parent.name == ISA.name:
-                extra_postargs = [*extra_postargs, *kernel_flags]
+                extra_postargs = [*extra_postargs, *kernel_flags, *self.isa_flags(Path(source).stem)]
             try:
                 return compile_one([source], *args, extra_postargs=extra_postargs, **kwargs)
             except BaseException as error:
@@ -183,6 +186,12 @@ class BuildKernels(build_ext):
                 except BaseException as error:
                     failures.append(error)
                     raise
+
+    def isa_flags(self, isa):
+        """What Microsoft's compiler is to be told of an instruction set."""
+        if self.compiler.compiler_type != "msvc":
+            return []
+        return [flag for name, flag in MSVC_ISA_FLAGS.items() if isa.startswith(name)]
 
     def forget_the_interpreters_own_flags(self):
         """Take out of the commands that Python itself was built with what is wrong for modules that others get.

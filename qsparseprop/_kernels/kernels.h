@@ -15,6 +15,10 @@
 
 #include "pattern.h"
 
+#if defined(_MSC_VER) && !defined(__clang__)
+#pragma fp_contract(off) /* what setup.py says to others by a flag */
+#endif
+
 #define QSP_UNIT 64       /* lanes of one unit */
 #define QSP_DIGEST 24     /* sums of 64 bits that are a digest */
 #define QSP_GROUP 4       /* nonzeros that one step of gather-SpMM takes */

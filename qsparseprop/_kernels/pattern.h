@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+#include "bits.h"
+
 /* Words of a row. */
 static inline int64_t qsp_words(int64_t columns) { return (columns + 63) / 64; }
 
@@ -52,7 +54,7 @@ static inline int64_t qsp_check_bits(const uint64_t *bits, const int32_t *ptr, i
     for (int64_t r = 0; r < rows; r++, bits += words) {
         int64_t count = 0;
         for (int64_t w = 0; w < words; w++)
-            count += __builtin_popcountll(bits[w]);
+            count += qsp_count_bits(bits[w]);
         if (count != ptr[r + 1] - ptr[r] || (columns % 64 && bits[words - 1] >> columns % 64))
             return r;
     }
@@ -80,10 +82,10 @@ static inline void qsp_columns_of(const uint64_t *bits, int64_t rows, int64_t co
                 const uint64_t four = QSP_NIBBLE[word & 15] + (uint64_t)from * 0x0001000100010001u;
                 for (int i = 0; i < 4; i++) /* one store where the first is the lowest */
                     out[i] = (uint16_t)(four >> 16 * i);
-                out += __builtin_popcountll(word & 15);
+                out += qsp_count_bits(word & 15);
             }
             for (; word; word &= word - 1)
-                *out++ = (uint16_t)(from + __builtin_ctzll(word));
+                *out++ = (uint16_t)(from + qsp_lowest_bit(word));
         }
 }
 

@@ -181,14 +181,15 @@ def _dynamic(leaf: Any, batch: int) -> Any:
 
 
 def _check_results(results: _pytree.TreeSpec) -> None:
-    allowed = (tuple, list, dict, None)
-    kinds = [results]
+    # By the tree itself: a TreeSpec of torch 2.8 has no children().
+    kinds = [_pytree.tree_unflatten([None] * results.num_leaves, results)]
     while kinds:
-        spec = kinds.pop()
-        if spec.type not in allowed:
-            kind = getattr(spec.type, "__name__", spec.type)
+        found = kinds.pop()
+        if found is not None and type(found) not in (tuple, list, dict):
+            kind = type(found).__name__
             raise NotCapturable(f"its result is a {kind}, not a tensor or a tuple, list or dict of tensors")
-        kinds.extend(spec.children())
+        if found is not None:
+            kinds.extend(found.values() if isinstance(found, dict) else found)
 
 
 class _Reader:

@@ -118,7 +118,7 @@ QSP_INLINE void f32x16_store_side(float *p, f32x16 v, uint32_t bits)
     __m256 a = _mm256_maskz_compress_ps((__mmask8)bits, v.a), b = _mm256_maskz_compress_ps((__mmask8)(bits >> 8), v.b);
     KEEP_BOTH(a, b); /* first: into memory it is microcode (Zen 4) */
     _mm256_storeu_ps(p, a);
-    _mm256_storeu_ps(p + __builtin_popcount(bits & 0xff), b);
+    _mm256_storeu_ps(p + qsp_count_bits(bits & 0xff), b);
 }
 #else
 /* Each place reads the element whose number is how many bits are set before it. */
@@ -148,7 +148,7 @@ QSP_INLINE void f32x16_store_side(float *p, f32x16 v, uint32_t bits)
 #endif
 QSP_INLINE f32x16 f32x16_mul_spread(const float *p, uint32_t bits, f32x16 factor)
 {
-    const float *upper = p + __builtin_popcount(bits & 0xff);
+    const float *upper = p + qsp_count_bits(bits & 0xff);
     return f32x16_of(f32x8_mul_spread(p, bits, factor.a), f32x8_mul_spread(upper, bits >> 8, factor.b));
 }
 QSP_INLINE __m256 f32x8_load_u8(const uint8_t *p)

@@ -15,8 +15,8 @@
 #define QSP_COPIED QSP_INLINE
 #define QSP_ALIGNED(n) __declspec(align(n))
 #define QSP_UNROLL
-#define QSP_PREFETCH_WRITE(p) ((void)0)
-#define QSP_PREFETCH_READ(p) ((void)0)
+#define QSP_PREFETCH_WRITE(p) ((void)(p))
+#define QSP_PREFETCH_READ(p) ((void)(p))
 #else
 #define QSP_INLINE static inline __attribute__((always_inline, unused))
 #define QSP_APART static __attribute__((noinline, unused)) /* would make their callers huge */

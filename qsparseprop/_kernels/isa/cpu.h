@@ -4,6 +4,10 @@
 
 #include "kernels.h"
 
+#ifdef QSP_X86
+#include "isa/cpu_x86.h"
+#endif
+
 /* From the simplest to the widest: the order of preference is the reverse. The model of AMX, slower than all others, is
  * before one that is supported wherever it is, so that it is never preferred. */
 static const qsp_kernels *const qsp_built[] = {
@@ -87,79 +91,15 @@ static const qsp_kernels *qsp_table(int i)
     return all;
 }
 
-#if defined(QSP_X86) && defined(__GNUC__)
-#include <cpuid.h>
-
-/* AVX-VNNI is one that __builtin_cpu_supports of older compilers does not know: leaf 7.1, EAX, bit 4. */
-static int qsp_has_avxvnni(void)
-{
-    unsigned int eax, ebx, ecx, edx;
-    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1;
-}
-#endif
-
-#if defined(QSP_AMX) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-
-/* AMX-TILE and AMX-INT8: leaf 7, EDX, bits 24 and 25. The system saves tiles where XCR0 has bits 17 and 18, and Linux lets
- * a process use them that has asked: all its threads, those that come later too, and forked ones. It refuses where a
- * thread has a stack for signals on which tiles have no room. */
-static int qsp_ask_for_amx(void)
-{
-    enum { OSXSAVE = 1 << 27, ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    unsigned int eax, ebx, ecx, edx;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & OSXSAVE))
-        return 0;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx >> 24 & 3) != 3)
-        return 0;
-    __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
-    return (eax >> 17 & 3) == 3 && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
-}
-
-static int qsp_has_amx(void)
-{
-    static int known, answer;
-    if (!known) {
-        answer = qsp_ask_for_amx();
-        known = 1;
-    }
-    return answer;
-}
-#endif
-
 /* Whether this machine runs the i-th, by exactly the features that its file switches on. */
 static int qsp_supported(int i)
 {
     const qsp_kernels *const k = qsp_built[i];
     if (k == &qsp_kernels_scalar)
         return 1;
-#if defined(QSP_X86) && defined(__GNUC__)
-    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const int avx512vl = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                         __builtin_cpu_supports("avx512vnni");
-    const int avx512vnni = avx512vl && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    if (k == &qsp_kernels_avx2)
-        return avx2;
-#ifdef QSP_AVXVNNI
-    if (k == &qsp_kernels_avxvnni)
-        return avx2 && qsp_has_avxvnni();
-#endif
-    if (k == &qsp_kernels_avx512vl)
-        return avx512vl;
-    const int avx512vbmi = avx512vnni && __builtin_cpu_supports("avx512vbmi");
-    if (k == &qsp_kernels_avx512vnni)
-        return avx512vnni;
-    if (k == &qsp_kernels_avx512vbmi)
-        return avx512vbmi;
-#ifdef QSP_AMX
-    if (k == &qsp_kernels_amx_model)
-        return avx512vnni;
-#ifdef __linux__
-    if (k == &qsp_kernels_amx)
-        return avx512vbmi && qsp_has_amx();
-#endif
-#endif
+#ifdef QSP_X86
+    if (qsp_x86_supports(k))
+        return 1;
 #endif
     return 0;
 }

@@ -41,7 +41,7 @@ QSP_INLINE f32x16 next_values(value_row *r, int64_t column, f32x16 factor)
     }
     const uint32_t bits = bits_at(r->bits, column);
     const float *value = r->value;
-    r->value += __builtin_popcount(bits);
+    r->value += qsp_count_bits(bits);
     if (r->end - value >= 16)
         return f32x16_mul_spread(value, bits, factor);
     float line[16] = {0};
@@ -58,6 +58,6 @@ QSP_INLINE int64_t values_between(const qsp_dense *d, int64_t row, int64_t from,
     const uint64_t *bits = d->bits + row * qsp_words(d->columns);
     int64_t count = 0;
     for (int64_t w = from / 64; w < qsp_words(to); w++)
-        count += __builtin_popcountll(bits[w]);
+        count += qsp_count_bits(bits[w]);
     return count;
 }

@@ -142,7 +142,7 @@ QSP_INLINE void sddmm_dense_finish(const qsp_sddmm *a, int64_t row, int64_t firs
     const float *end = out + values_between(d, row, first, first + n);
     for (int64_t k = 0; out < end; k += 16) {
         const uint32_t bits = bits_at(row_bits, first + k);
-        const int there_are = __builtin_popcount(bits);
+        const int there_are = qsp_count_bits(bits);
         const f32x16 scale = f32x16_mul(columns_at(e->scale, k, size), f32x16_set1(scale_dy));
         const f32x16 value = f32x16_mul(columns_at(e->value, k, size), scale);
         if (end - out >= 16) { /* what is written too much is written again */

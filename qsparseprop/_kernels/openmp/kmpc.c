@@ -1,9 +1,10 @@
 /* What clang makes of `#pragma omp`, on GNU's runtime.
  *
  * Torch's runtime on Linux is GNU's. Code of gcc calls its functions (GOMP_...), which LLVM's runtime has as well; code
- * of clang calls functions that only LLVM's has (__kmpc_...), and would bring that one into the process as a second, with
- * threads of its own. Those that the modules' loops need are here, hidden in each module, so that clang's modules need of
- * a runtime what gcc's do. A loop's bounds are both inclusive, and of 64 bits: Cython's are. All else compiles to nothing.
+ * of clang calls functions that only LLVM's has (__kmpc_...), and would bring that one into the process as a second,
+ * with threads of its own. Those that the modules' loops need are here, hidden in each module, so that clang's modules
+ * need of a runtime what gcc's do. A loop's bounds are both inclusive, and of 64 bits: Cython's are. For all other
+ * compilers and systems this file is empty.
  *
  * The functions are those of openmp/runtime/src/kmp_csupport.cpp, kmp_sched.cpp and kmp_dispatch.cpp of LLVM, as
  * https://openmp.llvm.org/doxygen describes them, and of libgomp.h of GCC. */
@@ -23,22 +24,20 @@ extern bool GOMP_loop_nonmonotonic_dynamic_next(long *from, long *to);
 extern void GOMP_loop_end_nowait(void);
 
 /* The variables of a region are pointers, or values in as many bits; the body is a function of so many of them. What is
- * called is one of QSP_VARIABLES of them: here (x86-64, aarch64) the caller puts arguments into registers and on the stack
- * and takes them away again, and the function reads those that it has. */
+ * called is one of QSP_VARIABLES of them: here (x86-64, aarch64) the caller puts arguments into registers and on the
+ * stack and takes them away again, and the function reads those that it has. */
 enum { QSP_VARIABLES = 32 };
 typedef void *variable;
-typedef void region_body(int32_t *, int32_t *, variable, variable, variable, variable, variable, variable, variable, variable,
-                         variable, variable, variable, variable, variable, variable, variable, variable, variable, variable,
-                         variable, variable, variable, variable, variable, variable, variable, variable, variable, variable,
-                         variable, variable, variable, variable);
+#define FOUR variable, variable, variable, variable
+typedef void region_body(int32_t *, int32_t *, FOUR, FOUR, FOUR, FOUR, FOUR, FOUR, FOUR, FOUR);
 
 typedef struct {
     region_body *body;
     variable variables[QSP_VARIABLES];
 } region;
 
-/* How many threads the next region is to have (0: as many as usual), whether this thread is in one that has no others, and
- * the loop that its tasks are dealt out of. */
+/* How many threads the next region is to have (0: as many as usual), whether this thread is in one that has no others,
+ * and the loop that its tasks are dealt out of. */
 static _Thread_local unsigned next_threads;
 static _Thread_local int alone;
 static _Thread_local struct {
@@ -52,9 +51,9 @@ static void run_region(void *data)
     const region *r = data;
     const variable *v = r->variables;
     int32_t thread = omp_get_thread_num(), zero = 0;
-    r->body(&thread, &zero, v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14],
-            v[15], v[16], v[17], v[18], v[19], v[20], v[21], v[22], v[23], v[24], v[25], v[26], v[27], v[28], v[29], v[30],
-            v[31]);
+    r->body(&thread, &zero, v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13],
+            v[14], v[15], v[16], v[17], v[18], v[19], v[20], v[21], v[22], v[23], v[24], v[25], v[26], v[27], v[28],
+            v[29], v[30], v[31]);
 }
 
 void __kmpc_fork_call(const void *place, int32_t count, region_body *body, ...)
@@ -64,7 +63,7 @@ void __kmpc_fork_call(const void *place, int32_t count, region_body *body, ...)
     va_list variables;
     (void)place;
     if (count > QSP_VARIABLES) {
-        fprintf(stderr, "qsparseprop: a loop uses %d variables, kmpc.c knows %d: raise QSP_VARIABLES\n", count, QSP_VARIABLES);
+        fprintf(stderr, "qsparseprop: a loop has %d variables, QSP_VARIABLES of kmpc.c is %d\n", count, QSP_VARIABLES);
         abort();
     }
     va_start(variables, body);
@@ -112,7 +111,8 @@ void __kmpc_for_static_init_8(const void *place, int32_t thread, int32_t schedul
                               int64_t *upper, int64_t *stride, int64_t step, int64_t chunk)
 {
     const int64_t threads = alone ? 1 : omp_get_num_threads(), me = alone ? 0 : omp_get_thread_num();
-    const int64_t first = *lower, count = (step > 0 ? *upper >= first : *upper <= first) ? (*upper - first) / step + 1 : 0;
+    const int64_t first = *lower, any = step > 0 ? *upper >= first : *upper <= first;
+    const int64_t count = any ? (*upper - first) / step + 1 : 0;
     const int64_t share = count / threads, longer = count % threads;
     const int64_t begin = me * share + (me < longer ? me : longer), size = share + (me < longer);
     (void)place, (void)thread, (void)schedule, (void)chunk;
@@ -126,8 +126,8 @@ void __kmpc_for_static_init_8(const void *place, int32_t thread, int32_t schedul
 void __kmpc_for_static_fini(const void *place, int32_t thread) { (void)place, (void)thread; }
 
 /* Chunks of indices for whoever is free; GNU's runtime gives the first of them as the loop begins. */
-void __kmpc_dispatch_init_8(const void *place, int32_t thread, int32_t schedule, int64_t lower, int64_t upper, int64_t step,
-                            int64_t chunk)
+void __kmpc_dispatch_init_8(const void *place, int32_t thread, int32_t schedule, int64_t lower, int64_t upper,
+                            int64_t step, int64_t chunk)
 {
     const bool any = step > 0 ? lower <= upper : lower >= upper;
     const int64_t last = any ? lower + (upper - lower) / step * step : lower;
