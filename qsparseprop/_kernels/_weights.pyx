@@ -215,7 +215,7 @@ cdef object _fold(qsp_weight *a, ProductRows rows, object factor, object zero_po
     cdef int64_t planes = rows.source.grid.planes, i
     cdef int64_t size = planes if a.dense != NULL else (<GatherList> rows).entries
     cdef const int32_t *plane = NULL
-    cdef const float *given
+    cdef const float *given = NULL
     cdef const int32_t *zeros = NULL
     cdef int32_t *own_zeros
     cdef float *folded
