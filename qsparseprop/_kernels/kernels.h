@@ -419,6 +419,14 @@ extern const qsp_kernels qsp_kernels_avxvnni;
 extern const qsp_kernels qsp_kernels_amx;
 extern const qsp_kernels qsp_kernels_amx_model;
 #endif
+#elif defined(__aarch64__) && !defined(__AARCH64EB__)
+#define QSP_NEON 1
+extern const qsp_kernels qsp_kernels_neon;
+#if defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 10
+#define QSP_NEON_DOT 1 /* older compilers and assemblers do not know usdot */
+extern const qsp_kernels qsp_kernels_neon_dotprod;
+extern const qsp_kernels qsp_kernels_neon_i8mm;
+#endif
 #endif
 
 /* Where the units of a view lie. A plane's lanes are three nested loops; where whole units fit into the outermost

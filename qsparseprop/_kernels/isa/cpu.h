@@ -7,6 +7,9 @@
 #ifdef QSP_X86
 #include "isa/cpu_x86.h"
 #endif
+#ifdef QSP_NEON
+#include "isa/cpu_arm.h"
+#endif
 
 /* From the simplest to the widest: the order of preference is the reverse. The model of AMX, slower than all others, is
  * before one that is supported wherever it is, so that it is never preferred. */
@@ -27,11 +30,19 @@ static const qsp_kernels *const qsp_built[] = {
     &qsp_kernels_amx,
 #endif
 #endif
+#ifdef QSP_NEON
+    &qsp_kernels_neon,
+#ifdef QSP_NEON_DOT
+    &qsp_kernels_neon_dotprod,
+    &qsp_kernels_neon_i8mm,
+#endif
+#endif
 };
 enum { QSP_BUILT = sizeof qsp_built / sizeof qsp_built[0] };
 
-/* Whose functions one has beside its own: AVX-VNNI has but an instruction for products that AVX2 has not, VBMI one for
- * products of few tokens, AMX those for products of dense rows. NULL: all are its own. */
+/* Whose functions one has beside its own: AVX-VNNI has but an instruction for products that AVX2 has not, as two
+ * extensions of ARM's have, VBMI one for products of few tokens, AMX those for products of dense rows. NULL: all are its
+ * own. */
 static const qsp_kernels *qsp_base(const qsp_kernels *own)
 {
 #ifdef QSP_AVXVNNI
@@ -47,6 +58,10 @@ static const qsp_kernels *qsp_base(const qsp_kernels *own)
         return &qsp_kernels_avx512vbmi;
     if (own == &qsp_kernels_amx_model)
         return &qsp_kernels_avx512vnni;
+#endif
+#ifdef QSP_NEON_DOT
+    if (own == &qsp_kernels_neon_dotprod || own == &qsp_kernels_neon_i8mm)
+        return &qsp_kernels_neon;
 #endif
     (void)own;
     return NULL;
@@ -99,6 +114,10 @@ static int qsp_supported(int i)
         return 1;
 #ifdef QSP_X86
     if (qsp_x86_supports(k))
+        return 1;
+#endif
+#ifdef QSP_NEON
+    if (qsp_arm_supports(k))
         return 1;
 #endif
     return 0;

@@ -10,6 +10,10 @@
 /* primitives */
 #define i32x16_random_strided QSP_NAMED(i32x16_random_strided)
 
+/* neon.h */
+#define f32x16_load_part QSP_NAMED(f32x16_load_part)
+#define f32x16_store_part QSP_NAMED(f32x16_store_part)
+
 /* what the table has */
 #define spmm_u8_kernel QSP_TILED(spmm_u8s8, ISA_SPMM_TILE)
 #define spmm_f32_kernel QSP_NAMED(spmm_f32_64x2)

@@ -10,6 +10,9 @@
  *   ISA_SPMM_TILE, ISA_SDDMM_TILE   lanes x nonzeros of one step of a product on codes, for the names of the kernels
  *   ISA_OWN_ROWS     defined where the header brings whole rows (spmm_row_u8s8, sddmm_row_u8s8 and pair_kernel, as
  *                    avx2_maddubs_*.h) in place of the primitives marked so below
+ *   ISA_LEFT_OUT     defined where products leave something out that does not depend on the codes, as of codes that are
+ *                    taken minus 128: loops then add what the header's spmm_left_out and sddmm_acc_add_left_out give
+ *                    (neon_products.h has the contract)
  *   ISA_DENSE_TILES  defined where the header brings tiles, registers that a task sets up and gives back, for products of
  *                    dense rows that are large enough (amx.h has the contract)
  * and the types f32x16, f64x16, i32x16, u32x16, u8x16, random_rows, sddmm_acc and, without ISA_OWN_ROWS, spmm_acc and
@@ -168,7 +171,7 @@ static inline void spmm_unit_look_up(uint8_t *out, const uint8_t *codes, const u
 /* All ISA_LANES sums. */
 static inline void spmm_acc_set1(spmm_acc *acc, int32_t v);
 /* acc[lane] += sum of x[offset[k] + lane] * weight[k] over a group, codes (u8) times s8; exact also where two products
- * do not fit into 16 bits. Reads ISA_LANES bytes at each offset. */
+ * do not fit into 16 bits, but for what ISA_LEFT_OUT says. Reads ISA_LANES bytes at each offset. */
 static inline void spmm_acc_dot(spmm_acc *acc, const uint8_t *x, const int32_t *offset, const int8_t *weight);
 /* ISA_LANES sums: even + odd, or `even` where ISA_SPMM_ACCS is 1. */
 static inline void spmm_acc_store(int32_t *p, const spmm_acc *even, const spmm_acc *odd);

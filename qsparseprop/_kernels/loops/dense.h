@@ -187,6 +187,23 @@ QSP_INLINE void sddmm_dense_part(int32_t (*part)[QSP_GRAD_ENTRIES], const uint8_
     }
 }
 
+#ifdef ISA_LEFT_OUT
+/* What the products above leave out, the same for all entries of a row. */
+QSP_INLINE void sddmm_dense_add_left_out(int32_t (*part)[QSP_GRAD_ENTRIES], int64_t size, const uint8_t *const *dy,
+                                         const int64_t *dy_lane, int64_t units, int rows)
+{
+    for (int j = 0; j < rows; j++) {
+        sddmm_acc total = sddmm_acc_zero();
+        for (int64_t u = 0; u < units; u++)
+            for (int v = 0; v < QSP_UNIT; v += ISA_LANES)
+                total = sddmm_acc_add_left_out(total, dy[j] + dy_lane[u] + v);
+        const uint32_t left_out = (uint32_t)sddmm_acc_reduce_add(total);
+        for (int64_t k = 0; k < size; k++)
+            part[j][k] = (int32_t)((uint32_t)part[j][k] + left_out);
+    }
+}
+#endif
+
 /* One task: a block of rows and entries of their table, all units. */
 static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
 {
@@ -234,6 +251,9 @@ static void sddmm_dense_kernel(const qsp_sddmm *a, int64_t task)
 #endif
             sddmm_dense_part(part, (const uint8_t *)a->planes, x_lane + from, offset, size, dy, dy_lane + from,
                              to - from, rows);
+#ifdef ISA_LEFT_OUT
+        sddmm_dense_add_left_out(part, size, dy, dy_lane + from, to - from, rows);
+#endif
         if (!parts)
             break;
         for (int j = 0; j < rows; j++)

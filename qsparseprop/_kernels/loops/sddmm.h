@@ -6,15 +6,15 @@
 #ifndef ISA_OWN_ROWS
 enum { UNIT_VECTORS = QSP_UNIT / ISA_LANES };
 
-/* `n` slots, the gradient of `units` units: both constants at every call. */
+/* `n` slots, the gradient of `units` units: both constants at every call. Each sum starts from `start`. */
 QSP_INLINE void sddmm_slots_u8s8(const uint8_t *const *from, const sddmm_grad *g, const int32_t *offset, int64_t *sums,
-                                 const int n, const int units)
+                                 sddmm_acc start, const int n, const int units)
 {
     sddmm_acc d[16];
     QSP_UNROLL
     for (int j = 0; j < n; j++) {
         const int64_t o = offset[j];
-        sddmm_acc even = sddmm_acc_zero(), odd = sddmm_acc_zero();
+        sddmm_acc even = start, odd = sddmm_acc_zero();
         QSP_UNROLL
         for (int v = 0; v < units * UNIT_VECTORS; v++) {
             const uint8_t *x = from[v / UNIT_VECTORS] + o + v % UNIT_VECTORS * ISA_LANES;
@@ -34,24 +34,27 @@ QSP_INLINE void sddmm_row_u8s8(const qsp_sddmm *a, const uint8_t *const *x, cons
 {
     const int64_t plane = row * a->dy_grid.pitch;
     sddmm_grad g[ISA_SDDMM_UNITS * UNIT_VECTORS];
-    sddmm_acc total = sddmm_acc_zero();
+    sddmm_acc total = sddmm_acc_zero(), start = sddmm_acc_zero();
     QSP_UNROLL
     for (int v = 0; v < units * UNIT_VECTORS; v++) {
         const uint8_t *p = dy[v / UNIT_VECTORS] + plane + v % UNIT_VECTORS * ISA_LANES;
         g[v] = sddmm_grad_load(p);
         total = sddmm_acc_add_grad(total, p);
+#ifdef ISA_LEFT_OUT
+        start = sddmm_acc_add_left_out(start, p);
+#endif
     }
     *dy_sum += sddmm_acc_reduce_add(total);
     int64_t k = qsp_first_slot(&a->list, row);
     const int64_t end = qsp_first_slot(&a->list, row + 1);
     for (; k + 4 * QSP_GROUP <= end; k += 4 * QSP_GROUP)
-        sddmm_slots_u8s8(x, g, a->list.offset + k, sums + k, 4 * QSP_GROUP, units);
+        sddmm_slots_u8s8(x, g, a->list.offset + k, sums + k, start, 4 * QSP_GROUP, units);
     if (k + 2 * QSP_GROUP <= end) {
-        sddmm_slots_u8s8(x, g, a->list.offset + k, sums + k, 2 * QSP_GROUP, units);
+        sddmm_slots_u8s8(x, g, a->list.offset + k, sums + k, start, 2 * QSP_GROUP, units);
         k += 2 * QSP_GROUP;
     }
     if (k < end)
-        sddmm_slots_u8s8(x, g, a->list.offset + k, sums + k, QSP_GROUP, units);
+        sddmm_slots_u8s8(x, g, a->list.offset + k, sums + k, start, QSP_GROUP, units);
 }
 #endif
 

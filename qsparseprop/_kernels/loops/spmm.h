@@ -7,6 +7,9 @@ QSP_INLINE void spmm_row_u8s8(const uint8_t *x, const int32_t *offset, const int
                               int64_t groups, int64_t paired, int32_t start, int32_t *out)
 {
     (void)last, (void)paired;
+#ifdef ISA_LEFT_OUT
+    start = (int32_t)((uint32_t)start + (uint32_t)spmm_left_out(weight, groups));
+#endif
     for (int v = 0; v < QSP_UNIT; v += ISA_LANES) {
         const uint8_t *lane = x + v;
         spmm_acc even, odd;
