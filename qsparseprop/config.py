@@ -13,21 +13,9 @@ import torch
 from qsparseprop._kernels import _dispatch
 from qsparseprop._processors import allowed_processors
 from qsparseprop._version import __version__
-from qsparseprop.layout.costs import machine_costs
+from qsparseprop.layout.costs import cpu_model, machine_costs
 
 __all__ = ["cpu_model", "get_config", "openmp_runtimes", "show_config", "usable_processors"]
-
-
-def cpu_model() -> str:
-    """Name of the processor, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
-            for line in info:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "unknown"
 
 
 def usable_processors() -> int:

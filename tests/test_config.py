@@ -1,5 +1,6 @@
 import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,19 @@ def test_get_config():
     assert found["compiler"].split()[0] in ("GCC", "Clang", "unknown")
     assert "\n" not in found["torch_build"]
     assert all(os.path.isabs(path) for path in found["openmp_runtimes"])
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n\nmodel name\t: another\n", "Some CPU @ 2 GHz"),
+     ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\nCPU part\t: 0xd46\n",
+      f"{platform.machine()}, implementer 0x41, part 0xd0c"),
+     ("nothing of the kind\n", platform.processor() or platform.machine())],
+)  # fmt: skip
+def test_processors_have_names(monkeypatch, told, name):
+    """What is measured on one machine is not to be taken for another, which may share its home directory."""
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: told)
+    assert config.cpu_model() == name
 
 
 def test_threads_follow_torch():

@@ -52,6 +52,25 @@ print(*config.openmp_runtimes(), sep="\\n")
     assert len(process.stdout.split("\n")) == 2, process.stdout
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux' loader")
+def test_modules_find_torchs_openmp_first():
+    """Whatever its name is: what is in the global scope comes before what a module asks for."""
+    if not any("torch" in path for path in config.openmp_runtimes()):
+        pytest.skip("torch has brought no OpenMP runtime along")
+    process = run_python("""
+import ctypes
+import qsparseprop._kernels._dispatch
+address = ctypes.cast(ctypes.CDLL(None).omp_get_max_threads, ctypes.c_void_p).value
+for line in open("/proc/self/maps"):
+    first, last = (int(number, 16) for number in line.split()[0].split("-"))
+    if first <= address < last:
+        print(line.split()[5])
+""")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() in config.openmp_runtimes()
+    assert "torch" in process.stdout
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [({}, "threads that wait for others +GOMP_SPINCOUNT="),

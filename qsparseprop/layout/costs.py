@@ -30,7 +30,7 @@ from qsparseprop._kernels._gather_list import GatherList
 from qsparseprop._kernels._plan import ProductRows, ValuePattern
 from qsparseprop.layout.geometry import GROUP, UNIT, Geometry, linear_geometry
 
-__all__ = ["Costs", "cost_key", "costs_file", "machine_costs", "measure_costs"]
+__all__ = ["Costs", "cost_key", "costs_file", "cpu_model", "machine_costs", "measure_costs"]
 
 
 class Costs(NamedTuple):
@@ -62,15 +62,27 @@ def costs_file() -> Path:
     return Path(cache, "qsparseprop", "product_costs.json")
 
 
+def cpu_model() -> str:
+    """Name of the processor, as far as the system tells.
+
+    Linux gives names on x86, and on ARM the numbers of who made it and of what he calls it.
+    """
+    told: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            told.setdefault(key.strip(), value.strip())
+    if name := told.get("model name"):
+        return name
+    machine = platform.machine()
+    if part := told.get("CPU part"):
+        return f"{machine}, implementer {told.get('CPU implementer', 'unknown')}, part {part}"
+    return platform.processor() or machine or "unknown"
+
+
 def cost_key(isa: str) -> str:
     """What the constants depend on, the machine and the instruction set: their name in the file."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {isa}"
+    return f"{cpu_model()}, {isa}"
 
 
 def _read(path: Path) -> dict[str, object] | None:
