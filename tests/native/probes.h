@@ -116,6 +116,8 @@ PROBE(spmm_unit_codes, i32x16 v[4]; spmm_unit_from_codes(v, ENDS(uint8_t, QSP_UN
       for (int i = 0; i < 4; i++) store_integers(sums + 16 * i, v[i]);
       for (int i = 0; i < QSP_UNIT; i++) r->i32[unit_lane(i)] = sums[i];
       spmm_unit_to_codes(OUT_ENDS(uint8_t, QSP_UNIT), v); memcpy(r->i32 + QSP_UNIT, o->out_end - QSP_UNIT, QSP_UNIT);)
+PROBE(spmm_unit_look_up, spmm_unit_look_up(OUT_ENDS(uint8_t, QSP_UNIT), ENDS(uint8_t, QSP_UNIT), o->end - GIVEN);
+      written(o, r, QSP_UNIT);)
 PROBE(dense_spmm_block, QSP_ALIGNED(64) uint8_t quads[GROUPS * QSP_GROUP * QSP_UNIT]; int32_t sums[4 * QSP_UNIT];
       int8_t weights[4][QSP_GROUP * GROUPS];
       for (int g = 0; g < o->groups; g++) {
@@ -197,7 +199,8 @@ static const probe probes_of[] = {
     LISTED(i32x16_random_strided, BITS, 64) LISTED(i32x16_random_run, BITS, 64) LISTED(random_rows, BITS, 256)
     LISTED(i32x16_random_fours, BITS, 256)
 #ifndef ISA_TOKENS_ONLY
-    LISTED(spmm_unit_to_f32, BITS, 256) LISTED(spmm_unit_codes, BITS, 320) LISTED(dense_spmm_block, BITS, 1024)
+    LISTED(spmm_unit_to_f32, BITS, 256) LISTED(spmm_unit_codes, BITS, 320)
+    LISTED(spmm_unit_look_up, BITS, 64) LISTED(dense_spmm_block, BITS, 1024)
     LISTED(dense_sddmm_block, BITS, 80) LISTED(sddmm_acc_flush, BITS, 128)
 #endif
 #if !defined(ISA_DENSE_ONLY) && !defined(ISA_TOKENS_ONLY)

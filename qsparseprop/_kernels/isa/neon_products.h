@@ -207,6 +207,24 @@ QSP_INLINE void spmm_unit_to_codes(uint8_t *codes, const i32x16 *v)
                                               vreinterpretq_u32_s32(v[i].v[2]), vreinterpretq_u32_s32(v[i].v[3])));
 }
 
+/* A quarter of the table at a time: what lies outside of it stays as it is. */
+QSP_INLINE void spmm_unit_look_up(uint8_t *out, const uint8_t *codes, const uint8_t *table)
+{
+    uint8x16x4_t t[4];
+    QSP_UNROLL
+    for (int k = 0; k < 16; k++)
+        t[k / 4].val[k % 4] = vld1q_u8(table + 16 * k);
+    QSP_UNROLL
+    for (int i = 0; i < QSP_UNIT; i += 16) {
+        const uint8x16_t c = vld1q_u8(codes + i);
+        uint8x16_t v = vqtbl4q_u8(t[0], c);
+        QSP_UNROLL
+        for (int k = 1; k < 4; k++)
+            v = vqtbx4q_u8(v, t[k], vsubq_u8(c, vdupq_n_u8((uint8_t)(64 * k))));
+        vst1q_u8(out + i, v);
+    }
+}
+
 /* ---- gather-SDDMM on codes ---- */
 typedef int32x4_t sddmm_acc;
 typedef struct {
