@@ -30,7 +30,7 @@ def main():
     setup = runpy.run_path("setup.py")
     extensions = setup["extensions"]()
     headers = newest(Path(name) for name in extensions[0].depends)
-    flags = [*setup["FLAGS"]["unix"], *setup["STRICT"], "-fopenmp", "-fPIC", "-DNDEBUG", "-DQSPARSEPROP_OPENMP=1",
+    flags = [*setup["FLAGS"]["unix"], *setup["STRICT"], "-fopenmp", "-fPIC", "-fwrapv", "-DNDEBUG", "-DQSPARSEPROP_OPENMP=1",
              f"-I{setup['KERNELS']}", f"-I{SYSTEM}/usr/include/python3.11",
              "-idirafter", f"{SYSTEM}/usr/include"]  # fmt: skip
     kernels = [*setup["KERNEL_FLAGS"]["unix"], *setup["STRICT_KERNELS"]]

@@ -289,6 +289,15 @@ typedef struct {
 } u64x8;
 typedef uint8x16_t u8x16;
 
+/* They wrap around; gcc's intrinsics of signed vectors are a + b and a - b, which need not. */
+QSP_INLINE int32x4_t i32x4_add(int32x4_t a, int32x4_t b)
+{
+    return vreinterpretq_s32_u32(vaddq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)));
+}
+QSP_INLINE int32x4_t i32x4_sub(int32x4_t a, int32x4_t b)
+{
+    return vreinterpretq_s32_u32(vsubq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)));
+}
 QSP_INLINE i32x16 i32x16_set1(int32_t v) { EACH_QUARTER(i32x16, vdupq_n_s32(v)); }
 QSP_INLINE i32x16 i32x16_load_n(const int32_t *p, int n)
 {
@@ -305,8 +314,8 @@ QSP_INLINE int32x4_t i32x4_or_nan(int32x4_t v, float32x4_t from)
 QSP_INLINE i32x16 i32x16_nearest(f32x16 v) { EACH_QUARTER(i32x16, i32x4_or_nan(vcvtnq_s32_f32(v.v[i]), v.v[i])); }
 QSP_INLINE i32x16 i32x16_truncated(f32x16 v) { EACH_QUARTER(i32x16, i32x4_or_nan(vcvtq_s32_f32(v.v[i]), v.v[i])); }
 QSP_INLINE f32x16 f32x16_from_bits(i32x16 v) { EACH_QUARTER(f32x16, vreinterpretq_f32_s32(v.v[i])); }
-QSP_INLINE i32x16 i32x16_add(i32x16 x, i32x16 y) { EACH_QUARTER(i32x16, vaddq_s32(x.v[i], y.v[i])); }
-QSP_INLINE i32x16 i32x16_sub(i32x16 x, i32x16 y) { EACH_QUARTER(i32x16, vsubq_s32(x.v[i], y.v[i])); }
+QSP_INLINE i32x16 i32x16_add(i32x16 x, i32x16 y) { EACH_QUARTER(i32x16, i32x4_add(x.v[i], y.v[i])); }
+QSP_INLINE i32x16 i32x16_sub(i32x16 x, i32x16 y) { EACH_QUARTER(i32x16, i32x4_sub(x.v[i], y.v[i])); }
 QSP_INLINE i32x16 i32x16_min(i32x16 x, i32x16 y) { EACH_QUARTER(i32x16, vminq_s32(x.v[i], y.v[i])); }
 QSP_INLINE i32x16 i32x16_max(i32x16 x, i32x16 y) { EACH_QUARTER(i32x16, vmaxq_s32(x.v[i], y.v[i])); }
 QSP_INLINE i32x16 i32x16_shift_left(i32x16 v, i32x16 n) { EACH_QUARTER(i32x16, vshlq_s32(v.v[i], n.v[i])); }
@@ -317,12 +326,12 @@ QSP_INLINE i32x16 i32x16_shift_right(i32x16 v, i32x16 n)
 QSP_INLINE i32x16 i32x16_log2(i32x16 v)
 {
     EACH_QUARTER(i32x16,
-                 vsubq_s32(vshrq_n_s32(vreinterpretq_s32_f32(vcvtq_f32_s32(v.v[i])), 23), vdupq_n_s32(127)));
+                 i32x4_sub(vshrq_n_s32(vreinterpretq_s32_f32(vcvtq_f32_s32(v.v[i])), 23), vdupq_n_s32(127)));
 }
 QSP_INLINE int32x4_t i32x4_apply_sign(int32x4_t v, int32x4_t sign)
 {
     const int32x4_t negative = vshrq_n_s32(sign, 31);
-    return vandq_s32(vsubq_s32(veorq_s32(v, negative), negative), vreinterpretq_s32_u32(vtstq_s32(sign, sign)));
+    return vandq_s32(i32x4_sub(veorq_s32(v, negative), negative), vreinterpretq_s32_u32(vtstq_s32(sign, sign)));
 }
 QSP_INLINE i32x16 i32x16_apply_sign(i32x16 v, i32x16 sign)
 {
@@ -356,7 +365,7 @@ QSP_INLINE f32x16 f32x16_load_u8(const uint8_t *p)
 QSP_INLINE f32x16 f32x16_from_i32(i32x16 v) { EACH_QUARTER(f32x16, vcvtq_f32_s32(v.v[i])); }
 QSP_INLINE int32_t i32x16_reduce_add(i32x16 v)
 {
-    return vaddvq_s32(vaddq_s32(vaddq_s32(v.v[0], v.v[1]), vaddq_s32(v.v[2], v.v[3])));
+    return vaddvq_s32(i32x4_add(i32x4_add(v.v[0], v.v[1]), i32x4_add(v.v[2], v.v[3])));
 }
 QSP_INLINE u64x8 u64x8_zero(void) { EACH_QUARTER(u64x8, vdupq_n_u64(0)); }
 QSP_INLINE u64x8 u64x8_add_pairs(u64x8 sum, i32x16 v)

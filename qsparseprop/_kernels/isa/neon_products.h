@@ -244,7 +244,7 @@ QSP_INLINE sddmm_grad sddmm_grad_load(const uint8_t *p)
     return g;
 }
 QSP_INLINE sddmm_acc sddmm_acc_zero(void) { return vdupq_n_s32(0); }
-QSP_INLINE sddmm_acc sddmm_acc_add(sddmm_acc a, sddmm_acc b) { return vaddq_s32(a, b); }
+QSP_INLINE sddmm_acc sddmm_acc_add(sddmm_acc a, sddmm_acc b) { return i32x4_add(a, b); }
 QSP_INLINE int32_t sddmm_acc_reduce_add(sddmm_acc v) { return vaddvq_s32(v); }
 QSP_INLINE sddmm_acc sddmm_acc_add_grad(sddmm_acc sum, const uint8_t *p)
 {
@@ -319,7 +319,7 @@ QSP_INLINE void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8
         for (int r = 0; r < rows; r++)
             QSP_UNROLL
             for (int v = 0; v < 4; v++)
-                s[r][v] = vaddq_s32(vld1q_s32(sums + r * QSP_UNIT + part + 4 * v), vdupq_n_s32(left_out[r]));
+                s[r][v] = i32x4_add(vld1q_s32(sums + r * QSP_UNIT + part + 4 * v), vdupq_n_s32(left_out[r]));
         const uint8_t *q = quads + QSP_GROUP * part;
         const int8_t *w = weights;
         for (int64_t k = 0; k < groups; k++, q += QSP_GROUP * QSP_UNIT, w += QSP_GROUP) {
@@ -369,6 +369,6 @@ QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x
     QSP_UNROLL
     for (int j = 0; j < rows; j++) {
         int32_t *to = sums + j * pitch;
-        vst1q_s32(to, vaddq_s32(vld1q_s32(to), i32x4_reduce_four(s[j])));
+        vst1q_s32(to, i32x4_add(vld1q_s32(to), i32x4_reduce_four(s[j])));
     }
 }

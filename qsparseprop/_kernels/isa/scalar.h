@@ -195,7 +195,9 @@ QSP_INLINE f32x16 f32x16_from_bits(i32x16 v)
     memcpy(&r, &v, sizeof r);
     return r;
 }
-QSP_INLINE i32x16 i32x16_add(i32x16 a, i32x16 b) { RETURN_I32X16((int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+/* Sums start from anything, and what they are in the end fits. */
+QSP_INLINE int32_t wrapping_add(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
+QSP_INLINE i32x16 i32x16_add(i32x16 a, i32x16 b) { RETURN_I32X16(wrapping_add(a.v[i], b.v[i])); }
 QSP_INLINE i32x16 i32x16_sub(i32x16 a, i32x16 b) { RETURN_I32X16((int32_t)((uint32_t)a.v[i] - (uint32_t)b.v[i])); }
 QSP_INLINE i32x16 i32x16_min(i32x16 a, i32x16 b) { RETURN_I32X16(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 QSP_INLINE i32x16 i32x16_max(i32x16 a, i32x16 b) { RETURN_I32X16(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
@@ -326,7 +328,7 @@ QSP_INLINE void spmm_acc_dot(spmm_acc *q, const uint8_t *x, const int32_t *offse
         const uint8_t *p = x + offset[k];
         const int32_t w = weight[k];
         for (int i = 0; i < 16; i++)
-            q->sum[i] += w * p[i];
+            q->sum[i] = wrapping_add(q->sum[i], w * p[i]);
     }
 }
 QSP_INLINE void spmm_acc_store(int32_t *p, const spmm_acc *even, const spmm_acc *odd)
@@ -425,7 +427,7 @@ QSP_INLINE void dense_spmm_block(int32_t *sums, const uint8_t *quads, const int8
         for (int64_t k = 0; k < QSP_GROUP * groups; k++) {
             const int32_t w = weights[r * pitch + k];
             for (int i = 0; i < QSP_UNIT; i++)
-                sums[r * QSP_UNIT + i] += w * quads[k * QSP_UNIT + i];
+                sums[r * QSP_UNIT + i] = wrapping_add(sums[r * QSP_UNIT + i], w * quads[k * QSP_UNIT + i]);
         }
 }
 QSP_INLINE void dense_sddmm_block(int32_t *sums, int64_t pitch, const uint8_t *x, const int64_t *x_lane,
