@@ -2,7 +2,7 @@
 
 With the sources and the flags of ``setup.py``, warnings being errors, by Debian's cross compiler and the headers of an
 arm64 system that is unpacked in SYSTEM. The modules ask for no OpenMP runtime: they find the one of torch, see
-``qsparseprop/_kernels/__init__.py``.
+``qsparseprop/_kernels/_runtime.py``.
 """
 
 import runpy
@@ -30,8 +30,8 @@ def main():
     setup = runpy.run_path("setup.py")
     extensions = setup["extensions"]()
     headers = newest(Path(name) for name in extensions[0].depends)
-    flags = [*setup["FLAGS"]["unix"], *setup["STRICT"], "-fopenmp", "-fPIC", "-fwrapv", "-DNDEBUG", "-DQSPARSEPROP_OPENMP=1",
-             f"-I{setup['KERNELS']}", f"-I{SYSTEM}/usr/include/python3.11",
+    flags = [*setup["FLAGS"]["unix"], *setup["STRICT"], "-fopenmp", "-fPIC", "-fwrapv", "-DNDEBUG",
+             "-DQSPARSEPROP_OPENMP=1", f"-I{setup['KERNELS']}", f"-I{setup['OPENMP']}", f"-I{SYSTEM}/usr/include/python3.11",
              "-idirafter", f"{SYSTEM}/usr/include"]  # fmt: skip
     kernels = [*setup["KERNEL_FLAGS"]["unix"], *setup["STRICT_KERNELS"]]
 
