@@ -31,8 +31,8 @@ def main():
     extensions = setup["extensions"]()
     headers = newest(Path(name) for name in extensions[0].depends)
     flags = [*setup["FLAGS"]["unix"], *setup["STRICT"], "-fopenmp", "-fPIC", "-fwrapv", "-DNDEBUG",
-             "-DQSPARSEPROP_OPENMP=1", f"-I{setup['KERNELS']}", f"-I{setup['OPENMP']}", f"-I{SYSTEM}/usr/include/python3.11",
-             "-idirafter", f"{SYSTEM}/usr/include"]  # fmt: skip
+             "-DQSPARSEPROP_OPENMP=1", f"-I{setup['KERNELS']}", f"-I{setup['OPENMP']}",
+             f"-I{SYSTEM}/usr/include/python3.11", "-idirafter", f"{SYSTEM}/usr/include"]  # fmt: skip
     kernels = [*setup["KERNEL_FLAGS"]["unix"], *setup["STRICT_KERNELS"]]
 
     def compiled(source):

@@ -103,8 +103,8 @@ def test_headers_are_c11(compiler, tmp_path):
 
 
 def target_of(path: Path) -> list[str]:
-    """The instruction sets that a file switches on by pragma, which Microsoft's compiler is told by a flag."""
-    found = re.search(r'#pragma GCC target\("([^"]*)"\)', path.read_text())
+    """x86's instruction sets that a file switches on by pragma, which Microsoft's compiler is told by a flag."""
+    found = re.search(r'#pragma GCC target\("([^"=]*)"\)', path.read_text())
     return [f"-m{name}" for name in found[1].split(",")] if found else []
 
 
