@@ -58,6 +58,18 @@ class Program:
         if coded:
             raise ValueError(f"inputs and outputs are ordinary tensors, {coded[0]!r} is coded")
 
+    def __repr__(self) -> str:
+        """A line for each input, each step and the outputs."""
+        lines = [f"{name}: {self._shape(name)}" for name in self.inputs]
+        lines += [f"{step!r}: {self._shape(step.output)}" for step in self.steps]
+        return "\n  ".join(["Program(", *lines, f"return {', '.join(self.outputs)}"]) + "\n)"
+
+    def _shape(self, name: str) -> str:
+        value = self.values[name]
+        many = "" if value.rows == 1 else f"{value.rows} rows of "
+        coded = "" if value.codes is None else f", {value.codes!r}"
+        return f"{many}({', '.join('?' if n < 0 else str(n) for n in value.shape)}){coded}"
+
     def _check_readers(self, step: Quantize) -> None:
         for reader in self.users(step.output):
             made = self.values.get(reader.output)

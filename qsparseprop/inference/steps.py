@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,10 @@ class Codes:
 
     scale: Tensor
     zero_point: int
+
+    def __repr__(self) -> str:
+        least, most = (f"{float(each):.3g}" for each in self.scale.aminmax())
+        return f"scale {least if least == most else f'{least} to {most}'}, zero {self.zero_point}"
 
     def __post_init__(self) -> None:
         scale = self.scale
@@ -141,6 +145,9 @@ class Weight:
         """Output channels."""
         return self.scale.shape[0]
 
+    def __repr__(self) -> str:
+        return f"{self.rows} x {self.columns}, {self.codes.numel()} nonzeros"
+
     def dense(self) -> Tensor:
         """Codes with the zeros, int8, (rows, columns)."""
         counts = self.crow_indices.diff().long()
@@ -149,15 +156,45 @@ class Weight:
         return out
 
 
-@dataclass(frozen=True)
+def _short(value: Any) -> str:
+    """A setting in a few words: of tensors what they are, not what they hold; values by their names."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Window):
+        defaults = Window._field_defaults
+        own = [f"{name}={each}" for name, each in value._asdict().items() if each != defaults[name]]
+        return f"({', '.join(own)})"
+    if isinstance(value, tuple) and hasattr(value, "name"):
+        return str(value.name)
+    if isinstance(value, list | tuple):
+        inside = ", ".join(map(_short, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_short(each)}" for name, each in value.items()) + "}"
+    return repr(value)
+
+
+def _is_default(value: Any, of: Field[Any]) -> bool:
+    default = of.default_factory() if of.default_factory is not MISSING else of.default
+    return default is not MISSING and not isinstance(value, Tensor) and bool(value == default)
+
+
+@dataclass(frozen=True, repr=False)
 class Step:
     """One computation. Subclasses say what; `inputs` and `output` are names of values."""
 
     inputs: tuple[str, ...]
     output: str
 
+    def __repr__(self) -> str:
+        own = [f for f in fields(self) if f.name not in ("inputs", "output")]
+        given = [(f.name, getattr(self, f.name)) for f in own]
+        settings = [f"{name}={_short(value)}" for (name, value), f in zip(given, own, strict=True)
+                    if not _is_default(value, f)]  # fmt: skip
+        return f"{self.output} = {type(self).__name__}({', '.join((*self.inputs, *settings))})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Quantize(Step):
     """An ordinary tensor, (batch, *shape), to codes: to nearest, those outside of the range to its ends.
 
@@ -172,12 +209,12 @@ class Quantize(Step):
     dynamic: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dequantize(Step):
     """Codes to an ordinary float32 tensor."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Product(Step):
     """A convolution or linear layer, with what follows it.
 
@@ -203,7 +240,7 @@ class Product(Step):
     high: float = math.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pool(Step):
     """The largest or the mean code under a window.
 
@@ -216,7 +253,7 @@ class Pool(Step):
     count_padding: bool = True
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Table(Step):
     """A function of every element, by its code.
 
@@ -229,7 +266,7 @@ class Table(Step):
     table: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Add(Step):
     """The sum of two values of one shape, limited as a `Product`'s."""
 
@@ -237,17 +274,17 @@ class Add(Step):
     high: float = math.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Concat(Step):
     """Values one behind the other along the channels; the output has all of their scales and their zero point."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Flatten(Step):
     """(channels, height, width) to (channels * height * width,)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Call(Step):
     """An operator of torch on ordinary tensors.
 
@@ -263,3 +300,7 @@ class Call(Step):
     operator: str = ""
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        keywords = [f"{name}={_short(each)}" for name, each in self.keywords.items()]
+        return f"{self.output} = {self.operator}({', '.join([*map(_short, self.arguments), *keywords])})"
