@@ -12,8 +12,8 @@ from qsparseprop.inference.draft import Draft, Node, Operator, compute, names_in
 __all__ = ["compute_weights"]
 
 #: Operators with weights.
-_LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-           "batch_norm"}  # fmt: skip
+_LAYERS = {"linear", "addmm", "matmul", "mm", "einsum", "conv1d", "conv2d", "conv3d",
+           "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm"}  # fmt: skip
 
 
 def compute_weights(draft: Draft) -> None:

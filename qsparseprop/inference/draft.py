@@ -102,7 +102,7 @@ class Layer(Node):
     @property
     def columns(self) -> int:
         """Weights of a row, zeros included."""
-        return self.weight[0].numel()
+        return self.weight.shape[1:].numel()
 
     def calls(self, constants: dict[str, Tensor]) -> list[Call]:
         """See `Node.calls`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qsparseprop.inference.calls import Name
 from qsparseprop.inference.draft import Draft, Flat, Function, Joined, Layer, Node, Operator, Pooling, Shape, Sum
+from qsparseprop.inference.equations import linear_equations
 from qsparseprop.inference.steps import Window
 
 __all__ = ["recognise"]
@@ -140,6 +141,27 @@ def _addmm(found: _Recogniser, node: Operator) -> list[Node] | None:
     if node.keywords or source.name in found.constants:
         return None
     return _rows(found, node, source.name, held.t().contiguous(), moved)
+
+
+def _matmul(found: _Recogniser, node: Operator) -> list[Node] | None:
+    """A product with a constant matrix on the right, which is a linear layer."""
+    return _times(found, node, *node.arguments[:2])
+
+
+def _times(found: _Recogniser, node: Operator, source: Any, weight: Any, turned: bool = True) -> list[Node] | None:
+    held = found.constant(weight)
+    if held is None or held.ndim != 2 or source.name in found.constants:
+        return None
+    rows = held.t().contiguous() if turned else held
+    return _rows(found, node, source.name, rows, torch.zeros(rows.shape[0]))
+
+
+def _einsum(found: _Recogniser, node: Operator) -> list[Node] | None:
+    equation, operands = node.arguments[:2]
+    for source, weight, read in zip(operands, operands[::-1], linear_equations(equation, len(operands)), strict=False):
+        if read is not None and found.constant(weight) is not None:
+            return _times(found, node, source, weight, read)
+    return None
 
 
 def _rows(found: _Recogniser, node: Operator, source: str, weight: Tensor, bias: Tensor) -> list[Node] | None:
@@ -403,6 +425,9 @@ def _pad_signal(found: _Recogniser, node: Operator, source: str) -> list[Node] |
 _FINDERS: dict[str, Callable[[_Recogniser, Operator], list[Node] | None]] = {
     "linear.default": _linear,
     "addmm.default": _addmm,
+    "matmul.default": _matmul,
+    "mm.default": _matmul,
+    "einsum.default": _einsum,
     "conv2d.default": _conv2d,
     "conv2d.padding": _conv2d,
     "conv1d.default": _conv1d,

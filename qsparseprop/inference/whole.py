@@ -45,6 +45,8 @@ _FLOATING = {
     "aten.bilinear.default": "Bilinear",
     "aten.embedding.default": "Embedding",
 }
+#: Products, which have weights where one of their operands is a constant.
+_PRODUCTS = {"matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "einsum", "tensordot", "inner"}
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,13 @@ def _report(draft: Draft, coding: Coding, errors: dict[str, float]) -> FreezeRep
 
 
 def _floating_kind(draft: Draft, node: Node) -> str | None:
-    return _FLOATING.get(node.operator) if type(node) is Operator else None
+    if type(node) is not Operator:
+        return None
+    kind = node.operator.removeprefix("aten.").split(".")[0]
+    held = [draft.constants[name] for name in node.inputs if name in draft.constants]
+    if kind in _PRODUCTS and any(tensor.ndim > 1 and tensor.is_floating_point() for tensor in held):
+        return kind
+    return _FLOATING.get(node.operator)
 
 
 def _check_like(batches: Iterable[Batch], signature: Signature) -> None:
