@@ -30,6 +30,8 @@ from qsparseprop.utils.files import replacing
 if TYPE_CHECKING:
     import onnx
 
+    from qsparseprop.inference.capture import Signature
+
 __all__ = ["export_onnx", "onnx_model"]
 
 #: Scales below that mean that there is nothing to scale; float32 has smaller ones, with fewer bits.
@@ -69,7 +71,7 @@ def export_onnx(frozen: Any, path: str | os.PathLike[str], coded_sums: bool = Fa
     if not isinstance(program, Program):
         kind = type(frozen).__name__
         raise ConfigurationError(f"a {kind} is not frozen as a whole; see qsparseprop.inference.freeze")
-    model = onnx_model(program, coded_sums)
+    model = onnx_model(program, coded_sums, getattr(frozen, "signature", None))
     size = model.ByteSize()
     if size >= 1 << 31:
         raise ConfigurationError(f"the model takes {size / 1e9:.1f} GB, and ONNX files at most 2.1")
@@ -77,7 +79,7 @@ def export_onnx(frozen: Any, path: str | os.PathLike[str], coded_sums: bool = Fa
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def onnx_model(program: Program, coded_sums: bool = False) -> onnx.ModelProto:
+def onnx_model(program: Program, coded_sums: bool = False, signature: Signature | None = None) -> onnx.ModelProto:
     """A program as a model of ONNX.
 
     Parameters
@@ -85,6 +87,9 @@ def onnx_model(program: Program, coded_sums: bool = False) -> onnx.ModelProto:
     program : Program
     coded_sums : bool
         See `export_onnx`.
+    signature : Signature, optional
+        What the model takes; otherwise inputs are floats, or rows of tables that are whole numbers, with the batch in
+        front.
 
     Returns
     -------
@@ -102,7 +107,7 @@ def onnx_model(program: Program, coded_sums: bool = False) -> onnx.ModelProto:
     except ImportError as error:
         raise ImportError("writing ONNX files needs onnx: pip install 'qsparseprop[onnx]'") from error
     del onnx
-    return _Export(program, coded_sums).model()
+    return _Export(program, coded_sums, signature).model()
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -116,9 +121,17 @@ class _Export:
     graph computes the codes without their scales, `unit` times smaller, which products before and behind make up for.
     """
 
-    def __init__(self, program: Program, coded_sums: bool = False) -> None:
+    def __init__(self, program: Program, coded_sums: bool, signature: Signature | None) -> None:
+        from qsparseprop.inference.onnx_arguments import Sizes
+        from qsparseprop.inference.onnx_calls import described_inputs
         from qsparseprop.inference.onnx_graph import Graph
 
+        self.inputs = described_inputs(program, signature)
+        self.sizes = Sizes(program, self.inputs)
+        #: Values that depend on no input, and so are computed here.
+        self.known: dict[str, Any] = dict(program.constants)
+        #: Of calls with several results, these.
+        self.several: dict[str, list[str]] = {}
         self.program, self.coded_sums = program, coded_sums
         self.graph = Graph()
         self._codes: dict[str, str] = {}
@@ -126,15 +139,20 @@ class _Export:
         self._tokens: dict[str, str] = {}
 
     def model(self) -> onnx.ModelProto:
-        from qsparseprop.inference.onnx_calls import export_call, input_dtype
+        from qsparseprop.inference.onnx_arguments import onnx_dtype
+        from qsparseprop.inference.onnx_calls import export_call
 
-        program = self.program
-        for name in program.inputs:
-            self._real[name] = self.graph.add_input(name, program.values[name].shape, input_dtype(program, name))
-        for step in program.steps:
+        for name, (shape, dtype) in self.inputs.items():
+            self._real[name] = self.graph.add_input(name, shape, onnx_dtype(dtype))
+        for step in self.program.steps:
             if isinstance(step, Call):
-                self._real[step.output] = export_call(self, step)
+                found = export_call(self, step)
+                if isinstance(found, list):
+                    self.several[step.output] = found
+                elif found is not None:
+                    self._real[step.output] = found
             else:
+                self.sizes.add(step)
                 _STEPS[type(step)](self, step)
         return self.graph.model(self._outputs())
 
@@ -143,7 +161,7 @@ class _Export:
         outputs: list[str] = []
         for name in self.program.outputs:
             found = self.real(name)
-            if name in outputs or name in self.program.inputs or name in self.program.constants:
+            if name in outputs or name in self.program.inputs or name in self.known:
                 found = self.graph.add("Identity", [found], f"{name}/result")
             outputs.append(found)
         return outputs
@@ -152,8 +170,8 @@ class _Export:
 
     def real(self, name: str) -> str:
         """The float tensor of a value: codes without their zero point, times their scale where there is one."""
-        if name not in self._real and name in self.program.constants:
-            self._real[name] = self.graph.constant(_constant(self.program.constants[name], name), name)
+        if name not in self._real and name in self.known:
+            self._real[name] = self.graph.constant(_constant(self.known[name], name), name)
         if name not in self._real:
             given = [self._codes[name], *self._coding(self.program.values[name])]
             self._real[name] = self.graph.add("DequantizeLinear", given, f"{name}/real")
@@ -381,7 +399,9 @@ def _unit(value: Value) -> np.ndarray:
     return found
 
 
-def _constant(tensor: Tensor, name: str) -> np.ndarray:
+def _constant(tensor: Any, name: str) -> np.ndarray:
+    if not isinstance(tensor, Tensor):
+        return np.array(tensor)
     if tensor.dtype is torch.bfloat16 or tensor.is_complex():
         raise ConfigurationError(f"the constant {name!r} is of {tensor.dtype}, which is not translated to ONNX")
     return _array(tensor)

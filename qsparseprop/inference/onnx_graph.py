@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,9 @@ class Graph:
         self._names.add(found)
         return found
 
-    def add_input(self, name: str, shape: tuple[int, ...], dtype: int = onnx.TensorProto.FLOAT) -> str:
-        """A tensor that the graph is given, with a batch of any size before its shape."""
-        sizes = ["batch", *(None if n < 0 else n for n in shape)]
+    def add_input(self, name: str, shape: Sequence[int | None], dtype: int = onnx.TensorProto.FLOAT) -> str:
+        """A tensor that the graph is given, with None for a batch of any size and -1 for any other size."""
+        sizes = ["batch" if n is None else None if n < 0 else n for n in shape]
         self._inputs.append(helper.make_tensor_value_info(self.fresh(name), dtype, sizes))
         return name
 
@@ -57,6 +58,12 @@ class Graph:
         output = self.fresh(name)
         self._nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
         return output
+
+    def add_all(self, operator: str, inputs: list[str], names: list[str], **attributes: Any) -> list[str]:
+        """A node with several results, which get these names or ones like them."""
+        outputs = [self.fresh(name) for name in names]
+        self._nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
+        return outputs
 
     def model(self, outputs: list[str]) -> onnx.ModelProto:
         """The graph as a model, checked.
