@@ -45,7 +45,7 @@ class Signature:
     arguments : tuple
         Positional and keyword arguments, with a number in the place of each tensor and of each other thing.
     results : any
-        The result, with numbers of outputs in the place of tensors; it may hold None as well.
+        The result, of the model's own types, with numbers of outputs in the place of tensors; it may hold None as well.
     others : dict
         What is no tensor, by its number.
     shapes : tuple of tuple
@@ -141,10 +141,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Ca
                                 "none of an input and has as many rows")  # fmt: skip
     results = exported.call_spec.out_spec
     assert results is not None
-    _check_results(results)
     numbers = iter(range(len(draft.outputs)))
     given = [next(numbers) if there else None for there in reader.given]
-    answers = _pytree.tree_unflatten(given, results)
+    answers = _with_numbers(given, results)
     others = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     dtypes = tuple(tensor.dtype for tensor in tensors)
     return Captured(draft, Signature(structure(arguments), answers, others, shapes, dtypes))
@@ -180,16 +179,17 @@ def _dynamic(leaf: Any, batch: int) -> Any:
     return None
 
 
-def _check_results(results: _pytree.TreeSpec) -> None:
-    # By the tree itself: a TreeSpec of torch 2.8 has no children().
-    kinds = [_pytree.tree_unflatten([None] * results.num_leaves, results)]
-    while kinds:
-        found = kinds.pop()
-        if found is not None and type(found) not in (tuple, list, dict):
-            kind = type(found).__name__
-            raise NotCapturable(f"its result is a {kind}, not a tensor or a tuple, list or dict of tensors")
-        if found is not None:
-            kinds.extend(found.values() if isinstance(found, dict) else found)
+def _with_numbers(given: list[int | None], results: _pytree.TreeSpec) -> Any:
+    """A result of the model's own types, of those that torch knows, with numbers of outputs for tensors."""
+    try:
+        answers = _pytree.tree_unflatten(given, results)
+        known = _pytree.tree_leaves(answers) == given
+    except Exception as error:
+        # whatever the constructor of such a type says to numbers
+        raise NotCapturable(f"its result takes nothing but tensors ({error})") from error
+    if not known:
+        raise NotCapturable("its result is of a type that does not keep what it is given")
+    return answers
 
 
 class _Reader:

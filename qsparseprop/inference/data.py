@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ _MEMORY_FORMATS = {str(f).removeprefix("torch."): f for f in (
 _DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.int32,
     torch.int64, torch.bool)}  # fmt: skip
+_DICTS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered_dict": OrderedDict}
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _CONSTANTS: dict[str, dict[str, Any]] = {"float": _FLOATS, "dtype": _DTYPES, "memory_format": _MEMORY_FORMATS,
                                          "device": {"cpu": torch.device("cpu")},
@@ -30,8 +32,8 @@ def to_json(value: Any) -> Any:
     Parameters
     ----------
     value : any
-        None, bool, int, float, str, a `Name`, a dtype, memory format, layout or the device "cpu"; lists, tuples and
-        dicts of these.
+        None, bool, int, float, str, a `Name`, a dtype, memory format, layout or the device "cpu"; lists, tuples, dicts
+        and OrderedDicts of these.
 
     Returns
     -------
@@ -54,8 +56,9 @@ def to_json(value: Any) -> Any:
         return {"tuple": [to_json(each) for each in value]}
     if isinstance(value, list):
         return [to_json(each) for each in value]
-    if isinstance(value, dict):
-        return {"dict": [[to_json(key), to_json(each)] for key, each in value.items()]}
+    if type(value) in _DICTS.values():  # others would lose what they are
+        [kind] = [kind for kind, each in _DICTS.items() if each is type(value)]
+        return {kind: [[to_json(key), to_json(each)] for key, each in value.items()]}
     for kind, known in _CONSTANTS.items():
         for name, constant in known.items():
             if type(constant) is type(value) and constant == value:
@@ -107,10 +110,10 @@ def _of_kind(value: Any, deepest: int) -> Any:
         return Name(content)
     if kind == "tuple" and isinstance(content, list):
         return tuple(from_json(each, deepest) for each in content)
-    if kind == "dict" and isinstance(content, list):
+    if kind in _DICTS and isinstance(content, list):
         pairs = [from_json(each, deepest) for each in content]
         if all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str | int) for p in pairs):
-            return dict(pairs)
+            return _DICTS[kind](pairs)
     if kind in _CONSTANTS and isinstance(content, str) and content in _CONSTANTS[kind]:
         return _CONSTANTS[kind][content]
     raise ValueError(f"{str(value)[:60]!r} is no plain data")

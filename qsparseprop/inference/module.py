@@ -85,7 +85,7 @@ class FrozenModule(nn.Module):
 
         Returns
         -------
-        Tensor, or tuple, list or dict of Tensor
+        Tensor, or tuple, list, dict, namedtuple or other container of Tensor
             As the model gives them, float32 where they are floating point.
 
         Raises

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ def save(frozen: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     ConfigurationError
-        (a ValueError) If it is not frozen as a whole, or takes arguments that cannot be written.
+        (a ValueError) If it is not frozen as a whole, or takes arguments or gives results that cannot be written.
     OSError
         If the file cannot be written; it names `path`.
     """
@@ -43,6 +44,7 @@ def save(frozen: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ConfigurationError(f"a {kind} is not frozen as a whole, so that loading it would need its class; its "
                                  "parts that are can be saved one by one")  # fmt: skip
     signature, report = frozen.signature, frozen.report
+    _check_results(signature.results)
     about = {
         "arguments": signature.arguments, "results": signature.results, "others": signature.others,
         "shapes": list(signature.shapes), "dtypes": list(signature.dtypes), "rows": frozen.rows,
@@ -54,6 +56,18 @@ def save(frozen: nn.Module, path: str | os.PathLike[str]) -> None:
         raise
     except ValueError as error:
         raise ConfigurationError(f"the model cannot be saved: {error}") from error
+
+
+def _check_results(results: Any) -> None:
+    """Refuse results of types that a file has no name for."""
+    if results is None or type(results) is int:
+        return
+    if type(results) not in (tuple, list, dict, OrderedDict):
+        kind = type(results).__name__
+        raise ConfigurationError(f"the model cannot be saved: its result is a {kind}, whose class loading would need; "
+                                 "tuples, lists, dicts and OrderedDicts can be saved")  # fmt: skip
+    for each in results.values() if isinstance(results, dict) else results:
+        _check_results(each)
 
 
 def load(path: str | os.PathLike[str]) -> FrozenModule:
