@@ -24,7 +24,7 @@ from qsparseprop.inference.onnx import onnx_model  # noqa: E402
 
 #: Inputs by name; others are constants.
 SHAPES = {"x": (4, 6, 6), "y": (4, 6, 6), "line": (4, 7), "volume": (2, 4, 5, 6), "tokens": (5, 8), "row": (6,),
-          "batch": (6, 6), "single": (1, 6)}
+          "batch": (6, 6), "single": (1, 6), "thin": (4, 1, 9)}
 CONSTANTS = {
     "w": data(4, 3, 3, 3, seed=2), "w1": data(4, 3, 3, seed=2), "w3": data(2, 3, 2, 3, 2, seed=2),
     "b3": data(3, seed=3), "b4": data(4, seed=3), "c": data(4, 4, 3, 3, seed=4), "c3": data(4, 2, 3, 3, 3, seed=4),
@@ -194,7 +194,8 @@ POOLS = [
 ]  # fmt: skip
 RESIZED = [
     *(case(f"{name}.vec", "x", size, scales) for name in ("upsample_nearest2d", "_upsample_nearest_exact2d")
-      for size, scales in ((None, [2.0, 3.0]), ([9, 4], None), ([7, 13], None), (None, [1.7, 0.6]), ([1, 1], None))),
+      for size, scales in ((None, [2.0, 3.0]), ([9, 4], None), ([7, 13], None), (None, [1.7, 0.6]), ([1, 1], None),
+        (None, [1.1, 1.0]), (None, [1.1, 2.1]))),
     case("upsample_nearest1d.vec", "line", [11], None), case("upsample_nearest3d.vec", "volume", None, [2.0, 1.5, 1.0]),
     *(case(f"{name}.vec", "x", size, aligned, scales) for name in ("upsample_bilinear2d", "upsample_bicubic2d")
       for aligned in (False, True) for size, scales in (
@@ -214,8 +215,10 @@ def test_calls(operator: str, arguments: tuple[Any, ...], keywords: dict[str, An
 
 @pytest.mark.parametrize(("operator", "arguments", "keywords", "item"), [
     case("cummax.default", "x", 1, item=0), case("squeeze.default", "x"), case("squeeze.dim", "x", 0),
-    case("softplus.default", "x", 1.0, 5.0), case("roll.default", "x", [1]), case("div.Tensor_mode", "x", 2,
-    rounding_mode="floor"), case("round.decimals", "x", decimals=1), case("max.other", "x", "y"),
+    case("max_pool2d.default", "thin", [2, 4], [1, 2], [1, 1], [2, 2]),
+    case("softplus.default", "x", 1.0, 5.0), case("roll.default", "x", [1]),
+    case("div.Tensor_mode", "x", 2, rounding_mode="floor"), case("round.decimals", "x", decimals=1),
+    case("max.other", "x", "y"),
     case("split.Tensor", "x", 1, 0, item=0), case("adaptive_max_pool2d.default", "x", [4, 4], item=0),
     case("adaptive_max_pool2d.default", "x", [3, 3], item=1), case("max_pool2d_with_indices.default", "x", [2], item=1),
     case("adaptive_avg_pool3d.default", "volume", [3, 3, 4]), case("index.Tensor", "x", [None, "places", "places"]),

@@ -59,7 +59,8 @@ class Sizes:
         for batch in _BATCHES:
             world: dict[str, Any] = {name: held.to("meta") for name, held in program.constants.items()}
             for name, (shape, dtype) in inputs.items():
-                world[name] = torch.empty([batch if n is None else n for n in shape], dtype=dtype, device="meta")
+                world[name] = torch.empty([batch if n is None or n < 0 else n for n in shape], dtype=dtype,
+                                          device="meta")  # fmt: skip
             self.worlds.append(world)
 
     def add(self, step: Step) -> None:

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsparseprop.inference.calls import Name, call_operator
 from qsparseprop.inference.onnx_arguments import Arguments
+from qsparseprop.inference.steps import Call
 
 __all__ = ["FIRST_OF_SEVERAL", "LAYERS"]
 
@@ -87,6 +89,14 @@ def _conv_transposed(count: int) -> Translation:
 # ---- windows ----
 
 
+def _on_one(call: Arguments, image: Tensor) -> Tensor:
+    """What the call makes of another first argument, which has one channel and no batch."""
+    rest = call.step.arguments[1:]
+    found = call_operator(Call(("x",), "y", call.step.operator, (Name("x"), *rest), call.step.keywords), {"x": image})
+    made: Tensor = found[0] if isinstance(found, tuple) else found
+    return made
+
+
 class _Window:
     """A window of pooling, with what rounding up adds behind the padding."""
 
@@ -117,6 +127,8 @@ def _max_pool(count: int) -> Translation:
     def translate(call: Arguments) -> str:
         window = _Window(call, count, dilated=True)
         x, pads = call.tensor(0), [*window.padding, *window.behind]
+        if bool(_on_one(call, torch.zeros(1, 1, *window.image)).isinf().any()):
+            raise call.refused("with windows in the padding alone is not translated to ONNX")
         if any(p >= k for p, k in zip(pads, window.kernel * 2, strict=True)):  # more than engines take
             x, pads = window.padded(call, x, -math.inf), [0] * len(pads)
         return call.add("MaxPool", [x], kernel_shape=window.kernel, strides=window.stride, pads=pads,
@@ -191,7 +203,6 @@ def _nearest(count: int) -> Translation:
 
     def translate(call: Arguments) -> str:
         _with_batch(call, count)
-        exact = "exact" in call.step.operator
         image = [call.fixed(0, axis + 2) for axis in range(count)]
         made = [n or 0 for n in call.result[2:]]
         scales, x = _scales(call, image, made), call.tensor(0)
@@ -199,11 +210,10 @@ def _nearest(count: int) -> Translation:
             factors = call.constant(np.array([1, 1, *(m // n for n, m in zip(image, made, strict=True))], np.float32))
             return call.add("Resize", [x, "", factors], mode="nearest", nearest_mode="floor",
                             coordinate_transformation_mode="asymmetric")  # fmt: skip
-        mode = "nearest-exact" if exact else "nearest"
-        for axis, (n, m, scale) in enumerate(zip(image, made, scales, strict=True)):
-            rows = torch.arange(n, dtype=torch.float32)[None, None]
-            size: dict[str, Any] = {"size": m} if scale is None else {"scale_factor": scale}
-            chosen = F.interpolate(rows, mode=mode, **size).flatten().long()
+        for axis, n in enumerate(image):
+            line = torch.arange(n, dtype=torch.float32).view(n, *[1] * (count - 1 - axis))
+            found = _on_one(call, line.expand(1, 1, *image).contiguous())
+            chosen = found.movedim(axis + 2, 0).flatten(1)[:, 0].long()
             x = call.add("Gather", [x, call.constant(chosen.numpy())], axis=axis + 2)
         return x
 
