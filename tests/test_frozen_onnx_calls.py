@@ -213,6 +213,23 @@ def test_calls(operator: str, arguments: tuple[Any, ...], keywords: dict[str, An
     check(program_of(operator, arguments, keywords, item))
 
 
+@pytest.mark.parametrize(("operator", "arguments"), [
+    ("clamp.default", (-0.5,)), ("clamp.default", (-0.5, 0.5)), ("clamp_min.default", (0.1,)), ("relu.default", ()),
+    ("clamp_max.default", (0.1,)), ("hardshrink.default", ()), ("softshrink.default", ()), ("silu.default", ()),
+    ("threshold.default", (0.1, -3.0)), ("hardtanh.default", ()), ("softmax.int", (-1,)),
+    ("max_pool2d.default", ([2],)),
+])  # fmt: skip
+def test_extreme_numbers_are_what_they_are(operator: str, arguments: tuple[Any, ...]) -> None:
+    program = program_of(operator, ("x", *arguments), {}, None)
+    x = data(2, *SHAPES["x"])
+    x[0, 0, 0] = torch.tensor([100.0, -100.0, 0.0, -0.0, 1e30, -1e30])
+    x[1, 0, 0, 2:4] = torch.tensor([math.inf, -1e-40])
+    if operator not in ("silu.default", "softmax.int", "max_pool2d.default"):
+        x[1, 1, 0, 2:4] = torch.tensor([math.nan, -math.inf])
+    [found], [wanted] = run_onnx(onnx_model(program), program, [x]), run_reference(program, x)
+    assert torch.allclose(found, wanted, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize(("operator", "arguments", "keywords", "item"), [
     case("cummax.default", "x", 1, item=0), case("squeeze.default", "x"), case("squeeze.dim", "x", 0),
     case("max_pool2d.default", "thin", [2, 4], [1, 2], [1, 1], [2, 2]),

@@ -90,7 +90,8 @@ def _clamp(call: Arguments) -> str:
     high: Any = 6 if name == "relu6" else call.get(2) if len(call.names) > 2 else None
     if name == "clamp_max":
         low, high = None, low
-    if isinstance(low, Name) or isinstance(high, Name):
+    # Clip with one limit makes finite numbers of infinity
+    if isinstance(low, Name) or isinstance(high, Name) or low is None or high is None:
         x = x if low is None else call.add("Max", [x, call.given(low, call.dtype)])
         return x if high is None else call.add("Min", [x, call.given(high, call.dtype)])
     return call.add("Clip", [x, *("" if v is None else call.given(v, call.dtype) for v in (low, high))])
@@ -128,16 +129,18 @@ def _prelu(call: Arguments, x: str) -> str:
     return call.add("PRelu", [x, slope])
 
 
-def _shrink(soft: bool) -> Translation:
-    def translate(call: Arguments) -> str:
-        limit = float(call.get("lambd"))
-        return call.add("Shrink", [call.tensor(0)], lambd=limit, bias=limit if soft else 0.0)
+def _hardshrink(call: Arguments, x: str) -> str:
+    limit = float(call.get("lambd"))
+    return call.op("Where", call.op("LessOrEqual", call.op("Abs", x), limit), 0.0, x)
 
-    return translate
+
+def _softshrink(call: Arguments, x: str) -> str:
+    limit = float(call.get("lambd"))
+    return call.op("Sub", x, call.op("Clip", x, -limit, limit))
 
 
 def _threshold(call: Arguments, x: str) -> str:
-    return call.op("Where", call.op("Greater", x, float(call.get(1))), x, float(call.get(2)))
+    return call.op("Where", call.op("LessOrEqual", x, float(call.get(1))), float(call.get(2)), x)
 
 
 def _where(call: Arguments) -> str:
@@ -192,8 +195,8 @@ ELEMENTWISE: dict[str, Translation] = {
     "celu": _composed(lambda call, x: call.add("Celu", [x], alpha=float(call.get("alpha")))),
     "softplus": _composed(_softplus),
     "prelu": _composed(_prelu),
-    "softshrink": _shrink(soft=True),
-    "hardshrink": _shrink(soft=False),
+    "softshrink": _composed(_softshrink),
+    "hardshrink": _composed(_hardshrink),
     "threshold": _composed(_threshold),
     "where": _where,
     "masked_fill": _masked_fill,
