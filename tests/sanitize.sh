@@ -22,7 +22,8 @@ runtimes=$(${CC:-gcc} -print-file-name=libasan.so):$(${CC:-gcc} -print-file-name
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
     tests=(tests/test_{ops_*,linear,from_dense,layer_*,not_finite,weight_changes,process,conv2d,bad_input}.py
-           tests/test_{quantization,fake_quant,epilogue,norm_statistics,blocks,packed}.py)
+           tests/test_{quantization,fake_quant,epilogue,norm_statistics,blocks,packed,list_memory,pattern_held}.py
+           tests/test_frozen_programs.py)
 fi
 cp -r tests pyproject.toml "$work/"
 cd "$work"
