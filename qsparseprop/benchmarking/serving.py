@@ -106,33 +106,51 @@ def serving_times(
     engines, missing = installed_engines(model, x, torch.get_num_threads())
     ways: dict[str, Callable[[], Any]] = {OURS: lambda: frozen(x)}
     ways |= {name: (lambda engine=engine: engine(x)) for name, engine in engines.items()}  # type: ignore[misc]
-    ways |= _torch_ways(model, x, config.compiled)
+    ways |= _torch_ways(model, x)
+    if config.compiled:
+        found, absent = _compiled_ways(model, x)
+        ways |= found
+        missing = [*missing, *absent]
     with torch.inference_mode():
         turn = sum(times[0] for times in interleaved_times(ways, 1, warmup=2).values())
         calls = max(5, min(_MOST_CALLS, int(config.seconds / turn)))
         return interleaved_times(ways, calls, warmup=1), missing
 
 
-def _torch_ways(model: nn.Module, x: Tensor, compiled: bool) -> dict[str, Callable[[], Any]]:
-    def way(module: Callable[[Tensor], Any], given: Tensor, bf16: bool) -> Callable[[], Any]:
-        def call() -> Any:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                return module(given)
+def _way(module: Callable[[Tensor], Any], given: Tensor, bf16: bool) -> Callable[[], Any]:
+    def call() -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return module(given)
 
-        return call
+    return call
 
-    ways = {"torch fp32": way(model, x, False), "torch bf16": way(model, x, True)}
+
+def _torch_ways(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+    ways = {"torch fp32": _way(model, x, False), "torch bf16": _way(model, x, True)}
     if x.ndim == 4:
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         given = x.contiguous(memory_format=torch.channels_last)
-        ways |= {"torch fp32 channels_last": way(last, given, False),
-                 "torch bf16 channels_last": way(last, given, True)}  # fmt: skip
-    if compiled:
-        # constants in the graph, so that weights are laid out once for its products
-        for name, bf16 in (("fp32", False), ("bf16", True)):
-            graph = torch.compile(copy.deepcopy(model), dynamic=False, options={"freezing": True})
-            ways[f"torch.compile {name}"] = way(graph, x, bf16)
+        ways |= {"torch fp32 channels_last": _way(last, given, False),
+                 "torch bf16 channels_last": _way(last, given, True)}  # fmt: skip
     return ways
+
+
+def _compiled_ways(model: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[], Any]], list[str]]:
+    """Those of torch.compile, called once, and a sentence for each that fails: not every model can be compiled."""
+    ways: dict[str, Callable[[], Any]] = {}
+    missing = []
+    for name, bf16 in (("torch.compile fp32", False), ("torch.compile bf16", True)):
+        # constants in the graph, so that weights are laid out once for its products
+        graph = torch.compile(copy.deepcopy(model), dynamic=False, options={"freezing": True})
+        call = _way(graph, x, bf16)
+        try:
+            with torch.inference_mode():
+                call()
+        except Exception as error:
+            missing.append(f"{name}: left out ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+        else:
+            ways[name] = call
+    return ways, missing
 
 
 def _summary(times: dict[str, list[float]], batch: int) -> dict[str, Any]:
