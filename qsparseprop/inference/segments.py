@@ -131,7 +131,6 @@ class Lowering:
     def __init__(self, program: Program, batch: int, weights: WeightStore) -> None:
         self._program, self._batch, self._weights = program, batch, weights
         self._lanes = find_lanes(program, batch)
-        self._tabled: dict[str, Product] = {}
         self._steps = [step for step in program.steps if not isinstance(step, Call)]
         self._dynamic = {step.output for step in self._steps if isinstance(step, Quantize) and step.dynamic}
         self._space = _Arena()

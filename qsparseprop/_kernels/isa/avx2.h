@@ -34,12 +34,6 @@ QSP_INLINE __m256 f32x8_load_bf16(const uint16_t *p)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 QSP_INLINE f32x16 f32x16_load_bf16(const uint16_t *p) { return f32x16_of(f32x8_load_bf16(p), f32x8_load_bf16(p + 8)); }
-QSP_INLINE f32x16 f32x16_load_bf16_n(const uint16_t *p, int n)
-{
-    uint16_t line[16] = {0};
-    memcpy(line, p, (size_t)n * sizeof *p);
-    return f32x16_load_bf16(line);
-}
 QSP_INLINE __m256 f32x8_load_i32(const int32_t *p)
 {
     return _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)p));
@@ -67,12 +61,7 @@ QSP_INLINE void f32x16_store_bf16(uint16_t *p, f32x16 v)
     const __m256i words = _mm256_packus_epi32(f32x8_to_bf16(v.a), f32x8_to_bf16(v.b));
     _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(words, 0xd8));
 }
-QSP_INLINE void f32x16_store_bf16_n(uint16_t *p, f32x16 v, int n)
-{
-    uint16_t line[16];
-    f32x16_store_bf16(line, v);
-    memcpy(p, line, (size_t)n * sizeof *p);
-}
+#include "isa/line.h"
 QSP_INLINE f32x16 f32x16_mul(f32x16 x, f32x16 y) { return f32x16_of(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
 QSP_INLINE f32x16 f32x16_add(f32x16 x, f32x16 y) { return f32x16_of(_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)); }
 QSP_INLINE f32x16 f32x16_sub(f32x16 x, f32x16 y) { return f32x16_of(_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)); }
@@ -162,24 +151,6 @@ QSP_INLINE float f32x16_reduce_add(f32x16 v)
     __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     t = _mm_add_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
-}
-QSP_INLINE float f32x16_reduce_min(f32x16 v)
-{
-    float line[16], s;
-    f32x16_store(line, v);
-    s = line[0];
-    for (int i = 1; i < 16; i++)
-        s = line[i] < s ? line[i] : s;
-    return s;
-}
-QSP_INLINE float f32x16_reduce_max(f32x16 v)
-{
-    float line[16], s;
-    f32x16_store(line, v);
-    s = line[0];
-    for (int i = 1; i < 16; i++)
-        s = line[i] > s ? line[i] : s;
-    return s;
 }
 QSP_INLINE __m256 f32x8_copysign(__m256 v, __m256 sign)
 {

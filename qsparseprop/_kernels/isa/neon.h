@@ -41,12 +41,6 @@ QSP_APART f32x16 f32x16_load_part(const float *p, int n)
 QSP_INLINE f32x16 f32x16_load_n(const float *p, int n) { return n == 16 ? f32x16_load(p) : f32x16_load_part(p, n); }
 QSP_INLINE float32x4_t f32x4_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 QSP_INLINE f32x16 f32x16_load_bf16(const uint16_t *p) { EACH_QUARTER(f32x16, f32x4_load_bf16(p + 4 * i)); }
-QSP_INLINE f32x16 f32x16_load_bf16_n(const uint16_t *p, int n)
-{
-    uint16_t line[16] = {0};
-    memcpy(line, p, (size_t)n * sizeof *p);
-    return f32x16_load_bf16(line);
-}
 QSP_INLINE f32x16 f32x16_load_i32(const int32_t *p) { EACH_QUARTER(f32x16, vcvtq_f32_s32(vld1q_s32(p + 4 * i))); }
 QSP_INLINE void f32x16_store(float *p, f32x16 v)
 {
@@ -80,12 +74,7 @@ QSP_INLINE void f32x16_store_bf16(uint16_t *p, f32x16 v)
     for (int i = 0; i < 4; i++)
         vst1_u16(p + 4 * i, f32x4_to_bf16(v.v[i]));
 }
-QSP_INLINE void f32x16_store_bf16_n(uint16_t *p, f32x16 v, int n)
-{
-    uint16_t line[16];
-    f32x16_store_bf16(line, v);
-    memcpy(p, line, (size_t)n * sizeof *p);
-}
+#include "isa/line.h"
 QSP_INLINE f32x16 f32x16_mul(f32x16 x, f32x16 y) { EACH_QUARTER(f32x16, vmulq_f32(x.v[i], y.v[i])); }
 QSP_INLINE f32x16 f32x16_add(f32x16 x, f32x16 y) { EACH_QUARTER(f32x16, vaddq_f32(x.v[i], y.v[i])); }
 QSP_INLINE f32x16 f32x16_sub(f32x16 x, f32x16 y) { EACH_QUARTER(f32x16, vsubq_f32(x.v[i], y.v[i])); }
@@ -189,24 +178,6 @@ QSP_INLINE void f32x16_store_side(float *p, f32x16 v, uint32_t bits)
 QSP_INLINE float f32x16_reduce_add(f32x16 v)
 {
     return vaddvq_f32(vaddq_f32(vaddq_f32(v.v[0], v.v[1]), vaddq_f32(v.v[2], v.v[3])));
-}
-QSP_INLINE float f32x16_reduce_min(f32x16 v)
-{
-    float line[16], s;
-    f32x16_store(line, v);
-    s = line[0];
-    for (int i = 1; i < 16; i++)
-        s = line[i] < s ? line[i] : s;
-    return s;
-}
-QSP_INLINE float f32x16_reduce_max(f32x16 v)
-{
-    float line[16], s;
-    f32x16_store(line, v);
-    s = line[0];
-    for (int i = 1; i < 16; i++)
-        s = line[i] > s ? line[i] : s;
-    return s;
 }
 QSP_INLINE f32x16 f32x16_copysign(f32x16 v, f32x16 sign)
 {
