@@ -69,12 +69,16 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def model_name(text: str) -> str:
-    """Name of a model, or module:function."""
-    from qsparseprop.training.models import MODELS
+    """Name of a model, one of a library's, or module:function (which is looked up later)."""
+    from qsparseprop.training.library_models import LIBRARIES
+    from qsparseprop.training.models import find_builder
 
-    if text not in MODELS and ":" not in text:
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(MODELS)}, or give "
-                                         "package.module:function)")  # fmt: skip
+    if ":" in text and text.partition(":")[0] not in LIBRARIES:
+        return text
+    try:
+        find_builder(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid choice: {error}") from None
     return text
 
 

@@ -61,8 +61,10 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     # Checked in run(): argparse would check the default value too, and import torch for it before anything is shown.
     add("--model", default="resnet18", metavar="NAME",
-        help="resnet18, resnet20, vgg11, mlp, vit-tiny, or package.module:function for one of your own; the function "
-        "gets num_classes, in_channels, image_size and width where it has such parameters (default: %(default)s)")
+        help="resnet18, resnet20 (32, 44, 56, 110), vgg11, mlp, vit-tiny; where they are installed, a network of "
+        "torchvision or timm by its name, or clearly as torchvision:resnet50, timm:convnext_tiny; or "
+        "package.module:function for one of your own, which gets num_classes, in_channels, image_size and width "
+        "where it has such parameters (default: %(default)s)")
     add("--width", type=whole_number(4), metavar="N",
         help="channels of the network's first stage, which scale all others (default: the network's own)")
     add("--weights", metavar="FILE",

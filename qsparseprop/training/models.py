@@ -6,6 +6,7 @@ widespread CIFAR checkpoints carry, so that those load without renaming anything
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -18,6 +19,8 @@ from torch import nn
 from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
 from qsparseprop.utils.state_files import read_state_dict, strip_prefix
 
+from .library_models import LIBRARIES, find_in_libraries, from_library
+from .vision_transformer import TransformerBlock, VisionTransformer, vit_tiny
 from .weights import load_checkpoint
 
 __all__ = [
@@ -28,11 +31,14 @@ __all__ = [
     "TransformerBlock",
     "VisionTransformer",
     "build_model",
+    "cifar_resnet",
+    "find_builder",
     "load_checkpoint",
     "mlp",
     "read_state_dict",
     "resnet18",
     "resnet20",
+    "resnet56",
     "strip_prefix",
     "vgg11",
     "vit_tiny",
@@ -182,11 +188,13 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> Ci
     return CifarResNet((2, 2, 2, 2), (width, 2 * width, 4 * width, 8 * width), num_classes, in_channels)
 
 
-def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
-    """ResNet-20 of the ResNet paper's CIFAR section: 0.27 M weights, shortcuts without parameters.
+def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+    """ResNet of the ResNet paper's CIFAR section: three stages of basic blocks, shortcuts without parameters.
 
     Parameters
     ----------
+    depth : int
+        Layers with weights: two more than a multiple of 6, such as 20, 56 or 110.
     num_classes : int
         Outputs of the classifier.
     in_channels : int
@@ -199,8 +207,37 @@ def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> Ci
     CifarResNet
         Randomly initialised from torch's default generator. Its ``state_dict`` has the keys of the common CIFAR-10
         checkpoints (see `load_checkpoint`).
+
+    Raises
+    ------
+    ValueError
+        For another depth.
     """
-    return CifarResNet((3, 3, 3), (width, 2 * width, 4 * width), num_classes, in_channels, SubsampleAndPad)
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"depth must be 6 n + 2, such as 20 or 56, got {depth}")
+    return CifarResNet((depth // 6,) * 3, (width, 2 * width, 4 * width), num_classes, in_channels, SubsampleAndPad)
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+    """`cifar_resnet` of 20 layers: 0.27 M weights.
+
+    Parameters
+    ----------
+    num_classes, in_channels, width : int
+        As there.
+    """
+    return cifar_resnet(20, num_classes, in_channels, width)
+
+
+def resnet56(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+    """`cifar_resnet` of 56 layers: 0.85 M weights.
+
+    Parameters
+    ----------
+    num_classes, in_channels, width : int
+        As there.
+    """
+    return cifar_resnet(56, num_classes, in_channels, width)
 
 
 def vgg11(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> nn.Sequential:
@@ -244,87 +281,37 @@ def mlp(num_classes: int = 10, in_channels: int = 3, width: int = 1024, image_si
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, num_classes))
 
 
-class TransformerBlock(nn.Module):
-    """Self-attention and a two-layer network, each after a layer normalisation and added to its input.
-
-    All weights are in ``nn.Linear`` modules, unlike those of ``nn.MultiheadAttention``.
-
-    Parameters
-    ----------
-    width, heads : int
-        Features of a token, and attention heads; the latter divide the former.
-    causal : bool
-        No token sees those behind it, as in language models.
-    """
-
-    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (batch, tokens, width) to the same shape."""
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads).unbind(2)
-        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                                  is_causal=self.causal)  # fmt: skip
-        x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.mlp(self.norm2(x))
-
-
-class VisionTransformer(nn.Module):
-    """Small vision transformer: patches to tokens, blocks, and a classifier of the mean token.
-
-    Parameters
-    ----------
-    num_classes, in_channels, image_size : int
-        Outputs; channels, and height and width of the images, multiples of `patch`.
-    patch : int
-        Height and width of a patch.
-    width, depth, heads : int
-        Features of a token, blocks, and attention heads.
-    """
-
-    def __init__(self, num_classes: int, in_channels: int, image_size: int, patch: int, width: int, depth: int,
-                 heads: int) -> None:  # fmt: skip
-        super().__init__()
-        if image_size % patch:
-            raise ConfigurationError(f"the image size must be a multiple of {patch} for this model, got {image_size}")
-        if width % heads:
-            raise ConfigurationError(f"the width must be a multiple of {heads} for this model, got {width}")
-        self.patches = nn.Conv2d(in_channels, width, patch, stride=patch)
-        self.position = nn.Parameter(0.02 * torch.randn(1, (image_size // patch) ** 2, width))
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images (batch, in_channels, image_size, image_size) to logits (batch, num_classes)."""
-        # contiguous: what is added to the tokens, layer by layer, and normalised, lies in memory as they do
-        tokens = (self.patches(x).flatten(2).transpose(1, 2) + self.position).contiguous()
-        return self.head(self.norm(self.blocks(tokens)).mean(1))
-
-
-def vit_tiny(num_classes: int = 10, in_channels: int = 3, width: int = 192, image_size: int = 32) -> VisionTransformer:
-    """Vision transformer of 6 blocks on patches of 4 x 4 pixels: 2.7 M weights at the default width.
-
-    Parameters
-    ----------
-    num_classes, in_channels, image_size : int
-        Outputs; channels, and height and width of the images.
-    width : int
-        Features of a token, a multiple of 4.
-    """
-    return VisionTransformer(num_classes, in_channels, image_size, patch=4, width=width, depth=6, heads=4)
-
-
-#: What `build_model` knows by name.
+#: What `build_model` knows by name, besides the networks of `LIBRARIES`.
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": resnet18, "resnet20": resnet20, "vgg11": vgg11, "mlp": mlp, "vit-tiny": vit_tiny,
+    "resnet18": resnet18, "resnet20": resnet20, "resnet32": functools.partial(cifar_resnet, 32),
+    "resnet44": functools.partial(cifar_resnet, 44), "resnet56": resnet56,
+    "resnet110": functools.partial(cifar_resnet, 110), "vgg11": vgg11, "mlp": mlp, "vit-tiny": vit_tiny,
 }  # fmt: skip
+
+
+def find_builder(name: str) -> Callable[..., nn.Module]:
+    """What builds a network, without building it.
+
+    Parameters
+    ----------
+    name : str
+        As `build_model` takes it.
+
+    Returns
+    -------
+    callable
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none, with the names that are written alike.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    library, colon, rest = name.partition(":")
+    if not colon:
+        return find_in_libraries(name, list(MODELS))
+    return from_library(library, rest) if library in LIBRARIES else _import_function(name)
 
 
 def build_model(name: str, **kwargs: int) -> nn.Module:
@@ -333,7 +320,9 @@ def build_model(name: str, **kwargs: int) -> nn.Module:
     Parameters
     ----------
     name : str
-        One of `MODELS`, or ``package.module:function``, where the function returns an ``nn.Module``.
+        One of `MODELS`; a network of torchvision or timm, where they are installed, as ``torchvision:resnet50``,
+        ``timm:convnext_tiny``, or by the bare name where `MODELS` has none of that name (torchvision's comes before
+        timm's); or ``package.module:function``, where the function returns an ``nn.Module``.
     **kwargs
         ``num_classes``, ``in_channels``, ``width``, ``image_size``: those that the function has as parameters are
         passed on.
@@ -343,13 +332,7 @@ def build_model(name: str, **kwargs: int) -> nn.Module:
     ConfigurationError
         (a ValueError) If the name is unknown, or the function cannot be imported, called, or returns something else.
     """
-    if name in MODELS:
-        builder = MODELS[name]
-    elif ":" in name:
-        builder = _import_function(name)
-    else:
-        raise ConfigurationError(f"unknown model {name!r}, choose from {', '.join(MODELS)}, or give "
-                                 "package.module:function")  # fmt: skip
+    builder = find_builder(name)
     try:
         parameters = inspect.signature(builder).parameters
     except (TypeError, ValueError) as error:

@@ -133,7 +133,7 @@ def _try_out(model: nn.Module, name: str, images: ImageKind) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             output = model(torch.zeros(2, images.channels, images.height, images.width))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         raise ConfigurationError(f"{name} cannot take images of {sizes}, try another image size (--image-size): "
                                  f"{reason_of(error)}") from error  # fmt: skip
     finally:
