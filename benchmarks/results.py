@@ -39,7 +39,8 @@ from qsparseprop.benchmarking.compare import RUN_LABELS, CompareConfig, Shared, 
 from qsparseprop.benchmarking.compare_report import write_bars, write_json, write_plot
 from qsparseprop.benchmarking.dense_modes import DENSE_MODES
 from qsparseprop.training.data import load_data
-from qsparseprop.training.setup_run import make_finetuner, make_loaders, make_network
+from qsparseprop.training.recipe import Recipe, make_finetuner
+from qsparseprop.training.setup_run import make_loaders, make_network
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -196,7 +197,8 @@ class Estimate:
             torch.set_num_threads(config.threads)
         data = load_data(config.data, config.image_size, config.seed, max_images=2 * config.batch_size)
         loader, _ = make_loaders(data, config.batch_size, 0)
-        trainer = make_finetuner(make_network(config.model, config.width, data.kind), DENSE_MODES[0], 1e-4, 5)
+        model = make_network(config.model, config.width, data.kind)
+        trainer = make_finetuner(model, DENSE_MODES[0], Recipe(learning_rate=1e-4), 1, 5)
         batch = next(iter(loader))
         trainer.train_step(*batch)
         start = time.perf_counter()

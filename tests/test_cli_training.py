@@ -406,13 +406,14 @@ def test_help_of_every_command(capsys):
 
 
 def test_masks_hold_in_every_memory_format():
-    from qsparseprop.training.setup_run import TrainingMode, make_finetuner, prune_model
+    from qsparseprop.training.recipe import Recipe, make_finetuner
+    from qsparseprop.training.setup_run import TrainingMode, prune_model
 
     for channels_last in (False, True):
         torch.manual_seed(0)
         model = resnet20(width=8, num_classes=4)
         masks = prune_model(model, "uniform", 0.8)["masks"]
-        tuner = make_finetuner(model, TrainingMode(False, channels_last), 1e-2, 8, masks)
+        tuner = make_finetuner(model, TrainingMode(False, channels_last), Recipe(learning_rate=1e-2), 1, 8, masks)
         tuner.train_step(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)
         for name, mask in masks.items():
             assert not model.get_submodule(name).weight[~mask].any(), name

@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from qsparseprop.training.finetuner import Finetuner
+from qsparseprop.training.recipe import Recipe, make_finetuner
 from qsparseprop.training.reporter import Reporter, SilentReporter
 from qsparseprop.training.setup_run import (
     PRUNERS,
     TrainingMode,
-    make_finetuner,
     make_loaders,
     parse_scheme,
     prepare_network,
@@ -60,8 +60,8 @@ _SWAPPED, _FINETUNED, _MEASURED = 0.45, 0.96, 0.98
 
 
 @dataclass(frozen=True)
-class CompareConfig:
-    """What `compare` does.
+class CompareConfig(Recipe):
+    """What `compare` does, and the `Recipe` of all its trainings.
 
     Attributes
     ----------
@@ -100,8 +100,6 @@ class CompareConfig:
         Passes over the training images of each fine-tuning, and of the dense training before it.
     batch_size : int
         Images in a step.
-    learning_rate : float
-        Peak of AdamW's one-cycle schedule, in all trainings.
     threads : int or None
         torch's threads; ``None`` for torch's own choice.
     seed : int
@@ -127,13 +125,13 @@ class CompareConfig:
     epochs: int = 1
     pretrain_epochs: int = 1
     batch_size: int = 64
-    learning_rate: float = 2e-3
     threads: int | None = None
     seed: int = 0
     image_size: int | None = None
     new_head: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.sparsity < 1:
             raise ConfigurationError(f"sparsity must be between 0 and 1, got {self.sparsity}")
         if self.prune not in PRUNERS:
@@ -148,6 +146,7 @@ class CompareConfig:
         for name in ("epochs", "pretrain_epochs", "batch_size", "evaluations"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_warmup(epochs=self.epochs, **({} if self.weights else {"pretrain_epochs": self.pretrain_epochs}))
 
 
 @dataclass
@@ -232,7 +231,7 @@ def compare(
 
     shared = shared or Shared()
     best = _best_dense_mode(model, train_loader, shared, reporter)
-    trainer = make_finetuner(model, best, config.learning_rate, config.pretrain_epochs * len(train_loader))
+    trainer = make_finetuner(model, best, config.pretraining, config.pretrain_epochs, len(train_loader))
     dense_top1 = _train_dense(trainer, train_loader, test_loader, config, shared, reporter)
     reporter.stage("pruning", _PRUNED)
     pruned = prune_model(model, config.prune, config.sparsity)

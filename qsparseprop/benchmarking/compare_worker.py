@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from qsparseprop.training.data import ImageData
-from qsparseprop.training.setup_run import TrainingMode, make_finetuner, make_loaders, make_network, swap_model
+from qsparseprop.training.recipe import Recipe, make_finetuner
+from qsparseprop.training.setup_run import TrainingMode, make_loaders, make_network, swap_model
 from qsparseprop.utils.measurement_utils import (
     current_rss_mb,
     peak_rss_mb,
@@ -94,8 +95,8 @@ class _Run:
         if self.spec.swap:
             replaced, table = self._swap()
         setup_seconds = time.perf_counter() - began
-        self.trainer = make_finetuner(self.model, self.spec.mode, self.config["learning_rate"], steps, self.masks,
-                                      self.spec.compress_saved)  # fmt: skip
+        self.trainer = make_finetuner(self.model, self.spec.mode, Recipe.of(self.config), self.config["epochs"],
+                                      len(self.train_loader), self.masks, self.spec.compress_saved)  # fmt: skip
         release_free_memory()
         self.rss_before = current_rss_mb()
         peak_is_of_training = reset_peak_rss()

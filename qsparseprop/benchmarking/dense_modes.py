@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from qsparseprop.training.finetuner import Finetuner
-from qsparseprop.training.setup_run import TrainingMode, make_finetuner
+from qsparseprop.training.recipe import Recipe, make_finetuner
+from qsparseprop.training.setup_run import TrainingMode
 from qsparseprop.utils.measurement_utils import interleaved_times
 
 __all__ = ["DENSE_MODES", "MODE_STEPS", "time_dense_modes"]
@@ -55,7 +56,8 @@ def time_dense_modes(
     """
     # Copies, because each step changes weights and statistics; one a layout, because converting is not to be timed.
     copies = {channels_last: copy.deepcopy(model) for channels_last in (False, True)}
-    trainers = {mode.name: make_finetuner(copies[mode.channels_last], mode, 1e-4, 100) for mode in DENSE_MODES}
+    recipe = Recipe(learning_rate=1e-4)
+    trainers = {mode.name: make_finetuner(copies[mode.channels_last], mode, recipe, 1, 100) for mode in DENSE_MODES}
 
     def step(name: str, trainer: Finetuner) -> Callable[[], None]:
         def run() -> None:

@@ -41,8 +41,8 @@ def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], in
     return parse
 
 
-def number_between(low: float, high: float) -> Callable[[str], float]:
-    """Numbers between two others, both excluded."""
+def number_between(low: float, high: float, with_low: bool = False) -> Callable[[str], float]:
+    """Numbers between two others, the upper one excluded, and the lower one unless it is to be included."""
 
     def parse(text: str) -> float:
         try:
@@ -50,8 +50,9 @@ def number_between(low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         # Written so that NaN fails too.
-        if not low < value < high:
-            raise argparse.ArgumentTypeError(f"must lie between {low:g} and {high:g}, both excluded, got {text}")
+        if not low < value < high and not (with_low and value == low):
+            bounds = "of which only the first is possible" if with_low else "both excluded"
+            raise argparse.ArgumentTypeError(f"must lie between {low:g} and {high:g}, {bounds}, got {text}")
         return value
 
     return parse

@@ -46,7 +46,7 @@ single training with --out has left a checkpoint then"""
 _OUT = Path("qsparseprop-finetune")
 
 #: Options of a single training, with the values that ask for none.
-_SINGLE = {"resume": False, "layer_times": False, "precision": None}
+_SINGLE = {"resume": False, "layer_times": False, "precision": None, "accumulate": 1, "evaluate_every": 1}
 
 
 def add_parser(commands: Any) -> None:
@@ -104,8 +104,7 @@ def _add_training(add: Callable[..., Any]) -> None:
         help="passes over the training images before pruning, without --weights (default: %(default)s)")
     add("--batch-size", type=whole_number(1), default=64, metavar="N",
         help="images in a training step, at most as many as there are (default: %(default)s)")
-    add("--learning-rate", type=number_between(0, 10), default=2e-3, metavar="R",
-        help="peak of AdamW's one-cycle schedule (default: %(default)s)")
+    _add_recipe(add)
     add("--precision", choices=("bf16", "fp32"),
         help="* of everything but the 8-bit layers: bfloat16 autocast or float32 (default: bf16)")
     add("--threads", type=whole_number(1, 1024), metavar="N",
@@ -121,6 +120,31 @@ def _add_training(add: Callable[..., Any]) -> None:
         "(accuracy against time) of a comparison, which replaces the result of another one and nothing else (default: "
         f"{_OUT}); result.json, log.jsonl and checkpoints of a single training (default: none are kept)")
     add("--quiet", action="store_true", help="print nothing but the table")
+
+
+def _add_recipe(add: Callable[..., Any]) -> None:
+    """Optimizer and learning rates: fields of `Recipe`, and what only a single training has beside them."""
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw",
+        help="of all trainings, dense and sparse; sgd is that with Nesterov's momentum (default: %(default)s)")
+    add("--learning-rate", type=number_between(0, 100), metavar="R",
+        help="peak of the schedule (default: 0.002 with adamw, 0.05 with sgd)")
+    add("--pretrain-learning-rate", type=number_between(0, 100), metavar="R",
+        help="the same before pruning (default: as in the fine-tuning)")
+    add("--momentum", type=number_between(0, 1, with_low=True), metavar="M", help="with sgd (default: 0.9)")
+    add("--weight-decay", type=number_between(0, 10, with_low=True), metavar="W",
+        help="of weights; biases, normalisations and embeddings have none then (default: AdamW's 0.01 of all "
+        "parameters, or none with sgd)")
+    add("--schedule", choices=("onecycle", "cosine", "step", "constant"), default="onecycle",
+        help="of the learning rate, from step to step: onecycle: up for a fourth of them, then down to nothing; "
+        "cosine: down to nothing; step: a tenth after half of them, a hundredth after three fourths; constant "
+        "(default: %(default)s)")
+    add("--warmup", type=number_between(0, 1000, with_low=True), default=0.0, metavar="EPOCHS",
+        help="let the learning rate rise for so many epochs first, which may be a part of one; with cosine, step and "
+        "constant (default: %(default)s)")
+    add("--accumulate", type=whole_number(1), default=1, metavar="N",
+        help="* make one step of N batches, in the memory of one (default: %(default)s)")
+    add("--evaluate-every", type=whole_number(1), default=1, metavar="N",
+        help="* measure the accuracy on the test images after every N epochs, and at the end (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -194,8 +218,9 @@ def _folder(arguments: argparse.Namespace, compare: bool) -> Iterator[None]:
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What both kinds of work are configured with."""
     names = ("model", "width", "weights", "data", "normalize", "image_size", "sparsity", "prune", "scheme",
-             "compress_saved", "epochs", "pretrain_epochs", "batch_size", "learning_rate", "threads",
-             "seed", "new_head")  # fmt: skip
+             "compress_saved", "epochs", "pretrain_epochs", "batch_size", "threads", "seed", "new_head",
+             "optimizer", "learning_rate", "pretrain_learning_rate", "momentum", "weight_decay", "schedule",
+             "warmup")  # fmt: skip
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -228,7 +253,7 @@ def _train(arguments: argparse.Namespace, progress: Progress | None) -> int:
     if progress is not None:
         # the training has bars of its own
         progress.close()
-    settings = _settings(arguments)
+    settings = _settings(arguments) | {"accumulate": arguments.accumulate, "evaluate_every": arguments.evaluate_every}
     if arguments.precision is not None:
         settings["precision"] = arguments.precision
     chosen = {name: value for name, value in settings.items() if value != arguments.defaults.get(name)}

@@ -35,14 +35,15 @@ from qsparseprop.utils.measurement_utils import (
 from qsparseprop.utils.network_utils import sparsity, swap_modules_for_state
 from qsparseprop.utils.pruning_utils import GradualPruner
 
-from .finetuner import CheckpointError, Finetuner, FitResult, LayerTime, layer_table, read_checkpoint
+from .finetuner import CheckpointError, Finetuner, FitResult, read_checkpoint
 from .finetuner.fit import LAST
 from .locks import locked
+from .recipe import Recipe, make_finetuner, steps_of
 from .reporter import Reporter
+from .results import format_result, without_nan
 from .setup_run import (
     PRUNERS,
     TrainingMode,
-    make_finetuner,
     make_loaders,
     parse_scheme,
     prepare_network,
@@ -74,8 +75,8 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """What `run_training` does; attributes that `CompareConfig` has as well mean the same.
+class RunConfig(Recipe):
+    """What `run_training` does: a `Recipe`, and attributes that mean the same as in `CompareConfig`.
 
     Attributes
     ----------
@@ -83,6 +84,10 @@ class RunConfig:
         Besides what `parse_scheme` takes: ``dense`` for no conversion, with masks that keep the zeros.
     precision : {"bf16", "fp32"}
         Of everything but the 8-bit layers; bf16 is autocast.
+    accumulate : int
+        Batches of a step, in both trainings, see `Finetuner`.
+    evaluate_every : int
+        Epochs of the fine-tuning after which it is evaluated, and at its end.
     """
 
     model: str = "resnet18"
@@ -99,20 +104,23 @@ class RunConfig:
     epochs: int = 2
     pretrain_epochs: int = 1
     batch_size: int = 64
-    learning_rate: float = 2e-3
     threads: int | None = None
     seed: int = 0
     new_head: bool = False
+    accumulate: int = 1
+    evaluate_every: int = 1
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(RunConfig).items():
             value = getattr(self, name)
-            allowed = (hint, int) if hint is float else hint
+            allowed = hint | int if isinstance(0.5, hint) else hint
             if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
                 raise ConfigurationError(f"{name} cannot be {value!r}")
-        for name in ("epochs", "pretrain_epochs", "batch_size"):
+        super().__post_init__()
+        for name in ("epochs", "pretrain_epochs", "batch_size", "accumulate", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_warmup(epochs=self.epochs, **({} if self.weights else {"pretrain_epochs": self.pretrain_epochs}))
         if self.prune not in (*PRUNERS, GRADUAL):
             raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join((*PRUNERS, GRADUAL))}")
         if self.prune == "none" and self.weights is None:
@@ -168,7 +176,10 @@ def stored_settings(folder: Path, wanted: str = "run") -> dict[str, Any]:
 
 def _resumed_settings(folder: Path, config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
     """Settings of the run in a folder, with which those that the user names must agree."""
-    stored = stored_settings(folder, "run to resume")
+    # runs of before these could be chosen had today's defaults
+    later = {field.name for field in fields(Recipe)} | {"accumulate", "evaluate_every"}
+    stored = {f.name: f.default for f in fields(RunConfig) if f.name in later}
+    stored |= stored_settings(folder, "run to resume")
     for name, value in chosen.items():
         if name in stored and stored[name] != value:
             raise ConfigurationError(f"the run in {folder} has {name} {stored[name]}, not {value}; leave it out, or "
@@ -296,8 +307,10 @@ class _State:
 
     def train_dense(self, model: nn.Module, loaders: Any) -> None:
         config = self.config
-        self.say(f"Training {config.model} dense for {config.pretrain_epochs} epoch(s) of {len(loaders[0])} steps ...")
-        tuner = make_finetuner(model, config.mode, config.learning_rate, config.pretrain_epochs * len(loaders[0]))
+        self.say(f"Training {config.model} dense for {config.pretrain_epochs} epoch(s) of "
+                 f"{steps_of(len(loaders[0]), config.accumulate)} steps ...")
+        tuner = make_finetuner(model, config.mode, config.pretraining, config.pretrain_epochs, len(loaders[0]),
+                               accumulate=config.accumulate)  # fmt: skip
         result = tuner.fit(loaders[0], config.pretrain_epochs, folder=self.folder / "dense", resume=self.resume,
                            progress=self.progress, report=self.report)  # fmt: skip
         if result.stopped_by is not None:
@@ -305,7 +318,7 @@ class _State:
 
     def prune(self, model: nn.Module, test_loader: Any) -> None:
         config = self.config
-        trainer = make_finetuner(model, config.mode, config.learning_rate, 1)
+        trainer = make_finetuner(model, config.mode, config, 1, 1)
         dense_top1 = trainer.evaluate(test_loader)
         gradual = config.prune == GRADUAL
         # e.g. 80 % on the way to 96 %: enough for sparse layers to pay from the first step on
@@ -341,11 +354,11 @@ class _State:
                                          include_dense=config.prune != GRADUAL)  # fmt: skip
             self.facts |= {"replaced_layers": replaced, "setup_s": time.perf_counter() - began}
             self.say(table)
-        tuner = make_finetuner(model, config.mode, config.learning_rate, config.epochs * len(loader), self.masks,
-                               config.compress_saved)  # fmt: skip
+        tuner = make_finetuner(model, config.mode, config, config.epochs, len(loader), self.masks,
+                               config.compress_saved, config.accumulate)  # fmt: skip
         tuner.stateful["run"] = self
         if config.prune == GRADUAL:
-            steps = config.epochs * len(loader)
+            steps = config.epochs * steps_of(len(loader), config.accumulate)
             end = max(1, int(_GRADUAL_END * steps))
             if not any(isinstance(module, SparseModule) for module in model.modules()):
                 raise ConfigurationError("gradual pruning needs sparse layers, and no layer of the network has become "
@@ -359,13 +372,14 @@ class _State:
 
     def finetune(self, tuner: Finetuner, loaders: Any, time_layers: int) -> dict[str, Any]:
         config = self.config
-        self.say(f"Fine-tuning for {config.epochs} epoch(s) of {len(loaders[0])} steps ...")
+        steps = steps_of(len(loaders[0]), config.accumulate)
+        self.say(f"Fine-tuning for {config.epochs} epoch(s) of {steps} steps ...")
         release_free_memory()
         before = current_rss_mb()
         of_training = reset_peak_rss()
         fitted = tuner.fit(loaders[0], config.epochs, evaluation_batches=loaders[1], folder=self.folder,
                            resume=self.resume, progress=self.progress, time_layers=time_layers,
-                           report=self.report)  # fmt: skip
+                           report=self.report, evaluate_every=config.evaluate_every)  # fmt: skip
         if fitted.stopped_by is not None:
             raise Stopped(fitted)
         assert fitted.best is not None  # there was an evaluation
@@ -386,37 +400,8 @@ class _State:
             "environment": environment(),
         }  # fmt: skip
         with replacing(self.folder / RESULT) as temporary:
-            temporary.write_text(json.dumps(_plain(result), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(without_nan(result), indent=1) + "\n", encoding="utf-8")
         return result
-
-
-def format_result(result: dict[str, Any]) -> str:
-    """Return what the ``finetune`` command prints of a result of `run_training`."""
-    config = result["config"]
-    rows = [
-        ("top-1", f"{result['top1']:.1f} % (best {result['best_top1']:.1f} %, before pruning "
-                  f"{result['dense_top1']:.1f} %, right after {result['pruned_top1']:.1f} %)"),
-        ("zeros", f"{100 * result['model_sparsity']:.1f} % of the weights of all layers"),
-        ("sparse layers", str(len(result.get("replaced_layers", [])))),
-        ("time", f"{result['step_ms']:.1f} ms a step (median), {result['train_s']:.1f} s for {result['steps']} steps "
-                 f"of {config['batch_size']} images"),
-        ("saved for backward", f"{result['saved_mb']:.1f} MB"),
-        ("peak memory", f"{result['peak_rss_mb']:.0f} MB, of which {result['rss_before_training_mb']:.0f} MB before "
-                        "the training"),
-    ]  # fmt: skip
-    lines = [f"{name:<20}{value}" for name, value in rows]
-    if result["layer_times"]:
-        lines += ["", layer_table([LayerTime(**t) for t in result["layer_times"]], 20)]
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN: a figure that the system does not tell becomes null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:

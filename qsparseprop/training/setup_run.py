@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,12 @@ from qsparseprop.utils.pruning_utils import (
     global_magnitude_prune,
     layer_sparsity,
     layerwise_magnitude_prune,
-    make_mask_enforcer,
     make_pruning_permanent,
     prunable_modules,
 )
-from qsparseprop.utils.saved_tensors import compress_saved_tensors
 from qsparseprop.utils.state_files import read_state_dict
 
 from .data import ImageData, ImageKind, evaluation_loader, image_kind, load_data, training_loader
-from .finetuner import Finetuner
 from .models import build_model
 from .weights import load_state
 
@@ -38,7 +35,6 @@ __all__ = [
     "PRUNERS",
     "TrainingMode",
     "load_weights",
-    "make_finetuner",
     "make_loaders",
     "make_network",
     "parse_scheme",
@@ -49,12 +45,6 @@ __all__ = [
 
 #: How `prune_model` makes zeros; None takes those that are there.
 PRUNERS = {"global": global_magnitude_prune, "uniform": layerwise_magnitude_prune, "none": None}
-
-#: Dense layers whose zeros are held by masks.
-_MASKED = (nn.Linear, nn.Conv2d)
-
-#: Steps of the shortest one-cycle schedule that torch can compute: one fourth of them, less one, is its rise.
-_SHORTEST = 5
 
 
 @dataclass(frozen=True)
@@ -78,35 +68,6 @@ class TrainingMode:
         return f"{'bf16' if self.bf16 else 'fp32'} {'channels_last' if self.channels_last else 'contiguous'}"
 
 
-def make_finetuner(
-    model: nn.Module,
-    mode: TrainingMode,
-    learning_rate: float,
-    steps: int,
-    masks: Mapping[str, torch.Tensor] | None = None,
-    compress_saved: bool = False,
-) -> Finetuner:
-    """Return a `Finetuner` with the optimizer and the schedule that all trainings of the ``finetune`` command share."""
-    memory_format = torch.channels_last if mode.channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types it without
-    # After the conversion, which gives the weights other memory. Sparse layers need no mask.
-    held = {name: mask for name, mask in (masks or {}).items() if isinstance(model.get_submodule(name), _MASKED)}
-    # The fused AdamW is the fastest of torch's; anything else would slow down the dense network, which has ten times as
-    # many weights to update.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
-    return Finetuner(
-        model,
-        optimizer,
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, learning_rate, total_steps=max(steps, _SHORTEST), pct_start=0.25, cycle_momentum=False
-        ),
-        autocast_dtype=torch.bfloat16 if mode.bf16 else None,
-        memory_format=memory_format,
-        after_step=make_mask_enforcer(model, held) if held else None,
-        forward_context=compress_saved_tensors if compress_saved else None,
-    )
-
-
 def make_network(name: str, width: int | None, images: ImageKind) -> nn.Module:
     """Return the randomly initialised network for some images; `width` as in `CompareConfig`.
 
@@ -118,10 +79,6 @@ def make_network(name: str, width: int | None, images: ImageKind) -> nn.Module:
     model = build_model(name, num_classes=images.num_classes, in_channels=images.channels, image_size=images.height,
                         **({} if width is None else {"width": width}))  # fmt: skip
     _try_out(model, name, images)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            # In so few steps torch's 0.1 would leave the running statistics far behind the weights.
-            module.momentum = 0.3
     return model
 
 

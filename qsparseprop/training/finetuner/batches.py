@@ -2,22 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 
-__all__ = ["are_classes", "count_correct", "split_batch"]
+__all__ = ["Several", "are_classes", "arguments_of", "at_least_float32", "count_correct", "in_groups", "parts_of",
+           "split_batch"]  # fmt: skip
 
 
-def split_batch(batch: Any) -> tuple[Any, torch.Tensor]:
+class Several:
+    """Batches that make one step together, or their inputs, or their targets.
+
+    Parameters
+    ----------
+    parts : sequence
+        One of each batch.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        """Samples of all batches, where the parts are targets."""
+        return sum(len(part) for part in self.parts)
+
+
+class _Groups:
+    """The batches of a loader, several at a time; whatever else is asked of it, the loader answers."""
+
+    def __init__(self, batches: Iterable[Any], size: int) -> None:
+        self._batches, self._size = batches, size
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._batches)
+        while group := list(itertools.islice(iterator, self._size)):
+            yield Several(group)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_batches", "_size"):  # not there yet, in a copy
+            raise AttributeError(name)
+        return getattr(self._batches, name)
+
+
+class _SizedGroups(_Groups):
+    """Of a loader that says how many batches it has."""
+
+    def __len__(self) -> int:
+        assert isinstance(self._batches, Sized)
+        return (len(self._batches) + self._size - 1) // self._size
+
+
+def in_groups(batches: Iterable[Any], size: int) -> Iterable[Any]:
+    """The same batches, so many at a time; the last ones are fewer where the number does not divide them.
+
+    Parameters
+    ----------
+    batches : iterable
+    size : int
+        1 leaves them as they are.
+    """
+    if size == 1:
+        return batches
+    if isinstance(batches, Iterator):
+        return iter(_Groups(batches, size))  # can be iterated over only once, too
+    return _SizedGroups(batches, size) if isinstance(batches, Sized) else _Groups(batches, size)
+
+
+def parts_of(inputs: Any, targets: Any) -> list[tuple[Any, torch.Tensor]]:
+    """Inputs and targets of each batch of a step.
+
+    Parameters
+    ----------
+    inputs, targets
+        As `split_batch` gives them.
+    """
+    if isinstance(targets, Several):
+        return list(zip(inputs.parts, targets.parts, strict=True))
+    return [(inputs, targets)]
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
     """Inputs and targets of a batch: ``(inputs, targets)``, or a mapping whose ``"labels"`` are the targets.
+
+    Those of `Several` batches are `Several`.
 
     Raises
     ------
     ValueError
         For anything else.
     """
+    if isinstance(batch, Several):
+        pairs = [split_batch(part) for part in batch.parts]
+        return Several([inputs for inputs, _ in pairs]), Several([targets for _, targets in pairs])
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise ValueError(f"a batch that is a mapping needs the key 'labels', got {sorted(batch)}")
@@ -28,8 +106,28 @@ def split_batch(batch: Any) -> tuple[Any, torch.Tensor]:
     return (inputs[0] if len(inputs) == 1 else inputs), targets
 
 
-def are_classes(targets: torch.Tensor) -> bool:
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: arguments, and those by keyword.
+
+    Parameters
+    ----------
+    inputs
+        Of a batch: a tensor, a tuple or list of arguments, or a mapping.
+    """
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def at_least_float32(outputs: torch.Tensor) -> torch.Tensor:
+    """Outputs of a model in float32 where they have fewer bits."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def are_classes(targets: torch.Tensor | Several) -> bool:
     """Whether targets are class numbers, one a sample."""
+    if isinstance(targets, Several):
+        return all(are_classes(part) for part in targets.parts)
     return targets.ndim == 1 and not targets.is_floating_point()
 
 

@@ -66,6 +66,9 @@ class _StopNow(Exception):
 class FitLoop:
     """One call of `Finetuner.fit`; parameters as there."""
 
+    #: Epochs from one evaluation to the next, set by `Finetuner.fit`.
+    evaluate_every: int = 1
+
     def __init__(
         self,
         tuner: Finetuner,
@@ -91,6 +94,8 @@ class FitLoop:
         """Raise what `Finetuner.fit` promises, before anything is touched."""
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
         if isinstance(self.batches, Iterator):
@@ -228,13 +233,14 @@ class FitLoop:
         self.bar.step(history.losses[-1], correct, samples)
         self._write(
             "step", loss=history.losses[-1], samples=samples, accuracy=None if correct is None else correct / samples,
-            seconds=history.step_seconds[-1], learning_rate=float(self.tuner.optimizer.param_groups[0]["lr"]),
+            seconds=history.step_seconds[-1], learning_rate=self.tuner.learning_rate,
         )  # fmt: skip
 
     def _end_epoch(self) -> None:
         tuner = self.tuner
         evaluation = None
-        if self.evaluation_batches is not None:
+        due = (tuner.epoch + 1) % self.evaluate_every == 0 or tuner.epoch + 1 >= self.epochs
+        if self.evaluation_batches is not None and due:
             evaluation = tuner.measure(self._until_stopped(self.evaluation_batches))
             better = evaluation.better_than(tuner.history.best)
             tuner.history.evaluations.append(evaluation)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import CheckpointError, set_random_state
 from .history import History
 from .optimizer_state import laid_out, match_optimizer_state
+from .schedules import check_schedule
 
 if TYPE_CHECKING:
     from .trainer import Finetuner
@@ -46,13 +47,10 @@ def _does_not_go_with_it(error: Exception) -> CheckpointError:
 
 def _check(tuner: Finetuner, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the state's optimizer for this one; raises whatever it is that does not fit."""
-    schedule = state["scheduler"]
-    if (schedule is None) != (tuner.scheduler is None):
-        raise CheckpointError("only one of both has a learning rate schedule")
-    theirs, ours = (schedule or {}).get("total_steps"), getattr(tuner.scheduler, "total_steps", None)
-    if theirs != ours:
-        # torch takes the checkpoint's, and refuses to go on when they are over
-        raise CheckpointError(f"its learning rate schedule is one of {theirs} steps, this training's of {ours}")
+    check_schedule(tuner.scheduler, state)
+    accumulated = state.get("accumulate", 1)
+    if accumulated != tuner.accumulate:
+        raise CheckpointError(f"its steps are made of {accumulated} batches, this training's of {tuner.accumulate}")
     if set(state["stateful"]) != set(tuner.stateful):
         raise CheckpointError(f"it has the further states {sorted(state['stateful'])}, this training "
                               f"{sorted(tuner.stateful)}")  # fmt: skip

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batches import count_correct, split_batch
+from .batches import arguments_of, at_least_float32, count_correct, in_groups, parts_of, split_batch
 from .checkpoint import random_state, read_checkpoint, set_random_state, write_checkpoint
-from .diagnosis import NonFiniteLossError, first_bad_layer
 from .fit import FitLoop, FitResult
+from .gradients import add_gradients
 from .history import Evaluation, History
 from .optimizer_state import describe_parameters
+from .schedules import describe_schedule
 from .state import load_state
 
 __all__ = ["Finetuner"]
@@ -44,8 +44,8 @@ class Finetuner:
     scheduler : torch.optim.lr_scheduler.LRScheduler, optional
         Stepped after every training step; a ``ReduceLROnPlateau`` after every evaluation, with its loss.
     loss_function : callable
-        Called as ``loss_function(outputs, targets)`` with float32 outputs; returns a scalar tensor, the mean of the
-        samples.
+        Called as ``loss_function(outputs, targets)`` with float32 outputs (float64 of such a model); returns a scalar
+        tensor, the mean of the samples.
     autocast_dtype : torch.dtype, optional
         Run forward passes under ``torch.autocast("cpu", dtype=...)``; ``None`` leaves them in float32.
     memory_format : torch.memory_format
@@ -63,13 +63,17 @@ class Finetuner:
     stateful : mapping of str to object, optional
         Further objects with ``state_dict`` and ``load_state_dict`` that are saved and restored with the training, such
         as a pruning schedule. They are restored before the model.
+    accumulate : int
+        Batches that `fit` and `train` make one step of: the loss is the mean of all their samples, and the schedule and
+        the history go by steps. They are fetched together and computed one after the other, so that activations take
+        the memory of one. Those that are left at the end of an epoch make a smaller step.
 
     Attributes
     ----------
     history : History
         Everything recorded so far.
     epoch, batch : int
-        Position of `fit`: epochs completed, and batches of the present epoch.
+        Position of `fit`: epochs completed, and steps of the present epoch.
     """
 
     def __init__(  # noqa: PLR0913 - settings, by keyword
@@ -86,7 +90,10 @@ class Finetuner:
         max_grad_norm: float | None = None,
         forward_context: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
         stateful: Mapping[str, Any] | None = None,
+        accumulate: int = 1,
     ) -> None:
+        if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+            raise ValueError(f"accumulate must be a whole number from 1 on, got {accumulate!r}")
         self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types it without
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -98,8 +105,10 @@ class Finetuner:
         self.max_grad_norm = max_grad_norm
         self.forward_context = forward_context or contextlib.nullcontext
         self.stateful = dict(stateful or {})
+        self.accumulate = accumulate
         self.history = History()
         self.epoch = self.batch = 0
+        self.learning_rate = float("nan")  # of the first group, in the last step
         # States of random number generators at the start of the present epoch, which decide the order of its batches,
         # and those that a loaded training goes on with.
         self.epoch_start: dict[str, Any] | None = None
@@ -123,14 +132,9 @@ class Finetuner:
         Tensor
             What the model gives, or its ``logits``.
         """
-        arguments: tuple[Any, ...] = (inputs,)
-        keywords: dict[str, Any] = {}
-        if isinstance(inputs, Mapping):
-            arguments, keywords = (), dict(inputs)
-        elif isinstance(inputs, (tuple, list)):
-            arguments = tuple(inputs)
-        arguments = tuple(self._laid_out(value) for value in arguments)
-        keywords = {key: self._laid_out(value) for key, value in keywords.items()}
+        given, named = arguments_of(inputs)
+        arguments = [self._laid_out(value) for value in given]
+        keywords = {key: self._laid_out(value) for key, value in named.items()}
         with torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             output = self.model(*arguments, **keywords)
         return output if isinstance(output, torch.Tensor) else output.logits
@@ -140,7 +144,7 @@ class Finetuner:
         return value.to(memory_format=self.memory_format) if four_d else value
 
     def loss(self, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
-        """Return the scalar loss of a batch, in float32 and with its graph.
+        """Return the scalar loss of a batch, in float32 or more and with its graph.
 
         Parameters
         ----------
@@ -156,7 +160,7 @@ class Finetuner:
 
     def _forward(self, inputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with self.forward_context():
-            outputs = self.logits(inputs).float()
+            outputs = at_least_float32(self.logits(inputs))
             return self.loss_function(outputs, targets), outputs.detach()
 
     def train_step(self, inputs: Any, targets: torch.Tensor) -> float:
@@ -180,21 +184,16 @@ class Finetuner:
             (a FloatingPointError) If the loss is not finite. Parameters are unchanged and the step is not recorded.
         """
         self.model.train()
-        first: list[tuple[float, torch.Tensor]] = []
+        parts = parts_of(inputs, targets)
+        first: list[tuple[float, list[torch.Tensor]]] = []
 
         def closure() -> torch.Tensor:
             self.optimizer.zero_grad(set_to_none=True)
-            loss, outputs = self._forward(inputs, targets)
-            value = loss.item()
-            if not math.isfinite(value):
-                del loss
-                layer, sentence = first_bad_layer(self.model, lambda: self._forward(inputs, targets))
-                raise NonFiniteLossError(value, len(self.history.losses) + 1, layer, sentence)
-            loss.backward()
+            loss, outputs = add_gradients(self.model, self._forward, parts, len(self.history.losses) + 1)
             if self.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             if not first:
-                first.append((value, outputs))
+                first.append((loss.item(), outputs))
             return loss
 
         start = time.perf_counter()
@@ -207,12 +206,14 @@ class Finetuner:
             self.after_step()
         seconds = time.perf_counter() - start
         value, outputs = first[0]
+        self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if self.scheduler is not None and not self.scheduler_per_epoch and not self.on_plateau:
             self.scheduler.step()
         self.history.losses.append(value)
         self.history.step_seconds.append(seconds)
         self.history.samples.append(len(targets))
-        self.history.correct.append(count_correct(outputs, targets) or 0)
+        right = [count_correct(output, part) for output, (_, part) in zip(outputs, parts, strict=True)]
+        self.history.correct.append(sum(count or 0 for count in right))
         return value
 
     @property
@@ -238,7 +239,7 @@ class Finetuner:
         on_step : callable, optional
             Called with the loss after each step, outside the timed part.
         """
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(in_groups(batches, self.accumulate)):
             if index < warmup:
                 self.history.warmup_steps.add(len(self.history.losses))
             loss = self.train_step(*split_batch(batch))
@@ -289,7 +290,7 @@ class Finetuner:
             with torch.no_grad():
                 for batch in batches:
                     inputs, targets = split_batch(batch)
-                    outputs = self.logits(inputs).float()
+                    outputs = at_least_float32(self.logits(inputs))
                     loss += len(targets) * self.loss_function(outputs, targets).item()
                     right = count_correct(outputs, targets)
                     correct = None if right is None or correct is None else correct + right
@@ -315,6 +316,7 @@ class Finetuner:
         progress: bool | None = None,
         time_layers: int = 0,
         report: Callable[[str], None] | None = None,
+        evaluate_every: int = 1,
     ) -> FitResult:
         """Train until `epochs` epochs are done, those before a `load` or `resume` included.
 
@@ -329,7 +331,7 @@ class Finetuner:
         epochs : int
             At least 1.
         evaluation_batches : iterable, optional
-            What to evaluate on after every epoch.
+            What to evaluate on after every epoch, or every `evaluate_every` of them and the last.
         folder : path-like, optional
             Made if need be. It gets ``log.jsonl``, a line a step; ``last.pt``, the checkpoint, after every epoch; and
             ``best.pt``, the model of the best evaluation.
@@ -345,6 +347,8 @@ class Finetuner:
             Time every module in so many of the first steps of this call, which are marked as warm-up.
         report : callable, optional
             Called with a line for people - loss, accuracy, seconds - at the end of every epoch.
+        evaluate_every : int
+            Epochs from one evaluation to the next.
 
         Returns
         -------
@@ -366,8 +370,10 @@ class Finetuner:
         ImportError
             If tqdm is asked for and missing.
         """
-        loop = FitLoop(self, train_batches, epochs, evaluation_batches, folder, checkpoint_every, time_layers,
+        batches = in_groups(train_batches, self.accumulate)
+        loop = FitLoop(self, batches, epochs, evaluation_batches, folder, checkpoint_every, time_layers,
                        report)  # fmt: skip
+        loop.evaluate_every = evaluate_every
         loop.check(resume)
         return loop.run(resume, progress)
 
@@ -383,6 +389,8 @@ class Finetuner:
             "stateful": {name: item.state_dict() for name, item in self.stateful.items()},
             "random": random_state(),
             "epoch_start": self.epoch_start,
+            "accumulate": self.accumulate,
+            "schedule": None if self.scheduler is None else describe_schedule(self.scheduler),
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history.state_dict(),
