@@ -27,6 +27,7 @@ from qsparseprop.training.setup_run import (
     PRUNERS,
     TrainingMode,
     make_loaders,
+    parse_augment,
     parse_scheme,
     prepare_network,
     prune_model,
@@ -106,6 +107,10 @@ class CompareConfig(Recipe):
         Of the initial weights, the test split, the order of the batches and the stochastic rounding.
     image_size : int or None
         Height and width of the images, in pixels; ``None`` for the data's own.
+    augment : str or None
+        What is done to training images at random, see `qsparseprop.training.data.Augmentation`; names with commas.
+    workers : int or None
+        Processes that read images, see `qsparseprop.training.data.image_loader`.
     """
 
     model: str = "resnet18"
@@ -129,6 +134,8 @@ class CompareConfig(Recipe):
     seed: int = 0
     image_size: int | None = None
     new_head: bool = False
+    augment: str | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +150,8 @@ class CompareConfig(Recipe):
         if self.blocks not in ("all", "apart", "none"):
             raise ConfigurationError(f"blocks must be all, apart or none, got {self.blocks!r}")
         parse_scheme(self.scheme)
+        if self.augment is not None:
+            parse_augment(self.augment)
         for name in ("epochs", "pretrain_epochs", "batch_size", "evaluations"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -227,7 +236,7 @@ def compare(
     config = replace(config, threads=torch.get_num_threads())
     reporter.stage("reading the images, making the network", _LOADED)
     model, data = prepare_network(config, max_images=config.max_images)
-    train_loader, test_loader = make_loaders(data, config.batch_size, config.seed)
+    train_loader, test_loader = make_loaders(data, config.batch_size, config.seed, config.augment, config.workers)
 
     shared = shared or Shared()
     best = _best_dense_mode(model, train_loader, shared, reporter)
@@ -242,7 +251,7 @@ def compare(
     )
 
     specs = _run_specs(config, best)
-    start = {"model": model.state_dict(), "masks": pruned["masks"], "data": vars(data), "config": asdict(config)}
+    start = {"model": model.state_dict(), "masks": pruned["masks"], "data": data.state(), "config": asdict(config)}
     # Where plain fp32 is the best of the dense ones already, a second run of the same would only take longer.
     different = {name: spec for name, spec in specs.items() if name == "dense_fp32" or spec != specs["dense_fp32"]}
     measured = _finetune_all(different, start, reporter, config.evaluations)

@@ -16,7 +16,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch.utils.data import TensorDataset
 
 from qsparseprop.training.data import ImageData
 from qsparseprop.training.recipe import Recipe, make_finetuner
@@ -72,7 +71,7 @@ class _Run:
         self.spec = spec
         self.tell = tell
         start = torch.load(start_path, weights_only=True)
-        data = ImageData(**start["data"])
+        self.data = data = ImageData.from_state(start["data"])
         self.masks = start["masks"]
         self.config = start["config"]
         self.model = make_network(self.config["model"], self.config["width"], data.kind)
@@ -80,7 +79,8 @@ class _Run:
         torch.set_num_threads(self.config["threads"])
         torch.manual_seed(self.config["seed"])
         # The same order of batches in all runs, but not that of the dense training again.
-        self.train_loader, self.test_loader = make_loaders(data, self.config["batch_size"], self.config["seed"] + 1)
+        self.train_loader, self.test_loader = make_loaders(data, self.config["batch_size"], self.config["seed"] + 1,
+                                                           self.config["augment"], self.config["workers"])  # fmt: skip
         self.batches = self._endless_batches()
 
     def _endless_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -109,9 +109,7 @@ class _Run:
         }
 
     def _swap(self) -> tuple[list[str], str]:
-        dataset = self.train_loader.dataset
-        assert isinstance(dataset, TensorDataset)
-        shape = (self.config["batch_size"], *dataset.tensors[0].shape[1:])
+        shape = (self.config["batch_size"], *self.data.train.shape)
         return swap_model(self.model, shape, self.spec.mode, self.spec.scheme or self.config["scheme"],
                           self.spec.min_sparsity, fuse=self.spec.fuse, on_layer=self.tell)  # fmt: skip
 

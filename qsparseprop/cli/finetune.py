@@ -46,7 +46,8 @@ single training with --out has left a checkpoint then"""
 _OUT = Path("qsparseprop-finetune")
 
 #: Options of a single training, with the values that ask for none.
-_SINGLE = {"resume": False, "layer_times": False, "precision": None, "accumulate": 1, "evaluate_every": 1}
+_SINGLE = {"resume": False, "layer_times": False, "precision": None, "accumulate": 1, "evaluate_every": 1,
+           "blocks": True}  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -79,9 +80,15 @@ def add_parser(commands: Any) -> None:
         help="scale pixels by mean and standard deviation of the training images, or by those of ImageNet, with which "
         "published weights were mostly trained (default: %(default)s)")
     add("--image-size", type=whole_number(8), metavar="N", help="scale images to N x N pixels")
-    add("--sparsity", type=number_between(0, 1), default=0.9, metavar="S",
+    add("--augment", metavar="NAMES",
+        help="what is done to training images at random, with commas: flip, crop, resized-crop; where torchvision is "
+        "installed, the name of a transform of its, such as TrivialAugmentWide; or package.module:function for one of "
+        "your own, which gets an image as bytes and returns one (default: nothing)")
+    add("--workers", type=whole_number(0, 256), metavar="N",
+        help="processes that read images (default: for images in files as many as threads, at most 4, otherwise none)")
+    add("--sparsity", type=number_between(0, 1, with_low=True), default=0.9, metavar="S",
         help="share of the weights that are pruned to zero, between 0 and 1; the first convolution and the classifier "
-        "stay dense (default: %(default)s)")
+        "stay dense (default: %(default)s); 0 with --scheme dense*: train a dense network, to start others from")
     add("--prune", choices=("global", "uniform", "gradual", "none"), default="global",
         help="global: one magnitude threshold for the whole network, so wide layers become sparser than narrow ones; "
         "uniform: the same sparsity in every layer; gradual*: globally, more and more during the fine-tuning; none: "
@@ -96,6 +103,8 @@ def add_parser(commands: Any) -> None:
 
 def _add_training(add: Callable[..., Any]) -> None:
     """How long and how it trains, and where results go."""
+    add("--blocks", action=argparse.BooleanOptionalAction, default=True,
+        help="* 8-bit layers compute together with the normalisation and activation behind them (default: yes)")
     add("--compress-saved", action="store_true",
         help="keep what other layers save for the backward pass in 8 bits or less (with --compare: a fourth run)")
     add("--epochs", type=whole_number(1), default=1, metavar="N",
@@ -153,7 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.scope is not None:
         arguments.prune = {"global": "global", "layer": "uniform"}[arguments.scope]
     single = [name for name, default in _SINGLE.items() if getattr(arguments, name) != default]
-    single += [name for name, value in (("prune", "gradual"), ("scheme", "dense")) if getattr(arguments, name) == value]
+    alone = (("prune", "gradual"), ("scheme", "dense"), ("sparsity", 0))
+    single += [name for name, value in alone if getattr(arguments, name) == value]
     compare = not single if arguments.compare is None else arguments.compare
     if compare and single:
         parser.error(f"--{single[0].replace('_', '-')} is for a single training and does not go with --compare")
@@ -220,7 +230,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "width", "weights", "data", "normalize", "image_size", "sparsity", "prune", "scheme",
              "compress_saved", "epochs", "pretrain_epochs", "batch_size", "threads", "seed", "new_head",
              "optimizer", "learning_rate", "pretrain_learning_rate", "momentum", "weight_decay", "schedule",
-             "warmup")  # fmt: skip
+             "warmup", "augment", "workers")  # fmt: skip
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -253,7 +263,7 @@ def _train(arguments: argparse.Namespace, progress: Progress | None) -> int:
     if progress is not None:
         # the training has bars of its own
         progress.close()
-    settings = _settings(arguments) | {"accumulate": arguments.accumulate, "evaluate_every": arguments.evaluate_every}
+    settings = _settings(arguments) | {name: getattr(arguments, name) for name in ("accumulate", "evaluate_every", "blocks")}
     if arguments.precision is not None:
         settings["precision"] = arguments.precision
     chosen = {name: value for name, value in settings.items() if value != arguments.defaults.get(name)}

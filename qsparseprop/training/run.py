@@ -45,6 +45,7 @@ from .setup_run import (
     PRUNERS,
     TrainingMode,
     make_loaders,
+    parse_augment,
     parse_scheme,
     prepare_network,
     prune_model,
@@ -109,6 +110,9 @@ class RunConfig(Recipe):
     new_head: bool = False
     accumulate: int = 1
     evaluate_every: int = 1
+    augment: str | None = None
+    workers: int | None = None
+    blocks: bool = True
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(RunConfig).items():
@@ -129,12 +133,18 @@ class RunConfig(Recipe):
             raise ConfigurationError("new_head (--new-head) goes with weights (--weights) only")
         if self.prune == GRADUAL and self.scheme == "dense":
             raise ConfigurationError("gradual pruning goes with sparse layers only, not with the scheme dense")
-        if not 0 < self.sparsity < 1:
-            raise ConfigurationError(f"sparsity must be between 0 and 1, got {self.sparsity}")
+        if self.sparsity == 0 and self.scheme != "dense":
+            raise ConfigurationError("sparsity 0 is for training a dense network: it goes with the scheme dense only")
+        if not 0 <= self.sparsity < 1:
+            raise ConfigurationError(f"sparsity must be at least 0 and less than 1, got {self.sparsity}")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigurationError(f"unknown precision {self.precision!r}, choose from bf16, fp32")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigurationError(f"workers must not be negative, got {self.workers}")
         if self.scheme != "dense":
             parse_scheme(self.scheme)
+        if self.augment is not None:
+            parse_augment(self.augment)
 
     @property
     def mode(self) -> TrainingMode:
@@ -268,14 +278,14 @@ def _train_in(
         with replacing(folder / SETTINGS) as temporary:
             temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
 
-    setup = _State(config, folder, resume, progress, say)
-    loaders = make_loaders(data, config.batch_size, config.seed)
+    setup = _State(config, folder, resume, progress, say, data.fingerprint())
+    loaders = make_loaders(data, config.batch_size, config.seed, config.augment, config.workers)
     if not begun:
-        if config.weights is None:
+        if config.weights is None and config.sparsity:
             setup.train_dense(model, loaders)
         setup.prune(model, loaders[1])
     # the same order of batches in every fine-tuning, but not that of the dense training again
-    loaders = make_loaders(data, config.batch_size, config.seed + 1)
+    loaders = make_loaders(data, config.batch_size, config.seed + 1, config.augment, config.workers)
     return setup.finetune(setup.finetuner(model, loaders[0]), loaders, time_layers)
 
 
@@ -283,9 +293,10 @@ class _State:
     """A run while it goes on, and what of it is needed to resume it: kept in the checkpoints as a tuner's state."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, resume: bool, progress: bool | None, report: Callable[[str], None] | None
-    ) -> None:
-        self.config, self.folder, self.resume = config, folder, resume
+        self, config: RunConfig, folder: Path, resume: bool, progress: bool | None,
+        report: Callable[[str], None] | None, images: str,
+    ) -> None:  # fmt: skip
+        self.config, self.folder, self.resume, self.images = config, folder, resume, images
         self.progress, self.report = progress, report
         self.facts: dict[str, Any] = {}
         self.masks: dict[str, torch.Tensor] = {}
@@ -295,9 +306,13 @@ class _State:
             self.report(text)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"facts": self.facts, "masks": self.masks, "config": asdict(self.config)}
+        return {"facts": self.facts, "masks": self.masks, "config": asdict(self.config),
+                "images": self.images}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("images", self.images) != self.images:
+            raise ConfigurationError(f"the images in {self.config.data} are not those that the run in {self.folder} "
+                                     "was begun with: put them back, or start another run")  # fmt: skip
         settings = asdict(self.config)
         for name, value in state.get("config", {}).items():  # older runs have none
             if settings.get(name) != value:
@@ -323,6 +338,9 @@ class _State:
         gradual = config.prune == GRADUAL
         # e.g. 80 % on the way to 96 %: enough for sparse layers to pay from the first step on
         start = 1 - math.sqrt(1 - config.sparsity) if gradual else config.sparsity
+        if config.sparsity == 0:
+            self.facts = {"dense_top1": dense_top1, "pruned_top1": dense_top1, "layer_sparsity": {}, "sparsity": 0.0}
+            return
         pruned = prune_model(model, "global" if gradual else config.prune, start)
         self.masks = pruned["masks"]
         self.facts = {"dense_top1": dense_top1, "pruned_top1": trainer.evaluate(test_loader),
@@ -332,7 +350,7 @@ class _State:
 
     def finetuner(self, model: nn.Module, loader: Any) -> Finetuner:
         config = self.config
-        shape = (config.batch_size, *loader.dataset.tensors[0].shape[1:])
+        shape = (config.batch_size, *loader.dataset.images.shape)
         if (self.folder / LAST).exists():
             state = read_checkpoint(self.folder / LAST)
             try:
@@ -351,7 +369,7 @@ class _State:
             # global pruning leaves some layers much denser than others; which are worth it is for the stopwatch to say
             # Gradual pruning is for sparse layers, and what does not pay at its beginning may do so at its end.
             replaced, table = swap_model(model, shape, config.mode, config.scheme, min(0.5, config.sparsity),
-                                         include_dense=config.prune != GRADUAL)  # fmt: skip
+                                         include_dense=config.prune != GRADUAL, fuse=config.blocks)  # fmt: skip
             self.facts |= {"replaced_layers": replaced, "setup_s": time.perf_counter() - began}
             self.say(table)
         tuner = make_finetuner(model, config.mode, config, config.epochs, len(loader), self.masks,
@@ -392,7 +410,8 @@ class _State:
             "top1": history.evaluations[-1].top1, "best_top1": fitted.best.top1, **self.facts,
             "model_sparsity": sparsity(tuner.model), "step_ms": 1e3 * history.median_step_seconds(),
             "mean_to_median_step": statistics.fmean(timed) / statistics.median(timed),
-            "train_s": history.train_seconds, "steps": len(history.losses), "saved_mb": saved / 1e6,
+            "train_s": history.train_seconds, "data_wait_share": history.wait_share(),
+            "steps": len(history.losses), "saved_mb": saved / 1e6,
             "peak_rss_mb": peak, "rss_before_training_mb": before,
             "peak_rss_of": "training" if of_training else "process",
             "losses": history.losses, "evaluations": [vars(e) for e in history.evaluations],
@@ -424,4 +443,4 @@ def swap_like(model: nn.Module, state: Mapping[str, torch.Tensor], config: RunCo
     if config.scheme == "dense":
         return
     quantize, qconfig = parse_scheme(config.scheme)
-    swap_modules_for_state(model, state, quantize=quantize, qconfig=qconfig, fuse=quantize)
+    swap_modules_for_state(model, state, quantize=quantize, qconfig=qconfig, fuse=quantize and config.blocks)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from qsparseprop.nn._dense import held
 from qsparseprop.quantization import QuantConfig
@@ -27,7 +26,7 @@ from qsparseprop.utils.pruning_utils import (
 )
 from qsparseprop.utils.state_files import read_state_dict
 
-from .data import ImageData, ImageKind, evaluation_loader, image_kind, load_data, training_loader
+from .data import Augmentation, ImageData, ImageKind, ImageLoader, image_kind, image_loader, load_data
 from .models import build_model
 from .weights import load_state
 
@@ -37,6 +36,7 @@ __all__ = [
     "load_weights",
     "make_loaders",
     "make_network",
+    "parse_augment",
     "parse_scheme",
     "prepare_network",
     "prune_model",
@@ -104,12 +104,29 @@ def _try_out(model: nn.Module, name: str, images: ImageKind) -> None:
                                  f"got {got}")  # fmt: skip
 
 
-def make_loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return the loader of the training images, shuffled by `seed`, and that of the test images."""
+def make_loaders(
+    data: ImageData, batch_size: int, seed: int, augment: str | None = None, workers: int | None = None
+) -> tuple[ImageLoader, ImageLoader]:
+    """Return the loader of the training images, shuffled by `seed`, and that of the test images.
+
+    `augment` has names as `Augmentation` takes them, with commas between; for `workers` see `image_loader`.
+    """
+    augmentation = None if augment is None else parse_augment(augment)
     return (
-        training_loader(data.train_images, data.train_labels, batch_size, seed),
-        evaluation_loader(data.test_images, data.test_labels, batch_size),
+        image_loader(data, "train", batch_size, seed=seed, augment=augmentation, workers=workers),
+        image_loader(data, "test", batch_size, workers=workers),
     )
+
+
+def parse_augment(text: str) -> Augmentation:
+    """The augmentation that is called by names with commas between.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such one.
+    """
+    return Augmentation([name.strip() for name in text.split(",") if name.strip()])
 
 
 def parse_scheme(text: str) -> tuple[bool, QuantConfig | None]:
@@ -177,7 +194,7 @@ def prepare_network(
     def load() -> ImageData:
         return load_data(config.data, config.image_size, config.seed, config.normalize, max_images)
 
-    kind = image_kind(config.data, config.image_size, max_images)
+    kind = image_kind(config.data, config.image_size)
     data = None
     if kind is None:
         data = load()

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ class FitLoop:
         self.time_layers = time_layers
         self.report = report
         self.layer_times: list[LayerTime] = []
+        self.waited = 0.0
         self.request = StopRequest()
         self.log = JsonLines(None)
 
@@ -179,6 +181,8 @@ class FitLoop:
                     tuner.history.warmup_steps.add(len(tuner.history.losses))
                 inputs, targets = split_batch(batch)
                 tuner.train_step(inputs, targets)
+                tuner.history.waited(self.waited)
+                self.waited = 0.0
                 tuner.batch += 1
                 self._report_step(targets)
                 if done == self.time_layers:
@@ -195,6 +199,7 @@ class FitLoop:
         while True:
             if self.request.signal is not None:
                 raise _StopNow
+            began = time.perf_counter()
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -204,6 +209,7 @@ class FitLoop:
                 if self.request.signal is None:
                     raise
                 raise _StopNow from None
+            self.waited += time.perf_counter() - began
             yield batch
 
     def _start_epoch(self) -> Iterator[Any]:
@@ -233,7 +239,7 @@ class FitLoop:
         self.bar.step(history.losses[-1], correct, samples)
         self._write(
             "step", loss=history.losses[-1], samples=samples, accuracy=None if correct is None else correct / samples,
-            seconds=history.step_seconds[-1], learning_rate=self.tuner.learning_rate,
+            seconds=history.step_seconds[-1], waited=history.wait_seconds[-1], learning_rate=self.tuner.learning_rate,
         )  # fmt: skip
 
     def _end_epoch(self) -> None:

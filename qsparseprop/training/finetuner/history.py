@@ -70,6 +70,8 @@ class History:
     samples, correct : list of int
         Size of each step's batch, and how many of it were predicted correctly before the update (0 where nothing is
         classified).
+    wait_seconds : list of float
+        How long each step had waited for its batch, as far as that is known: steps at the end may be missing.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -78,6 +80,7 @@ class History:
     evaluations: list[Evaluation] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
     correct: list[int] = field(default_factory=list)
+    wait_seconds: list[float] = field(default_factory=list)
 
     @property
     def train_seconds(self) -> float:
@@ -92,6 +95,33 @@ class History:
             if evaluation.better_than(best):
                 best = evaluation
         return best
+
+    def waited(self, seconds: float) -> None:
+        """Record how long the latest step had waited for its batch.
+
+        Parameters
+        ----------
+        seconds : float
+        """
+        missing = len(self.losses) - len(self.wait_seconds)
+        self.wait_seconds += [0.0] * (missing - 1) + [seconds] * (missing > 0)
+
+    def wait_share(self, steps: int | None = None) -> float:
+        """The share of the time that was spent waiting for batches.
+
+        Parameters
+        ----------
+        steps : int, optional
+            Of so many of the last steps; by default of all.
+
+        Returns
+        -------
+        float
+            From 0 to 1.
+        """
+        first = 0 if steps is None else max(len(self.losses) - steps, 0)
+        waited = sum(self.wait_seconds[first:])
+        return waited / max(waited + sum(self.step_seconds[first:]), 1e-9)
 
     def timed_seconds(self) -> list[float]:
         """Return the durations of the steps that are not warm-up; of all steps, if there are no others."""
@@ -128,7 +158,9 @@ class History:
         first = max(len(self.losses) - steps, 0)
         samples, correct = sum(self.samples[first:]), sum(self.correct[first:])
         accuracy = f", accuracy {100 * correct / samples:.1f} %" if correct else ""
-        return f"loss {statistics.fmean(self.losses[first:]):.4f}{accuracy}, {sum(self.step_seconds[first:]):.1f} s"
+        waited = f", {100 * self.wait_share(steps):.0f} % of the time waiting for data" if self.wait_seconds else ""
+        return (f"loss {statistics.fmean(self.losses[first:]):.4f}{accuracy}, {sum(self.step_seconds[first:]):.1f} s"
+                f"{waited}")  # fmt: skip
 
     def check(self, epoch: int, batch: int) -> None:
         """Raise a ValueError if this cannot be what a training at a position has recorded.
@@ -139,9 +171,11 @@ class History:
             The position.
         """
         lists = (self.losses, self.step_seconds, self.samples, self.correct)
-        numbers = all(isinstance(values, list) for values in lists) and all(
-            isinstance(value, (int, float)) for values in lists for value in values
+        numbers = all(isinstance(values, list) for values in (*lists, self.wait_seconds)) and all(
+            isinstance(value, (int, float)) for values in (*lists, self.wait_seconds) for value in values
         )
+        if len(self.wait_seconds) > len(self.losses):
+            raise ValueError("its history waited for more steps than there were")
         if not numbers or len({len(values) for values in lists if values}) > 1:
             raise ValueError("its history is not one number of each kind a step")
         if not all(isinstance(value, int) and value >= 0 for value in (epoch, batch)) or batch > len(self.losses):

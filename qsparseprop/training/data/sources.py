@@ -1,84 +1,42 @@
-"""Image data for the ``finetune`` job: scikit-learn's digits, which its package ships, or files of the user."""
+"""Where images come from: scikit-learn's digits, which its package ships, files of numpy, folders, or torchvision."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch import Tensor
 
 from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
 
 from ._npz import PARTS, NpzFile, count_classes
+from .images import ImageData, ImageFiles, ImageKind, ImageSet, StoredImages, read_image, scaled
 
-__all__ = [
-    "ImageData",
-    "ImageKind",
-    "evaluation_loader",
-    "image_kind",
-    "load_data",
-    "load_digits_data",
-    "load_folder",
-    "load_npz",
-    "training_loader",
-]
+__all__ = ["image_kind", "load_data", "load_digits_data", "load_folder", "load_npz"]
 
 #: Mean and standard deviation by channel with which most published colour networks were trained.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-
 #: Interpolation may leave the range of pixels by that much.
 _TOLERANCE = 0.01
 
-@dataclass(frozen=True)
-class ImageKind:
-    """What a network has to know of images: number of channels, height and width in pixels, and number of classes."""
+#: So many training images of a folder decide mean and standard deviation: reading all of them may take hours.
+_MEASURED = 2000
 
-    channels: int
-    height: int
-    width: int
-    num_classes: int
+#: About so many images of each part of a folder are read before a training begins.
+_TRIED = 100
 
-
-@dataclass(frozen=True)
-class ImageData:
-    """A labelled set of images, split in two and normalised.
-
-    Attributes
-    ----------
-    train_images, test_images : torch.Tensor
-        float32, (images, channels, height, width); mean 0 and standard deviation 1 over the training images.
-    train_labels, test_labels : torch.Tensor
-        int64, (images,).
-    num_classes : int
-        Number of different labels.
-    name : str
-        What the images are, for reports.
-    """
-
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
-    num_classes: int
-    name: str
-
-    @property
-    def kind(self) -> ImageKind:
-        """What a network has to know of the images."""
-        _, channels, height, width = self.train_images.shape
-        return ImageKind(channels, height, width, self.num_classes)
+#: Images that are converted to float64 at a time.
+_CHUNK = 256
 
 
-def image_kind(source: str, image_size: int | None = None, max_images: int | None = None) -> ImageKind | None:
+def image_kind(source: str, image_size: int | None = None) -> ImageKind | None:
     """What `load_data` is going to return, found without reading images; None where that cannot be known.
 
     Parameters and errors are those of `load_data`.
@@ -89,11 +47,11 @@ def image_kind(source: str, image_size: int | None = None, max_images: int | Non
     if source.endswith(".npz"):
         archive = NpzFile(source)
         height, width = archive.sizes if image_size is None else (image_size, image_size)
-        _check_size(sum(len(part[:max_images]) for part in archive.labels), archive.channels, height, width)
+        _check_size(1, archive.channels, height, width)
         return ImageKind(archive.channels, height, width, count_classes(archive.labels))
     if os.path.isdir(source):
         parts = _class_folders(Path(source))
-        _check_size(sum(len(files) for part in parts for files in part.values()), 3, image_size or 32, image_size or 32)
+        _check_size(1, 3, image_size or 32, image_size or 32)
         return ImageKind(3, image_size or 32, image_size or 32, len(parts[0]))
     return None
 
@@ -136,20 +94,19 @@ def load_digits_data(size: int = 32, channels: int = 3, test_fraction: float = 0
         grey = ((flat - mean) / std).float().reshape(-1, 1, 8, 8)
         return F.interpolate(grey, size=(size, size), mode="bilinear").repeat(1, channels, 1, 1)
 
-    return ImageData(
-        train_images=to_images(train_pixels),
-        train_labels=train_labels.long(),
-        test_images=to_images(test_pixels),
-        test_labels=test_labels.long(),
-        num_classes=int(labels.max()) + 1,
-        name="scikit-learn digits",
-    )
+    return ImageData.from_tensors(
+        to_images(train_pixels), train_labels.long(), to_images(test_pixels), test_labels.long(),
+        int(labels.max()) + 1, "scikit-learn digits",
+    )  # fmt: skip
 
 
 def load_data(
     source: str, image_size: int | None = None, seed: int = 0, normalize: str = "data", max_images: int | None = None
 ) -> ImageData:
-    """Load images from whatever `source` names.
+    """Images from whatever `source` names.
+
+    Files of numpy stay in memory in the type in which they are stored, bytes as a rule; images in folders stay there
+    and are read when a batch wants them.
 
     Parameters
     ----------
@@ -163,7 +120,7 @@ def load_data(
     normalize : {"data", "imagenet"}
         Subtract the mean and divide by the standard deviation, by channel: of the training images, or of ImageNet.
     max_images : int, optional
-        Use only so many training images, the first ones, and as many test images.
+        Use only so many training images, taken at equal distances, and as many test images.
 
     Raises
     ------
@@ -175,16 +132,14 @@ def load_data(
     if source == "digits":
         data = load_digits_data(image_size or 32, seed=seed)
     elif source.endswith(".npz"):
-        data = load_npz(source, image_size, normalize, max_images)
+        data = load_npz(source, image_size, normalize)
     elif os.path.isdir(source):
         data = load_folder(source, image_size or 32, seed, normalize)
     elif os.sep in source or "." in source:
         raise ConfigurationError(f"there is no folder {source!r}; a file must be *.npz")
     else:
         data = _load_torchvision(source, image_size, normalize)
-    first = slice(max_images)
-    return replace(data, train_images=data.train_images[first], train_labels=data.train_labels[first],
-                   test_images=data.test_images[first], test_labels=data.test_labels[first])  # fmt: skip
+    return data.first(max_images)
 
 
 def _check_size(images: int, channels: int, height: int, width: int) -> None:
@@ -193,43 +148,76 @@ def _check_size(images: int, channels: int, height: int, width: int) -> None:
                             f"{images} images of {height} x {width} pixels")  # fmt: skip
 
 
-def _images(arrays: Sequence[np.ndarray], image_size: int | None, normalize: str) -> list[torch.Tensor]:
-    """Turn (images, height, width[, channels]), bytes or floats, into float32 NCHW, normalised like the first."""
-    tensors = []
-    for array in arrays:
-        height, width = array.shape[1:3] if image_size is None else (image_size, image_size)
-        _check_size(len(array), array.shape[3] if array.ndim == 4 else 1, height, width)
-        x = torch.from_numpy(np.ascontiguousarray(array))
-        x = x[..., None] if x.ndim == 3 else x
-        x = x.permute(0, 3, 1, 2).float() / (255 if array.dtype.kind in "iu" else 1)
-        if array.dtype.kind == "f" and not (finite := torch.isfinite(x).flatten(1).all(1)).all():
-            raise ConfigurationError(f"{int((~finite).sum())} of {len(x)} images have NaN or Inf, the first one is "
-                                     f"number {int((~finite).nonzero()[0])}")  # fmt: skip
-        if image_size is not None and tuple(x.shape[2:]) != (image_size, image_size):
-            x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
-        tensors.append(x.contiguous())
-    if any(x.shape[1:] != tensors[0].shape[1:] for x in tensors):
-        sizes = " and ".join(" x ".join(map(str, x.shape[1:])) for x in tensors)
+def _stored(arrays: Sequence[np.ndarray], labels: Sequence[Tensor], image_size: int | None) -> list[StoredImages]:
+    """Sets of images (images, height, width[, channels]), which stay bytes where they are."""
+    sets = []
+    for array, part in zip(arrays, labels, strict=True):
+        size = array.shape[1:3] if image_size is None else (image_size, image_size)
+        _check_size(1, array.shape[3] if array.ndim == 4 else 1, *size)
+        pixels = _pixels(array if array.ndim == 4 else array[..., None])
+        if size[0] * size[1] < array.shape[1] * array.shape[2]:
+            # once and for all; what grows does so in each batch, since it may not fit into memory
+            pixels = torch.cat([scaled(some, size) for some in pixels.split(_CHUNK)])
+        sets.append(StoredImages(pixels, part, size))
+    if any(part.shape != sets[0].shape for part in sets):
+        sizes = " and ".join(" x ".join(map(str, part.shape)) for part in sets)
         raise ConfigurationError(f"images for training and for the test have the sizes {sizes}: scale them to one "
                                  "(--image-size)")  # fmt: skip
-    channels = tensors[0].shape[1]
+    return sets
+
+
+def _pixels(array: np.ndarray) -> Tensor:
+    """Images (images, height, width, channels) as a tensor (images, channels, height, width); bytes where they fit."""
+    if array.dtype.kind in "iub" and (array.dtype == np.uint8 or (array.min() >= 0 and array.max() <= 255)):
+        return torch.from_numpy(array.astype(np.uint8, copy=False)).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).permute(0, 3, 1, 2)
+    if array.dtype.kind != "f":
+        return x / 255
+    if not (finite := torch.isfinite(x).flatten(1).all(1)).all():
+        raise ConfigurationError(f"{int((~finite).sum())} of {len(x)} images have NaN or Inf, the first one is "
+                                 f"number {int((~finite).nonzero()[0])}")  # fmt: skip
+    return x
+
+
+def _data(train: ImageSet, test: ImageSet, num_classes: int, name: str, normalize: str) -> ImageData:
+    """Two sets with the scale that their pixels get."""
+    channels = train.shape[0]
+    highest = 1.0
+    if isinstance(train, StoredImages) and train.pixels.dtype is torch.float32:
+        stored = [part.pixels for part in (train, test) if isinstance(part, StoredImages)]
+        low, high = min(float(x.min()) for x in stored), max(float(x.max()) for x in stored)
+        if normalize == "imagenet" and not -_TOLERANCE <= low <= high <= 1 + _TOLERANCE:
+            raise ConfigurationError("ImageNet's normalisation is for pixels from 0 to 1 (or integers to 255); the "
+                                     f"pixels go from {low:g} to {high:g}")  # fmt: skip
+    else:
+        highest = 255.0
     if normalize == "imagenet":
-        low, high = min(float(x.min()) for x in tensors), max(float(x.max()) for x in tensors)
-        if low < -_TOLERANCE or high > 1 + _TOLERANCE:
-            raise ConfigurationError("ImageNet's normalisation is for bytes, or numbers from 0 to 1; pixels go from "
-                                     f"{low:g} to {high:g}")  # fmt: skip
         if channels != 3:
             raise ConfigurationError(f"ImageNet's normalisation is for 3 channels, the images have {channels}")
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (IMAGENET_MEAN, IMAGENET_STD))
     else:
         # only the training images: the test set must stay unseen
-        mean = tensors[0].mean((0, 2, 3), keepdim=True)
-        std = tensors[0].std((0, 2, 3), keepdim=True).clamp(min=1e-6)
-    return [x.sub_(mean).div_(std) for x in tensors]
+        mean, std = _mean_and_std(train)
+        mean, std = mean / highest, (std / highest).clamp(min=1e-6)
+    return ImageData(train, test, num_classes, name, (1 / (highest * std)).float(), (-mean / std).float())
+
+
+def _mean_and_std(images: ImageSet) -> tuple[Tensor, Tensor]:
+    """Of the pixels by channel, in float64; of images in files a share says enough."""
+    count = len(images.labels)
+    measured = count if isinstance(images, StoredImages) else min(count, _MEASURED)
+    total = squares = torch.zeros(images.shape[0], dtype=torch.float64)
+    for indices in (torch.arange(measured) * count // measured).split(_CHUNK):
+        pixels = images.read(indices).double()
+        total = total + pixels.sum((0, 2, 3))
+        squares = squares + pixels.square_().sum((0, 2, 3))
+    pixels_each = measured * images.shape[1] * images.shape[2]
+    mean = total / pixels_each
+    return mean, ((squares - total * mean) / max(pixels_each - 1, 1)).clamp(min=0).sqrt()
 
 
 def load_npz(
-    path: str | os.PathLike[str], image_size: int | None = None, normalize: str = "data", max_images: int | None = None
+    path: str | os.PathLike[str], image_size: int | None = None, normalize: str = "data"
 ) -> ImageData:
     """Load a file written by ``numpy.savez``.
 
@@ -239,8 +227,8 @@ def load_npz(
         With the arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``: images, (images, height, width) or
         (images, height, width, channels), integers from 0 to 255 or floats; labels integers from 0. Images of 1,
         3 or 4 channels may be (images, channels, height, width), too. Nothing is unpickled.
-    image_size, normalize, max_images
-        See `load_data`. Images that are not used are not scaled either, which would take gigabytes.
+    image_size, normalize
+        See `load_data`.
 
     Raises
     ------
@@ -249,18 +237,17 @@ def load_npz(
     """
     archive = NpzFile(path)
     classes = count_classes(archive.labels)
-    arrays = [archive.images(part)[:max_images] for part in PARTS]
     try:
-        train, test = _images(arrays, image_size, normalize)
+        train, test = _stored([archive.images(part) for part in PARTS], archive.labels, image_size)
+        return _data(train, test, classes, Path(path).stem, normalize)
     except ConfigurationError as error:
         raise ConfigurationError(f"{os.fspath(path)}: {error}") from error
-    return ImageData(train, archive.labels[0], test, archive.labels[1], classes, Path(path).stem)
 
 
 def load_folder(
     path: str | os.PathLike[str], image_size: int = 32, seed: int = 0, normalize: str = "data"
 ) -> ImageData:
-    """Load images from a folder with one sub-folder a class.
+    """Images in a folder with one sub-folder a class, which are read when a batch wants them.
 
     Parameters
     ----------
@@ -287,10 +274,15 @@ def load_folder(
                  for test_part in (False, True)]  # fmt: skip
         if not all(parts[0].values()):
             raise ConfigurationError(f"{path} needs at least two images a class")
-    arrays = [_read_images([f for files in part.values() for f in files], image_size) for part in parts]
-    labels = [torch.tensor([i for i, files in enumerate(part.values()) for _ in files]) for part in parts]
-    images = _images(arrays, None, normalize)
-    return ImageData(images[0], labels[0], images[1], labels[1], len(parts[0]), path.name)
+    sets = []
+    for part in parts:
+        labels = torch.tensor([i for i, files in enumerate(part.values()) for _ in files])
+        sets.append(ImageFiles([str(f) for files in part.values() for f in files], labels, image_size))
+    for files in sets:
+        # what is wrong with all of them, or with one of a few, is told before a training begins
+        for index in range(0, len(files.files), max(1, len(files.files) // _TRIED)):
+            read_image(str(files.files[index]), image_size)
+    return _data(sets[0], sets[1], len(parts[0]), path.name, normalize)
 
 
 def _class_folders(path: Path) -> list[dict[str, list[Path]]]:
@@ -314,22 +306,6 @@ def _image_files(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _read_images(files: Sequence[Path], size: int) -> np.ndarray:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install pillow") from error
-    _check_size(len(files), 3, size, size)
-    images = np.empty((len(files), size, size, 3), np.uint8)
-    for index, file in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                images[index] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-        except OSError as error:
-            raise ConfigurationError(f"cannot read the image {file}: {error}") from error
-    return images
-
-
 def _load_torchvision(name: str, image_size: int | None, normalize: str) -> ImageData:
     try:
         from torchvision import datasets
@@ -339,63 +315,12 @@ def _load_torchvision(name: str, image_size: int | None, normalize: str) -> Imag
     kind = getattr(datasets, name, None)
     if kind is None:
         raise ConfigurationError(f"torchvision has no data set called {name!r}")
-    parts = [kind("data", train=train, download=True) for train in (True, False)]
-    images = _images([np.asarray(part.data) for part in parts], image_size, normalize)
-    labels = [torch.as_tensor(part.targets).long() for part in parts]
-    return ImageData(images[0], labels[0], images[1], labels[1], count_classes(labels), name)
-
-
-def training_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int) -> DataLoader[Any]:
-    """Batches in random order, newly shuffled every epoch; the same seed gives the same batches.
-
-    A last, smaller batch is dropped, so that every step does the same amount of work and step times compare.
-
-    Parameters
-    ----------
-    images : torch.Tensor
-        (images, channels, height, width).
-    labels : torch.Tensor
-        (images,).
-    batch_size : int
-        Images in a batch; at most as many as there are.
-    seed : int
-        Seed of the order, independent of torch's default generator.
-
-    Returns
-    -------
-    DataLoader
-        Yields ``(images, labels)``; it loads in the calling process, because the whole set is in memory.
-
-    Raises
-    ------
-    ValueError
-        If `batch_size` is larger than the set: there would be no batch at all.
-    """
-    if batch_size > len(images):
-        raise ValueError(f"batch size {batch_size} is larger than the {len(images)} training images")
-    dataset = TensorDataset(images, labels)
-    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
-    # A sampler of whole index lists makes one gather a batch instead of one a sample and a stack.
-    return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=True), batch_size=None)
-
-
-def evaluation_loader(images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> DataLoader[Any]:
-    """Batches in the order of the data, the last one smaller if need be.
-
-    Parameters
-    ----------
-    images : torch.Tensor
-        (images, channels, height, width).
-    labels : torch.Tensor
-        (images,).
-    batch_size : int
-        Images in a batch.
-
-    Returns
-    -------
-    DataLoader
-        Yields ``(images, labels)``.
-    """
-    dataset = TensorDataset(images, labels)
-    order = SequentialSampler(dataset)
-    return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
+    try:
+        parts = [kind("data", train=train, download=True) for train in (True, False)]
+        arrays, targets = [np.asarray(part.data) for part in parts], [part.targets for part in parts]
+    except (TypeError, AttributeError) as error:
+        raise ConfigurationError(f"torchvision's {name} is not one of those that have their images in memory, such as "
+                                 "CIFAR10: write it to a folder of one folder a class") from error  # fmt: skip
+    labels = [torch.as_tensor(part).long() for part in targets]
+    train, test = _stored(arrays, labels, image_size)
+    return _data(train, test, count_classes(labels), name, normalize)
