@@ -47,6 +47,7 @@ class Setting:
     data: str
     start: str
     model: str = "resnet20"
+    width: int | None = None
     weights: str | None = None
     normalize: str = "data"
     image_size: int | None = None
@@ -64,36 +65,47 @@ class Setting:
 _CIFAR_WEIGHTS = "resnet20-12fca82f.th"
 
 SETTINGS = {
+    "digits": Setting("digits", "trained on 1,437 images", augment="crop", start_epochs=30, epochs=10, batch_size=64),
     "mnist": Setting("mnist.npz", "trained on the 60,000 images", augment="crop", start_epochs=4, epochs=3),
     "fashion_mnist": Setting("fashion_mnist.npz", "trained on the 60,000 images", augment="flip", start_epochs=10,
                              epochs=5),
     "cifar10": Setting("cifar10.npz", "published weights, 91.7 %", weights=_CIFAR_WEIGHTS, normalize="imagenet",
                        augment="flip,crop", note="The published weights have learned from all 50,000 training images, "
                        "the fine-tuning has 8,000 of them."),
-    "cifar100": Setting("cifar100.npz", "published weights for CIFAR-10, a new classifier, trained on the 15,000 images",
+    "cifar100": Setting("cifar100.npz", "published weights for CIFAR-10, a new classifier trained on 15,000 images",
                         weights=_CIFAR_WEIGHTS, normalize="imagenet", augment="flip,crop", start_epochs=30,
                         kinds=("dense", "int8", "int8-without-blocks")),
-    "plant_apple": Setting("plant_apple", "published weights for CIFAR-10, a new classifier, trained on the leaves",
+    "plant_apple": Setting("plant_apple", "published weights for CIFAR-10, with a new classifier trained on leaves",
                            weights=_CIFAR_WEIGHTS, normalize="imagenet", image_size=96, augment="flip,resized-crop",
                            batch_size=32, start_epochs=10, epochs=8),
-    "caltech101": Setting("caltech101", "published weights for CIFAR-10, a new classifier, trained on 30 images of each "
-                          "class", weights=_CIFAR_WEIGHTS, normalize="imagenet", image_size=96,
+    "caltech101": Setting("caltech101", "published weights for CIFAR-10, with a new classifier trained on 30 images of "
+                          "each class", weights=_CIFAR_WEIGHTS, normalize="imagenet", image_size=96,
                           augment="flip,resized-crop", batch_size=32, start_epochs=40, epochs=12),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training, which is a ``finetune`` command.
+    """One training, in a process of its own that goes on where an earlier one has stopped.
 
     Attributes
     ----------
     folder : Path
-    arguments : tuple of str
+        Where it leaves its checkpoints, and ``result.json`` at its end.
+    command : tuple of str
+        Arguments of Python.
+    weights : tuple of str
+        The option that names what it begins with.
+    sparsity, kind, seed
+        Of a fine-tuning.
     """
 
     folder: Path
-    arguments: tuple[str, ...]
+    command: tuple[str, ...]
+    weights: tuple[str, ...] = ()
+    sparsity: float = 0.0
+    kind: str = ""
+    seed: int = START_SEED
 
     @property
     def name(self) -> str:
@@ -101,13 +113,15 @@ class Run:
         return f"{self.folder.parent.name} {self.folder.name}"
 
 
-def plan(section: str, data: Path, weights: Path, work: Path, seeds: int) -> tuple[Run | None, list[Run]]:
+def plan(  # noqa: PLR0913 - folders
+    section: str, setting: Setting, data: Path, weights: Path, work: Path, seeds: int
+) -> tuple[Run | None, list[Run]]:
     """The dense training of a section, if there is one, and the fine-tunings that begin with what it has learned.
 
     Parameters
     ----------
     section : str
-        A key of `SETTINGS`.
+    setting : Setting
     data, weights : Path
         Folders.
     work : Path
@@ -115,9 +129,12 @@ def plan(section: str, data: Path, weights: Path, work: Path, seeds: int) -> tup
     seeds : int
         Fine-tunings of each sparsity and kind.
     """
-    setting, folder = SETTINGS[section], work / section
-    common = ["--data", str(data / setting.data), "--model", setting.model, "--normalize", setting.normalize,
-              "--batch-size", str(setting.batch_size), "--threads", "1", "--quiet"]  # fmt: skip
+    folder = work / section
+    source = setting.data if setting.data == "digits" else str(data / setting.data)
+    common = ["-m", "qsparseprop", "finetune", "--data", source, "--model", setting.model, "--normalize", setting.normalize,
+              "--batch-size", str(setting.batch_size), "--threads", "1", "--no-compare", "--quiet"]  # fmt: skip
+    if setting.width is not None:
+        common += ["--width", str(setting.width)]
     if setting.image_size is not None:
         common += ["--image-size", str(setting.image_size)]
     if setting.augment is not None:
@@ -125,16 +142,19 @@ def plan(section: str, data: Path, weights: Path, work: Path, seeds: int) -> tup
     start, begin = None, [] if setting.weights is None else ["--weights", str(weights / setting.weights)]
     if setting.start_epochs:
         head = ["--new-head"] if setting.weights is not None else []
-        start = Run(folder / "start", (*common, *begin, *head, "--sparsity", "0", "--scheme", "dense", "--epochs",
-                    str(setting.start_epochs), "--learning-rate", str(setting.start_rate), "--seed", str(START_SEED)))  # fmt: skip
+        start = Run(folder / "start", (*common, *begin, *head, "--sparsity", "0", "--scheme", "dense", "--seed",
+                    str(START_SEED), "--epochs", str(setting.start_epochs), "--learning-rate", str(setting.start_rate),
+                    "--out", str(folder / "start")))  # fmt: skip
         begin = ["--weights", str(folder / "start" / "last.pt")]
-    runs = [
-        Run(folder / f"{100 * sparsity:.0f}-{kind}-{seed}",
-            (*common, *begin, "--sparsity", str(sparsity), "--prune", "uniform", "--epochs", str(setting.epochs),
-             "--learning-rate", str(setting.rate), "--seed", str(seed), *KINDS[kind]))
-        for seed in range(1, seeds + 1) for sparsity in setting.sparsity for kind in setting.kinds
-    ]  # fmt: skip
-    return start, runs
+    common += [*begin, "--prune", "uniform", "--epochs", str(setting.epochs), "--learning-rate", str(setting.rate)]
+
+    def run(sparsity: float, kind: str, seed: int) -> Run:
+        place = folder / f"{100 * sparsity:.0f}-{kind}-{seed}"
+        command = (*common, "--sparsity", str(sparsity), "--seed", str(seed), *KINDS[kind], "--out", str(place))
+        return Run(place, command, tuple(begin), sparsity, kind, seed)
+
+    return start, [run(sparsity, kind, seed) for seed in range(1, seeds + 1) for sparsity in setting.sparsity
+                   for kind in setting.kinds]  # fmt: skip
 
 
 def read_result(run: Run) -> dict[str, Any] | None:
@@ -168,16 +188,18 @@ def carry_out(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> Non
         nonlocal ended
         run.folder.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if (run.folder / "run.json").exists() else []
-        command = [sys.executable, "-m", "qsparseprop", "finetune", *run.arguments, "--out", str(run.folder), *resume]
         # no further threads of numpy and the like beside those of other runs
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([sys.executable, *run.command, *resume], capture_output=True, text=True, check=False,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
         if done.returncode:
-            raise RuntimeError(f"{run.name}: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
+            said = done.stderr.strip().splitlines()
+            raise RuntimeError(f"{run.name}: {said[-1] if said else f'exit code {done.returncode}'}")
         result = read_result(run)
         assert result is not None
         ended += 1
         minutes = (time.monotonic() - began) / 60
-        say(f"{run.name}: top-1 {result['top1']:.2f} %  ({ended} of {len(waiting)} after {minutes:.0f} min, about "
+        value = f"top-1 {result['top1']:.2f} %" if "top1" in result else f"loss {result['loss']:.4f}"
+        say(f"{run.name}: {value}  ({ended} of {len(waiting)} after {minutes:.0f} min, about "
             f"{minutes / ended * (len(waiting) - ended):.0f} to go)")  # fmt: skip
 
     with ThreadPoolExecutor(jobs) as pool:

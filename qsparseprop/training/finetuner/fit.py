@@ -165,7 +165,7 @@ class FitLoop:
     # ---- an epoch ----
 
     def _train_epoch(self) -> None:
-        tuner = self.tuner
+        tuner, self.waited = self.tuner, 0.0
         set_epoch = getattr(getattr(self.batches, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(tuner.epoch)
