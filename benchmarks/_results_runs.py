@@ -113,7 +113,7 @@ class Run:
         return f"{self.folder.parent.name} {self.folder.name}"
 
 
-def plan(  # noqa: PLR0913 - folders
+def plan(
     section: str, setting: Setting, data: Path, weights: Path, work: Path, seeds: int
 ) -> tuple[Run | None, list[Run]]:
     """The dense training of a section, if there is one, and the fine-tunings that begin with what it has learned.
