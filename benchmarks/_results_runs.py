@@ -131,8 +131,9 @@ def plan(
     """
     folder = work / section
     source = setting.data if setting.data == "digits" else str(data / setting.data)
-    common = ["-m", "qsparseprop", "finetune", "--data", source, "--model", setting.model, "--normalize", setting.normalize,
-              "--batch-size", str(setting.batch_size), "--threads", "1", "--no-compare", "--quiet"]  # fmt: skip
+    common = ["-m", "qsparseprop", "finetune", "--data", source, "--model", setting.model, "--normalize",
+              setting.normalize, "--batch-size", str(setting.batch_size), "--threads", "1", "--no-compare",
+              "--quiet"]  # fmt: skip
     if setting.width is not None:
         common += ["--width", str(setting.width)]
     if setting.image_size is not None:

@@ -50,8 +50,8 @@ def about(quick: bool) -> str:
     size = QUICK if quick else SIZE
     return (f"A decoder of {size.depth} blocks of width {size.width}, which reads {size.length} bytes; trained for "
             f"{STEPS} steps of {size.sequences} sequences on the modules of Python's standard library, of which every "
-            f"tenth is the validation text; pruned in all linear layers, and fine-tuned for {TUNING} steps. The loss is "
-            "in nats.")  # fmt: skip
+            f"tenth is the validation text; pruned in all linear layers, and fine-tuned for {TUNING} steps. The loss "
+            "is in nats.")  # fmt: skip
 
 
 class _Sequences(Dataset[tuple[Tensor, Tensor]]):

@@ -1,10 +1,10 @@
 """Networks that have learned their task, pruned and fine-tuned, dense and sparse: accuracy, time and memory.
 
-A section is a data set. Its dense network is trained, or taken as it was published, pruned to several shares of zeros, and
-fine-tuned from there with several seeds: dense with masks in float32, and with sparse layers in int8. Each training is a
-``finetune`` command in a folder below --work; all of them may take hours, can be stopped (Ctrl-C), and go on where they
-were when the same command is given again. Then steps are timed in turns, which wants a machine that does nothing else, and
-docs/results.md is written anew, with figures and pictures in docs/results/.
+A section is a data set. Its dense network is trained, or taken as it was published, pruned to several shares of zeros,
+and fine-tuned from there with several seeds: dense with masks in float32, and with sparse layers in int8. Each training
+is a ``finetune`` command in a folder below --work; all of them may take hours, can be stopped (Ctrl-C), and go on where
+they were when the same command is given again. Then steps are timed in turns, which wants a machine that does nothing
+else, and docs/results.md is written anew, with figures and pictures in docs/results/.
 
   python benchmarks/results.py digits --work runs                                       needs no data from elsewhere
   python benchmarks/results.py cifar10 --data ../shared/data --weights ../shared/weights --work runs --jobs 2

@@ -192,8 +192,8 @@ def test_each_epoch_is_told_of(npz, tmp_path, capsys):
     lines = [line for line in printed.out.splitlines() if line.startswith("  epoch ")]
     assert [line.split(":")[0].strip() for line in lines] == ["epoch 1/1", "epoch 1/2", "epoch 2/2"]
     for line in lines[1:]:
-        assert re.fullmatch(r"  epoch \d/2: loss \d\.\d+, accuracy \d+\.\d %, \d+\.\d s, \d+ % of the time "
-                            r"waiting for data; then top-1 \d+\.\d %, loss \d+\.\d+ on the test data", line)  # fmt: skip
+        assert re.fullmatch(r"  epoch \d/2: loss \d\.\d+, accuracy \d+\.\d %, \d+\.\d s, \d+ % of the time waiting "
+                            r"for data; then top-1 \d+\.\d %, loss \d+\.\d+ on the test data", line)  # fmt: skip
     assert printed.err == ""
     assert main(command(npz, "--epochs", "1")) == 0
     assert "epoch" not in capsys.readouterr().out

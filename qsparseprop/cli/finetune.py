@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,9 +168,13 @@ def run(arguments: argparse.Namespace) -> int:
     compare = not single if arguments.compare is None else arguments.compare
     if compare and single:
         parser.error(f"--{single[0].replace('_', '-')} is for a single training and does not go with --compare")
+    if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("a comparison is for one process; several (torchrun) train with --no-compare")
     if arguments.resume and arguments.out is None:
         parser.error("--resume needs --out, the directory of the run")
-    with _told_on(arguments.quiet) as progress:
+    # one of several processes speaks for all
+    silent = arguments.quiet or int(os.environ.get("RANK", "0")) > 0
+    with _told_on(silent) as progress:
         _check_model(arguments.model)
         needed = [("sklearn", "scikit-learn")] if arguments.data == "digits" else []
         if compare:
@@ -258,26 +263,32 @@ def _compare(arguments: argparse.Namespace, progress: Progress | None) -> int:
 
 
 def _train(arguments: argparse.Namespace, progress: Progress | None) -> int:
+    from qsparseprop.training.processes import joined
     from qsparseprop.training.run import RunConfig, Stopped, format_result, run_training
 
     if progress is not None:
         # the training has bars of its own
         progress.close()
-    settings = _settings(arguments) | {name: getattr(arguments, name) for name in ("accumulate", "evaluate_every", "blocks")}
+    alone = ("accumulate", "evaluate_every", "blocks")
+    settings = _settings(arguments) | {name: getattr(arguments, name) for name in alone}
     if arguments.precision is not None:
         settings["precision"] = arguments.precision
     chosen = {name: value for name, value in settings.items() if value != arguments.defaults.get(name)}
-    try:
-        result = run_training(
-            RunConfig(**settings), arguments.out, resume=arguments.resume, chosen=chosen, reporter=progress,
-            progress=False if arguments.quiet else None, time_layers=5 if arguments.layer_times else 0,
-        )  # fmt: skip
-    except Stopped as stop:
-        command = f"{arguments.parser.prog} --resume --out {arguments.out}"
-        where = "" if arguments.out is None else f"; go on with:  {command}"
-        print(f"\n{stop}{where}", file=sys.stderr)
-        return 128 + stop.signal
-    print(format_result(result))
-    if arguments.out is not None and not arguments.quiet:
-        print(f"Written: {arguments.out / 'result.json'}")
-    return 0
+    with joined() as together:
+        try:
+            result = run_training(
+                RunConfig(**settings), arguments.out, resume=arguments.resume, chosen=chosen, reporter=progress,
+                progress=False if arguments.quiet else None, time_layers=5 if arguments.layer_times else 0,
+            )  # fmt: skip
+        except Stopped as stop:
+            command = f"{arguments.parser.prog} --resume --out {arguments.out}"
+            where = "" if arguments.out is None else f"; go on with:  {command}"
+            if together.first:
+                print(f"\n{stop}{where}", file=sys.stderr)
+            return 128 + stop.signal
+        if not together.first:
+            return 0
+        print(format_result(result))
+        if arguments.out is not None and not arguments.quiet:
+            print(f"Written: {arguments.out / 'result.json'}")
+        return 0

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from qsparseprop.utils.errors import ConfigurationError
 
-__all__ = ["Processes", "distribute", "joined", "processes", "undistributed"]
+__all__ = ["Processes", "distribute", "joined", "processes", "sent_bytes", "share_buffers", "undistributed"]
 
 _Value = TypeVar("_Value")
 
@@ -56,23 +60,31 @@ class Processes:
         dist.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
 
-    def from_first(self, value: _Value) -> _Value:
-        """What the first process has.
+    def from_first(self, compute: Callable[[], _Value]) -> _Value:
+        """What a function gives in the first process, in all of them; what it raises there is raised in all of them.
 
         Parameters
         ----------
-        value
-            Of this process; only that of the first one counts. Tensors and plain containers.
+        compute : callable
+            Called without arguments, in the first process only. Gives tensors and plain containers.
 
         Returns
         -------
         object
         """
         if self.count == 1:
-            return value
-        box = [value]
+            return compute()
+        box: list[Any] = [None, None]
+        if self.first:
+            try:
+                box[0] = compute()
+            except Exception as error:
+                box[1] = error
         dist.broadcast_object_list(box)
-        return box[0]
+        if box[1] is not None:
+            raise box[1]
+        result: _Value = box[0]
+        return result
 
     def of_all(self, value: _Value) -> list[_Value]:
         """What each process has, in their order.
@@ -121,51 +133,68 @@ def joined() -> Iterator[Processes]:
     try:
         yield processes()
     finally:
-        # gloo's threads must not outlive the interpreter
+        # gloo's threads must not outlive the interpreter: nothing may hold the group
+        gc.collect()
         dist.destroy_process_group()
 
 
-class _Sent:
-    """Counts the bytes of gradients that a process sends."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def hook(self, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-        self.bytes += bucket.buffer().nbytes
-        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # the default group
+#: Bytes of gradients that this process has sent for a model.
+_sent: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
-def distribute(model: nn.Module) -> nn.Module:
-    """A model whose gradients are averaged over all processes; the model itself where there is one.
-
-    Only nonzero weights have gradients, so that a tenth of the weights sends a tenth of the bytes, which are counted:
-    ``result.sent.bytes``.
+def sent_bytes(model: nn.Module) -> int:
+    """Bytes of gradients that this process has sent for a model of `distribute`.
 
     Parameters
     ----------
     model : nn.Module
-        The same in all processes.
 
     Returns
     -------
-    nn.Module
+    int
     """
-    if processes().count == 1:
-        return model
-    from torch.nn.parallel import DistributedDataParallel
+    return _sent.get(model, 0)
 
+
+def distribute(model: nn.Module) -> DistributedDataParallel:
+    """A model whose gradients are averaged over the processes of the default group.
+
+    Only nonzero weights have gradients, so that a tenth of the weights sends a tenth of the bytes: `sent_bytes`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The same in all processes; what the first one has counts.
+
+    Returns
+    -------
+    DistributedDataParallel
+    """
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    sent = _Sent()
-    wrapped.register_comm_hook(None, sent.hook)
-    wrapped.sent = sent  # type: ignore[assignment]  # a plain object, which is no module
+    itself = weakref.ref(wrapped)
+
+    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if (model := itself()) is not None:
+            _sent[model] = _sent.get(model, 0) + bucket.buffer().nbytes
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None is the default group
+
+    count.__annotations__.clear()  # torch compares them with types, and ours are strings
+    wrapped.register_comm_hook(None, count)
     return wrapped
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the buffers of the first one, such as running statistics, which each of them has of its own.
+
+    Parameters
+    ----------
+    model : nn.Module
+    """
+    if processes().count > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def undistributed(model: nn.Module) -> nn.Module:
     """The model that `distribute`, or torch's ``DistributedDataParallel``, was given; another one as it is."""
-    from torch.nn.parallel import DistributedDataParallel
-
     return model.module if isinstance(model, DistributedDataParallel) else model

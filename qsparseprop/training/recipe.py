@@ -251,7 +251,7 @@ def make_finetuner(
     compress_saved: bool = False,
     accumulate: int = 1,
 ) -> Finetuner:
-    """Return a `Finetuner` as all trainings of the ``finetune`` command have it.
+    """Return a `Finetuner` as all trainings of the ``finetune`` command have it, one of several processes if need be.
 
     Parameters
     ----------
@@ -278,7 +278,7 @@ def make_finetuner(
     # After the conversion, which gives the weights other memory. Sparse layers need no mask.
     held = {name: mask for name, mask in (masks or {}).items() if isinstance(model.get_submodule(name), _MASKED)}
     optimizer = make_optimizer(model, recipe)
-    return Finetuner(
+    tuner = Finetuner(
         model,
         optimizer,
         scheduler=make_scheduler(optimizer, recipe, epochs * steps, steps),
@@ -288,3 +288,5 @@ def make_finetuner(
         forward_context=compress_saved_tensors if compress_saved else None,
         accumulate=accumulate,
     )
+    tuner.distribute()
+    return tuner

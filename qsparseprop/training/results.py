@@ -20,6 +20,8 @@ def format_result(result: dict[str, Any]) -> str:
         ("time", f"{result['step_ms']:.1f} ms a step (median), {result['train_s']:.1f} s for {result['steps']} steps "
                  f"of {config['batch_size'] * config['accumulate']} images"),
         ("waiting for data", f"{100 * result['data_wait_share']:.1f} % of the time of training"),
+        *([("gradients sent", f"{result['sent_mb']:.2f} MB a step by each of {result['processes']} processes")]
+          if "sent_mb" in result else []),
         ("saved for backward", f"{result['saved_mb']:.1f} MB"),
         ("peak memory", f"{result['peak_rss_mb']:.0f} MB, of which {result['rss_before_training_mb']:.0f} MB before "
                         "the training"),

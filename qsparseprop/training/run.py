@@ -6,6 +6,7 @@ training), ``last.pt``, ``best.pt`` and ``log.jsonl`` (see `Finetuner.fit`), and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,9 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,29 +36,22 @@ from qsparseprop.utils.measurement_utils import (
 from qsparseprop.utils.network_utils import sparsity, swap_modules_for_state
 from qsparseprop.utils.pruning_utils import GradualPruner
 
+from .data.loaders import Share
 from .finetuner import CheckpointError, Finetuner, FitResult, read_checkpoint
 from .finetuner.fit import LAST
 from .locks import locked
-from .recipe import Recipe, make_finetuner, steps_of
+from .processes import processes, sent_bytes
+from .recipe import make_finetuner, steps_of
 from .reporter import Reporter
 from .results import format_result, without_nan
-from .setup_run import (
-    PRUNERS,
-    TrainingMode,
-    make_loaders,
-    parse_augment,
-    parse_scheme,
-    prepare_network,
-    prune_model,
-    swap_model,
-)
+from .run_config import GRADUAL, SETTINGS, RunConfig, resumed_settings, stored_settings
+from .setup_run import make_loaders, parse_scheme, prepare_network, prune_model, swap_model
 
 __all__ = ["RunConfig", "Stopped", "format_result", "run_training", "stored_settings", "swap_like"]
 
-SETTINGS, RESULT = "run.json", "result.json"
+RESULT = "result.json"
 
-#: Pruning that goes on while the network is fine-tuned, up to this share of the steps, in about so many turns.
-GRADUAL = "gradual"
+#: Gradual pruning goes on up to this share of the steps, in about so many turns.
 _GRADUAL_END, _GRADUAL_TURNS = 0.6, 20
 
 
@@ -73,128 +67,6 @@ class Stopped(Exception):
         assert result.stopped_by is not None
         super().__init__(f"stopped by {result.stopped_by.name}")
         self.signal = result.stopped_by
-
-
-@dataclass(frozen=True)
-class RunConfig(Recipe):
-    """What `run_training` does: a `Recipe`, and attributes that mean the same as in `CompareConfig`.
-
-    Attributes
-    ----------
-    scheme : str
-        Besides what `parse_scheme` takes: ``dense`` for no conversion, with masks that keep the zeros.
-    precision : {"bf16", "fp32"}
-        Of everything but the 8-bit layers; bf16 is autocast.
-    accumulate : int
-        Batches of a step, in both trainings, see `Finetuner`.
-    evaluate_every : int
-        Epochs of the fine-tuning after which it is evaluated, and at its end.
-    """
-
-    model: str = "resnet18"
-    width: int | None = None
-    weights: str | None = None
-    data: str = "digits"
-    normalize: str = "data"
-    image_size: int | None = None
-    sparsity: float = 0.9
-    prune: str = "global"
-    scheme: str = "int8"
-    precision: str = "bf16"
-    compress_saved: bool = False
-    epochs: int = 2
-    pretrain_epochs: int = 1
-    batch_size: int = 64
-    threads: int | None = None
-    seed: int = 0
-    new_head: bool = False
-    accumulate: int = 1
-    evaluate_every: int = 1
-    augment: str | None = None
-    workers: int | None = None
-    blocks: bool = True
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(RunConfig).items():
-            value = getattr(self, name)
-            allowed = hint | int if isinstance(0.5, hint) else hint
-            if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
-                raise ConfigurationError(f"{name} cannot be {value!r}")
-        super().__post_init__()
-        for name in ("epochs", "pretrain_epochs", "batch_size", "accumulate", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
-        self.check_warmup(epochs=self.epochs, **({} if self.weights else {"pretrain_epochs": self.pretrain_epochs}))
-        if self.prune not in (*PRUNERS, GRADUAL):
-            raise ConfigurationError(f"unknown prune {self.prune!r}, choose from {', '.join((*PRUNERS, GRADUAL))}")
-        if self.prune == "none" and self.weights is None:
-            raise ConfigurationError("without pruning there must be weights that have zeros already")
-        if self.new_head and self.weights is None:
-            raise ConfigurationError("new_head (--new-head) goes with weights (--weights) only")
-        if self.prune == GRADUAL and self.scheme == "dense":
-            raise ConfigurationError("gradual pruning goes with sparse layers only, not with the scheme dense")
-        if self.sparsity == 0 and self.scheme != "dense":
-            raise ConfigurationError("sparsity 0 is for training a dense network: it goes with the scheme dense only")
-        if not 0 <= self.sparsity < 1:
-            raise ConfigurationError(f"sparsity must be at least 0 and less than 1, got {self.sparsity}")
-        if self.precision not in ("bf16", "fp32"):
-            raise ConfigurationError(f"unknown precision {self.precision!r}, choose from bf16, fp32")
-        if self.workers is not None and self.workers < 0:
-            raise ConfigurationError(f"workers must not be negative, got {self.workers}")
-        if self.scheme != "dense":
-            parse_scheme(self.scheme)
-        if self.augment is not None:
-            parse_augment(self.augment)
-
-    @property
-    def mode(self) -> TrainingMode:
-        """Precision and memory layout; channels_last is the faster one."""
-        return TrainingMode(self.precision == "bf16", channels_last=True)
-
-
-def stored_settings(folder: Path, wanted: str = "run") -> dict[str, Any]:
-    """Settings of the run in a folder, for `RunConfig`.
-
-    Parameters
-    ----------
-    folder : Path
-    wanted : str
-        What is said not to be there where it is not.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    ConfigurationError
-        If there is none.
-    """
-    try:
-        stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigurationError(f"{folder} holds no {wanted}: there is no {SETTINGS}") from None
-    except OSError as error:
-        raise ConfigurationError(f"{folder} holds no {wanted}: {SETTINGS}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{folder / SETTINGS} cannot be read: {error}") from error
-    known = {field.name for field in fields(RunConfig)}
-    if not isinstance(stored, dict) or not stored.keys() <= known:
-        raise ConfigurationError(f"{folder / SETTINGS} is not the settings of a run")
-    return stored
-
-
-def _resumed_settings(folder: Path, config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
-    """Settings of the run in a folder, with which those that the user names must agree."""
-    # runs of before these could be chosen had today's defaults
-    later = {field.name for field in fields(Recipe)} | {"accumulate", "evaluate_every"}
-    stored = {f.name: f.default for f in fields(RunConfig) if f.name in later}
-    stored |= stored_settings(folder, "run to resume")
-    for name, value in chosen.items():
-        if name in stored and stored[name] != value:
-            raise ConfigurationError(f"the run in {folder} has {name} {stored[name]}, not {value}; leave it out, or "
-                                     "start another run")  # fmt: skip
-    return RunConfig(**{**asdict(config), **stored})
 
 
 def run_training(
@@ -239,23 +111,31 @@ def run_training(
     NonFiniteLossError, OSError, ImportError
         As from `Finetuner.fit` and `load_data`.
     """
-    say = None if reporter is None else reporter.message
+    together = processes()
+    say = None if reporter is None or not together.first else reporter.message
     if folder is None:
         if resume:
             raise ConfigurationError("to resume a run its folder must be given")
         with tempfile.TemporaryDirectory(prefix="qsparseprop-") as temporary:
             return run_training(config, temporary, reporter=reporter, progress=progress, time_layers=time_layers)
-    folder = Path(folder)
+    with contextlib.ExitStack() as stack:
+        config = together.from_first(lambda: _open(Path(folder), config, resume, chosen or {}, stack))
+        return _train_in(Path(folder), config, resume, say, progress, time_layers)
+
+
+def _open(
+    folder: Path, config: RunConfig, resume: bool, chosen: Mapping[str, Any], stack: contextlib.ExitStack
+) -> RunConfig:
+    """Lock the folder of a run; its settings."""
     if resume:
         # before anything is made there
-        _resumed_settings(folder, config, chosen or {})
+        resumed_settings(folder, config, chosen)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        if resume:
-            config = _resumed_settings(folder, config, chosen or {})
-        else:
-            _refuse_results(folder)
-        return _train_in(folder, config, resume, say, progress, time_layers)
+    stack.enter_context(locked(folder))
+    if resume:
+        return resumed_settings(folder, config, chosen)
+    _refuse_results(folder)
+    return config
 
 
 def _refuse_results(folder: Path) -> None:
@@ -272,20 +152,28 @@ def _train_in(
 ) -> dict[str, Any]:  # fmt: skip
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    begun = (folder / LAST).exists()
+    together = processes()
+    if together.count > 1 and config.prune == GRADUAL:
+        raise ConfigurationError("gradual pruning changes what processes have in common: train with one process, or "
+                                 "prune at once (--prune uniform or global)")  # fmt: skip
+    begun = together.from_first((folder / LAST).exists)
     model, data = prepare_network(config, load_weights_too=not begun)
-    if not resume:
+    if together.rank:
+        # the same start everywhere, but each rounds gradients in its own way
+        torch.manual_seed(config.seed + 1_000_003 * together.rank)
+    if not resume and together.first:
         with replacing(folder / SETTINGS) as temporary:
             temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
 
     setup = _State(config, folder, resume, progress, say, data.fingerprint())
-    loaders = make_loaders(data, config.batch_size, config.seed, config.augment, config.workers)
+    share = Share(together.rank, together.count)
+    loaders = make_loaders(data, config.batch_size, config.seed, config.augment, config.workers, share)
     if not begun:
         if config.weights is None and config.sparsity:
             setup.train_dense(model, loaders)
         setup.prune(model, loaders[1])
     # the same order of batches in every fine-tuning, but not that of the dense training again
-    loaders = make_loaders(data, config.batch_size, config.seed + 1, config.augment, config.workers)
+    loaders = make_loaders(data, config.batch_size, config.seed + 1, config.augment, config.workers, share)
     return setup.finetune(setup.finetuner(model, loaders[0]), loaders, time_layers)
 
 
@@ -350,9 +238,10 @@ class _State:
 
     def finetuner(self, model: nn.Module, loader: Any) -> Finetuner:
         config = self.config
-        shape = (config.batch_size, *loader.dataset.images.shape)
-        if (self.folder / LAST).exists():
-            state = read_checkpoint(self.folder / LAST)
+        together = processes()
+        shape = (config.batch_size // together.count, *loader.dataset.images.shape)
+        state = together.from_first(self._checkpoint)
+        if state is not None:
             try:
                 self.load_state_dict(state["stateful"]["run"])
                 _check_masks(model, self.masks)
@@ -366,10 +255,11 @@ class _State:
             self.say(f"Resuming at step {len(state['history']['losses'])}.")
         elif config.scheme != "dense":
             began = time.perf_counter()
-            # global pruning leaves some layers much denser than others; which are worth it is for the stopwatch to say
-            # Gradual pruning is for sparse layers, and what does not pay at its beginning may do so at its end.
-            replaced, table = swap_model(model, shape, config.mode, config.scheme, min(0.5, config.sparsity),
-                                         include_dense=config.prune != GRADUAL, fuse=config.blocks)  # fmt: skip
+            state, replaced, table = together.from_first(lambda: self._swap(model, shape))
+            if not together.first:
+                # what the first process has measured counts for all
+                swap_like(model, state, config)
+                model.load_state_dict(state)
             self.facts |= {"replaced_layers": replaced, "setup_s": time.perf_counter() - began}
             self.say(table)
         tuner = make_finetuner(model, config.mode, config, config.epochs, len(loader), self.masks,
@@ -388,10 +278,22 @@ class _State:
             tuner.stateful["pruner"] = pruner
         return tuner
 
+    def _checkpoint(self) -> dict[str, Any] | None:
+        return read_checkpoint(self.folder / LAST) if (self.folder / LAST).exists() else None
+
+    def _swap(self, model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], list[str], str]:
+        config = self.config
+        # global pruning leaves some layers much denser than others; which are worth it is for the stopwatch to say
+        # Gradual pruning is for sparse layers, and what does not pay at its beginning may do so at its end.
+        replaced, table = swap_model(model, shape, config.mode, config.scheme, min(0.5, config.sparsity),
+                                     include_dense=config.prune != GRADUAL, fuse=config.blocks)  # fmt: skip
+        return model.state_dict(), replaced, table
+
     def finetune(self, tuner: Finetuner, loaders: Any, time_layers: int) -> dict[str, Any]:
         config = self.config
         steps = steps_of(len(loaders[0]), config.accumulate)
         self.say(f"Fine-tuning for {config.epochs} epoch(s) of {steps} steps ...")
+        begun = len(tuner.history.losses)
         release_free_memory()
         before = current_rss_mb()
         of_training = reset_peak_rss()
@@ -416,10 +318,13 @@ class _State:
             "peak_rss_of": "training" if of_training else "process",
             "losses": history.losses, "evaluations": [vars(e) for e in history.evaluations],
             "layer_times": [vars(t) for t in fitted.layer_times], "config": asdict(config),
-            "environment": environment(),
+            "environment": environment(), "processes": tuner.together.count,
         }  # fmt: skip
-        with replacing(self.folder / RESULT) as temporary:
-            temporary.write_text(json.dumps(without_nan(result), indent=1) + "\n", encoding="utf-8")
+        if tuner.parallel is not None:
+            result["sent_mb"] = sent_bytes(tuner.parallel) / max(len(history.losses) - begun, 1) / 1e6
+        if tuner.together.first:
+            with replacing(self.folder / RESULT) as temporary:
+                temporary.write_text(json.dumps(without_nan(result), indent=1) + "\n", encoding="utf-8")
         return result
 
 

@@ -27,6 +27,7 @@ from qsparseprop.utils.pruning_utils import (
 from qsparseprop.utils.state_files import read_state_dict
 
 from .data import Augmentation, ImageData, ImageKind, ImageLoader, image_kind, image_loader, load_data
+from .data.loaders import Share
 from .models import build_model
 from .weights import load_state
 
@@ -105,16 +106,17 @@ def _try_out(model: nn.Module, name: str, images: ImageKind) -> None:
 
 
 def make_loaders(
-    data: ImageData, batch_size: int, seed: int, augment: str | None = None, workers: int | None = None
+    data: ImageData, batch_size: int, seed: int, augment: str | None = None, workers: int | None = None,
+    share: Share | None = None,
 ) -> tuple[ImageLoader, ImageLoader]:
     """Return the loader of the training images, shuffled by `seed`, and that of the test images.
 
-    `augment` has names as `Augmentation` takes them, with commas between; for `workers` see `image_loader`.
+    `augment` has names as `Augmentation` takes them, with commas between; for `workers` and `share` see `image_loader`.
     """
     augmentation = None if augment is None else parse_augment(augment)
     return (
-        image_loader(data, "train", batch_size, seed=seed, augment=augmentation, workers=workers),
-        image_loader(data, "test", batch_size, workers=workers),
+        image_loader(data, "train", batch_size, seed=seed, augment=augmentation, workers=workers, share=share),
+        image_loader(data, "test", batch_size, workers=workers, share=share),
     )
 
 

@@ -106,7 +106,7 @@ class FitLoop:
         if self.folder is None:
             if resume or self.checkpoint_every is not None:
                 raise ValueError("resume and checkpoint_every need a folder")
-        else:
+        elif self.tuner.together.first:
             self._check_folder(self.folder, resume)
 
     def _check_folder(self, folder: Path, resume: bool) -> None:
@@ -116,18 +116,23 @@ class FitLoop:
     def run(self, resume: bool, progress: bool | None) -> FitResult:
         """Train until all epochs are done or a signal asks to stop."""
         tuner = self.tuner
-        self.bar = ProgressBar(progress)
+        first = tuner.together.first
+        self.bar = ProgressBar(progress if first else False)
         with contextlib.ExitStack() as stack:
             if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self.folder))
-                self._open_folder(self.folder, resume)
+                folder = self.folder
+                content = tuner.together.from_first(lambda: self._open_folder(folder, resume, stack))
+                if content is not None:
+                    # First of all, so that a loader that does not go with it leaves everything unchanged.
+                    check_loader_state(self.batches, (content.get("epoch_start") or {}).get("loader"))
+                    tuner.load_state_dict(content)
+                self.log = JsonLines(folder / LOG if first else None)
             stack.callback(self.log.close)
             self.request = stack.enter_context(stop_on_signals())
             stack.callback(self.bar.close)
             self._write("resume" if tuner.history.losses else "start", epochs=self.epochs)
             try:
-                while tuner.epoch < self.epochs and self.request.signal is None:
+                while tuner.epoch < self.epochs and not self._asked_to_stop():
                     self._train_epoch()
                     self._end_epoch()
                     self._checkpoint()
@@ -140,17 +145,25 @@ class FitLoop:
             self._write("end", stopped_by=None if stopped_by is None else stopped_by.name)
         return FitResult(stopped_by, tuner.history.best, self.layer_times)
 
-    def _open_folder(self, folder: Path, resume: bool) -> None:
+    def _open_folder(self, folder: Path, resume: bool, stack: contextlib.ExitStack) -> dict[str, Any] | None:
+        """Lock the folder; the checkpoint with which the training goes on, if there is one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder))
         # Once more, now that nobody else can write to it.
         self._check_folder(folder, resume)
         for name in (LAST, BEST):
             remove_leftovers(folder / name)
-        if resume and (folder / LAST).exists():
-            content = read_checkpoint(folder / LAST)
-            # First of all, so that a loader that does not go with it leaves everything unchanged.
-            check_loader_state(self.batches, (content.get("epoch_start") or {}).get("loader"))
-            self.tuner.load_state_dict(content)
-        self.log = JsonLines(folder / LOG)
+        return read_checkpoint(folder / LAST) if resume and (folder / LAST).exists() else None
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal has reached this process or another one: all stop at the same step."""
+        together = self.tuner.together
+        if together.count > 1:
+            own = 0 if self.request.signal is None else int(self.request.signal)
+            highest = max(together.of_all(own))
+            if highest and not own:
+                self.request.signal = signal.Signals(highest)
+        return self.request.signal is not None
 
     def _write(self, event: str, **values: Any) -> None:
         """Log something with the position."""
@@ -176,7 +189,7 @@ class FitLoop:
             timer = LayerTimer(tuner.model) if self.time_layers and not self.layer_times else None
             if timer is not None:
                 timing.enter_context(timer)
-            for done, batch in enumerate(self._until_stopped(iterator), start=1):
+            for done, batch in enumerate(self._until_stopped(iterator, self._asked_to_stop), start=1):
                 if timer is not None and done <= self.time_layers:
                     tuner.history.warmup_steps.add(len(tuner.history.losses))
                 inputs, targets = split_batch(batch)
@@ -194,10 +207,10 @@ class FitLoop:
             self.layer_times = timer.times()
             self._write("layer_times", layers=[vars(t) for t in self.layer_times])
 
-    def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def _until_stopped(self, batches: Iterable[Any], stopped: Callable[[], bool]) -> Iterator[Any]:
         iterator = iter(batches)
         while True:
-            if self.request.signal is not None:
+            if stopped():
                 raise _StopNow
             began = time.perf_counter()
             try:
@@ -234,7 +247,8 @@ class FitLoop:
         self.tuner.epoch_start = {"random": random_state(), "loader": loader_state(self.batches)}
 
     def _report_step(self, targets: torch.Tensor) -> None:
-        history, samples = self.tuner.history, len(targets)
+        history = self.tuner.history
+        samples = history.samples[-1]
         correct = history.correct[-1] if are_classes(targets) else None
         self.bar.step(history.losses[-1], correct, samples)
         self._write(
@@ -247,13 +261,16 @@ class FitLoop:
         evaluation = None
         due = (tuner.epoch + 1) % self.evaluate_every == 0 or tuner.epoch + 1 >= self.epochs
         if self.evaluation_batches is not None and due:
-            evaluation = tuner.measure(self._until_stopped(self.evaluation_batches))
+            # processes need not have equally many of these, and cannot agree to stop between them
+            alone = tuner.together.count == 1
+            evaluation = tuner.measure(self._until_stopped(
+                self.evaluation_batches, lambda: alone and self.request.signal is not None))  # fmt: skip
             better = evaluation.better_than(tuner.history.best)
             tuner.history.evaluations.append(evaluation)
             self.log.write("evaluation", epoch=tuner.epoch, **vars(evaluation))
             if isinstance(tuner.scheduler, ReduceLROnPlateau):
                 tuner.scheduler.step(evaluation.loss)
-            if better and self.folder is not None:
+            if better and self.folder is not None and tuner.together.first:
                 content = {"model": tuner.model.state_dict(), "evaluation": vars(evaluation)}
                 write_checkpoint(content, self.folder / BEST)
         if tuner.scheduler is not None and tuner.scheduler_per_epoch and not tuner.on_plateau:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import CheckpointError, set_random_state
+from .checkpoint import CheckpointError, random_state, set_random_state
 from .history import History
 from .optimizer_state import laid_out, match_optimizer_state
 from .schedules import check_schedule
@@ -55,6 +55,9 @@ def _check(tuner: Finetuner, state: Mapping[str, Any]) -> Mapping[str, Any]:
         raise CheckpointError(f"it has the further states {sorted(state['stateful'])}, this training "
                               f"{sorted(tuner.stateful)}")  # fmt: skip
     History.from_state_dict(state["history"]).check(state["epoch"], state["batch"])
+    others = state.get("others", [])
+    if not isinstance(others, list) or any(other.keys() != {"random", "epoch_start"} for other in others):
+        raise CheckpointError("it does not say how its processes began")
     if state["epoch_start"] is not None and state["epoch_start"].keys() != {"random", "loader"}:
         raise CheckpointError("it does not say how its epoch began")
     return match_optimizer_state(tuner.model, tuner.optimizer, state)
@@ -68,9 +71,18 @@ def _apply(tuner: Finetuner, state: Mapping[str, Any]) -> None:
     if tuner.scheduler is not None:
         tuner.scheduler.load_state_dict(state["scheduler"])
     tuner.history = History.from_state_dict(state["history"])
-    tuner.epoch_start = state["epoch_start"]
     tuner.epoch, tuner.batch = state["epoch"], state["batch"]
-    tuner.resume_random = state["random"]
+    # of this process; one that was not there before goes on with the random numbers that it has
+    together, others = tuner.together, state.get("others", [])
+    if together.first:
+        own = state
+    elif together.count == len(others) + 1:
+        own = others[together.rank - 1]
+    else:
+        start = state["epoch_start"]
+        own = {"random": random_state(), "epoch_start": start and {**start, "random": random_state()}}
+    tuner.epoch_start = own["epoch_start"]
+    tuner.resume_random = own["random"]
     if tuner.epoch_start is not None:
         set_random_state(tuner.epoch_start["random"])  # to be sure that it can be set
-    set_random_state(state["random"])
+    set_random_state(own["random"])

@@ -15,12 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .batches import arguments_of, at_least_float32, count_correct, in_groups, parts_of, split_batch
-from .checkpoint import random_state, read_checkpoint, set_random_state, write_checkpoint
+from qsparseprop.training.processes import Processes, distribute, processes, undistributed
+
+from .batches import arguments_of, at_least_float32, in_groups, parts_of, split_batch
+from .checkpoint import random_state, read_checkpoint, write_checkpoint
 from .fit import FitLoop, FitResult
-from .gradients import add_gradients
+from .gradients import StepFigures, add_gradients
 from .history import Evaluation, History
+from .measuring import measure
 from .optimizer_state import describe_parameters
 from .schedules import describe_schedule
 from .state import load_state
@@ -38,7 +42,9 @@ class Finetuner:
     ----------
     model : nn.Module
         Put into the right mode (train or eval) by each call. It is converted to `memory_format` in place. It returns
-        a tensor, or an object that has one as ``logits``.
+        a tensor, or an object that has one as ``logits``. A ``DistributedDataParallel`` is one of several processes
+        that train together, on batches of equal size: losses, accuracies and evaluations are those of all of them, and
+        the first one writes the files. See `distribute`.
     optimizer : torch.optim.Optimizer
         Over the model's parameters.
     scheduler : torch.optim.lr_scheduler.LRScheduler, optional
@@ -94,7 +100,9 @@ class Finetuner:
     ) -> None:
         if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
             raise ValueError(f"accumulate must be a whole number from 1 on, got {accumulate!r}")
-        self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types it without
+        self.parallel = model if isinstance(model, DistributedDataParallel) else None
+        self.model = undistributed(model)
+        self.model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types it without
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loss_function = loss_function
@@ -119,6 +127,16 @@ class Finetuner:
 
     # ---- single steps ----
 
+    def distribute(self) -> None:
+        """Train together with the other processes of the default group of ``torch.distributed``, if there are any."""
+        if self.parallel is None and processes().count > 1:
+            self.parallel = distribute(self.model)
+
+    @property
+    def together(self) -> Processes:
+        """The processes that train this model; only this one, unless it was distributed."""
+        return Processes() if self.parallel is None else processes()
+
     def logits(self, inputs: Any) -> torch.Tensor:
         """Run the model on inputs in this object's precision and layout; the output's dtype is the model's.
 
@@ -132,11 +150,14 @@ class Finetuner:
         Tensor
             What the model gives, or its ``logits``.
         """
+        return self._logits(self.model, inputs)
+
+    def _logits(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         given, named = arguments_of(inputs)
         arguments = [self._laid_out(value) for value in given]
         keywords = {key: self._laid_out(value) for key, value in named.items()}
         with torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            output = self.model(*arguments, **keywords)
+            output = model(*arguments, **keywords)
         return output if isinstance(output, torch.Tensor) else output.logits
 
     def _laid_out(self, value: Any) -> Any:
@@ -156,11 +177,11 @@ class Finetuner:
         -------
         Tensor
         """
-        return self._forward(inputs, targets)[0]
+        return self._forward(self.model, inputs, targets)[0]
 
-    def _forward(self, inputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, model: nn.Module, inputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with self.forward_context():
-            outputs = at_least_float32(self.logits(inputs))
+            outputs = at_least_float32(self._logits(model, inputs))
             return self.loss_function(outputs, targets), outputs.detach()
 
     def train_step(self, inputs: Any, targets: torch.Tensor) -> float:
@@ -185,16 +206,16 @@ class Finetuner:
         """
         self.model.train()
         parts = parts_of(inputs, targets)
-        first: list[tuple[float, list[torch.Tensor]]] = []
+        first: list[StepFigures] = []
 
         def closure() -> torch.Tensor:
             self.optimizer.zero_grad(set_to_none=True)
-            loss, outputs = add_gradients(self.model, self._forward, parts, len(self.history.losses) + 1)
+            step = len(self.history.losses) + 1
+            figures = add_gradients(self.model, self._forward, parts, step, self.parallel)
             if self.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            if not first:
-                first.append((loss.item(), outputs))
-            return loss
+            first.append(figures)
+            return figures.loss
 
         start = time.perf_counter()
         if self._needs_closure:
@@ -205,15 +226,14 @@ class Finetuner:
         if self.after_step is not None:
             self.after_step()
         seconds = time.perf_counter() - start
-        value, outputs = first[0]
+        value = first[0].loss.item()
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if self.scheduler is not None and not self.scheduler_per_epoch and not self.on_plateau:
             self.scheduler.step()
         self.history.losses.append(value)
         self.history.step_seconds.append(seconds)
-        self.history.samples.append(len(targets))
-        right = [count_correct(output, part) for output, (_, part) in zip(outputs, parts, strict=True)]
-        self.history.correct.append(sum(count or 0 for count in right))
+        self.history.samples.append(first[0].samples)
+        self.history.correct.append(first[0].correct)
         return value
 
     @property
@@ -281,26 +301,7 @@ class Finetuner:
         -------
         Evaluation
         """
-        self.model.eval()
-        correct: int | None = 0
-        total, loss = 0, 0.0
-        state = random_state()
-        try:
-            # Not inference_mode: what a module caches during it could not be used for training afterwards.
-            with torch.no_grad():
-                for batch in batches:
-                    inputs, targets = split_batch(batch)
-                    outputs = at_least_float32(self.logits(inputs))
-                    loss += len(targets) * self.loss_function(outputs, targets).item()
-                    right = count_correct(outputs, targets)
-                    correct = None if right is None or correct is None else correct + right
-                    total += len(targets)
-        finally:
-            set_random_state(state)
-        if total == 0:
-            raise ValueError("cannot evaluate on an empty set")
-        top1 = None if correct is None else 100 * correct / total
-        return Evaluation(len(self.history.losses), self.history.train_seconds, top1, loss / total)
+        return measure(self, batches)
 
     # ---- whole trainings ----
 
@@ -380,15 +381,19 @@ class Finetuner:
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed training depends on; tensors are the live ones, not copies."""
+        """Everything that a resumed training depends on; tensors are the live ones, not copies.
+
+        Where several processes train together, all of them have to call it.
+        """
+        own = {"random": random_state(), "epoch_start": self.epoch_start}
         return {
+            **own,
+            "others": self.together.of_all(own)[1:],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "parameters": describe_parameters(self.model, self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "stateful": {name: item.state_dict() for name, item in self.stateful.items()},
-            "random": random_state(),
-            "epoch_start": self.epoch_start,
             "accumulate": self.accumulate,
             "schedule": None if self.scheduler is None else describe_schedule(self.scheduler),
             "epoch": self.epoch,
@@ -413,11 +418,14 @@ class Finetuner:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, see `write_checkpoint`.
 
+        Where several processes train together, all of them have to call it; the first one writes.
+
         Parameters
         ----------
         path : path-like
         """
-        write_checkpoint(self.state_dict(), path)
+        state = self.state_dict()
+        self.together.from_first(lambda: write_checkpoint(state, path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read a checkpoint that `save` has written.
@@ -433,5 +441,5 @@ class Finetuner:
         OSError
             If it cannot be read.
         """
-        self.load_state_dict(read_checkpoint(path))
+        self.load_state_dict(self.together.from_first(lambda: read_checkpoint(path)))
 
