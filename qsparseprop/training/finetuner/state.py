@@ -63,10 +63,19 @@ def _check(tuner: Finetuner, state: Mapping[str, Any]) -> Mapping[str, Any]:
     return match_optimizer_state(tuner.model, tuner.optimizer, state)
 
 
+def _memory_of_parameters(tuner: Finetuner) -> list[tuple[int, int]]:
+    return [(parameter.data_ptr(), parameter.numel()) for parameter in tuner.model.parameters()]
+
+
 def _apply(tuner: Finetuner, state: Mapping[str, Any]) -> None:
     for name, item in tuner.stateful.items():
         item.load_state_dict(state["stateful"][name])
+    before = _memory_of_parameters(tuner)
     tuner.model.load_state_dict(state["model"])
+    if tuner.parallel is not None and _memory_of_parameters(tuner) != before:
+        # patterns come with the weights, and what the processes have in common goes by the number of nonzeros
+        tuner.parallel = None
+        tuner.distribute()
     tuner.optimizer.load_state_dict(dict(laid_out(tuner.optimizer, state["optimizer"])))
     if tuner.scheduler is not None:
         tuner.scheduler.load_state_dict(state["scheduler"])

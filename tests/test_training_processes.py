@@ -1,0 +1,179 @@
+"""Trainings by several processes: torchrun -m qsparseprop finetune, and the Finetuner beneath it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import qsparseprop
+
+from .test_distributed import torchrun
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+SETTINGS = ("--no-compare", "--quiet", "--epochs", "3", "--batch-size", "16", "--prune", "uniform", "--sparsity", "0.8",
+            "--threads", "1", "--model", "mlp")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Squares of four brightnesses and places."""
+    generator = np.random.default_rng(0)
+    parts = {}
+    for part, count in (("train", 130), ("test", 37)):
+        labels = np.arange(count) % 4
+        x = generator.integers(0, 60, (count, 8, 8, 1))
+        for image, label in zip(x, labels, strict=True):
+            image[4 * (label // 2) : 4 * (label // 2) + 4, 4 * (label % 2) : 4 * (label % 2) + 4] += 120
+        parts |= {f"x_{part}": x.astype(np.uint8), f"y_{part}": labels}
+    path = tmp_path_factory.mktemp("data") / "squares.npz"
+    np.savez(path, **parts)
+    return str(path)
+
+
+def environment():
+    package = os.pathsep.join([str(Path(qsparseprop.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+
+
+def command(processes, *arguments):
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    settings = ("--no-compare", "--quiet") if "--resume" in arguments else SETTINGS
+    return [*launcher, "qsparseprop", "finetune", *settings, *arguments]
+
+
+def finetune(processes, *arguments):
+    return subprocess.run(command(processes, *arguments), env=environment(), capture_output=True, text=True,
+                          timeout=300, check=False)  # fmt: skip
+
+
+def log(folder, event):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def test_two_processes_do_what_one_does_with_the_joint_batch(images, tmp_path):
+    """In float32 and without batch normalisation: but for rounding there is no difference."""
+    folders = {}
+    for processes in (1, 2):
+        folders[processes] = tmp_path / str(processes)
+        done = finetune(processes, "--data", images, "--out", str(folders[processes]), "--scheme", "float32",
+                        "--precision", "fp32", "--augment", "crop")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("top-1") == 1  # one of them speaks
+    one, two = (folders[n] for n in (1, 2))
+    steps = [(log(folder, "step"), log(folder, "evaluation")) for folder in (one, two)]
+    for ours, theirs in zip(*(both[0] for both in steps), strict=True):
+        assert ours["samples"] == theirs["samples"] == 16
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    for ours, theirs in zip(*(both[1] for both in steps), strict=True):
+        assert abs(ours["top1"] - theirs["top1"]) < 3  # one of 37 images
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
+    assert [result["processes"] for result in results] == [1, 2]
+    state = torch.load(two / "last.pt", weights_only=True)["model"]
+    weights = sum(value.numel() for value in state.values() if value.is_floating_point())
+    assert results[1]["sent_mb"] == pytest.approx(4 * weights / 1e6, rel=0.01)  # gradients of nonzeros
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_two_processes_stop_together_and_go_on_where_they_were(images, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ("--data", images, "--scheme", "int8", "--epochs", "40", "--augment", "crop")
+    assert finetune(2, *options, "--out", str(whole)).returncode == 0
+    running = subprocess.Popen(command(2, *options, "--out", str(parts)), env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (parts / "log.jsonl").exists() or len(log(parts, "step")) < 20:
+        assert running.poll() is None, running.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=120)
+    stopped = len(log(parts, "step"))
+    if (parts / "result.json").exists():
+        pytest.skip("the training was over before the signal reached it")
+    assert log(parts, "end")[-1]["stopped_by"] == "SIGTERM"
+    done = finetune(2, "--resume", "--out", str(parts))
+    assert done.returncode == 0, done.stderr
+    assert 20 <= stopped < len(log(parts, "step"))
+    theirs, ours = (json.loads((folder / "result.json").read_text()) for folder in (whole, parts))
+    # which layers are faster dense is measured anew by each training
+    if ours["replaced_layers"] == theirs["replaced_layers"]:
+        assert ours["losses"] == theirs["losses"]
+        assert ours["top1"] == theirs["top1"]
+    # and what two have begun, one can end
+    again = finetune(1, "--resume", "--out", str(parts))
+    assert again.returncode == 0, again.stderr
+
+
+def test_what_processes_cannot_do_is_refused_by_all(images, tmp_path):
+    for arguments, sentence in (
+        (("--batch-size", "15"), "batches of 15 images cannot be shared out evenly to 2 processes"),
+        (("--prune", "gradual"), "gradual pruning changes what processes have in common"),
+        (("--compare",), "a comparison is for one process"),
+    ):
+        done = finetune(2, "--data", images, *arguments, "--out", str(tmp_path / "run"))
+        assert done.returncode != 0
+        assert sentence in done.stderr
+        assert "Traceback (most recent call last):\n  File \"<frozen runpy>\"" not in done.stderr.split("E1")[0]
+
+
+WORKER = '''
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from qsparseprop.training import Finetuner, NonFiniteLossError
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+
+def main():
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    tuner = Finetuner(DistributedDataParallel(model), torch.optim.SGD(model.parameters(), 0.1), accumulate=2)
+    assert tuner.model is model
+    torch.manual_seed(rank)
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    tuner.train([(x, y), (x + 1, y)])
+    assert tuner.history.samples == [32]
+    # what one process has measured, all have
+    figures = [None, None]
+    evaluation = tuner.measure([(x[: 3 + rank], y[: 3 + rank])])
+    dist.all_gather_object(figures, (tuner.history.losses, tuner.history.correct, evaluation))
+    assert figures[0] == figures[1], figures
+    weights = [p.detach().clone() for p in model.parameters()]
+    bad = x.clone()
+    if rank == 1:
+        bad[0, 0] = float("nan")
+    try:
+        tuner.train_step(bad, y)
+    except NonFiniteLossError as error:
+        assert ("in another process" in str(error)) == (rank == 0), error
+    else:
+        raise AssertionError("not refused")
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    tuner.train_step(x, y)
+
+main()
+dist.destroy_process_group()
+'''
+
+
+def test_a_finetuner_of_a_distributed_model(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    done = torchrun(tmp_path, script)
+    assert done.returncode == 0, done.stderr
