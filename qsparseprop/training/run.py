@@ -161,13 +161,13 @@ def _train_in(
     if together.rank:
         # the same start everywhere, but each rounds gradients in its own way
         torch.manual_seed(config.seed + 1_000_003 * together.rank)
+    share = Share(together.rank, together.count)
+    loaders = make_loaders(data, config.batch_size, config.seed, config.augment, config.workers, share)
     if not resume and together.first:
         with replacing(folder / SETTINGS) as temporary:
             temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
 
     setup = _State(config, folder, resume, progress, say, data.fingerprint())
-    share = Share(together.rank, together.count)
-    loaders = make_loaders(data, config.batch_size, config.seed, config.augment, config.workers, share)
     if not begun:
         if config.weights is None and config.sparsity:
             setup.train_dense(model, loaders)
