@@ -293,6 +293,14 @@ def test_recipes_that_make_no_sense_are_refused(kind, settings, complaint):
         kind(**settings)
 
 
+def test_a_warmup_is_for_trainings_that_there_are():
+    longer = {"schedule": "cosine", "warmup": 1.5, "epochs": 2}
+    for settings in ({"weights": "some.pt"}, {"sparsity": 0.0, "scheme": "dense"}, {"pretrain_epochs": 2}):
+        assert RunConfig(**longer, **settings).warmup == 1.5
+    with pytest.raises(ConfigurationError, match="shorter than pretrain_epochs"):
+        RunConfig(**longer)
+
+
 def test_a_comparison_and_a_single_training_share_recipes():
     settings = {"optimizer": "sgd", "schedule": "cosine", "weight_decay": 5e-4, "pretrain_learning_rate": 0.1}
     recipe = Recipe(**settings)

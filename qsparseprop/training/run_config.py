@@ -70,7 +70,8 @@ class RunConfig(Recipe):
         for name in ("epochs", "pretrain_epochs", "batch_size", "accumulate", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
-        self.check_warmup(epochs=self.epochs, **({} if self.weights else {"pretrain_epochs": self.pretrain_epochs}))
+        dense_first = self.weights is None and self.sparsity > 0
+        self.check_warmup(epochs=self.epochs, **({"pretrain_epochs": self.pretrain_epochs} if dense_first else {}))
         if self.workers is not None and self.workers < 0:
             raise ConfigurationError(f"workers must not be negative, got {self.workers}")
         if not 0 <= self.sparsity < 1:
