@@ -112,7 +112,7 @@ def _error_of(arguments, capsys):
         ([], "COMMAND"),
         (["dance"], "dance"),
         (["finetune", "--sparsity", "1"], "--sparsity: must lie between 0 and 1"),
-        (["finetune", "--sparsity", "0"], "--sparsity: must lie between 0 and 1"),
+        (["finetune", "--sparsity", "0"], "--sparsity 0 trains a dense network and goes with --scheme dense only"),
         (["finetune", "--sparsity", "nan"], "--sparsity: must lie between 0 and 1"),
         (["finetune", "--sparsity", "many"], "--sparsity: 'many' is not a number"),
         (["finetune", "--epochs", "0"], "--epochs: must be at least 1"),

@@ -42,7 +42,7 @@ def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], in
 
 
 def number_between(low: float, high: float, with_low: bool = False) -> Callable[[str], float]:
-    """Numbers between two others, of which the higher is excluded, and the lower one, too, unless it is wanted."""
+    """Numbers between two others, both excluded unless the lower one is wanted."""
 
     def parse(text: str) -> float:
         try:
@@ -51,9 +51,8 @@ def number_between(low: float, high: float, with_low: bool = False) -> Callable[
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         # Written so that NaN fails too.
         if not (low < value < high or (with_low and value == low)):
-            if with_low:
-                raise argparse.ArgumentTypeError(f"must be at least {low:g} and less than {high:g}, got {text}")
-            raise argparse.ArgumentTypeError(f"must lie between {low:g} and {high:g}, both excluded, got {text}")
+            bounds = "of which only the first is possible" if with_low else "both excluded"
+            raise argparse.ArgumentTypeError(f"must lie between {low:g} and {high:g}, {bounds}, got {text}")
         return value
 
     return parse

@@ -170,6 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
         parser.error(f"--{single[0].replace('_', '-')} is for a single training and does not go with --compare")
     if compare and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("a comparison is for one process; several (torchrun) train with --no-compare")
+    if arguments.sparsity == 0 and arguments.scheme != "dense":
+        parser.error("--sparsity 0 trains a dense network and goes with --scheme dense only")
     if arguments.resume and arguments.out is None:
         parser.error("--resume needs --out, the directory of the run")
     # one of several processes speaks for all
