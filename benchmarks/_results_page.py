@@ -22,8 +22,8 @@ same images, changed in the same random ways. Every section is one command; `ben
 - *dense*: top-1 of the network before it is pruned; *masked* and *ours*: after the fine-tuning, mean of the seeds;
   *ratio*: ours to masked, whose goal is 99.7 %; *difference*: in points, mean of the pairs of equal seeds with its
   standard error.
-- *time*: until a test after an epoch found 99.7 % of what the masked ones end with, median of the seeds: so many steps,
-  times the median time of a step of this kind. Accuracies were measured by several trainings at a time on a busy
+- *time*: until the mean of the seeds, tested after each epoch, has 99.7 % of what the masked ones end with: so many
+  steps, times the median time of a step of this kind. Accuracies were measured by several trainings at a time on a busy
   machine; steps were timed in turns, nothing else running, in one run with fp32 and the *best dense* one of {fp32,
   bf16} x {contiguous, channels_last}, which is taken to need the steps of fp32. With sparse layers: in the best dense
   one's precision.
@@ -50,6 +50,11 @@ def _final(curve: Sequence[Sequence[float]]) -> float:
     return curve[-1][1]
 
 
+def _together(curves: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, list[float]]]:
+    """Values of all seeds by step."""
+    return [(points[0][0], [value for _, value in points]) for points in zip(*curves, strict=False)]
+
+
 def summarise(part: dict[str, Any], by_loss: bool) -> dict[str, dict[str, Any]]:
     """Figures of one sparsity by kind, from curves and times.
 
@@ -74,9 +79,8 @@ def summarise(part: dict[str, Any], by_loss: bool) -> dict[str, dict[str, Any]]:
         final = {seed: _final(curve) for seed, curve in of_seeds.items()}
         pairs = [final[seed] - masked[seed] for seed in final if seed in masked]
         mean = statistics.fmean(final.values())
-        reached = [next((step for step, value in curve if (value <= goal if by_loss else value >= goal)), None)
-                   for curve in of_seeds.values()]  # fmt: skip
-        steps = None if None in reached else statistics.median(s for s in reached if s is not None)
+        means = [(step, statistics.fmean(values)) for step, values in _together(list(of_seeds.values()))]
+        steps = next((step for step, value in means if (value <= goal if by_loss else value >= goal)), None)
         row = {"final": list(final.values()), "ratio": level / mean if by_loss else mean / level,
                "difference": statistics.fmean(pairs) if pairs else None, "steps": steps,
                "error": statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else None}  # fmt: skip
