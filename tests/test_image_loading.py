@@ -1,5 +1,6 @@
 """Images in memory and in files, and the batches that are made of them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from qsparseprop.cli import main
 from qsparseprop.training.data import (
     Augmentation,
     ImageData,
@@ -209,3 +211,14 @@ def test_the_loader_of_tensors_takes_them_as_they_are():
         assert torch.equal(y, order[4 * batch : 4 * batch + 4])
     part = StoredImages(images, labels)
     assert part.shape == (2, 3, 3)
+
+
+def test_a_comparison_reads_files_in_further_processes(tmp_path):
+    pytest.importorskip("matplotlib")
+    source = folder(tmp_path / "images", images=12)
+    out = tmp_path / "out"
+    assert main(["finetune", "--data", source, "--image-size", "16", "--model", "resnet20", "--width", "4", "--threads",
+                 "1", "--batch-size", "8", "--workers", "1", "--augment", "flip", "--quiet", "--out", str(out)]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["data"] == {"name": "images", "train": 27, "test": 9}
+    assert all(len(run["losses"]) == 3 for run in result["runs"].values())

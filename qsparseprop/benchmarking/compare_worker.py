@@ -179,8 +179,9 @@ class RunHandle:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, self._child_end = context.Pipe()
+        # Not a daemon, which could have no processes that read images. It ends with the pipe, whatever becomes of us.
         self._process = context.Process(
-            target=_serve, args=(self._child_end, spec, start_path), name=f"qsparseprop {name}", daemon=True
+            target=_serve, args=(self._child_end, spec, start_path), name=f"qsparseprop {name}"
         )
 
     def __enter__(self) -> RunHandle:
