@@ -231,3 +231,22 @@ def test_planes_beyond_32_bit_offsets_are_an_error(channels):
     side = 50_000 if channels == (1, 1) else 20_000
     with pytest.raises(ValueError, match=f"32-bit.*{side} x {side}"):
         conv_geometry(*channels, (side, side), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, False)
+
+
+@pytest.mark.parametrize(("sizes", "transposed", "sentence"), [
+    (((1 << 40, 4), (1 << 39, 1), (1, 1), (0, 0, 0, 0), (1, 1)), False, "taps or views"),
+    (((1 << 12, 1 << 12), (1 << 12, 1 << 12), (1, 1), (0, 0, 0, 0), (1, 1)), False, "taps or views"),
+    (((9, 9), (3, 3), (1 << 31, 1), (0, 0, 0, 0), (1, 1)), True, "taps or views"),
+    (((1 << 31, 9, 9), (1, 3, 3), (1, 1, 1), (0,) * 6, (1, 1, 1)), False, "taps or views"),
+    (((9, 9), (3, 3), (0, 1), (0, 0, 0, 0), (1, 1)), False, "at least 1"),
+    (((9, 9), (3, -3), (1, 1), (0, 0, 0, 0), (1, 1)), False, "at least 1"),
+    (((4, 1), (1 << 39, 1), (1, 1), (0, 0, 0, 0), (1, 1)), False, "smaller than the kernel"),
+])  # fmt: skip
+def test_what_is_too_large_is_refused_before_it_is_listed(sizes, transposed, sentence):
+    """Operators take these numbers from anybody."""
+    with pytest.raises(ValueError, match=sentence):
+        conv_geometry(4, 6, *sizes, 3, False, transposed)
+
+
+def test_strides_beyond_the_kernel_stay_allowed():
+    assert conv_geometry(4, 6, (9, 9), (3, 3), (1 << 31, 1), (0, 0, 0, 0), (1, 1), 3, False).output_size == (1, 7)

@@ -42,6 +42,9 @@ GROUP = 4
 BLOCK_LANES = 1024
 #: Part of the lanes of a block that must be saved for blocks to be made twice as large.
 SAVED_LANES = 0.1
+#: Taps of a kernel and views of an image that are listed one by one, at most: what has more asks for gigabytes and
+#: minutes before anybody can say that it fits nothing.
+MOST_LISTED = 1 << 22
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -225,7 +228,8 @@ def conv_geometry(
     Raises
     ------
     ValueError
-        If the kernel does not fit into the padded input, or the planes are too large for 32-bit offsets.
+        If the kernel does not fit into the padded input, the planes are too large for 32-bit offsets, or there are more
+        taps or views than are listed.
     """
     sizes = in_channels, out_channels, input_size, kernel_size, stride, padding, dilation
     return _conv_geometry(sizes, batch_magnitude(batch), batch_innermost, transposed)
@@ -249,6 +253,22 @@ def _too_small(
                       f"({' x '.join(map(str, reach))}, dilation included)")
 
 
+def _check_sizes(sizes: ConvSizes, transposed: bool) -> None:
+    """Refuse what has no geometry, before anything is made that is as large as these numbers."""
+    _, _, input_size, kernel_size, stride, padding, dilation = sizes
+    if min(*kernel_size, *stride, *dilation) < 1:
+        raise ValueError("kernel size, stride and dilation must be at least 1, got "
+                         f"{kernel_size}, {stride} and {dilation}")  # fmt: skip
+    padded = [n + p + q for n, p, q in zip(input_size, padding[::2], padding[1::2], strict=True)]
+    if any(n <= d * (k - 1) for n, d, k in zip(padded, dilation, kernel_size, strict=True)):
+        raise _too_small(input_size, kernel_size, padding, dilation)
+    views = math.prod(stride if transposed else map(min, stride, kernel_size)) * math.prod(padded[:-2])
+    if max(math.prod(kernel_size), views) > MOST_LISTED:
+        kernel, step, image = (" x ".join(map(str, numbers)) for numbers in (kernel_size, stride, input_size))
+        raise ValueError(f"a kernel of {kernel} with stride {step} on an input of {image} has more than {MOST_LISTED} "
+                         "taps or views")  # fmt: skip
+
+
 def _input_views(channels: int, axes: tuple[_Axis, _Axis, _Axis], lanes: tuple[int, int, int]) -> tuple[int, ...]:
     """Where the phases lie in the input: a view for each, and each of its slices."""
     (zs, ys, xs), (lane_z, lane_y, lane_x) = axes, lanes
@@ -267,12 +287,11 @@ def _input_views(channels: int, axes: tuple[_Axis, _Axis, _Axis], lanes: tuple[i
 @functools.lru_cache(maxsize=1024)
 def _conv_geometry(sizes: ConvSizes, batch: int, batch_innermost: bool, transposed: bool) -> Geometry:
     """`conv_geometry` for the magnitude of a batch."""
+    _check_sizes(sizes, transposed)
     in_channels, out_channels, input_size, kernel_size, stride, padding, dilation = sizes
     axes = [_axis(n, k, s, (p, q), d, transposed) for n, k, s, p, q, d in
             zip(input_size, kernel_size, stride, padding[::2], padding[1::2], dilation, strict=True)]  # fmt: skip
     output_size = tuple(axis.out for axis in axes)
-    if min(output_size) < 1:
-        raise _too_small(input_size, kernel_size, padding, dilation)
     zs, ys, xs = axes if len(axes) == 3 else (_axis(1, 1, 1, (0, 0), 1, False), *axes)
     pixels = zs.pitch * ys.pitch * xs.pitch
     images = min(UNIT, max(16, batch)) if batch_innermost else max(1, BLOCK_LANES // pixels)
