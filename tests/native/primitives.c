@@ -1,8 +1,10 @@
 /* Compares every instruction set that this build has and this processor runs with portable C: each primitive on random and
- * extreme operands, and the products. Prints the names of the instruction sets; returns 1 at the first difference. */
+ * extreme operands, and the products. Prints the names of the instruction sets; returns 1 at the first difference.
+ * Arguments: rounds of operands, and a fault (faults.h) that is made instead of that. */
 #include "isa/common.h"
 #include "isa/cpu.h"
 
+#include "faults.h"
 #include "products.h"
 
 extern const probe_table probe_table__scalar;
@@ -122,6 +124,8 @@ int main(int argc, char **argv)
     static const int shapes[][3] = {{1, 1, 1}, {3, 5, 63}, {6, 18, 64}, {7, 64, 65}, {13, 100, 130}, {75, 37, 200},
                                     {2, 1030, 64}, {25, 260, 70}, {17, 9, 700}};
     const int rounds = argc > 1 ? atoi(argv[1]) : 200;
+    if (argc > 2)
+        return make_fault(qsp_built[0], argv[2]);
     for (int i = 0; i < QSP_BUILT; i++) {
         if (strcmp(tables[i]->isa, qsp_built[i]->name)) {
             printf("%s has the probes of %s\n", qsp_built[i]->name, tables[i]->isa);

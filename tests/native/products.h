@@ -21,10 +21,11 @@ typedef struct {
     qsp_dense dense;
 } layer;
 
+/* To the byte, so that whoever watches memory sees what lies behind its end. */
 static void *allocated(size_t bytes)
 {
-    void *p = calloc(1, bytes + 64);
-    if (!p)
+    void *p = calloc(1, bytes);
+    if (!p && bytes)
         exit(2);
     return p;
 }
