@@ -11,9 +11,11 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from qsparseprop import ops
+from qsparseprop import arguments, ops
 
 __all__ = ["QuantConfig", "QuantizedTensor", "dequantize", "quantize"]
+
+_SCHEMES = ("absmax", "standard", "sawb", "stochastic", "dithered", "luq")
 
 #: Constants c1, c2 of SAWB, clip = c1 sqrt(E x^2) - c2 E|x|, by bit width (Choi et al., arXiv 1807.06964, and what
 #: its authors use for 8 bits).
@@ -86,20 +88,18 @@ class QuantConfig:
             ("granularity", ("tensor", "channel")),
             ("grad_weight", ("int8", "float32")),
         ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+            arguments.one_of(getattr(self, name), allowed, name)
         for name in ("check_finite", "sawb_nonzeros"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be a bool, got {arguments.shown(getattr(self, name))}")
         if isinstance(self.sawb, list):  # as JSON has it
             object.__setattr__(self, "sawb", tuple(self.sawb))
         if not (isinstance(self.sawb, tuple) and len(self.sawb) == 2 and all(_is_number(c) for c in self.sawb)):
-            raise ValueError(f"sawb must be a tuple of two finite numbers, got {self.sawb!r}")
+            raise ValueError(f"sawb must be a tuple of two finite numbers, got {arguments.shown(self.sawb)}")
         if not _is_number(self.dither_step) or self.dither_step <= 0:
-            raise ValueError(f"dither_step must be a positive finite number, got {self.dither_step!r}")
+            raise ValueError(f"dither_step must be a positive finite number, got {arguments.shown(self.dither_step)}")
         if type(self.luq_levels) is not int or not 1 <= self.luq_levels <= 7:
-            raise ValueError(f"luq_levels must be an integer from 1 to 7, got {self.luq_levels!r}")
+            raise ValueError(f"luq_levels must be an integer from 1 to 7, got {arguments.shown(self.luq_levels)}")
         if self.weight == "sawb" and self.granularity == "channel":
             raise ValueError("weight='sawb' has one scale for the whole weight and does not go with "
                              "granularity='channel', which multiplies another factor into each of its columns")
@@ -209,6 +209,10 @@ class QuantizedTensor:
         Tensor
             Of the codes' shape.
         """
+        for name in ("codes", "scale", "zero_point"):
+            arguments.instance(getattr(self, name), Tensor, name, "a tensor")
+        _check_sharing(self.dim, self.group_size)
+        arguments.instance(dtype, torch.dtype, "dtype", "a torch.dtype")
         return ops.dequantize(self.codes, self.scale, self.zero_point, self.dim, self.group_size, dtype)
 
     def zero_fraction(self) -> float:
@@ -263,12 +267,17 @@ def quantize(
     TypeError, ValueError
         For another dtype or device, a scheme or option that does not exist, or sizes out of range.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    arguments.instance(x, Tensor, "x", "a tensor")
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"x must be of dtype torch.float32 or torch.bfloat16, got {x.dtype}")
-    if scheme not in ("absmax", "standard", "sawb", "stochastic", "dithered", "luq"):
-        raise ValueError(f"unknown scheme {scheme!r}: absmax, standard, sawb, stochastic, dithered, luq")
+    if not isinstance(scheme, str) or scheme not in _SCHEMES:
+        raise ValueError(f"unknown scheme {arguments.shown(scheme)}: {', '.join(_SCHEMES)}")
+    arguments.whole_number(bits, "bits", 2, 8)
+    _check_sharing(dim, group_size)
+    if generator is not None:
+        arguments.instance(generator, torch.Generator, "generator", "a torch.Generator")
+    if unsigned is not None:
+        arguments.flag(unsigned, "unsigned")
     if unsigned is None:
         unsigned = scheme == "standard"
     if unsigned != (scheme == "standard") and scheme not in ("absmax", "sawb"):
@@ -297,7 +306,15 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
     Tensor
         Of the codes' shape.
     """
+    arguments.instance(q, QuantizedTensor, "q", "a QuantizedTensor")
     return q.dequantize(dtype)
+
+
+def _check_sharing(dim: object, group_size: object) -> None:
+    """Which elements share a scale; limits depend on the tensor."""
+    for name, value in (("dim", dim), ("group_size", group_size)):
+        if value is not None:
+            arguments.whole_number(value, name, -(1 << 63), (1 << 63) - 1)
 
 
 def _scheme_options(scheme: str, bits: int, given: Mapping[str, object]) -> tuple[float, ...]:
@@ -311,9 +328,10 @@ def _scheme_options(scheme: str, bits: int, given: Mapping[str, object]) -> tupl
         if constants is None:
             raise ValueError(f"there are no constants of sawb for {bits} bits: give constants=(c1, c2)")
         if not (isinstance(constants, tuple) and len(constants) == 2 and all(_is_number(c) for c in constants)):
-            raise ValueError(f"constants must be a tuple of two finite numbers, got {constants!r}")
+            raise ValueError(f"constants must be a tuple of two finite numbers, got {arguments.shown(constants)}")
         return (*map(float, constants), float(bool(given.get("nonzeros", False))))
     numbers = [float(v) for v in given.values() if _is_number(v)]
     if len(numbers) < len(given):
-        raise ValueError(f"options of the scheme {scheme!r} must be finite numbers, got {given}")
+        raise ValueError(f"options of the scheme {scheme!r} must be finite numbers, got "
+                         + ", ".join(f"{name}={arguments.shown(v)}" for name, v in given.items()))
     return tuple(numbers)

@@ -1,6 +1,6 @@
 """Files of frozen models that are damaged or forged; run as a program, it tries one after the other.
 
-    python -m tests._frozen_files FILE SEED COUNT KIND
+    python -m tests._frozen_files SEED COUNT FOLDER WAY PROGRAM
 
 A file is refused by one sentence, or its program runs, by the kernels. Whatever else happens ends the process.
 """
@@ -8,6 +8,7 @@ A file is refused by one sentence, or its program runs, by the kernels. Whatever
 from __future__ import annotations
 
 import copy
+import faulthandler
 import json
 import math
 import random
@@ -21,9 +22,11 @@ from typing import Any
 import torch
 
 from qsparseprop.inference.compiled import CompiledProgram
-from qsparseprop.inference.files import load_program
+from qsparseprop.inference.files import load_program, save_program
 from qsparseprop.inference.program import Program
 from qsparseprop.inference.steps import Call
+
+from ._frozen_programs import PROGRAMS
 
 #: What torch's operators raise for arguments that do not go together.
 _ERRORS_OF_CALLS = (RuntimeError, IndexError, TypeError, ValueError, KeyError, OverflowError, NotImplementedError)
@@ -160,17 +163,20 @@ WAYS: dict[str, Callable[[Path, random.Random, int], Iterator[bytes]]] = {
 
 def main() -> None:
     """Try so many damaged files, and print what became of them."""
-    path, seed, count, way = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    seed, count, folder, way = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.manual_seed(seed)
     rng = random.Random(seed)
     found: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "damaged.qsp"
-        for data in WAYS[way](path, rng, count):
-            out.write_bytes(data)
-            path.with_suffix(".last").write_bytes(data)  # what ended the process, if anything does
-            found[try_file(out)] += 1
-    print(json.dumps(found))
+    path = folder / "model.qsp"
+    save_program(PROGRAMS[sys.argv[5]](), path)
+    for data in WAYS[way](path, rng, count):
+        out = folder / "last.qsp"  # what ended the process, if anything does
+        out.write_bytes(data)
+        faulthandler.dump_traceback_later(60, exit=True)
+        found[try_file(out)] += 1
+    faulthandler.cancel_dump_traceback_later()
+    print("done:", json.dumps(found))
+    assert found["refused"] > 0
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from qsparseprop.inference.calls import Name
 from qsparseprop.inference.checks import sees_pixels
 from qsparseprop.inference.program import Program
 from qsparseprop.inference.steps import (
     Add,
+    Call,
     Codes,
     Concat,
     Dequantize,
@@ -190,3 +192,33 @@ def random_program(seed: int) -> tuple[Builder, Program]:
         window = Window() if len(b.values[name].shape) == 1 else random_window(rng, b.values[name].image)
         outputs.append(b.product(name, 5, window, floats=True, limited=rng.random() < 0.5))
     return b, b.program(*outputs)
+
+
+# ---- those whose files are damaged ----
+
+
+def small_program() -> Program:
+    """One of each kind of step that can be made to do harm."""
+    b = Builder(random.Random(2))
+    codes = b.codes
+    b.codes = lambda channels, zero=None: replace(codes(channels, zero), scale=torch.full((channels,), 0.02))
+    name = b.product(b.add_input(3, 6, 6), 4, Window((3, 3), padding=(1, 1, 1, 1)), limited=True)
+    name = b.pool(b.table(b.add(name, name)), "mean", Window((2, 2), (2, 2)))
+    plain = b.dequantize(b.product(b.flatten(name), 5))
+    b.add_step(Call((plain, "c"), "y", "aten.add.Tensor", (Name(plain), Name("c")), {"alpha": 2}), Value((5,)))
+    return Program(tuple(b.inputs), ("y",), b.values, tuple(b.steps), {"c": torch.randn(5)})
+
+
+def tokens_program() -> Program:
+    """Four tokens a sample, which have scales of their own, between calls."""
+    b = Builder(random.Random(1))
+    b.values["x"] = Value((4, 6))
+    b.inputs.append("x")
+    b.add_step(Call(("x",), "flat", "aten.reshape.default", (Name("x"), [-1, 6])), Value((6,), None, 4))
+    b.add_step(Quantize(("flat",), "q", True), Value((6,), b.codes(6, 128), 4))
+    b.add_step(Product(("q",), "p", b.weight(5, 6, 0.5), torch.randn(5), low=0.0), Value((5,), None, 4))
+    b.add_step(Call(("p",), "back", "aten.reshape.default", (Name("p"), [-1, 4, 5])), Value((4, 5)))
+    return b.program("back")
+
+
+PROGRAMS = {"small": small_program, "random": lambda: random_program(3)[1], "tokens": tokens_program}

@@ -1,14 +1,16 @@
 """Calls the operators with random nonsense, every tensor ending at the edge of memory that must not be touched.
 
-Run by test_ops_arguments in a process of its own: an access beyond a tensor ends it. Arguments: seed, number of calls.
+    python -m tests._fuzz SEED CALLS
+
+So many calls on each instruction set. An access beyond a tensor ends the process.
 """
 
 import faulthandler
+import json
 import random
 import sys
 
 import torch
-from _guarded import GuardedTorch, guarded_copy, guarded_empty
 
 from qsparseprop import ops
 from qsparseprop._kernels import (
@@ -29,6 +31,8 @@ from qsparseprop.layout.modes import Modes
 from qsparseprop.layout.pattern import dense_pattern
 from qsparseprop.layout.plan import Plan, make_plan
 from qsparseprop.ops import epilogues, layers, normalisation, products, quantization
+
+from ._guarded import GuardedTorch, guarded_copy, guarded_empty
 
 INTEGERS = [0, 1, -1, 2, 3, 4, 5, 63, 64, 65, 128, 1 << 16, 1 << 20, (1 << 31) - 1, 1 << 31, -(1 << 31), 1 << 34,
             1 << 39, (1 << 40) - 1, 1 << 40, (1 << 62) + 64, (1 << 63) - 1, -(1 << 63)]  # fmt: skip
@@ -418,7 +422,7 @@ def main():
                 print(repr(error))
             else:
                 accepted += 1
-    print(f"done: {refused} refused, {accepted} accepted")
+    print("done:", json.dumps({"refused": refused, "accepted": accepted}))
     assert refused > calls // 4
 
 

@@ -1,14 +1,16 @@
 """Loads corrupted checkpoints.
 
-Run by test_hostile_states in a process of its own; arguments: seed, number of checkpoints. A crash, a hang or memory
-out of all proportion ends the process. What is refused by the check of sparse modules has changed nothing, and what is
-loaded is what the tensors say.
+    python -m tests._fuzz_states SEED COUNT FOLDER {torch,safetensors}
+
+A crash, a hang or memory out of all proportion ends the process; the last file is in the folder then. What is refused
+by the check of sparse modules has changed nothing, and what is loaded is what the tensors say.
 """
 
 import contextlib
 import copy
 import faulthandler
 import io
+import json
 import random
 import re
 import resource
@@ -19,12 +21,15 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import nn
 from torch.nn.utils import prune
 
 from qsparseprop.nn import accept_dense_state
 from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.utils.network_utils import swap_modules_for_state, swap_modules_with_sparse
+from qsparseprop.utils.state_files import read_state_dict
 from qsparseprop.utils.state_report import format_weights, weight_infos
 
 MEMORY = 128 << 20  # bytes that loading may take; the files have some 30 kB
@@ -116,9 +121,9 @@ def corrupt(state):
     return state, done
 
 
-def corrupt_bytes(data):
+def corrupt_bytes(data, kinds=("flip", "flip", "cut", "move", "pickle", "pickle", "pickle")):
     """Flipped bits, bytes that lie elsewhere, a file that ends early, or other numbers in the pickle of the archive."""
-    kind = random.choice(["flip", "flip", "cut", "move", "pickle", "pickle", "pickle"])
+    kind = random.choice(kinds)
     if kind == "pickle":
         out = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as new:
@@ -143,6 +148,43 @@ def corrupt_bytes(data):
         else:
             data[a] ^= 1 << random.randrange(8)
     return bytes(data)
+
+
+def corrupt_safetensors(data):
+    """Other dtypes, shapes, places and names in the header, or other bytes."""
+    if random.random() < 0.4:
+        kinds, end = ("flip", "flip", "cut", "move"), random.choice([300, len(data)])
+        return corrupt_bytes(data[:end], kinds) + data[end:]
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    for _ in range(random.choice([1, 1, 2])):
+        key, other = random.choice(list(header)), random.choice(list(header))
+        entry = header[key] if isinstance(header[key], dict) else {}
+        change = random.choice(["dtype", "shape", "numbers", "swap", "drop", "rename", "twice", "odd", "metadata"])
+        if change == "dtype":
+            entry["dtype"] = random.choice(["F32", "F16", "BF16", "I8", "U8", "I32", "BOOL", "F8_E4M3", "F64", "X", 3])
+        elif change == "shape":
+            entry["shape"] = random.choice([[], [0], [-1], [1 << 40], [1 << 62, 4], [2**64], [[1]], "x", None,
+                                            entry.get("shape", [])[::-1], [1, *entry.get("shape", [])]])
+        elif change == "numbers" and len(entry.get("data_offsets", ())) == 2:
+            entry["data_offsets"][random.randrange(2)] += random.choice([1, -1, 4, -4, 1 << 31, -(1 << 31), 1 << 63])
+        elif change == "swap":
+            header[key], header[other] = header[other], header[key]
+        elif change in ("drop", "rename"):
+            held = header.pop(key)
+            if change == "rename":
+                header[random.choice(["", "4.crow_indices", "x", f"{key}x", "__metadata__", "\0"])] = held
+        elif change == "twice":
+            header[f"{key}.1"] = entry
+        elif change == "odd":
+            header[key] = random.choice([None, 3, [], {}, "x", {"dtype": "F32"}])
+        else:
+            header["__metadata__"] = random.choice([{}, {"a": "b"}, {"a": 1}, [], None])
+        if not header:
+            break
+    text = json.dumps(header).encode()
+    length = random.choice([len(text)] * 9 + [0, 1 << 40, 1 << 63, len(text) - 1])
+    return length.to_bytes(8, "little") + text + data[8 + size :]
 
 
 # ---- what must have happened ----
@@ -228,17 +270,54 @@ def load(model, state, choice, strict, assign):
     return "refused"
 
 
-def read(data):
-    """A state from the bytes of a file, or None."""
+def read(path):
+    """A state from a file, or None: by the package, whose refusals are sentences, or by the library of the format."""
+    if random.random() < 0.5:
+        try:
+            return read_state_dict(path)
+        except ValueError as error:
+            text = str(error)
+            assert text.startswith(f"{path} holds no weights: "), text
+            assert "\n" not in text, text
+            assert len(text) < 700, text
+            return None
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # of torch's own, whatever it is
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of their own, whatever it is
         return None
     return state if isinstance(state, dict) else None
 
 
+def write(state, done, path):
+    """Write a state, corrupted bytes of it where nothing else is wrong, and read it; "none" if that cannot be done."""
+    try:
+        if path.suffix == ".safetensors":
+            data = save_tensors({k: plain(v) for k, v in state.items()})
+        else:
+            file = io.BytesIO()
+            torch.save(state, file)
+            data = file.getvalue()
+    except Exception:  # what the library cannot save
+        return "none"
+    if not done or random.random() < 0.2:
+        data = (corrupt_safetensors if path.suffix == ".safetensors" else corrupt_bytes)(data)
+    path.write_bytes(data)
+    return read(path)
+
+
+def plain(value):
+    """As safetensors takes it; what is no tensor stays what it is, which it refuses."""
+    is_plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
+    if not is_plain or value.is_nested or value.is_quantized or value.numel() > 1 << 20:
+        return value
+    return value.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
 def main():
     seed, count = int(sys.argv[1]), int(sys.argv[2])
+    path = Path(sys.argv[3], {"torch": "last.pt", "safetensors": "last.safetensors"}[sys.argv[4]])
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -253,15 +332,12 @@ def main():
         faulthandler.dump_traceback_later(60, exit=True)
         state, done = corrupt(random.choice(originals)) if random.random() < 0.75 else (random.choice(originals), [])
         print(number, done, flush=True)
-        if random.random() < 0.7 or not done:
-            file = io.BytesIO()
-            with contextlib.suppress(Exception):  # what torch cannot save is loaded from memory
-                torch.save(state, file)
-                data = file.getvalue()
-                state = read(corrupt_bytes(data) if not done or random.random() < 0.2 else data)
-            if state is None:
+        if random.random() < 0.7 or not done or path.suffix == ".safetensors":
+            loaded = write(state, done, path)
+            if loaded is None:
                 counts["no file"] += 1
                 continue
+            state = state if loaded == "none" else loaded  # what cannot be saved is loaded from memory
         choice = random.choice([None, "keep_pattern", "take_zeros"])
         strict, assign = random.random() < 0.5, random.random() < 0.4
         way = random.choice(["load", "load", "fresh", "meta", "info"])
@@ -282,9 +358,10 @@ def main():
             continue
         counts[load(fresh, state, choice, strict, assign)] += 1
     faulthandler.cancel_dump_traceback_later()
-    print("done:", dict(counts))
+    print("done:", json.dumps(counts))
     assert counts["refused"] > count // 5
     assert counts["loaded"] > count // 20
 
 
-main()
+if __name__ == "__main__":
+    main()

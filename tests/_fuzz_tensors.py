@@ -1,12 +1,15 @@
 """Calls modules, blocks and operators with tensors that are not what they seem to be.
 
-Run by test_hostile_tensors in a process of its own; arguments: seed, number of calls. A crash, a hang or memory out of
+    python -m tests._fuzz_tensors SEED CALLS
+
+A crash, a hang or memory out of
 all proportion ends the process. A call that is not refused must give what it gives for a plain copy of its tensors.
 """
 
 import contextlib
 import copy
 import faulthandler
+import json
 import random
 import re
 import resource
@@ -410,9 +413,10 @@ def main():
         faulthandler.dump_traceback_later(60, exit=True)
         counts[call_layer(layers) if random.random() < 0.7 else call_operator(others)] += 1
     faulthandler.cancel_dump_traceback_later()
-    print("done:", counts)
+    print("done:", json.dumps(counts))
     assert counts["refused"] > calls // 10
     assert counts["right"] > calls // 10
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -56,6 +57,20 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
         [sys.executable, "-c", code, *arguments],
         env={**inherited, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a module of the tests as a program, with the package that is being tested."""
+    tests = str(Path(__file__).parents[1])  # behind the package, which may be installed elsewhere
+    code = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+    return run_python(code, tests, f"tests.{module}", *arguments)
+
+
+def run_fuzzer(module: str, seed: int, count: int, folder: Path, *way: str) -> dict[str, int]:
+    """Run one of tests/_fuzz*.py (see tests/fuzz.py) in a process of its own; what became of what it tried."""
+    process = run_module(module, str(seed), str(count), str(folder), *way)
+    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-3000:]}"
+    return json.loads(process.stdout.splitlines()[-1].removeprefix("done: "))
 
 
 def generator(seed: int) -> torch.Generator:

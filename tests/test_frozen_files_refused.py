@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import qsparseprop
 from qsparseprop.inference.calls import Name, call_operator, find_operator
 from qsparseprop.inference.files import load_program, save_program
 from qsparseprop.inference.operators import PURE, is_pure
 from qsparseprop.inference.program import Program
-from qsparseprop.inference.steps import Call, Product, Quantize, Value, Window
+from qsparseprop.inference.steps import Call, Value
 from qsparseprop.utils.errors import ConfigurationError
 from tests._frozen_files import WAYS, join_file, split_file
-from tests._frozen_programs import Builder, random_program
+from tests._frozen_programs import PROGRAMS, Builder, small_program
+
+from ._helpers import run_fuzzer
 
 pytest.importorskip("safetensors", reason="files of frozen models are read by safetensors")
-
-
-def small_program() -> Program:
-    """One of each kind of step that can be made to do harm."""
-    b = Builder(random.Random(2))
-    codes = b.codes
-    b.codes = lambda channels, zero=None: replace(codes(channels, zero), scale=torch.full((channels,), 0.02))
-    name = b.product(b.add_input(3, 6, 6), 4, Window((3, 3), padding=(1, 1, 1, 1)), limited=True)
-    name = b.pool(b.table(b.add(name, name)), "mean", Window((2, 2), (2, 2)))
-    plain = b.dequantize(b.product(b.flatten(name), 5))
-    b.add_step(Call((plain, "c"), "y", "aten.add.Tensor", (Name(plain), Name("c")), {"alpha": 2}), Value((5,)))
-    return Program(tuple(b.inputs), ("y",), b.values, tuple(b.steps), {"c": torch.randn(5)})
-
-
-def tokens_program() -> Program:
-    """Four tokens a sample, which have scales of their own, between calls."""
-    b = Builder(random.Random(1))
-    b.values["x"] = Value((4, 6))
-    b.inputs.append("x")
-    b.add_step(Call(("x",), "flat", "aten.reshape.default", (Name("x"), [-1, 6])), Value((6,), None, 4))
-    b.add_step(Quantize(("flat",), "q", True), Value((6,), b.codes(6, 128), 4))
-    b.add_step(Product(("q",), "p", b.weight(5, 6, 0.5), torch.randn(5), low=0.0), Value((5,), None, 4))
-    b.add_step(Call(("p",), "back", "aten.reshape.default", (Name("p"), [-1, 4, 5])), Value((4, 5)))
-    return b.program("back")
-
-
-PROGRAMS = {"small": small_program, "random": lambda: random_program(3)[1], "tokens": tokens_program}
 
 
 @pytest.fixture
@@ -230,17 +200,10 @@ def test_tensors_are_what_the_description_says(change: str, path: Path) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", PROGRAMS)
-@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [50])
 def test_damaged_files_are_refused_or_run(way: str, kind: str, count: int, tmp_path: Path) -> None:
     """In a process of its own, since kernels walk what is loaded."""
-    save_program(PROGRAMS[kind](), tmp_path / "model.qsp")
-    package = str(Path(qsparseprop.__file__).parents[1])
-    tests = str(Path(__file__).parents[1])
-    command = [sys.executable, "-m", "tests._frozen_files", str(tmp_path / "model.qsp"), str(count), str(count), way]
-    process = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join([package, tests])},
-                             capture_output=True, text=True, timeout=900, check=False)  # fmt: skip
-    assert process.returncode == 0, process.stderr[-2000:]
-    found = json.loads(process.stdout)
+    found = run_fuzzer("_frozen_files", count, count, tmp_path, way, kind)
     assert found["refused"] > 0
     assert sum(found.values()) >= count
 

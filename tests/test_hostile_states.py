@@ -2,7 +2,6 @@
 
 import io
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from qsparseprop.nn import accept_dense_state
 from qsparseprop.utils.network_utils import swap_modules_for_state, swap_modules_with_sparse
 from qsparseprop.utils.state_report import format_weights, weight_infos
 
-from ._helpers import run_python, set_weight
+from ._helpers import run_fuzzer, run_python, set_weight
 
 
 def model_of(seed):
@@ -301,10 +300,8 @@ def test_expanded_tensors_survive_a_file():
 # ---- at random ----
 
 
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by calls of Linux")
-def test_random_corrupted_checkpoints(number):
-    script = Path(__file__).with_name("_fuzz_states.py").read_text()
-    process = run_python(script, str(number), "200")
-    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-3000:]}"
-    assert "done" in process.stdout
+def test_random_corrupted_checkpoints(kind, tmp_path):
+    pytest.importorskip("safetensors")
+    assert sum(run_fuzzer("_fuzz_states", 0, 200, tmp_path, kind).values()) == 200

@@ -4,7 +4,6 @@ What is right is what a dense layer does with the same values; what cannot be ri
 """
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from qsparseprop import nn as qnn
 from qsparseprop import ops
 from qsparseprop.layout.pattern import check_pattern
 
-from ._helpers import KINDS, example, run_python
+from ._helpers import KINDS, example, run_fuzzer
 from ._hostile import NO_DERIVATIVES, freed, negative, pruned
 
 # ---- which tensors go past the dispatcher ----
@@ -140,10 +139,6 @@ def test_sizes_of_a_pattern_come_before_its_contents():
 # ---- at random ----
 
 
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by calls of Linux")
-def test_random_hostile_tensors(number):
-    script = Path(__file__).with_name("_fuzz_tensors.py").read_text()
-    process = run_python(script, str(number), "250")
-    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-3000:]}"
-    assert "done" in process.stdout
+def test_random_hostile_tensors(tmp_path):
+    assert sum(run_fuzzer("_fuzz_tensors", 0, 250, tmp_path).values()) == 250

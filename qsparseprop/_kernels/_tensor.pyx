@@ -118,7 +118,8 @@ def memory_stamp(*tensors):
                 size *= t.shape[i]
             stamp += (<uintptr_t> t.data + t.byte_offset, version, size)
         else:
-            stamp += (tensor.data_ptr(), version, tensor.numel())
+            place = tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
+            stamp += (place, version, tensor.numel())
     return tuple(stamp)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from qsparseprop import arguments
 from qsparseprop.inference.batches import Batch, batches_of
 from qsparseprop.inference.capture import NotCapturable, float_copy
 from qsparseprop.inference.module import FrozenModule
 from qsparseprop.inference.parts import freeze_parts
 from qsparseprop.inference.report import FreezeReport
 from qsparseprop.inference.whole import Options, freeze_module, freeze_rows
-from qsparseprop.utils.errors import several
 
 __all__ = ["freeze"]
 
@@ -77,8 +77,7 @@ def freeze(
         For arguments that make no sense, no calibration data, or weights or values that are not finite, with the name
         of their layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    arguments.model(model)
     if any(isinstance(module, FrozenModule) for module in model.modules()):
         raise ValueError("the model is frozen already")
     if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
@@ -120,7 +119,7 @@ def _names(model: nn.Module, dense: nn.Module, keep_float: Iterable[str | type[n
     types = {name: (module, modules.get(name)) for name, module in model.named_modules(remove_duplicate=False)}
     parameters = dict(dense.named_parameters(remove_duplicate=False))
     names: list[str] = []
-    for kept in several(keep_float, "keep_float"):
+    for kept in arguments.names(keep_float, "keep_float"):
         if isinstance(kept, str):
             if kept not in modules and kept not in parameters:
                 raise ValueError(f"keep_float names {kept!r}, which the model does not have")
@@ -128,7 +127,7 @@ def _names(model: nn.Module, dense: nn.Module, keep_float: Iterable[str | type[n
         elif isinstance(kept, type) and issubclass(kept, nn.Module):
             names.extend(name for name, pair in types.items() if any(isinstance(module, kept) for module in pair))
         else:
-            raise TypeError(f"keep_float takes names and types of modules, got {kept!r}")
+            raise TypeError(f"keep_float takes names and types of modules, got {arguments.shown(kept)}")
     # a module that is there under several names is meant by each
     meant = {id(module) for name in names if name in modules for module in modules[name].modules()}
     return (*names, *(name for name, module in modules.items() if id(module) in meant and name not in names))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from qsparseprop._torch_compat import is_jit_tracing, transforms_active
+from qsparseprop.arguments import shown
 from qsparseprop.inference.capture import Signature, structure
 from qsparseprop.inference.compiled import CompiledProgram
 from qsparseprop.inference.program import Program
@@ -126,7 +127,7 @@ class FrozenModule(nn.Module):
             if number in signature.others:
                 known = signature.others[number]
                 if isinstance(leaf, Tensor) or type(leaf) is not type(known) or leaf != known:
-                    raise ValueError(f"the model was frozen with {known!r} for an argument, got {leaf!r}")
+                    raise ValueError(f"the model was frozen with {known!r} for an argument, got {shown(leaf)}")
             elif isinstance(leaf, Tensor):
                 tensors.append(leaf)
             else:

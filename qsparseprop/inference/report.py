@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsparseprop import arguments
+
 __all__ = ["FreezeReport", "LayerReport", "measure_accuracy"]
 
 
@@ -147,8 +149,9 @@ def measure_accuracy(
     ValueError
         If there are no batches, or no such metric.
     """
-    if isinstance(metric, str) and metric not in ("top1", "top5"):
-        raise ValueError(f"metric must be 'top1', 'top5' or a function, got {metric!r}")
+    arguments.model(model)
+    if metric not in ("top1", "top5") if isinstance(metric, str) else not callable(metric):
+        raise ValueError(f"metric must be 'top1', 'top5' or a function, got {arguments.shown(metric)}")
     training = [module for module in model.modules() if module.training]
     model.eval()
     total, samples = 0.0, 0

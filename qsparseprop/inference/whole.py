@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from qsparseprop import arguments
 from qsparseprop.inference.batches import Batch
 from qsparseprop.inference.calibration import OBSERVERS, calibrate, token_codes
 from qsparseprop.inference.capture import Captured, NotCapturable, Signature, capture
@@ -76,8 +77,9 @@ class Options:
         ------
         ValueError
         """
-        if self.observer not in OBSERVERS:
-            raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}, got {self.observer!r}")
+        arguments.one_of(self.observer, OBSERVERS, "observer")
+        for name in ("per_channel", "correct_bias", "token_scales"):
+            arguments.flag(getattr(self, name), name)
 
     def below(self, name: str) -> Options:
         """Those for a part of the model, whose names are shorter.

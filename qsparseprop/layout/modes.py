@@ -16,6 +16,7 @@ import torch
 
 from qsparseprop._kernels import _dispatch
 from qsparseprop._kernels._plan import ValuePattern
+from qsparseprop.arguments import shown
 from qsparseprop.layout.costs import machine_costs
 from qsparseprop.layout.geometry import Geometry
 
@@ -56,8 +57,9 @@ def checked_modes(modes: Sequence[str]) -> Modes:
     ValueError
         If these are not three, each "list" or "dense".
     """
-    if not isinstance(modes, tuple | list) or len(modes) != 3 or not all(mode in (LIST, DENSE) for mode in modes):
-        raise ValueError(f"modes must be three, each {LIST!r} or {DENSE!r}, got {modes!r}")
+    three = isinstance(modes, tuple | list) and len(modes) == 3
+    if not three or not all(isinstance(mode, str) and mode in (LIST, DENSE) for mode in modes):
+        raise ValueError(f"modes must be three, each {LIST!r} or {DENSE!r}, got {shown(modes)}")
     return Modes(*modes)
 
 

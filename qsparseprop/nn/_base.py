@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qsparseprop import ops
+from qsparseprop import arguments, ops
 from qsparseprop._torch_compat import is_jit_tracing, transforms_active
 from qsparseprop.contents import is_convertible
 from qsparseprop.layout.geometry import Geometry
@@ -65,6 +65,8 @@ class SparseModule(SparseWeight):
             self.qconfig = QuantConfig() if qconfig is None else qconfig
         elif qconfig is not None:
             raise TypeError(f"{type(self).__name__} computes in float32 and takes no qconfig")
+        for size in self.weight_shape:
+            arguments.whole_number(size, f"each size of the weight of {type(self).__name__}", 0, (1 << 31) - 1)
         rows = self.weight_shape[0]
         self.weight = SparseValues(torch.empty(0, device=device, dtype=dtype))
         self._set_pattern(torch.zeros(rows + 1, dtype=torch.int32, device=device),
@@ -114,6 +116,8 @@ class SparseModule(SparseWeight):
 
     @classmethod
     def _check_kind(cls, module: nn.Module) -> None:
+        if isinstance(module, nn.Module):
+            arguments.model(module, "the dense layer")
         if not isinstance(module, cls._dense_type):
             raise TypeError(f"{cls.__name__}.from_dense expects torch.nn.{cls._dense_type.__name__}, "
                             f"got {type(module).__module__}.{type(module).__qualname__}")
@@ -146,6 +150,7 @@ class SparseModule(SparseWeight):
             weight.copy_(self.dense_weight())
             weight.requires_grad_(self.weight.requires_grad)
             if self.bias is not None:
+                ops.check_storage(self.bias, "bias")
                 bias = dense.get_parameter("bias")
                 bias.copy_(self.bias)
                 bias.requires_grad_(self.bias.requires_grad)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from qsparseprop import arguments
 from qsparseprop.layout.geometry import ConvSizes, batch_magnitude, conv_geometry, prefer_batch_innermost
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_bias, has_bias, trains_weight
@@ -17,6 +18,16 @@ from qsparseprop.nn.deferred.layout import images as images_layout
 from qsparseprop.quantization import QuantConfig
 
 _Conv = TypeVar("_Conv", bound="SparseConvNd")
+
+
+def check_sizes(**given: object) -> None:
+    """Raise a TypeError or ValueError for sizes of a convolution that are none: torch takes whatever it gets."""
+    for name, value in given.items():
+        if name == "padding" and isinstance(value, str):
+            continue
+        least = 0 if "channels" in name or "padding" in name else 1
+        for size in value if isinstance(value, tuple | list) else (value,):
+            arguments.whole_number(size, name, least, (1 << 31) - 1)
 
 
 class SparseConvNd(SparseModule):
@@ -55,6 +66,8 @@ class SparseConvNd(SparseModule):
         qconfig: QuantConfig | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
+                    padding=padding, dilation=dilation, groups=groups)  # fmt: skip
         # torch's checks and its way to write arguments; on "meta" nothing is initialised
         dense = self._dense_type(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
                                  padding_mode, "meta")

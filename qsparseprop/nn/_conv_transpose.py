@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._conv import SparseConvNd
+from qsparseprop.nn._conv import SparseConvNd, check_sizes
 from qsparseprop.nn._dense import has_bias
 from qsparseprop.quantization import QuantConfig
 
@@ -47,6 +47,8 @@ class SparseConvTransposeNd(SparseConvNd):
         qconfig: QuantConfig | None = None,
     ) -> None:
         SparseModule.__init__(self)
+        check_sizes(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
+                    padding=padding, output_padding=output_padding, dilation=dilation, groups=groups)  # fmt: skip
         dense = self._dense_type(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
                                  dilation, padding_mode, "meta")
         assert isinstance(dense, _ConvNd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -35,6 +36,14 @@ def dense_type(module: nn.Module) -> type[nn.Module]:
     """Type of a dense layer; a parametrization makes a subclass, which is looked through."""
     kind = type(module)
     return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+
+
+def dense_values(module: nn.Module) -> Tensor | None:
+    """Weight of a dense module, masked entries zero, of whatever layout and device; None where it has none."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and (weight.layout is not torch.strided or weight.is_nested):
+        return weight.detach()
+    return None if weight is None and "weight_orig" not in module._parameters else dense_weight(module)[0]
 
 
 def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor]:

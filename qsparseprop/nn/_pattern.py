@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsparseprop._kernels._plan import ValuePattern
 from qsparseprop._torch_compat import version_of
@@ -38,6 +38,14 @@ class PatternHolder:
     _columns: Tensor
     _values_shape: torch.Size
     _shown: list[tuple[weakref.ref[Tensor], Tensor]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """See torch.nn.Module, which makes modules its children, and parameters its own, before it asks a property."""
+        known = isinstance(value, nn.Module | nn.Parameter)
+        if known and isinstance(own := getattr(type(self), name, None), property):
+            own.__set__(self, value.detach() if isinstance(value, nn.Parameter) else value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def crow_indices(self) -> Tensor:

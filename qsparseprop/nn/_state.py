@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qsparseprop.arguments import shown
 from qsparseprop.contents import is_convertible, unreadable
 from qsparseprop.layout.pattern import check_pattern, dense_pattern
 from qsparseprop.ops import check_storage
@@ -55,7 +56,7 @@ def accept_dense_state(choice: str) -> Iterator[None]:
     ...     model.load_state_dict(torch.load("pruned.pt"))
     """
     if choice not in _CHOICES:
-        raise ValueError(f"choice must be one of {', '.join(map(repr, _CHOICES))}, got {choice!r}")
+        raise ValueError(f"choice must be one of {', '.join(map(repr, _CHOICES))}, got {shown(choice)}")
     token = _dense_choice.set(choice)
     try:
         yield

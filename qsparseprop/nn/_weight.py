@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop._torch_compat import before_averaging
+from qsparseprop.arguments import shown
 from qsparseprop.layout.pattern import compact_pattern, pattern_stamp, row_indices, tensor_version
 from qsparseprop.nn._interop import (
     check_deletion,
@@ -261,6 +262,8 @@ class SparseWeight(PatternHolder, nn.Module):
         self._rearrange(flat, None if values is None else values.detach().reshape(-1)[flat], optimizer)
 
     def _check_mask(self, mask: Tensor, name: str) -> None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {shown(mask)}")
         if tuple(mask.shape) != tuple(self.weight_shape):
             raise ValueError(f"{name} must have shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}")
         check_storage(mask, name)
@@ -421,7 +424,7 @@ def refuse_bad_state(
     of_module: dict[str, dict[str, Any]] = {}  # in one pass: there may be many of both
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise RuntimeError(f"the keys of a state must be strings, got {key!r}: nothing was loaded")
+            raise RuntimeError(f"the keys of a state must be strings, got {shown(key)}: nothing was loaded")
         of_module.setdefault(key[: key.rfind(".") + 1], {})[key] = value
     errors = []
     for name, module in model.named_modules(remove_duplicate=False):

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qsparseprop import arguments
 from qsparseprop import nn as sparse_nn
 from qsparseprop.contents import is_convertible
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._dense import dense_type, dense_weight, foreign_parametrization
+from qsparseprop.nn._dense import dense_type, dense_values, foreign_parametrization
 from qsparseprop.nn.transposed_linear import dense_conv1d
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._carry import gradient_hooks, own_hooks
 from qsparseprop.utils._weights import Weights, weights_of
-from qsparseprop.utils.errors import several
 from qsparseprop.utils.swap_report import SwapDecision, SwapReport
 
 __all__ = ["SwapOptions", "find_candidates", "names_to_skip", "sparse_types", "untouched"]
@@ -58,9 +58,14 @@ class SwapOptions(NamedTuple):
     fuse: bool
 
     def check(self) -> None:
-        """Raise a ValueError for what makes no sense together."""
+        """Raise a TypeError or ValueError for what makes no sense, by itself or together."""
+        for name in ("prototype", "quantize", "fuse"):
+            arguments.flag(getattr(self, name), name)
+        arguments.number(self.min_sparsity, "min_sparsity")
         if not 0.0 <= self.min_sparsity <= 1.0:
             raise ValueError(f"min_sparsity must be a fraction between 0 and 1, got {self.min_sparsity!r}")
+        if self.qconfig is not None:
+            arguments.instance(self.qconfig, QuantConfig, "qconfig", "a QuantConfig")
         if self.qconfig is not None and not self.quantize:
             raise ValueError("qconfig only goes with quantize=True")
         if self.prototype and not self.quantize:
@@ -88,10 +93,12 @@ def names_to_skip(model: nn.Module, skip_modules: Iterable[str | nn.Module] | No
     named = dict(model.named_modules())
     every_name = dict(model.named_modules(remove_duplicate=False))
     skipped: set[int] = set()
-    for item in several(skip_modules, "skip_modules") or ():
+    for item in arguments.names(skip_modules, "skip_modules", True) or ():
+        if not isinstance(item, str | nn.Module):
+            raise TypeError(f"skip_modules must be names and modules, got {arguments.shown(item)} among them")
         module = item if isinstance(item, nn.Module) else every_name.get(item)
         if module is None or not any(module is m for m in named.values()):
-            raise ValueError(f"skip_modules names {item!r}, which the model does not have")
+            raise ValueError(f"skip_modules names {arguments.shown(item)}, which the model does not have")
         skipped.update(id(m) for m in module.modules())
     return {name for name, module in named.items() if id(module) in skipped}
 
@@ -157,7 +164,7 @@ def _unsupported(found: Weights, owners: Counter[int]) -> str | None:
         return f"holds {own} beside its weight"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={module.padding_mode!r}"
-    return _unsupported_weight(dense_weight(module)[0])
+    return _unsupported_weight(dense_values(module))
 
 
 def _unsupported_kind(module: nn.Module) -> str | None:
@@ -179,7 +186,11 @@ def _own_parts(module: nn.Module) -> str:
     return ", ".join(name for name in (*module._parameters, *module._modules) if name not in known)
 
 
-def _unsupported_weight(weight: Tensor) -> str | None:
+def _unsupported_weight(weight: Tensor | None) -> str | None:
+    if weight is None:
+        return "has no weight"
+    if weight.layout is not torch.strided:
+        return f"its weight is a {weight.layout} tensor"
     if weight.device.type != "cpu":
         return f"on device {weight.device}"
     if not is_convertible(weight.dtype) or weight.element_size() < 2:

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from qsparseprop.arguments import shown
 from qsparseprop.nn._dense import dense_type, dense_weight, held, trains_weight
 from qsparseprop.nn.blocks.start import last_chain, start_chains
 from qsparseprop.utils._layer_timing import LayerInput
@@ -57,7 +58,7 @@ def make_runner(model: nn.Module, example: Any) -> Runner:
 def _tensor_of_shape(model: nn.Module, shape: Sequence[Any]) -> Tensor:
     shape = tuple(int(n) if _is_size(n) else n for n in shape)
     if not shape or not all(_is_size(n) and n > 0 for n in shape):
-        raise ValueError(f"input_shape must be positive integers, batch included, got {shape!r}")
+        raise ValueError(f"input_shape must be positive integers, batch included, got {shown(shape)}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     # neither values nor the state of torch's generator should depend on a conversion
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter.dtype)

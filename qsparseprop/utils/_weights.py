@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop.nn._base import SparseModule
-from qsparseprop.nn._dense import dense_weight, has_mask, held
+from qsparseprop.nn._dense import dense_values, has_mask, held
 from qsparseprop.nn._foreign_masks import ForeignMask, foreign_masks
+from qsparseprop.ops import check_storage
 
 #: Parts of the names that layers outside of torch.nn give their weights, the projections of experts for instance.
 _NAMES = ("weight", "kernel", "proj")
@@ -69,14 +70,24 @@ def weights_of(model: nn.Module) -> list[Weights]:
     Embeddings are looked up, not multiplied; they count where somebody pruned them: with a mask, or with more than half
     of their entries zero.
     """
+    _refuse_missing_memory(model)
     masks = foreign_masks(model)
     found = [w for name, module in model.named_modules() if (w := _weights(name, module)) is not None]
     for w in found:
         w.foreign = masks.get(w.name)
         if w.foreign is not None and w.foreign.mask is not None and not w.masked:
-            weight = dense_weight(w.module)[0] if isinstance(w.module, _PRUNABLE) else held(w.module, "weight").detach()
+            weight = dense_values(w.module) if isinstance(w.module, _PRUNABLE) else held(w.module, "weight").detach()
+            assert weight is not None  # of the mask's shape
             w.zeros, w.masked = _zeros(weight * w.foreign.mask), True
     return found
+
+
+def _refuse_missing_memory(model: nn.Module) -> None:
+    """Raise a ValueError for a tensor whose storage somebody has made smaller: torch reads it all the same."""
+    for name, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if type(tensor) in (Tensor, nn.Parameter):  # not wrappers of others
+                check_storage(tensor, f"{name}.{key}" if name else key)
 
 
 def _weights(name: str, module: nn.Module) -> Weights | None:
@@ -100,7 +111,8 @@ def _dense_weights(module: nn.Module) -> Iterator[Tensor]:
         yield from packed
         return
     if isinstance(module, _PRUNABLE):
-        yield dense_weight(module)[0]
+        weight = dense_values(module)
+        yield from () if weight is None else (weight,)
         return
     masks = dict(module.named_buffers(recurse=False))
     for name, parameter in module.named_parameters(recurse=False):

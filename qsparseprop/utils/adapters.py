@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from qsparseprop import arguments
 from qsparseprop.nn._adapters import guard_merging
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import held
@@ -55,6 +56,9 @@ def attach_adapters(model: nn.Module, attach: Callable[[nn.Module], _Result]) ->
     >>> config = LoraConfig(target_modules=["fc1", "fc2"])
     >>> model = attach_adapters(model, lambda m: get_peft_model(m, config))
     """
+    arguments.model(model)
+    if not callable(attach):
+        raise TypeError(f"attach must be a function, got {arguments.shown(attach)}")
     if isinstance(model, SparseModule):
         raise ValueError("the model is a sparse layer itself: put it into a torch.nn.Sequential")
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
@@ -89,5 +93,12 @@ def _put_back(model: nn.Module, sparse: dict[str, SparseModule], dense: dict[str
 
 
 def _same_weights(module: SparseModule, stand_in: nn.Module) -> bool:
-    bias = module.bias is None or torch.equal(module.bias, held(stand_in, "bias"))
-    return bias and torch.equal(module.dense_weight(), held(stand_in, "weight"))
+    bias = module.bias is None or _same_bits(module.bias, held(stand_in, "bias"))
+    return bias and _same_bits(module.dense_weight(), held(stand_in, "weight"))
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality that NaN has with itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.detach().contiguous().view(torch.uint8), b.detach().contiguous().view(torch.uint8))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from qsparseprop import arguments
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._conv import SparseConvNd
 from qsparseprop.nn._dense import held
@@ -292,6 +293,7 @@ def model_costs(
         One an entry a call, in the order of the calls; a shared layer appears several times. The first layer's input
         needs no gradient.
     """
+    arguments.model(model)
     x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
     costs: list[LayerCost] = []
     handles = []

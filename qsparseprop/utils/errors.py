@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
-from typing import TypeVar
 
-__all__ = ["ConfigurationError", "reason_of", "refuse_more_than_memory", "several"]
-
-_Names = TypeVar("_Names")
-
+__all__ = ["ConfigurationError", "of_contents", "reason_of", "refuse_more_than_memory"]
 
 class ConfigurationError(ValueError):
     """What was asked for makes no sense; the message says why."""
+
+
+def of_contents(error: BaseException) -> bool:
+    """Whether an error of reading a file comes of what is in the file, and not of the system.
+
+    Offsets in a damaged archive lead torch to places before the file's beginning: an OSError as well, of no file.
+
+    Parameters
+    ----------
+    error : BaseException
+
+    Returns
+    -------
+    bool
+    """
+    return not isinstance(error, OSError) or (error.errno == errno.EINVAL and error.filename is None)
 
 
 def reason_of(error: Exception) -> str:
@@ -45,29 +58,3 @@ def refuse_more_than_memory(needed: int, what: str) -> None:
     memory = machine_memory_bytes()
     if memory is not None and needed > memory:
         raise ConfigurationError(f"{what} would take {needed / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB")
-
-
-def several(names: _Names, argument: str) -> _Names:
-    """Give back what was given as names; one string is none of these, since its letters would be taken for them.
-
-    Parameters
-    ----------
-    names : collection
-        What was given.
-    argument : str
-        Its name, for the message.
-
-    Returns
-    -------
-    collection
-        The same.
-
-    Raises
-    ------
-    TypeError
-        For a string.
-    """
-    if isinstance(names, str):
-        meant = [name.strip() for name in names.split(",")]
-        raise TypeError(f"{argument} must be several names, got the string {names!r}: write {argument}={meant}")
-    return names

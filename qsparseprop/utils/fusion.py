@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from qsparseprop import arguments
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn.blocks.start import is_starting, start_chains, stop_chains
 from qsparseprop.nn.deferred.usage import name_of
@@ -53,6 +54,7 @@ def fuse_modules(model: nn.Module) -> nn.Module:
     torch.nn.Module
         The same `model`. Its modules, their names and the state_dict are what they were.
     """
+    arguments.model(model)
     sparse = [module for module in model.modules() if isinstance(module, SparseModule) and module.can_defer]
     for module in sparse:
         module.deferring = True
@@ -74,6 +76,7 @@ def unfuse_modules(model: nn.Module) -> nn.Module:
     torch.nn.Module
         The same `model`.
     """
+    arguments.model(model)
     for module in model.modules():
         _unfuse(module)
     return model
@@ -112,5 +115,6 @@ def chains(model: nn.Module) -> dict[str, Chain]:
     dict
         For each sparse layer that can form blocks, by its qualified name.
     """
+    arguments.model(model)
     return {name: Chain(module.took_packed(), tuple(map(name_of, module.last_chain())))
             for name, module in model.named_modules() if isinstance(module, SparseModule) and module.deferring}

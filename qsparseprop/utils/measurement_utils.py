@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qsparseprop import arguments
 from qsparseprop.config import cpu_model, usable_processors
 
 from ._process_memory import (
@@ -82,8 +83,11 @@ def saved_for_backward_bytes(forward: Callable[[], Any], model: nn.Module | None
     """
     from .saved_tensors import counting_compressed
 
+    if not callable(forward):
+        raise TypeError(f"forward must be a function, got {arguments.shown(forward)}")
     known: set[int] = set()
     if model is not None:
+        arguments.model(model)
         known = {_storage(tensor)[0] for tensor in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
 

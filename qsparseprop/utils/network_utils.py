@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from qsparseprop import arguments
 from qsparseprop import nn as sparse_nn
 from qsparseprop.layout.modes import forced_modes
 from qsparseprop.nn._base import SparseModule
@@ -51,6 +52,7 @@ def sparsity(model: nn.Module) -> float:
     float
         In [0, 1].
     """
+    arguments.model(model)
     # a weight that several modules share counts once
     found = {w.identity: w for w in weights_of(model)}.values()
     total = sum(w.total for w in found)
@@ -134,8 +136,11 @@ def swap_modules_with_sparse(  # noqa: PLR0913 - settings, by keyword
     RuntimeError
         If the model runs on the example with its dense layers only. It is unchanged then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    arguments.model(model)
+    for name, value in (("inplace", inplace), ("verbose", verbose), ("include_dense", include_dense)):
+        arguments.flag(value, name)
+    if on_layer is not None and not callable(on_layer):
+        raise TypeError(f"on_layer must be a function, got {arguments.shown(on_layer)}")
     options = SwapOptions(prototype, quantize, min_sparsity, qconfig, fuse)
     options.check()
     forced_modes()  # a setting that makes no sense must not look like layers that do not pay
@@ -245,12 +250,16 @@ def swap_modules_for_state(
         If a layer that is sparse in the state is none in the model, or one that cannot be replaced wherever the model
         holds it, naming it; nothing has changed then.
     """
+    arguments.model(model)
+    arguments.instance(state_dict, Mapping, "state_dict", "a mapping of names to tensors")
+    arguments.flag(quantize, "quantize")
+    arguments.flag(fuse, "fuse")
     if qconfig is not None and not quantize:
         raise ValueError("qconfig only goes with quantize=True")
     if fuse and not quantize:
         raise ValueError("fuse=True only goes with quantize=True")
     suffix = ".crow_indices"
-    names = [key.removesuffix(suffix) for key in state_dict if key.endswith(suffix)]
+    names = [key.removesuffix(suffix) for key in state_dict if isinstance(key, str) and key.endswith(suffix)]
     named = dict(model.named_modules(remove_duplicate=False))
     replacements, replaced = {}, {}
     for name in names:
@@ -292,8 +301,8 @@ def swap_modules_with_dense(model: nn.Module, *, inplace: bool = True) -> nn.Mod
         If the model also holds a sparse layer where it cannot be replaced (a list, a kept method), naming it; no layer
         was replaced then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    arguments.model(model)
+    arguments.flag(inplace, "inplace")
     if isinstance(model, SparseModule):
         return model.to_dense()
     if not inplace:
@@ -324,6 +333,7 @@ def unfold_attention(model: nn.Module) -> nn.Module:
     torch.nn.Module
         The same `model`; parameters of the projections are new ones.
     """
+    arguments.model(model)
     replacements: dict[int, nn.Module] = {}
     replaced: dict[int, nn.Module] = {}
     for module in model.modules():

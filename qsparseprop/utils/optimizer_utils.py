@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from qsparseprop import arguments
 from qsparseprop.nn._values import SparseValues
 
 __all__ = ["decays", "parameter_groups"]
@@ -58,6 +59,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, no_decay: Collection
     --------
     >>> optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3)
     """
+    arguments.model(model)
+    arguments.number(weight_decay, "weight_decay")
+    no_decay = tuple(arguments.names(no_decay, "no_decay"))
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     named = dict(model.named_parameters())

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from qsparseprop import arguments
 from qsparseprop.nn._dense import held
 from qsparseprop.nn._interop import check_owners, check_unsplit, element_state, inner_optimizer
 from qsparseprop.nn._weight import SparseWeight
-from qsparseprop.utils.errors import several
+from qsparseprop.utils._prunable import check_prunable, refuse_unknown
+from qsparseprop.utils._schedule import cubic_sparsity
 
 #: torch's layers that register their weight before everything else.
 _WEIGHT_FIRST = (nn.Linear, nn.modules.conv._ConvNd)
@@ -56,13 +58,12 @@ def prunable_modules(model: nn.Module, skip: Collection[str] | None = None) -> d
     ValueError
         If `skip` names something that is not such a module (a misspelt name would be pruned without a word).
     """
+    arguments.model(model)
     candidates = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     if skip is None:
         names = list(candidates)
         skip = {names[0], names[-1]} if names else set()
-    unknown = sorted(set(several(skip, "skip")) - set(candidates))
-    if unknown:
-        raise ValueError(f"skip names no Conv2d or Linear of the model: {', '.join(unknown)}")
+    refuse_unknown(skip, candidates, "skip names no Conv2d or Linear of the model")
     return {name: module for name, module in candidates.items() if name not in skip}
 
 
@@ -129,11 +130,14 @@ def layerwise_magnitude_prune(
 def _prune(
     model: nn.Module, sparsity: float, skip: Collection[str] | None, apply: Callable[[dict[str, nn.Module]], None]
 ) -> dict[str, nn.Module]:
+    arguments.number(sparsity, "sparsity")
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     modules = prunable_modules(model, skip)
     if not modules:
         raise ValueError("the model has no Conv2d or Linear to prune")
+    for name, module in modules.items():
+        check_prunable(name, module)
     # torch's pruning flattens weights with view(), which refuses channels_last ones.
     permuted = [module for module in modules.values() if not held(module, "weight").is_contiguous()]
     for module in permuted:
@@ -158,8 +162,9 @@ def make_pruning_permanent(model: nn.Module) -> None:
     ----------
     model : nn.Module
     """
+    arguments.model(model)
     for module in model.modules():
-        if hasattr(module, "weight_mask"):
+        if hasattr(module, "weight_mask") and "weight_orig" in module._parameters:  # others may call a buffer so, too
             place = list(module._parameters).index("weight_orig")
             # torch's pruning has put it behind the others, in front of which torch's layers have it.
             place = 0 if place == len(module._parameters) - 1 and isinstance(module, _WEIGHT_FIRST) else place
@@ -187,6 +192,7 @@ def collect_masks(model: nn.Module) -> dict[str, torch.Tensor]:
         Module name to bool mask of the weight's shape, ``True`` where the weight is kept; masks stay readable after
         `make_pruning_permanent`.
     """
+    arguments.model(model)
     return {name: m.weight_mask.bool() for name, m in model.named_modules() if hasattr(m, "weight_mask")}
 
 
@@ -241,35 +247,16 @@ def make_mask_enforcer(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> C
 
 
 def _weights(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    return {name: held(model.get_submodule(name), "weight").detach() for name in names}
+    arguments.model(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    refuse_unknown(names, modules, "the model does not have", "names")
+    without = [name for name in names if not isinstance(getattr(modules[name], "weight", None), torch.Tensor)]
+    if without:
+        raise ValueError(f"without a weight: {', '.join(without)}")
+    return {name: held(modules[name], "weight").detach() for name in names}
 
 
 # ---- gradual pruning, while a model trains ----
-
-
-def cubic_sparsity(step: int, initial: float, final: float, begin: int, end: int) -> float:
-    """Sparsity that a gradual schedule wants at a step.
-
-    ``final + (initial - final) * (1 - (step - begin) / (end - begin)) ** 3`` between `begin` and `end`, and constant
-    outside (M. Zhu and S. Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878, equation 1): fast at first, when
-    most weights are redundant, and slow towards the end.
-
-    Parameters
-    ----------
-    step : int
-    initial, final : float
-        Fractions of zeros.
-    begin, end : int
-        Steps of the first and the last change, ``begin < end``.
-
-    Returns
-    -------
-    float
-    """
-    if begin >= end:
-        raise ValueError(f"begin must come before end, got {begin} and {end}")
-    progress = min(max((step - begin) / (end - begin), 0.0), 1.0)
-    return final + (initial - final) * (1 - progress) ** 3
 
 
 class GradualPruner:
@@ -339,18 +326,21 @@ class GradualPruner:
         skip: Collection[str] = (),
     ) -> None:
         for name, value in (("final_sparsity", final_sparsity), ("initial_sparsity", initial_sparsity)):
+            if value is not None or name == "final_sparsity":
+                arguments.number(value, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
+        arguments.model(model)
+        for name, value in (("begin_step", begin_step), ("end_step", end_step), ("interval", interval)):
+            arguments.number(value, name)
         if not 0 <= begin_step < end_step or interval < 1:
             raise ValueError("begin_step must not be negative and come before end_step, and interval must be positive, "
                              f"got {begin_step}, {end_step} and {interval}")
-        if scope not in ("global", "layer"):
-            raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
+        if not isinstance(scope, str) or scope not in ("global", "layer"):
+            raise ValueError(f"scope must be 'global' or 'layer', got {arguments.shown(scope)}")
         candidates = {name: m for name, m in model.named_modules()
                       if isinstance(m, SparseWeight) or (prune.is_pruned(m) and hasattr(m, "weight_mask"))}
-        unknown = sorted(set(several(skip, "skip")) - set(candidates))
-        if unknown:
-            raise ValueError(f"skip names nothing that could be pruned on: {', '.join(unknown)}")
+        refuse_unknown(skip, candidates, "skip names nothing that could be pruned on")
         self.modules = {name: m for name, m in candidates.items() if name not in skip}
         if not self.modules:
             raise ValueError("the model has neither sparse modules nor masks of torch.nn.utils.prune to prune on")

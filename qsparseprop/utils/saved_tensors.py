@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from qsparseprop import arguments
 from qsparseprop._torch_compat import is_parameter_node, name_of_node, saved_tensors_hook
 from qsparseprop.contents import holds_tensors
 from qsparseprop.nn.autograd.masked import BitDropout, BitHardtanh, BitReLU, ByteMaxPool2d
@@ -177,11 +178,10 @@ class compress_saved_tensors(contextlib.AbstractContextManager["compress_saved_t
     """
 
     def __init__(self, scheme: str = "standard", group_size: int = 512, min_size: int = 4096) -> None:
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme must be one of {', '.join(map(repr, SCHEMES))}, got {scheme!r}")
+        arguments.one_of(scheme, SCHEMES, "scheme")
         for name, value, least in (("group_size", group_size, 1), ("min_size", min_size, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {arguments.shown(value)}")
         self.scheme, self.group_size, self.min_size = scheme, group_size, min_size
         self._stack: contextlib.ExitStack | None = None
         self._entries: weakref.WeakValueDictionary[Any, _Entry] = weakref.WeakValueDictionary()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, of_contents
 
 __all__ = ["read_state_dict", "regular_size", "safetensors_refusals", "stored_bytes", "strip_prefix"]
 
@@ -154,9 +154,12 @@ def safetensors_refusals() -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ConfigurationError):
+    except ConfigurationError:
         raise
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+    except Exception as error:
+        kinds = SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError, OSError
+        if not isinstance(error, kinds) or not of_contents(error):
+            raise
         raise ConfigurationError(f"it is no valid file of safetensors ({_first_line(error)})") from error
 
 
@@ -174,9 +177,9 @@ def _check_zip(path: str, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except OSError:
-        raise
     except Exception as error:  # zipfile raises errors of many types on damaged ones
+        if not of_contents(error):
+            raise
         raise ConfigurationError("it is a damaged or incomplete zip file (was it copied whole?)") from error
     names = {record.filename.split("/", 1)[-1] for record in records}
     if "constants.pkl" in names:
@@ -193,9 +196,9 @@ def _check_zip(path: str, size: int) -> None:
 def _load_pickle(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # damaged pickles lead to errors of any type
+        if not of_contents(error):
+            raise
         text = str(error)
         if (found := _GLOBAL.search(text)) is not None and "eights" in text:
             raise ConfigurationError(f"it holds Python objects ({found[1]}), which are not unpickled because that can "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from qsparseprop import arguments
 from qsparseprop.contents import unreadable
 
 from .state_files import stored_bytes
@@ -88,6 +89,7 @@ def weight_infos(state: Mapping[str, Tensor]) -> list[WeightInfo]:
     TypeError
         If a key is no string.
     """
+    arguments.instance(state, Mapping, "state", "a mapping of names to tensors")
     for key in state:
         if not isinstance(key, str):
             raise TypeError(f"the keys of a state dict are strings, got {type(key).__name__}")

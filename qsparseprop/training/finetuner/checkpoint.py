@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qsparseprop.utils.errors import reason_of
+from qsparseprop.utils.errors import of_contents, reason_of
 from qsparseprop.utils.files import replacing, save_tensors
 
 __all__ = ["CheckpointError", "read_checkpoint", "write_checkpoint"]
@@ -85,10 +85,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     # What a damaged file leads to inside of torch is not of one kind.
     except Exception as error:
+        if not of_contents(error):
+            raise
         raise CheckpointError(f"{os.fspath(path)} cannot be read as a checkpoint: {reason_of(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{os.fspath(path)} is not a checkpoint of a Finetuner")

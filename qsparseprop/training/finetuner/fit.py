@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from qsparseprop import arguments
 from qsparseprop.training.locks import locked
 from qsparseprop.utils.files import remove_leftovers
 
+from ._settings import check_batches, check_fit
 from .batches import are_classes, split_batch
 from .checkpoint import (
     check_loader_state,
@@ -94,12 +96,11 @@ class FitLoop:
 
     def check(self, resume: bool) -> None:
         """Raise what `Finetuner.fit` promises, before anything is touched."""
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        check_fit(self.epochs, self.evaluate_every, self.checkpoint_every, self.time_layers, self.report)
+        arguments.flag(resume, "resume")
+        check_batches(self.batches, "train_batches")
+        if self.evaluation_batches is not None:
+            check_batches(self.evaluation_batches, "evaluation_batches")
         if isinstance(self.batches, Iterator):
             raise TypeError("train_batches can be iterated over only once; fit needs something like a DataLoader or a "
                             "list, which starts anew every epoch")  # fmt: skip

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qsparseprop.training.processes import Processes, distribute, processes, undistributed
 
+from ._settings import check_settings
 from .batches import arguments_of, at_least_float32, in_groups, parts_of, split_batch
 from .checkpoint import random_state, read_checkpoint, write_checkpoint
 from .fit import FitLoop, FitResult
@@ -98,8 +99,10 @@ class Finetuner:
         stateful: Mapping[str, Any] | None = None,
         accumulate: int = 1,
     ) -> None:
-        if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-            raise ValueError(f"accumulate must be a whole number from 1 on, got {accumulate!r}")
+        check_settings(
+            model, optimizer, scheduler, autocast_dtype, memory_format, scheduler_per_epoch, max_grad_norm, stateful,
+            accumulate, {"loss_function": loss_function, "after_step": after_step, "forward_context": forward_context},
+        )  # fmt: skip
         self.parallel = model if isinstance(model, DistributedDataParallel) else None
         self.model = undistributed(model)
         self.model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types it without
