@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Collection, Iterable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["flag", "instance", "model", "names", "number", "one_of", "shown", "whole_number"]
 
@@ -173,6 +173,6 @@ def names(value: _Names, name: str, optional: bool = False) -> _Names:
     if isinstance(value, str):
         meant = [part.strip() for part in value.split(",")]
         raise TypeError(f"{name} must be several names, got the string {shown(value)}: write {name}={meant}")
-    if not isinstance(value, Iterable) and not (optional and value is None):
+    if (not isinstance(value, Iterable) or isinstance(value, Tensor)) and not (optional and value is None):
         raise TypeError(f"{name} must be several names, got {shown(value)}")
     return value

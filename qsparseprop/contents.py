@@ -6,11 +6,12 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from qsparseprop._kernels._tensor import check_storage
 from qsparseprop._torch_compat import FakeTensor
 
-__all__ = ["holds_tensors", "is_convertible", "unreadable"]
+__all__ = ["check_memory", "holds_tensors", "is_convertible", "unreadable"]
 
 
 @functools.cache
@@ -25,6 +26,21 @@ def is_convertible(dtype: torch.dtype) -> bool:
 def holds_tensors(tensor: Tensor) -> bool:
     """Whether a tensor's elements are those of others, as a DTensor's are."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def check_memory(values: object, name: str) -> None:
+    """Raise a ValueError where a tensor among values has lost its memory: torch's own operators read it all the same.
+
+    Parameters
+    ----------
+    values : object
+        A tensor, or containers of tensors and other things.
+    name : str
+        What they are, for the message.
+    """
+    for value in _pytree.tree_leaves(values):
+        if isinstance(value, Tensor) and not holds_tensors(value):
+            check_storage(value, name)
 
 
 def unreadable(value: object) -> str | None:

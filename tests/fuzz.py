@@ -48,7 +48,7 @@ _FROZEN = tuple((way, kind) for way in ("flipped", "damaged", "truncated", "edit
                 for kind in ("small", "random", "tokens"))  # fmt: skip
 KINDS = {
     "api": Kind("_fuzz_api", "calls", 12_000, 1000),
-    "commands": Kind("_fuzz_commands", "calls", 300, 100),
+    "commands": Kind("_fuzz_commands", "calls", 500, 100),
     "operators": Kind("_fuzz", "calls", 6_000, 400),
     "tensors": Kind("_fuzz_tensors", "calls", 5_000, 500),
     "states": Kind("_fuzz_states", "checkpoints", 2_000, 250, ways=(("torch",),)),

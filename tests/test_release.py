@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.metadata
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +65,27 @@ def test_releases_need_no_token_and_one_job_may_ask_for_one():
     *_, publish = re.split(r"^  (?=\w+:$)", text, flags=re.MULTILINE)
     assert publish.startswith("publish:")
     assert text.count("id-token: write") == publish.count("id-token: write") == 1
+
+
+def test_nothing_declares_free_threaded_python(settings):
+    """Nobody has tried it: patterns are held by modules that the GIL guards."""
+    assert not [line for line in settings["project"]["classifiers"] if "Free Threading" in line]
+    built = settings["tool"]["cibuildwheel"]
+    assert "enable" not in built
+    for identifier in ("cp313t-manylinux_x86_64", "cp314t-manylinux_x86_64", "cp313t-win_amd64"):
+        assert not any(fnmatch.fnmatch(identifier, pattern) for pattern in built["build"])
+    for path in [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "qsparseprop").rglob("*.p[yx][xd]")]:
+        assert "freethreading_compatible" not in path.read_text(encoding="utf-8"), path
+
+
+def test_free_threaded_python_would_be_told(tmp_path):
+    """Where a module does not say that it goes without the GIL, Python takes it back, with a warning, as it imports."""
+    pytest.importorskip("Cython")
+    source = ROOT / "qsparseprop" / "_kernels" / "_mask.pyx"
+    target = tmp_path / "_mask.c"
+    command = [sys.executable, "-m", "cython", "-3", "-o", str(target), str(source)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    text = target.read_text(encoding="utf-8")
+    assert "{Py_mod_gil, __Pyx_FREETHREADING_COMPATIBLE}" in text
+    (chosen,) = re.findall(r"^#define CYTHON_FREETHREADING_COMPATIBLE (\d)$", text, re.MULTILINE) or ["0"]
+    assert chosen == "0"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
+from qsparseprop.contents import check_memory
+
 __all__ = ["Batch", "batches_of"]
 
 
@@ -91,7 +93,9 @@ def batches_of(model: nn.Module, calibration: Iterable[Any]) -> list[Batch]:
         raise TypeError("calibration must be an iterable of batches, such as a DataLoader or a list of tensors, got "
                         f"{type(calibration).__name__}")  # fmt: skip
     labelled = isinstance(calibration, DataLoader)
-    found = [_arguments(model, item, labelled).floats() for item in calibration]
+    found = [_arguments(model, item, labelled) for item in calibration]
+    check_memory([(batch.args, batch.kwargs) for batch in found], "the calibration data")
+    found = [batch.floats() for batch in found]
     found = [batch for batch in found if all(tensor.numel() for tensor in batch.tensors)]
     if not found:
         raise ValueError("there are no calibration batches: scales need some examples of what the model will get")

@@ -23,6 +23,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qsparseprop.arguments import shown
+from qsparseprop.contents import check_memory
 from qsparseprop.nn._dense import dense_type, dense_weight, held, trains_weight
 from qsparseprop.nn.blocks.start import last_chain, start_chains
 from qsparseprop.utils._layer_timing import LayerInput
@@ -75,6 +76,8 @@ def _is_size(n: Any) -> bool:
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Runner:
+    check_memory((args, kwargs), "the example input")
+
     def fresh(value: Any) -> Any:
         # a model may change its input in place, and is run more than once
         if not isinstance(value, Tensor):
