@@ -286,3 +286,117 @@ def test_what_the_page_of_results_says(monkeypatch):
     summary = _results_page.summarise({**part, "curves": losses}, by_loss=True)
     assert summary["int8"]["ratio"] == pytest.approx(2 / 2.01)
     assert summary["int8"]["steps"] is None  # 2 / 0.997 is 2.006
+
+
+def test_saved(tmp_path):
+    document, printed = run(tmp_path, "saved.py", "--threads", "1")
+    assert [r["kind"] for r in document["results"]] == ["dense", "dense cl", "swapped cl", "blocks cl"]
+    for result in document["results"]:
+        assert result["kind"] in printed
+        dense = result["kind"].startswith("dense")
+        compressed = result["kind"] != "blocks cl"  # in the small network's blocks nothing is left to compress
+        assert (result["kept_mb"] < result["saved_mb"]) == (result["error"] > 0) == compressed
+        assert result["error"] < (0.02 if dense else 0.1)
+        assert result["mean_error"] is None if dense else (result["mean_error"] > 0) == compressed
+        assert dense or result["mean_error"] < 0.02
+
+
+def test_weights_memory(tmp_path):
+    document, printed = run(tmp_path, "weights_memory.py", "--sparsity", "0.8")
+    (result,) = document["results"]
+    assert result["nonzeros"] == 256 * 256 - round(0.8 * 256 * 256)
+    assert set(result["mb"]) == set(result["peak_mb"]) == {"dense", "chosen", "lists", "dense rows"}
+    assert "80 %" in printed
+    # what no product asks for is not made
+    assert result["rows"]["dense"] == []
+    assert result["rows"]["lists"] == ["backward", "forward"]
+    assert result["rows"]["dense rows"] == ["dense_backward", "dense_forward"]
+
+
+def test_language_model(tmp_path):
+    document, printed = run(tmp_path, "language_model.py", "--threads", "1", "--sparsity", "0", "0.9")
+    layers = {"qkv", "proj", "mlp.0", "mlp.2", "head"}
+    for result, sparsity in zip(document["results"], (0.0, 0.9), strict=True):
+        assert result["sparsity"] == sparsity
+        assert_race(result, {"dense", "int8", "fused"})
+        assert set(result["ms"]) - {"fp32 oneDNN"} == {"fp32", "bf16", "int8", "int8 bf16", "fused", "fused bf16"}
+        assert result["saved_mb"]["fused"] < result["saved_mb"]["int8"]
+        for products in result["products"].values():
+            assert set(products) == layers
+            assert {way for ways in products.values() for way in ways.split("/")} <= {"list", "dense"}
+    assert "fused: qkv" in printed
+    parameters = [(m["dense"]["parameters"], m["sparse"]["parameters"]) for m in document["memory"]]
+    assert parameters[0][0] == parameters[0][1] == parameters[1][0] > 3 * parameters[1][1]
+
+
+def test_language_model_profile(tmp_path):
+    arguments = ("--threads", "1", "--sparsity", "0.5", "--profile", "int8")
+    document, _ = run(tmp_path, "language_model.py", *arguments)
+    (profile,) = document["profiles"]
+    assert "memory" not in document
+    for name in ("LayerNorm", "GELU", "attention", "quantize_pack", "spmm"):
+        assert profile["rows_ms"][name]["forward"], name
+        assert profile["rows_ms"][name]["backward"], name
+
+
+def test_mlp(tmp_path):
+    document, printed = run(tmp_path, "mlp.py", "--threads", "1", "--sparsity", "0.9")
+    assert [r["network"] for r in document["results"]] == ["mlp gelu", "mlp relu", "gated", "vit"]
+    for result in document["results"]:
+        assert result["network"] in printed
+        assert list(result["ms"]) == ["fp32", "bf16", "int8", "fused"]
+        assert result["saved_mb"]["fused"] < result["saved_mb"]["int8"]
+
+
+def test_mlp_profile(tmp_path):
+    arguments = ("--threads", "1", "--sparsity", "0.9", "--only", "gated", "vit", "--profile", "int8")
+    document, _ = run(tmp_path, "mlp.py", *arguments)
+    gated, vit = (profile["rows_ms"] for profile in document["profiles"])
+    for rows, names in ((gated, {"gates"}), (vit, {"LayerNorm", "GELU", "attention"})):
+        for name in names | {"quantize_pack", "spmm"}:
+            assert rows[name]["forward"], name
+            assert rows[name]["backward"], name
+
+
+def test_gradual(tmp_path):
+    document, printed = run(tmp_path, "gradual.py")
+    names = [r["name"] for r in document["runs"]]
+    assert names == ["dense with masks, fp32", "dense with masks, bf16", "qsparseprop int8"]
+    for result in document["runs"]:
+        assert result["name"] in printed
+        assert result["zeros"] == pytest.approx(0.95, abs=1e-3)
+        assert len(result["top1"]) == 3
+
+
+def test_inference(tmp_path):
+    document, printed = run(tmp_path, "inference.py", "--cases", "2", "--threads", "1", "--sparsity", "0.9")
+    for result in document["results"]:
+        assert result["case"] == "Linear 1024 -> 4096"
+        assert result["ratio"] == pytest.approx(result["ms"][result["best"]] / result["ms"]["frozen"])
+        assert result["best"] != "frozen"
+    assert "Linear 1024" in printed
+
+
+def test_streaming(tmp_path):
+    """A second start finds the images."""
+    pytest.importorskip("PIL")
+    folder = tmp_path / "images"
+    arguments = ("--folder", str(folder), "--workers", "1", "--threads", "1")
+    document, printed = run(tmp_path, "streaming.py", *arguments)
+    assert len(list(folder.glob("train/class?/*.jpg"))) == 60
+    written = {file: file.stat().st_mtime_ns for file in folder.glob("*/*/*.jpg")}
+    (result,) = document["results"]
+    assert (result["threads"], result["workers"]) == (1, 1)
+    assert result["pass"]["images"] == 60
+    (trained,) = result["train"]
+    assert trained["steps"] == len(trained["losses"]) == 10
+    assert all(math.isfinite(loss) for loss in trained["losses"])
+    assert 0 <= trained["wait_share"] <= 1
+    for memory in (result["pass"]["memory"], trained["memory"]):
+        assert len(memory) == 10
+        if sys.platform == "linux":
+            assert all(row["mb"] > 0 and row["workers_mb"] > 0 for row in memory)
+    assert "% of the time waiting for data" in printed
+    again, _ = run(tmp_path, "streaming.py", *arguments, "--only", "pass")
+    assert "train" not in again["results"][0]
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("*/*/*.jpg")} == written
