@@ -116,6 +116,10 @@ def processes() -> Processes:
 def joined() -> Iterator[Processes]:
     """Join the processes that ``torchrun`` has started with this one, if it has, until the end.
 
+    Yields
+    ------
+    Processes
+
     Raises
     ------
     ConfigurationError
@@ -196,5 +200,14 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def undistributed(model: nn.Module) -> nn.Module:
-    """The model that `distribute`, or torch's ``DistributedDataParallel``, was given; another one as it is."""
+    """The model that `distribute`, or torch's ``DistributedDataParallel``, was given; another one as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    nn.Module
+    """
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -21,7 +21,15 @@ __all__ = ["ImageData", "ImageFiles", "ImageKind", "ImageSet", "StoredImages"]
 
 @dataclass(frozen=True)
 class ImageKind:
-    """What a network has to know of images: number of channels, height and width in pixels, and number of classes."""
+    """What a network has to know of images.
+
+    Attributes
+    ----------
+    channels : int
+    height, width : int
+        In pixels.
+    num_classes : int
+    """
 
     channels: int
     height: int
@@ -46,11 +54,32 @@ class ImageSet(Protocol):
         ...
 
     def read(self, indices: Tensor) -> Tensor:
-        """Some of the images, (len(indices), channels, height, width): bytes, or floats."""
+        """Some of the images.
+
+        Parameters
+        ----------
+        indices : torch.Tensor
+            int64, (n,).
+
+        Returns
+        -------
+        torch.Tensor
+            uint8 or float32, (n, channels, height, width).
+        """
         ...
 
     def take(self, indices: Tensor) -> ImageSet:
-        """A set of some of the images."""
+        """A set of some of the images.
+
+        Parameters
+        ----------
+        indices : torch.Tensor
+            int64, (n,).
+
+        Returns
+        -------
+        ImageSet
+        """
         ...
 
     def names(self) -> Sequence[str]:
@@ -82,11 +111,32 @@ class StoredImages:
         return (channels, *(self.size or (height, width)))
 
     def read(self, indices: Tensor) -> Tensor:
-        """Some of the images, scaled."""
+        """Some of the images, scaled.
+
+        Parameters
+        ----------
+        indices : torch.Tensor
+            int64, (n,).
+
+        Returns
+        -------
+        torch.Tensor
+            In the type that they are stored in, (n, channels, height, width).
+        """
         return scaled(self.pixels[indices], self.size)
 
     def take(self, indices: Tensor) -> StoredImages:
-        """A set of some of the images."""
+        """A set of some of the images, copied.
+
+        Parameters
+        ----------
+        indices : torch.Tensor
+            int64, (n,).
+
+        Returns
+        -------
+        StoredImages
+        """
         return StoredImages(self.pixels[indices], self.labels[indices], self.size)
 
     def names(self) -> Sequence[str]:
@@ -117,7 +167,17 @@ class ImageFiles:
         return 3, self.size, self.size
 
     def read(self, indices: Tensor) -> Tensor:
-        """Some of the images.
+        """Some of the images, read from their files.
+
+        Parameters
+        ----------
+        indices : torch.Tensor
+            int64, (n,).
+
+        Returns
+        -------
+        torch.Tensor
+            uint8, (n, 3, size, size).
 
         Raises
         ------
@@ -130,7 +190,17 @@ class ImageFiles:
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def take(self, indices: Tensor) -> ImageFiles:
-        """A set of some of the files."""
+        """A set of some of the files.
+
+        Parameters
+        ----------
+        indices : torch.Tensor
+            int64, (n,).
+
+        Returns
+        -------
+        ImageFiles
+        """
         return ImageFiles(self.files[indices.numpy()].tolist(), self.labels[indices], self.size)
 
     def names(self) -> Sequence[str]:
@@ -200,10 +270,12 @@ class ImageData:
 
         Parameters
         ----------
-        train_images, test_images : torch.Tensor
+        train_images : torch.Tensor
             float32.
-        train_labels, test_labels : torch.Tensor
+        train_labels : torch.Tensor
             int64.
+        test_images, test_labels : torch.Tensor
+            The same.
         num_classes : int
         name : str
 
@@ -221,14 +293,35 @@ class ImageData:
         return ImageKind(*self.train.shape, self.num_classes)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """What a network gets of pixels (images, channels, height, width); float32."""
+        """What a network gets of pixels.
+
+        Parameters
+        ----------
+        pixels : torch.Tensor
+            (images, channels, height, width), as `ImageSet.read` gives them; may be returned as they are.
+
+        Returns
+        -------
+        torch.Tensor
+            float32, (images, channels, height, width).
+        """
         if bool((self.scale == 1).all()) and bool((self.shift == 0).all()):
             return pixels.float()
         scale, shift = self.scale.view(-1, 1, 1), self.shift.view(-1, 1, 1)
         return pixels.to(torch.float32, copy=True).mul_(scale).add_(shift)
 
     def first(self, images: int | None) -> ImageData:
-        """The same with so many training and test images at most, taken at equal distances."""
+        """The same with so many training and test images at most, taken at equal distances.
+
+        Parameters
+        ----------
+        images : int, optional
+            None: all of them.
+
+        Returns
+        -------
+        ImageData
+        """
         if images is None:
             return self
         return ImageData(_spread(self.train, images), _spread(self.test, images), self.num_classes, self.name,

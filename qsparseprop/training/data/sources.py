@@ -39,7 +39,19 @@ _CHUNK = 256
 def image_kind(source: str, image_size: int | None = None) -> ImageKind | None:
     """What `load_data` is going to return, found without reading images; None where that cannot be known.
 
-    Parameters and errors are those of `load_data`.
+    Parameters
+    ----------
+    source, image_size
+        See `load_data`.
+
+    Returns
+    -------
+    ImageKind or None
+
+    Raises
+    ------
+    ConfigurationError
+        As from `load_data`.
     """
     if source == "digits":
         _check_size(1797, 3, image_size or 32, image_size or 32)
@@ -121,6 +133,10 @@ def load_data(
         Subtract the mean and divide by the standard deviation, by channel: of the training images, or of ImageNet.
     max_images : int, optional
         Use only so many training images, taken at equal distances, and as many test images.
+
+    Returns
+    -------
+    ImageData
 
     Raises
     ------
@@ -230,6 +246,10 @@ def load_npz(
     image_size, normalize
         See `load_data`.
 
+    Returns
+    -------
+    ImageData
+
     Raises
     ------
     ConfigurationError
@@ -256,6 +276,10 @@ def load_folder(
         ``path/test/class/image`` (or ``val``).
     image_size, seed, normalize
         See `load_data`; images are scaled to a square.
+
+    Returns
+    -------
+    ImageData
 
     Raises
     ------
