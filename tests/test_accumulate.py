@@ -159,7 +159,7 @@ def test_another_number_of_batches_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match=f"made of 2 batches, this training's of {accumulate}"):
             plain_finetuner(accumulate=accumulate).fit(_loader("own generator"), 2, folder=tmp_path, resume=True)
     for accumulate in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="accumulate must be a whole number"):
+        with pytest.raises((TypeError, ValueError), match="accumulate must be"):
             plain_finetuner(accumulate=accumulate)
 
 
