@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -159,6 +160,26 @@ def frozen() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"frozen {name}", serve
 
 
+def callers() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Two of Python's threads in one layer, and in one frozen model, at a time: each with a team of its own."""
+    image = torch.randn(IMAGES, CHANNELS, SIZE, SIZE)
+    conv = pruned(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), 0.2)
+    served = nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2)).eval()
+    for name, module in (("a layer", QuantizedSparseConv2d.from_dense(conv).eval()),
+                         ("a frozen model", freeze(served, [image]))):  # fmt: skip
+
+        def call(_: int, module: nn.Module = module) -> Tensor:
+            with torch.no_grad():
+                return module(image)
+
+        def at_once(call: Callable[[int], Tensor] = call) -> None:
+            expected = call(0)
+            with ThreadPoolExecutor(2) as threads:
+                assert all(torch.equal(y, expected) for y in threads.map(call, range(6)))
+
+        yield f"two callers of {name}", at_once
+
+
 def regions_of(module: str) -> dict[int, str]:
     """Parallel regions of a compiled module, by their place in it: the functions that the compiler made of them."""
     found = subprocess.run(["nm", module], capture_output=True, text=True, check=True)
@@ -182,7 +203,7 @@ def main() -> None:
     for isa in sys.argv[1:] or _dispatch.supported_isas():
         _dispatch.set_isa(isa)
         torch.manual_seed(0)
-        for family in (operators, layers, blocks, frozen):
+        for family in (operators, layers, blocks, frozen, callers):
             for name, call in family():
                 print(isa, name, flush=True)
                 call()
