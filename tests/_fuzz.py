@@ -7,7 +7,9 @@ So many calls on each instruction set. An access beyond a tensor ends the proces
 
 import faulthandler
 import json
+import os
 import random
+import signal
 import sys
 
 import torch
@@ -389,10 +391,16 @@ def describe(argument):
     return f"<{argument.dtype} {tuple(argument.shape)} {argument.stride()}{values}>"
 
 
+def end_after(seconds):
+    """Say where the process is and end it, once it has computed so long, whatever else the machine does meanwhile."""
+    faulthandler.register(signal.SIGPROF, chain=True)
+    signal.setitimer(signal.ITIMER_PROF, seconds * (10 if os.environ.get("QSPARSEPROP_SANITIZED") else 1))
+
+
 def main():
     seed, calls = int(sys.argv[1]), int(sys.argv[2])
     faulthandler.enable()
-    faulthandler.dump_traceback_later(100, exit=True)
+    end_after(100)
     torch.set_num_threads(1 + seed % 2)  # both with and without a team
     random.seed(seed)
     torch.manual_seed(seed)

@@ -48,6 +48,10 @@ def examples(count: int) -> settings:
     return settings(max_examples=-(-count * settings.default.max_examples // 100))
 
 
+#: How much longer than alone anything takes under sanitizers (tests/sanitize.sh), and what waits for it has to wait.
+PATIENCE = 10 if os.environ.get("QSPARSEPROP_SANITIZED") else 1
+
+
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Run code in a process of its own, with the package that is being tested."""
     package = str(Path(qsparseprop.__file__).parents[1])
@@ -55,7 +59,8 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
     inherited = {k: v for k, v in os.environ.items() if k != "QSPARSEPROP_ISA"}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**inherited, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=300, check=False,
+        env={**inherited, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=300 * PATIENCE,
+        check=False,
     )  # fmt: skip
 
 
