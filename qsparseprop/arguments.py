@@ -52,7 +52,7 @@ def instance(value: object, kind: type | tuple[type, ...], name: str, wanted: st
         What it must be, for the message.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
 def model(value: object, name: str = "model") -> None:

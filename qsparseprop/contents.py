@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 from qsparseprop._kernels._tensor import check_storage
 from qsparseprop._torch_compat import FakeTensor
 
-__all__ = ["check_memory", "holds_tensors", "is_convertible", "unreadable"]
+__all__ = ["check_memory", "check_memory_of", "holds_tensors", "is_convertible", "unreadable"]
 
 
 @functools.cache
@@ -41,6 +41,19 @@ def check_memory(values: object, name: str) -> None:
     for value in _pytree.tree_leaves(values):
         if isinstance(value, Tensor) and not holds_tensors(value):
             check_storage(value, name)
+
+
+def check_memory_of(model: nn.Module) -> None:
+    """Do so for all parameters and buffers of a model, naming the one.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    """
+    for name, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if type(tensor) in (Tensor, nn.Parameter):  # not wrappers of others, and lazy ones
+                check_storage(tensor, f"{name}.{key}" if name else key)
 
 
 def unreadable(value: object) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qsparseprop import arguments
+from qsparseprop.contents import check_memory_of
 from qsparseprop.inference.batches import Batch, batches_of
 from qsparseprop.inference.capture import NotCapturable, float_copy
 from qsparseprop.inference.module import FrozenModule
@@ -78,6 +79,7 @@ def freeze(
         of their layer.
     """
     arguments.model(model)
+    check_memory_of(model)
     if any(isinstance(module, FrozenModule) for module in model.modules()):
         raise ValueError("the model is frozen already")
     if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop import arguments
+from qsparseprop.contents import check_memory_of
 
 __all__ = ["FreezeReport", "LayerReport", "measure_accuracy"]
 
@@ -150,6 +151,7 @@ def measure_accuracy(
         If there are no batches, or no such metric.
     """
     arguments.model(model)
+    check_memory_of(model)
     if metric not in ("top1", "top5") if isinstance(metric, str) else not callable(metric):
         raise ValueError(f"metric must be 'top1', 'top5' or a function, got {arguments.shown(metric)}")
     training = [module for module in model.modules() if module.training]

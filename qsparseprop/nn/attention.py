@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from qsparseprop.nn.linear import SparseLinear
+    from qsparseprop.contents import check_memory_of
+from qsparseprop.nn.linear import SparseLinear
 
 __all__ = ["MultiheadAttention"]
 
@@ -65,6 +66,7 @@ class MultiheadAttention(nn.Module):
                             f"{type(attention).__module__}.{type(attention).__qualname__}")
         if attention.bias_k is not None or attention.add_zero_attn:
             raise NotImplementedError("add_bias_kv and add_zero_attn are not supported")
+        check_memory_of(attention)
         if attention.in_proj_weight is not None:
             weights = attention.in_proj_weight.chunk(3)
         else:

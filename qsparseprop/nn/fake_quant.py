@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsparseprop.contents import check_memory_of
 from qsparseprop.nn._dense import dense_bias, dense_weight, held, trains_weight
 from qsparseprop.nn.autograd.fake_product import DenseProduct, FakeProduct
 from qsparseprop.quantization import QuantConfig
@@ -25,6 +26,7 @@ class _FakeQuant(nn.Module):
     def _take_over(self, dense: nn.Module, qconfig: QuantConfig | None) -> None:
         if qconfig is not None and not isinstance(qconfig, QuantConfig):
             raise TypeError(f"qconfig must be a QuantConfig, got {type(qconfig).__name__}")
+        check_memory_of(dense)
         weight, mask = dense_weight(dense)
         bias = dense_bias(dense)
         self.weight = nn.Parameter(weight.clone(), trains_weight(dense))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qsparseprop.contents import check_memory_of
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_values, has_mask, held
 from qsparseprop.nn._foreign_masks import ForeignMask, foreign_masks
-from qsparseprop.ops import check_storage
 
 #: Parts of the names that layers outside of torch.nn give their weights, the projections of experts for instance.
 _NAMES = ("weight", "kernel", "proj")
@@ -70,7 +70,7 @@ def weights_of(model: nn.Module) -> list[Weights]:
     Embeddings are looked up, not multiplied; they count where somebody pruned them: with a mask, or with more than half
     of their entries zero.
     """
-    _refuse_missing_memory(model)
+    check_memory_of(model)
     masks = foreign_masks(model)
     found = [w for name, module in model.named_modules() if (w := _weights(name, module)) is not None]
     for w in found:
@@ -80,14 +80,6 @@ def weights_of(model: nn.Module) -> list[Weights]:
             assert weight is not None  # of the mask's shape
             w.zeros, w.masked = _zeros(weight * w.foreign.mask), True
     return found
-
-
-def _refuse_missing_memory(model: nn.Module) -> None:
-    """Raise a ValueError for a tensor whose storage somebody has made smaller: torch reads it all the same."""
-    for name, module in model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if type(tensor) in (Tensor, nn.Parameter):  # not wrappers of others
-                check_storage(tensor, f"{name}.{key}" if name else key)
 
 
 def _weights(name: str, module: nn.Module) -> Weights | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from qsparseprop import arguments
-from qsparseprop.contents import check_memory
+from qsparseprop.contents import check_memory, check_memory_of
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._conv import SparseConvNd
 from qsparseprop.nn._dense import held
@@ -295,6 +295,7 @@ def model_costs(
         needs no gradient.
     """
     arguments.model(model)
+    check_memory_of(model)
     x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
     check_memory(x, "example")
     costs: list[LayerCost] = []

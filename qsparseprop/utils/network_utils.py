@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 from qsparseprop import arguments
 from qsparseprop import nn as sparse_nn
+from qsparseprop.contents import check_memory_of
 from qsparseprop.layout.modes import forced_modes
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_type
@@ -334,6 +335,7 @@ def unfold_attention(model: nn.Module) -> nn.Module:
         The same `model`; parameters of the projections are new ones.
     """
     arguments.model(model)
+    check_memory_of(model)
     replacements: dict[int, nn.Module] = {}
     replaced: dict[int, nn.Module] = {}
     for module in model.modules():

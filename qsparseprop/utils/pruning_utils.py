@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from qsparseprop import arguments
+from qsparseprop.contents import check_memory, check_memory_of
 from qsparseprop.nn._dense import held
 from qsparseprop.nn._interop import check_owners, check_unsplit, element_state, inner_optimizer
 from qsparseprop.nn._weight import SparseWeight
@@ -134,6 +135,7 @@ def _prune(
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     modules = prunable_modules(model, skip)
+    check_memory_of(model)
     if not modules:
         raise ValueError("the model has no Conv2d or Linear to prune")
     for name, module in modules.items():
@@ -163,6 +165,7 @@ def make_pruning_permanent(model: nn.Module) -> None:
     model : nn.Module
     """
     arguments.model(model)
+    check_memory_of(model)
     for module in model.modules():
         if hasattr(module, "weight_mask") and "weight_orig" in module._parameters:  # others may call a buffer so, too
             place = list(module._parameters).index("weight_orig")
@@ -193,6 +196,7 @@ def collect_masks(model: nn.Module) -> dict[str, torch.Tensor]:
         `make_pruning_permanent`.
     """
     arguments.model(model)
+    check_memory_of(model)
     return {name: m.weight_mask.bool() for name, m in model.named_modules() if hasattr(m, "weight_mask")}
 
 
@@ -235,6 +239,9 @@ def make_mask_enforcer(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> C
         three times as long.
     """
     weights = _weights(model, masks)
+    for name in weights:
+        arguments.instance(masks[name], torch.Tensor, f"masks[{name!r}]", "a tensor")
+        check_memory(masks[name], f"masks[{name!r}]")
     tensors = list(weights.values())
     # The same strides as the weight, or the multiplication walks through memory in two orders at once.
     float_masks = [torch.empty_like(weight).copy_(masks[name]) for name, weight in weights.items()]
@@ -248,6 +255,7 @@ def make_mask_enforcer(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> C
 
 def _weights(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
     arguments.model(model)
+    check_memory_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     refuse_unknown(names, modules, "the model does not have", "names")
     without = [name for name in names if not isinstance(getattr(modules[name], "weight", None), torch.Tensor)]
@@ -331,6 +339,7 @@ class GradualPruner:
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
         arguments.model(model)
+        check_memory_of(model)
         for name, value in (("begin_step", begin_step), ("end_step", end_step), ("interval", interval)):
             arguments.number(value, name)
         if not 0 <= begin_step < end_step or interval < 1:

@@ -73,5 +73,6 @@ def check_fit(
 
 def check_batches(batches: object, name: str) -> None:
     """Raise a TypeError for what holds no batches."""
-    if isinstance(batches, str) or (not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__")):
+    iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
+    if isinstance(batches, str | torch.Tensor) or not iterable:
         raise TypeError(f"{name} must be batches, such as a DataLoader or a list, got {arguments.shown(batches)}")
