@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsparseprop.contents import check_memory_of
+
 if TYPE_CHECKING:
-    from qsparseprop.contents import check_memory_of
-from qsparseprop.nn.linear import SparseLinear
+    from qsparseprop.nn.linear import SparseLinear
 
 __all__ = ["MultiheadAttention"]
 
