@@ -266,7 +266,7 @@ def _model_targets() -> dict[str, Target]:
         **{f.__name__: Target(f, {"model": "sparse"}) for f in (
             q.unfold_attention, q.fuse_modules, q.unfuse_modules, q.chains, q.sparsity, q.make_pruning_permanent,
             pruning_utils.prunable_modules, pruning_utils.collect_masks)},
-        "attach_adapters": Target(q.attach_adapters, {"model": "sparse", "attach": "attach"}),
+        "attach_adapters": Target(q.attach_adapters, {"model": "sparse", "attach": "attach"}, RAN),  # what is attached
         "parameter_groups": Target(q.parameter_groups, {"model": "sparse", "weight_decay": "0.5", "no_decay": "()"}),
         "global_magnitude_prune": Target(q.global_magnitude_prune, prune),
         "layerwise_magnitude_prune": Target(q.layerwise_magnitude_prune, prune),
