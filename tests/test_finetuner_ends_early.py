@@ -198,3 +198,46 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number, start, tmp_path
     assert name == number.name
     assert len(read_checkpoint(folder / "last.pt")["history"]["losses"]) == int(steps)
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["stopped_by"] == number.name
+
+
+#: Two processes read and augment; an epoch has twelve steps. A signal to all of them, as Ctrl-C is in a terminal.
+WORKERS_SCRIPT = """
+import numpy, os, random, signal, sys, torch
+from torch import nn
+from qsparseprop import Finetuner
+from qsparseprop.training.data import Augmentation, ImageData, StoredImages, image_loader
+
+if __name__ == "__main__":
+    folder, stop_at, name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    os.setpgrp()
+    torch.set_num_threads(1)
+    for seed in (torch.manual_seed, numpy.random.seed, random.seed):
+        seed(0)  # checkpoints hold all of these
+    pixels = torch.randint(256, (96, 3, 8, 8), dtype=torch.uint8)
+    images = StoredImages(pixels, torch.arange(96) % 4)
+    data = ImageData(images, images, 4, "noise", torch.full((3,), 1 / 255), torch.zeros(3))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
+    tuner = Finetuner(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+
+    def interrupt():
+        if len(tuner.history.losses) + 1 == stop_at:
+            os.killpg(0, getattr(signal, name))
+
+    tuner.after_step = interrupt
+    loader = image_loader(data, "train", 8, seed=1, augment=Augmentation(["crop", "flip"]), workers=2)
+    tests = image_loader(data, "test", 8, workers=2)
+    result = tuner.fit(loader, 2, evaluation_batches=tests, folder=folder, resume=True)
+    print("stopped" if result.stopped_by else "done", len(tuner.history.losses), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.nightly)])
+def test_a_signal_to_a_training_and_its_workers(name, start, tmp_path):
+    """In the middle of the second epoch: what is resumed is what was never stopped, bit for bit."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert finish(start(whole, 0, name, script=WORKERS_SCRIPT)) == ["done", "24"]
+    assert finish(start(stopped, 17, name, script=WORKERS_SCRIPT)) == ["stopped", "17"]
+    assert finish(start(stopped, 0, name, script=WORKERS_SCRIPT)) == ["done", "24"]
+    ours, theirs = (read_checkpoint(folder / "last.pt") for folder in (stopped, whole))
+    assert_same_content(ours, theirs)

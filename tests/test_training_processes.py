@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ import torch
 import torch.distributed as dist
 
 import qsparseprop
+from qsparseprop import Finetuner
+from qsparseprop.training.finetuner.fit import FitLoop
+from qsparseprop.training.processes import Processes
 
 from .test_distributed import torchrun
 
@@ -179,3 +183,21 @@ def test_a_finetuner_of_a_distributed_model(tmp_path):
     script.write_text(WORKER)
     done = torchrun(tmp_path, script)
     assert done.returncode == 0, done.stderr
+
+
+def test_processes_stop_at_the_same_step_whenever_a_signal_comes():
+    """One that comes while they ask each other is one that the others do not know of yet."""
+    model = torch.nn.Linear(2, 2)
+    loop = FitLoop(Finetuner(model, torch.optim.SGD(model.parameters(), 0.1)), [], 1, None, None, None, 0)
+
+    class Together(Processes):
+        def of_all(self, value):
+            loop.request.signal = signal.SIGTERM
+            return [value, others]
+
+    others = 0
+    with mock.patch.object(Finetuner, "together", Together(0, 2)):
+        assert not loop._asked_to_stop()
+        assert loop._asked_to_stop()
+        loop.request.signal, others = None, int(signal.SIGINT)
+        assert loop._asked_to_stop()

@@ -142,7 +142,8 @@ class FitLoop:
             except FloatingPointError as error:
                 self.log.write("error", layer=getattr(error, "layer", None), message=str(error))
                 raise
-            stopped_by = self.request.signal
+            # a signal after the last step stops what comes next, in all processes or in none
+            stopped_by = self.request.signal if self._asked_to_stop() else None
             self._write("end", stopped_by=None if stopped_by is None else stopped_by.name)
         return FitResult(stopped_by, tuner.history.best, self.layer_times)
 
@@ -158,13 +159,12 @@ class FitLoop:
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal has reached this process or another one: all stop at the same step."""
-        together = self.tuner.together
-        if together.count > 1:
-            own = 0 if self.request.signal is None else int(self.request.signal)
-            highest = max(together.of_all(own))
-            if highest and not own:
-                self.request.signal = signal.Signals(highest)
-        return self.request.signal is not None
+        # one that comes while they agree counts the next time: the others do not know of it
+        own = 0 if self.request.signal is None else int(self.request.signal)
+        highest = max(self.tuner.together.of_all(own))
+        if highest and not own:
+            self.request.signal = signal.Signals(highest)
+        return highest > 0
 
     def _write(self, event: str, **values: Any) -> None:
         """Log something with the position."""
