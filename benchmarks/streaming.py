@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     document["results"] = []
     if args.only != "generate":
         begun = time.perf_counter()
-        data = load_data(str(args.folder), size)
+        data = load_data(str(args.folder), size, max_images=args.images)
         common.say(f"\n{len(data.train_labels)} training images listed and measured in "
                    f"{time.perf_counter() - begun:.1f} s")  # fmt: skip
         for threads, workers in itertools.product(args.threads, args.workers):

@@ -1,6 +1,7 @@
 """Images in memory and in files, and the batches that are made of them."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -87,6 +88,22 @@ def test_workers_read_what_one_process_reads(tmp_path, workers):
         assert same(batches(ours), batches(expected))
     expected, ours = (image_loader(data, "test", 4, workers=n) for n in (0, workers))
     assert same(batches(ours), batches(expected))
+
+
+@pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] != "fork", reason="needs processes that inherit it")
+def test_shared_memory_may_run_out(tmp_path, monkeypatch):
+    """Batches come another way: lost by the queue, they would be waited for for ever."""
+    data = load_data(folder(tmp_path), image_size=16)
+    expected = batches(image_loader(data, "train", 8, seed=3, augment=Augmentation(["crop"]), workers=0))
+
+    def no_space(*arguments):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", no_space)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_space)
+    loader = image_loader(data, "train", 8, seed=3, augment=Augmentation(["crop"]), workers=2)
+    loader.timeout = 60
+    assert same(batches(loader), expected)
 
 
 def test_epochs_differ_and_seeds_differ(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, get_worker_info
 
 from qsparseprop.utils.errors import ConfigurationError
 
@@ -82,7 +82,25 @@ class _Batches(Dataset[Any]):
                 pixels = self.augmentation(pixels, torch.from_numpy(draws))
         except ConfigurationError as error:
             return _Unreadable(str(error))
-        return pixels, self.images.labels[indices]
+        labels = self.images.labels[indices]
+        return (pixels, labels) if get_worker_info() is None else (_sent(pixels), labels.numpy())
+
+
+def _sent(pixels: Tensor) -> Tensor | np.ndarray:
+    """What a reading process sends: a tensor in shared memory, or, where there is none left, an array by the pipe.
+
+    Left to the queue, which shares tensors in a thread of its own, a lack of memory would lose the batch, and this
+    process would wait for it for ever. Containers often have 64 MB.
+    """
+    try:
+        return pixels.share_memory_()
+    except RuntimeError:
+        return pixels.numpy()
+
+
+def _as_it_is(batch: Any) -> Any:
+    # in place of torch's conversion, which makes tensors of arrays before they are sent
+    return batch
 
 
 class ImageLoader(DataLoader[Any]):
@@ -106,14 +124,15 @@ class ImageLoader(DataLoader[Any]):
         self, data: ImageData, images: ImageSet, order: _Order, augmentation: Augmentation | None, workers: int
     ) -> None:
         # a batch is one item, so that images in memory are gathered at once
-        super().__init__(_Batches(images, augmentation), sampler=order, batch_size=None, num_workers=workers)
+        super().__init__(_Batches(images, augmentation), sampler=order, batch_size=None, num_workers=workers,
+                         collate_fn=_as_it_is)  # fmt: skip
         self._normalised = data.normalised
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # nobody asks it for more
         for batch in super().__iter__():
             if isinstance(batch, _Unreadable):
                 raise ConfigurationError(batch.error)
-            pixels, labels = batch
+            pixels, labels = (torch.as_tensor(part) for part in batch)
             yield self._normalised(pixels), labels
 
 
