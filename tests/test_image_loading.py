@@ -239,3 +239,17 @@ def test_a_comparison_reads_files_in_further_processes(tmp_path):
     result = json.loads((out / "result.json").read_text())
     assert result["data"] == {"name": "images", "train": 27, "test": 9}
     assert all(len(run["losses"]) == 3 for run in result["runs"].values())
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_memory_of_workers_stays_flat():
+    """Freed batches go back to the system: holes of the heap would grow by one batch after the other."""
+    pixels, labels = torch.zeros(3840, 3, 4, 4, dtype=torch.uint8), torch.zeros(3840, dtype=torch.long)
+    images = StoredImages(pixels, labels, (224, 224))
+    data = ImageData(images, images, 1, "", torch.ones(3), torch.zeros(3))
+    loader = image_loader(data, "train", 32, seed=0, augment=Augmentation(["flip"]), workers=1)
+    megabytes = []
+    for batch, _ in enumerate(loader):
+        if batch in (20, 110):
+            (worker,) = multiprocessing.active_children()
+            with open(f"/proc/{worker.pid}/status") as status:
+                megabytes += [int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon")]
+    assert megabytes[1] - megabytes[0] < 40  # a batch has 4.6, and four are on the way

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +18,11 @@ from .augmentation import Augmentation
 from .images import ImageData, ImageFiles, ImageSet, StoredImages
 
 __all__ = ["ImageLoader", "Share", "evaluation_loader", "image_loader", "training_loader"]
+
+
+#: glibc's number of the size from which memory is mapped and unmapped by itself, and that size in reading processes.
+#: Unless it is set, glibc raises it to that of the largest block which was freed.
+_M_MMAP_THRESHOLD, _MAPPED = -3, 2**19
 
 
 class Share(NamedTuple):
@@ -83,19 +90,25 @@ class _Batches(Dataset[Any]):
         except ConfigurationError as error:
             return _Unreadable(str(error))
         labels = self.images.labels[indices]
-        return (pixels, labels) if get_worker_info() is None else (_sent(pixels), labels.numpy())
+        return (pixels, labels) if get_worker_info() is None else (_sent(pixels), _sent(labels))
 
 
-def _sent(pixels: Tensor) -> Tensor | np.ndarray:
+def _sent(values: Tensor) -> Tensor | np.ndarray:
     """What a reading process sends: a tensor in shared memory, or, where there is none left, an array by the pipe.
 
     Left to the queue, which shares tensors in a thread of its own, a lack of memory would lose the batch, and this
     process would wait for it for ever. Containers often have 64 MB.
     """
     try:
-        return pixels.share_memory_()
+        return values.share_memory_()
     except RuntimeError:
-        return pixels.numpy()
+        return values.numpy()
+
+
+def _begin(worker: int) -> None:
+    """Have a reading process give its memory back: batches of some MB otherwise leave hundreds in holes of the heap."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system or C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -125,7 +138,7 @@ class ImageLoader(DataLoader[Any]):
     ) -> None:
         # a batch is one item, so that images in memory are gathered at once
         super().__init__(_Batches(images, augmentation), sampler=order, batch_size=None, num_workers=workers,
-                         collate_fn=_as_it_is)  # fmt: skip
+                         collate_fn=_as_it_is, worker_init_fn=_begin)  # fmt: skip
         self._normalised = data.normalised
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # nobody asks it for more
