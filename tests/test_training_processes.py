@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -118,6 +119,29 @@ def test_two_processes_stop_together_and_go_on_where_they_were(images, tmp_path)
     # and what two have begun, one can end
     again = finetune(1, "--resume", "--out", str(parts))
     assert again.returncode == 0, again.stderr
+
+
+def test_machines_need_not_share_the_folder(images, tmp_path):
+    """Two processes in folders of their own, begun without torchrun: the first one's has everything."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    for options in (("--data", images, "--epochs", "2"), ("--resume",)):
+        running = []
+        for rank, folder in enumerate(folders):
+            whose = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            running.append(subprocess.Popen(command(1, *options, "--out", "run"), env={**environment(), **whose},
+                                            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                            text=True))  # fmt: skip
+        for process in running:
+            errors = process.communicate(timeout=120)[1]
+            assert process.returncode == 0, errors
+    assert json.loads((folders[0] / "run" / "result.json").read_text())["processes"] == 2
+    assert log(folders[0] / "run", "resume")
+    assert not any(path.is_file() for path in folders[1].rglob("*"))
 
 
 def test_what_processes_cannot_do_is_refused_by_all(images, tmp_path):
