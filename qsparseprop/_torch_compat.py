@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame as _frames
 from torch._subclasses import FakeTensor
 from torch.autograd import Variable, forward_ad, profiler
+from torch.multiprocessing import reductions
 from torch.nn.modules import module as _module
 from torch.optim.swa_utils import AveragedModel
 
@@ -30,6 +31,7 @@ __all__ = [
     "called_by_parameter",
     "current_backward",
     "dispatch_modes",
+    "forget_shared_storages",
     "forward_hooks",
     "forward_pre_hooks",
     "function_modes",
@@ -200,6 +202,18 @@ def saved_tensors_hook() -> Any:
     """The innermost hook that would be given a tensor that is saved now, or None; an error where they are forbidden."""
     hooks = _top_hooks(False)
     return None if hooks is None else hooks[0]
+
+
+def forget_shared_storages() -> None:
+    """Let go of what other processes have sent and nobody uses any more.
+
+    torch keeps a small piece of each of the last 128. Large blocks that are allocated between these leave holes of
+    their size in the heap, which may come to a gigabyte.
+    """
+    cache: Any = getattr(reductions, "shared_cache", None)
+    if hasattr(cache, "free_dead_references") and hasattr(cache, "lock"):
+        with cache.lock:
+            cache.free_dead_references()
 
 
 def size_guards(exported: Any) -> list[str]:

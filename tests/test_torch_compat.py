@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.multiprocessing import reductions
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
@@ -409,6 +410,20 @@ def test_nothing_else_reaches_into_torch():
             elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torch._"):
                 found.add(f"{path.relative_to(root)}: {node.module}")
     assert not found
+
+
+# ---- tensors of other processes ----
+
+
+def test_shared_storages_are_forgotten():
+    """Without it the last 128 would leave holes in the heap."""
+    used, unused = (torch.zeros(3).share_memory_() for _ in range(2))
+    for name, tensor in (("used", used), ("unused", unused)):
+        reductions.shared_cache[name] = StorageWeakRef(tensor.untyped_storage())
+    del unused, tensor
+    compat.forget_shared_storages()
+    assert {"used", "unused"} & set(reductions.shared_cache) == {"used"}
+    del reductions.shared_cache["used"]
 
 
 # ---- who watches operators ----

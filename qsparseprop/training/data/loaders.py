@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, get_worker_info
 
+from qsparseprop._torch_compat import forget_shared_storages
 from qsparseprop.utils.errors import ConfigurationError
 
 from .augmentation import Augmentation
@@ -146,7 +147,10 @@ class ImageLoader(DataLoader[Any]):
             if isinstance(batch, _Unreadable):
                 raise ConfigurationError(batch.error)
             pixels, labels = (torch.as_tensor(part) for part in batch)
-            yield self._normalised(pixels), labels
+            normalised = self._normalised(pixels)
+            del pixels, batch
+            forget_shared_storages()
+            yield normalised, labels
 
 
 def image_loader(
