@@ -239,6 +239,8 @@ def test_a_comparison_reads_files_in_further_processes(tmp_path):
     result = json.loads((out / "result.json").read_text())
     assert result["data"] == {"name": "images", "train": 27, "test": 9}
     assert all(len(run["losses"]) == 3 for run in result["runs"].values())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 def test_memory_of_workers_stays_flat():
     """Freed batches go back to the system: holes of the heap would grow by one batch after the other."""
