@@ -196,12 +196,28 @@ def write_curves(document: dict[str, Any], sparsity: str, path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
+#: What stands around the table in README.md.
+_BEGIN, _END = "<!-- made by benchmarks/results.py -->\n", "<!-- until here -->\n"
+
+
+def _write_readme(path: Path, table: Sequence[str]) -> None:
+    """Put the table of all sections into a file that has a place for it."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if _BEGIN in text and _END in text:
+        before, rest = text.split(_BEGIN, 1)
+        lines = "\n".join(table).replace("](#", "](docs/results.md#")
+        with replacing(path) as temporary:
+            temporary.write_text(f"{before}{_BEGIN}\n{lines}\n\n{_END}{rest.split(_END, 1)[1]}", encoding="utf-8")
+
+
 def write_page(docs: Path, order: Sequence[str]) -> None:
-    """Make the page of all sections that have been measured, in an order."""
+    """Make the page of all sections that have been measured, in an order, and the table of README.md."""
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((docs / "results").glob("*.json"))]
     documents.sort(key=lambda document: order.index(document["name"]))
-    lines = [HEAD, *top_table(documents), ""]
+    table = top_table(documents)
+    lines = [HEAD, *table, ""]
     for document in documents:
         lines += section(document)
     with replacing(docs / "results.md") as temporary:
         temporary.write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
+    _write_readme(docs.parent / "README.md", table)

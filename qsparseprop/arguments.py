@@ -65,7 +65,7 @@ def model(value: object, name: str = "model") -> None:
         Of the argument.
     """
     instance(value, nn.Module, name, "a torch.nn.Module")
-    if "_modules" not in vars(value):
+    if not hasattr(value, "_modules"):  # torch.jit's modules have theirs elsewhere than vars()
         raise TypeError(f"{name} must be a torch.nn.Module that was made by its constructor, this {shown(value)} lacks "
                         "what super().__init__() gives it")  # fmt: skip
 

@@ -226,7 +226,7 @@ def test_a_quantised_network_is_pruned_on():
         ({"begin_step": 5}, "come before end_step"),
         ({"interval": 0}, "interval must be positive"),
         ({"scope": "model"}, "scope must be 'global' or 'layer', got 'model'"),
-        ({"skip": ["7"]}, "skip names nothing that could be pruned on: 7"),
+        ({"skip": ["7"]}, "skip names nothing that could be pruned on: '7'"),
         ({"skip": ["0", "2", "5"]}, "neither sparse modules nor masks"),
     ],
 )

@@ -230,6 +230,7 @@ def test_the_loader_of_tensors_takes_them_as_they_are():
     assert part.shape == (2, 3, 3)
 
 
+@pytest.mark.nightly
 def test_a_comparison_reads_files_in_further_processes(tmp_path):
     pytest.importorskip("matplotlib")
     source = folder(tmp_path / "images", images=12)

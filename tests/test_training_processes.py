@@ -93,12 +93,12 @@ def test_two_processes_do_what_one_does_with_the_joint_batch(images, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_two_processes_stop_together_and_go_on_where_they_were(images, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ("--data", images, "--scheme", "int8", "--epochs", "40", "--augment", "crop")
+    options = ("--data", images, "--scheme", "int8", "--epochs", "12", "--augment", "crop")
     assert finetune(2, *options, "--out", str(whole)).returncode == 0
     running = subprocess.Popen(command(2, *options, "--out", str(parts)), env=environment(), stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     deadline = time.monotonic() + 120
-    while not (parts / "log.jsonl").exists() or len(log(parts, "step")) < 20:
+    while not (parts / "log.jsonl").exists() or len(log(parts, "step")) < 5:
         assert running.poll() is None, running.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -110,7 +110,7 @@ def test_two_processes_stop_together_and_go_on_where_they_were(images, tmp_path)
     assert log(parts, "end")[-1]["stopped_by"] == "SIGTERM"
     done = finetune(2, "--resume", "--out", str(parts))
     assert done.returncode == 0, done.stderr
-    assert 20 <= stopped < len(log(parts, "step"))
+    assert 5 <= stopped < len(log(parts, "step"))
     theirs, ours = (json.loads((folder / "result.json").read_text()) for folder in (whole, parts))
     # which layers are faster dense is measured anew by each training
     if ours["replaced_layers"] == theirs["replaced_layers"]:
