@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Collection, Iterable
 from typing import TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 
 __all__ = ["flag", "instance", "model", "names", "number", "one_of", "shown", "whole_number"]
@@ -76,11 +77,12 @@ def flag(value: object, name: str) -> None:
     Parameters
     ----------
     value : object
-        A number is none: it may have been meant for the argument beside it.
+        NumPy's count. A number is none: it may have been meant for the argument beside it.
     name : str
         Of the argument.
     """
-    instance(value, bool, name, "True or False")
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def number(value: object, name: str, low: float = -math.inf, high: float = math.inf) -> None:

@@ -354,7 +354,7 @@ def test_folders_of_images(tmp_path):
     with pytest.raises(ConfigurationError, match="cannot read the image"):
         load_data(str(split), image_size=8)
     (split / "val" / "red" / "0.jpg").unlink()
-    with pytest.raises(ConfigurationError, match="same classes"):
+    with pytest.raises(ConfigurationError, match="folders without images: red"):
         load_data(str(split), image_size=8)
 
 

@@ -104,7 +104,7 @@ class CompareConfig(Recipe):
     threads : int or None
         torch's threads; ``None`` for torch's own choice.
     seed : int
-        Of the initial weights, the test split, the order of the batches and the stochastic rounding.
+        Of the initial weights, the order of the batches and the stochastic rounding.
     image_size : int or None
         Height and width of the images, in pixels; ``None`` for the data's own.
     augment : str or None

@@ -7,13 +7,32 @@ import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["Parser", "missing_package", "model_name", "number_between", "prepare_directory", "shape", "whole_number"]
 
 
+class _Absent(list[Any]):
+    """Stands where an option was not given."""
+
+
 class Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line; argparse would put all options of the command before it."""
+    """Tells what is wrong in one line; argparse would put all options of the command before it.
+
+    What it returns knows which options were given, under ``given``: the value of one may be its default's.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and say which of the options were given."""
+        # argparse leaves alone what is there already, and appends to a copy of it
+        absent = _Absent()
+        places = {action.dest: absent for action in self._actions if action.dest != argparse.SUPPRESS}
+        found, _ = super().parse_known_args(args, argparse.Namespace(**places))
+        given = {name for name in places if getattr(found, name) is not absent}
+        result, rest = super().parse_known_args(args, namespace)
+        # the parser of a command comes before that of the program, which knows none of its options
+        result.given = given | getattr(result, "given", set())
+        return result, rest
 
     def error(self, message: str) -> NoReturn:
         """End the process with code 2."""

@@ -99,7 +99,7 @@ def add_parser(commands: Any) -> None:
         help="how sparse layers compute: int8; float32; settings of QuantConfig such as input=standard,grad=absmax; "
         "dense*: no sparse layers, zeros are held by masks (default: %(default)s)")
     _add_training(add)
-    parser.set_defaults(run=run, parser=parser, defaults={a.dest: a.default for a in parser._actions})
+    parser.set_defaults(run=run, parser=parser)
 
 
 def _add_training(add: Callable[..., Any]) -> None:
@@ -120,7 +120,8 @@ def _add_training(add: Callable[..., Any]) -> None:
     add("--threads", type=whole_number(1, 1024), metavar="N",
         help="threads to compute with (default: PyTorch's choice)")
     add("--seed", type=whole_number(0, 2**32 - 2), default=0, metavar="N",
-        help="seed of initial weights, test split, order of the batches and stochastic rounding (default: %(default)s)")
+        help="seed of initial weights, order of the batches and stochastic rounding; which images are for the test "
+        "does not depend on it (default: %(default)s)")
     add("--compare", action=argparse.BooleanOptionalAction, default=None,
         help="fine-tune dense as well and compare (default: unless an option marked with * is given)")
     add("--resume", action="store_true", help="* go on with the run in --out; its settings count")
@@ -162,6 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     parser: Parser = arguments.parser
     if arguments.scope is not None:
         arguments.prune = {"global": "global", "layer": "uniform"}[arguments.scope]
+        arguments.given.add("prune")
     single = [name for name, default in _SINGLE.items() if getattr(arguments, name) != default]
     alone = (("prune", "gradual"), ("scheme", "dense"), ("sparsity", 0))
     single += [name for name, value in alone if getattr(arguments, name) == value]
@@ -275,7 +277,7 @@ def _train(arguments: argparse.Namespace, progress: Progress | None) -> int:
     settings = _settings(arguments) | {name: getattr(arguments, name) for name in alone}
     if arguments.precision is not None:
         settings["precision"] = arguments.precision
-    chosen = {name: value for name, value in settings.items() if value != arguments.defaults.get(name)}
+    chosen = {name: value for name, value in settings.items() if name in arguments.given}
     with joined() as together:
         try:
             result = run_training(

@@ -44,7 +44,7 @@ from .processes import processes, sent_bytes
 from .recipe import make_finetuner, steps_of
 from .reporter import Reporter
 from .results import format_result, without_nan
-from .run_config import GRADUAL, SETTINGS, RunConfig, resumed_settings, stored_settings
+from .run_config import GRADUAL, MOVABLE, SETTINGS, RunConfig, resumed_settings, stored_settings
 from .setup_run import make_loaders, parse_scheme, prepare_network, prune_model, swap_model
 
 __all__ = ["RunConfig", "Stopped", "format_result", "run_training", "stored_settings", "swap_like"]
@@ -164,8 +164,7 @@ def _train_in(
     share = Share(together.rank, together.count)
     loaders = make_loaders(data, config.batch_size, config.seed, config.augment, config.workers, share)
     if not resume and together.first:
-        with replacing(folder / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+        _write_settings(folder, config)
 
     setup = _State(config, folder, resume, progress, say, data.fingerprint())
     if not begun:
@@ -174,7 +173,16 @@ def _train_in(
         setup.prune(model, loaders[1])
     # the same order of batches in every fine-tuning, but not that of the dense training again
     loaders = make_loaders(data, config.batch_size, config.seed + 1, config.augment, config.workers, share)
-    return setup.finetune(setup.finetuner(model, loaders[0]), loaders, time_layers)
+    tuner = setup.finetuner(model, loaders[0])
+    if resume and together.first and asdict(config) != stored_settings(folder):
+        # moved, and now the images have been found to be the same
+        _write_settings(folder, config)
+    return setup.finetune(tuner, loaders, time_layers)
+
+
+def _write_settings(folder: Path, config: RunConfig) -> None:
+    with replacing(folder / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
 
 
 class _State:
@@ -203,7 +211,7 @@ class _State:
                                      "was begun with: put them back, or start another run")  # fmt: skip
         settings = asdict(self.config)
         for name, value in state.get("config", {}).items():  # older runs have none
-            if settings.get(name) != value:
+            if name not in MOVABLE and settings.get(name) != value:
                 raise ConfigurationError(f"the run in {self.folder} was made with {name} {value}, but its {SETTINGS} "
                                          f"says {settings.get(name)}: put it back, or start another run")  # fmt: skip
         self.facts, self.masks = dict(state["facts"]), dict(state["masks"])

@@ -13,9 +13,12 @@ from qsparseprop.utils.errors import ConfigurationError
 from .recipe import Recipe
 from .setup_run import PRUNERS, TrainingMode, parse_augment, parse_scheme
 
-__all__ = ["GRADUAL", "SETTINGS", "RunConfig", "resumed_settings", "stored_settings"]
+__all__ = ["GRADUAL", "MOVABLE", "SETTINGS", "RunConfig", "resumed_settings", "stored_settings"]
 
 SETTINGS = "run.json"
+
+#: Settings by which a resumed run may differ: where its images lie, and which processes read them.
+MOVABLE = ("data", "workers")
 
 #: Pruning that goes on while the network is fine-tuned.
 GRADUAL = "gradual"
@@ -35,6 +38,9 @@ class RunConfig(Recipe):
         Batches of a step, in both trainings, see `Finetuner`.
     evaluate_every : int
         Epochs of the fine-tuning after which it is evaluated, and at its end.
+    test_split : int
+        Decides which images are for the test, where the data does not: the same in all trainings, whatever their seed,
+        since these start from the weights of each other.
     """
 
     model: str = "resnet18"
@@ -59,6 +65,7 @@ class RunConfig(Recipe):
     augment: str | None = None
     workers: int | None = None
     blocks: bool = True
+    test_split: int = 0
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(RunConfig).items():
@@ -132,17 +139,20 @@ def stored_settings(folder: Path, wanted: str = "run") -> dict[str, Any]:
     known = {field.name for field in fields(RunConfig)}
     if not isinstance(stored, dict) or not stored.keys() <= known:
         raise ConfigurationError(f"{folder / SETTINGS} is not the settings of a run")
-    return stored
+    # runs of before had their seed for it
+    return {"test_split": stored.get("seed", 0), **stored}
 
 
 def resumed_settings(folder: Path, config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
-    """Settings of the run in a folder, with which those that the user names must agree."""
+    """Settings of the run in a folder, with which those that the user names must agree, but for `MOVABLE`."""
     # runs of before these could be chosen had today's defaults
     later = {field.name for field in fields(Recipe)} | {"accumulate", "evaluate_every"}
     stored = {f.name: f.default for f in fields(RunConfig) if f.name in later}
     stored |= stored_settings(folder, "run to resume")
     for name, value in chosen.items():
-        if name in stored and stored[name] != value:
+        if name in MOVABLE:
+            stored[name] = value
+        elif name in stored and stored[name] != value:
             raise ConfigurationError(f"the run in {folder} has {name} {stored[name]}, not {value}; leave it out, or "
                                      "start another run")  # fmt: skip
     return RunConfig(**{**asdict(config), **stored})

@@ -194,7 +194,9 @@ def prepare_network(
         As from `load_data`, `make_network` and `load_weights`.
     """
     def load() -> ImageData:
-        return load_data(config.data, config.image_size, config.seed, config.normalize, max_images)
+        # not the seed of the training: weights of one would be tested on images that another has seen
+        split = getattr(config, "test_split", 0)
+        return load_data(config.data, config.image_size, split, config.normalize, max_images)
 
     kind = image_kind(config.data, config.image_size)
     data = None

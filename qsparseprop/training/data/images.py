@@ -234,7 +234,14 @@ def read_image(file: str, size: int) -> np.ndarray:
             # a JPEG can be decoded at a half, a quarter or an eighth of its size, which is faster; what is left is
             # still twice as large as wanted, so that scaling does not show it
             image.draft("RGB", (2 * size, 2 * size))
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+                # Pillow would cut off what is above 255: nearly all
+                eight = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError("its pixels have 32 bits, of which nobody knows what is white: save it with 8 or 16")
+            else:
+                eight = image
+            return np.asarray(eight.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigurationError(f"cannot read the image {file}: {error}") from error
 
@@ -333,7 +340,8 @@ class ImageData:
         for part in (self.train, self.test):
             digest.update(repr((part.shape, len(part.labels))).encode())
             digest.update(part.labels.numpy().tobytes())
-            digest.update("\n".join(part.names()).encode())
+            # names of files need not be text
+            digest.update("\n".join(part.names()).encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
     @property

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Sequen
 from qsparseprop._torch_compat import forget_shared_storages
 from qsparseprop.utils.errors import ConfigurationError
 
+from ._npz import PARTS
 from .augmentation import Augmentation
 from .images import ImageData, ImageFiles, ImageSet, StoredImages
 
@@ -186,6 +187,10 @@ def image_loader(
         If the batch is larger than the set, or cannot be shared out evenly.
     """
     share = Share() if share is None else share
+    if part not in PARTS:
+        raise ConfigurationError(f"part must be 'train' or 'test', got {part!r}")
+    if batch_size < 1:
+        raise ConfigurationError(f"batch_size must be at least 1, got {batch_size}")
     images = data.train if part == "train" else data.test
     count = len(images.labels)
     if seed is not None:

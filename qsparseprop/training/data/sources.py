@@ -175,6 +175,10 @@ def _stored(arrays: Sequence[np.ndarray], labels: Sequence[Tensor], image_size: 
             # once and for all; what grows does so in each batch, since it may not fit into memory
             pixels = torch.cat([scaled(some, size) for some in pixels.split(_CHUNK)])
         sets.append(StoredImages(pixels, part, size))
+    if any(part.pixels.dtype is torch.float32 for part in sets):
+        # one scale for both: bytes are what they are among pixels from 0 to 1
+        for one in sets:
+            one.pixels = one.pixels / 255 if one.pixels.dtype is torch.uint8 else one.pixels
     if any(part.shape != sets[0].shape for part in sets):
         sizes = " and ".join(" x ".join(map(str, part.shape)) for part in sets)
         raise ConfigurationError(f"images for training and for the test have the sizes {sizes}: scale them to one "
@@ -321,13 +325,26 @@ def _class_folders(path: Path) -> list[dict[str, list[Path]]]:
 
 
 def _image_files(folder: Path) -> dict[str, list[Path]]:
-    classes = {}
-    for entry in sorted(folder.iterdir()):
+    classes, without = {}, []
+    for entry in _not_hidden(folder):
         if entry.is_dir():
-            files = sorted(f for f in entry.iterdir() if f.suffix.lower() in _IMAGE_SUFFIXES)
+            files = [f for f in _not_hidden(entry) if f.suffix.lower() in _IMAGE_SUFFIXES]
             if files:
                 classes[entry.name] = files
+            else:
+                without.append(entry.name)
+    if classes and without:
+        # left out, the others would have other numbers, and the network one class less
+        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+        raise ConfigurationError(f"{folder} has folders without images: {', '.join(without[:3])}{more}; an image is a "
+                                 f"file *{', *'.join(_IMAGE_SUFFIXES)} right in the folder of its class. Put some "
+                                 "there, or take these folders away")  # fmt: skip
     return classes
+
+
+def _not_hidden(folder: Path) -> list[Path]:
+    # .ipynb_checkpoints is no class, and ._1.jpg, which macOS writes beside 1.jpg, is no image
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def _load_torchvision(name: str, image_size: int | None, normalize: str) -> ImageData:

@@ -43,9 +43,21 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
     OSError
         If it cannot be written; it names `path`, and what was there before stays.
     """
+    content = _plain(dict(content))
     _check_readable(content)
     with replacing(path, durable=True) as temporary:
         save_tensors({"format": FORMAT, "version": VERSION, **content}, temporary)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, such as a learning rate out of an array, as Python's, which safe readers take."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
 
 
 def _check_readable(content: Mapping[str, Any]) -> None:
@@ -57,7 +69,8 @@ def _check_readable(content: Mapping[str, Any]) -> None:
             buffer.seek(0)
             torch.load(buffer, weights_only=True)
         except (pickle.PickleError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{key!r} holds more than tensors and plain containers: {error}") from error
+            raise CheckpointError(f"{key!r} holds more than tensors and plain containers: "
+                                  f"{reason_of(error)}") from error  # fmt: skip
 
 
 def _without_tensors(value: Any) -> Any:
@@ -127,8 +140,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(numbers), gauss))
 
 
-def _generators(loader: Any) -> Iterator[torch.Generator]:
-    """Generators of a data loader and of its samplers, each once, always in the same order."""
+def _parts_of_loader(loader: Any) -> Iterator[Any]:
+    """A data loader, its samplers and their generators, each once, always in the same order."""
     seen: set[int] = set()
     queue = [loader]
     while queue:
@@ -136,10 +149,20 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, torch.Generator):
-            yield current
-            continue
-        queue += [getattr(current, name, None) for name in ("generator", "sampler", "batch_sampler")]
+        yield current
+        if not isinstance(current, torch.Generator):
+            queue += [getattr(current, name, None) for name in ("generator", "sampler", "batch_sampler")]
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    return [part for part in _parts_of_loader(loader) if isinstance(part, torch.Generator)]
+
+
+def tell_epoch(loader: Any, epoch: int) -> None:
+    """Call ``set_epoch`` of a data loader and of its samplers, as far as they have it."""
+    for part in _parts_of_loader(loader):
+        if callable(set_epoch := getattr(part, "set_epoch", None)):
+            set_epoch(epoch)
 
 
 def loader_state(loader: Any) -> list[torch.Tensor]:

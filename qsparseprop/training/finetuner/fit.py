@@ -28,6 +28,7 @@ from .checkpoint import (
     read_checkpoint,
     set_loader_state,
     set_random_state,
+    tell_epoch,
     write_checkpoint,
 )
 from .history import Evaluation
@@ -97,6 +98,7 @@ class FitLoop:
     def check(self, resume: bool) -> None:
         """Raise what `Finetuner.fit` promises, before anything is touched."""
         check_fit(self.epochs, self.evaluate_every, self.checkpoint_every, self.time_layers, self.report)
+        self.epochs = int(self.epochs)  # NumPy's numbers cannot be written into a log
         arguments.flag(resume, "resume")
         check_batches(self.batches, "train_batches")
         if self.evaluation_batches is not None:
@@ -180,9 +182,7 @@ class FitLoop:
 
     def _train_epoch(self) -> None:
         tuner, self.waited = self.tuner, 0.0
-        set_epoch = getattr(getattr(self.batches, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(tuner.epoch)
+        tell_epoch(self.batches, tuner.epoch)
         iterator = self._start_epoch()
         total = len(self.batches) if isinstance(self.batches, Sized) else None
         self.bar.start(f"epoch {tuner.epoch + 1}/{self.epochs}", total, tuner.batch)

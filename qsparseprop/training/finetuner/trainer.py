@@ -116,7 +116,7 @@ class Finetuner:
         self.max_grad_norm = max_grad_norm
         self.forward_context = forward_context or contextlib.nullcontext
         self.stateful = dict(stateful or {})
-        self.accumulate = accumulate
+        self.accumulate = int(accumulate)  # NumPy's numbers cannot be written into a checkpoint
         self.history = History()
         self.epoch = self.batch = 0
         self.learning_rate = float("nan")  # of the first group, in the last step
@@ -330,8 +330,8 @@ class Finetuner:
         Parameters
         ----------
         train_batches : iterable
-            Of batches, an epoch each time it is iterated over; for instance a ``DataLoader``. A sampler with
-            ``set_epoch`` is told the epoch.
+            Of batches, an epoch each time it is iterated over; for instance a ``DataLoader``. It and its
+            samplers are told the epoch where they have ``set_epoch``.
         epochs : int
             At least 1.
         evaluation_batches : iterable, optional
