@@ -12,12 +12,15 @@ import torch
 from qsparseprop import arguments
 from qsparseprop.cli import main
 from qsparseprop.training import Finetuner
+from qsparseprop.training import run as training_run
 from qsparseprop.training.data import image_loader, load_data
 from qsparseprop.training.data.images import read_image
+from qsparseprop.training.finetuner import read_checkpoint
 from qsparseprop.training.run import RunConfig, run_training
 from qsparseprop.training.run_config import stored_settings
 from qsparseprop.training.setup_run import prepare_network
 from qsparseprop.utils.errors import ConfigurationError
+from qsparseprop.utils.files import save_tensors
 
 RANDOM = np.random.default_rng(0)
 
@@ -134,6 +137,38 @@ def test_an_option_that_has_its_default_is_one_that_was_given(tmp_path, capsys):
         assert f"has {option[2:].replace('-', '_')} " in capsys.readouterr().err
     same = ("--epochs", "2", "--optimizer", "sgd")
     assert main(["finetune", "--resume", "--quiet", "--out", str(tmp_path / "run"), *same]) == 0
+
+
+def test_options_that_would_do_nothing_are_refused(capsys):
+    for options, complaint in (
+        (("--weights", "x.pt", "--pretrain-epochs", "7"), "--pretrain-epochs is for the training before pruning"),
+        (("--weights", "x.pt", "--pretrain-learning-rate", "1"), "--pretrain-learning-rate is for the training before"),
+        (("--data", "digits", "--normalize", "imagenet", "--model", "mlp"), "are not normalised as ImageNet is"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["finetune", "--no-compare", "--quiet", *options])
+        assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_dense_training_is_resumed_with_its_own_images(old, tmp_path, monkeypatch):
+    """Images of a run are known from its first checkpoint on, in those written before this was so from the second."""
+    pixels = RANDOM.integers(0, 256, (32, 8, 8), dtype=np.uint8)
+    data, run = npz(tmp_path / "x.npz", pixels, pixels), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run._State, "prune", lambda *_: pytest.fail("too late"))
+        with pytest.raises(pytest.fail.Exception):
+            run_training(config(data, scheme="dense"), run, progress=False)
+    if old:
+        state = read_checkpoint(run / "dense" / "last.pt")
+        del state["stateful"]["dense"]
+        save_tensors(state, run / "dense" / "last.pt")
+    else:
+        npz(data, pixels[::-1], pixels)
+        with pytest.raises(ConfigurationError, match="are not those that the run"):
+            run_training(RunConfig(), run, resume=True, progress=False)
+        npz(data, pixels, pixels)
+    assert run_training(RunConfig(), run, resume=True, progress=False)["steps"] == 8
 
 
 def test_a_folder_of_images_may_have_been_moved(tmp_path, capsys):

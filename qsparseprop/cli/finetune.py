@@ -174,6 +174,10 @@ def run(arguments: argparse.Namespace) -> int:
         parser.error("a comparison is for one process; several (torchrun) train with --no-compare")
     if arguments.sparsity == 0 and arguments.scheme != "dense":
         parser.error("--sparsity 0 trains a dense network and goes with --scheme dense only")
+    before = sorted(arguments.given & {"pretrain_epochs", "pretrain_learning_rate"})
+    if arguments.weights is not None and before:
+        parser.error(f"--{before[0].replace('_', '-')} is for the training before pruning, which there is none of with "
+                     "--weights")  # fmt: skip
     if arguments.resume and arguments.out is None:
         parser.error("--resume needs --out, the directory of the run")
     # one of several processes speaks for all

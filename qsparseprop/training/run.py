@@ -222,7 +222,13 @@ class _State:
                  f"{steps_of(len(loaders[0]), config.accumulate)} steps ...")
         tuner = make_finetuner(model, config.mode, config.pretraining, config.pretrain_epochs, len(loaders[0]),
                                accumulate=config.accumulate)  # fmt: skip
-        result = tuner.fit(loaders[0], config.pretrain_epochs, folder=self.folder / "dense", resume=self.resume,
+        folder = self.folder / "dense"
+        begun = tuner.together.from_first(lambda: _stateful_in(folder)) if self.resume else None
+        if begun is None or "dense" in begun:  # those of before do not know their images
+            tuner.stateful["dense"] = self
+        if begun is not None and "dense" in begun:
+            self.load_state_dict(begun["dense"])
+        result = tuner.fit(loaders[0], config.pretrain_epochs, folder=folder, resume=self.resume,
                            progress=self.progress, report=self.report)  # fmt: skip
         if result.stopped_by is not None:
             raise Stopped(result)
@@ -334,6 +340,12 @@ class _State:
             with replacing(self.folder / RESULT) as temporary:
                 temporary.write_text(json.dumps(without_nan(result), indent=1) + "\n", encoding="utf-8")
         return result
+
+
+def _stateful_in(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint in a folder knows beside model and optimizer; None without one."""
+    found = read_checkpoint(folder / LAST).get("stateful") if (folder / LAST).exists() else None
+    return found if isinstance(found, dict) else None
 
 
 def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:

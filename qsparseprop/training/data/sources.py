@@ -146,6 +146,8 @@ def load_data(
         If a package that this source needs is missing.
     """
     if source == "digits":
+        if normalize == "imagenet":
+            raise ConfigurationError("the digits are grey, and are not normalised as ImageNet is")
         data = load_digits_data(image_size or 32, seed=seed)
     elif source.endswith(".npz"):
         data = load_npz(source, image_size, normalize)
