@@ -231,3 +231,15 @@ def test_what_is_true_is_true_and_what_was_traced_is_a_model():
     assert tuner.train_step(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)) > 0
     with pytest.raises(TypeError, match="lacks what super"):
         arguments.model(torch.nn.Linear.__new__(torch.nn.Linear))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_data_that_does_not_say_how_much_it_is(accumulate):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.ones(3), number % 2) for number in range(12)])
+
+    model = torch.nn.Linear(3, 2)
+    tuner = Finetuner(model, torch.optim.SGD(model.parameters(), 0.1), accumulate=accumulate)
+    tuner.fit(torch.utils.data.DataLoader(Stream(), batch_size=4), epochs=2)
+    assert tuner.history.samples == ([4] * 6 if accumulate == 1 else [8, 4] * 2)

@@ -196,6 +196,12 @@ def main():
         raise AssertionError("not refused")
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     tuner.train_step(x, y)
+    try:
+        tuner.fit([(x, y)] * (3 + rank), epochs=1)
+    except ValueError as error:
+        assert "the processes have 3, 4 batches an epoch" in str(error), error
+    else:
+        raise AssertionError("not refused")
 
 main()
 dist.destroy_process_group()

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["Several", "are_classes", "arguments_of", "at_least_float32", "count_correct", "in_groups", "parts_of",
-           "split_batch"]  # fmt: skip
+__all__ = ["Several", "are_classes", "arguments_of", "at_least_float32", "count_correct", "in_groups", "number_of",
+           "parts_of", "split_batch", "ungrouped"]  # fmt: skip
 
 
 class Several:
@@ -54,6 +54,21 @@ class _SizedGroups(_Groups):
         return (len(self._batches) + self._size - 1) // self._size
 
 
+def number_of(batches: Iterable[Any]) -> int | None:
+    """How many batches there are, where that is known.
+
+    A ``DataLoader`` has a length, but cannot say it of an ``IterableDataset``.
+
+    Parameters
+    ----------
+    batches : iterable
+    """
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
+
+
 def in_groups(batches: Iterable[Any], size: int) -> Iterable[Any]:
     """The same batches, so many at a time; the last ones are fewer where the number does not divide them.
 
@@ -68,6 +83,16 @@ def in_groups(batches: Iterable[Any], size: int) -> Iterable[Any]:
     if isinstance(batches, Iterator):
         return iter(_Groups(batches, size))  # can be iterated over only once, too
     return _SizedGroups(batches, size) if isinstance(batches, Sized) else _Groups(batches, size)
+
+
+def ungrouped(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches that `in_groups` was given; others as they are.
+
+    Parameters
+    ----------
+    batches : iterable
+    """
+    return batches._batches if isinstance(batches, _Groups) else batches
 
 
 def parts_of(inputs: Any, targets: Any) -> list[tuple[Any, torch.Tensor]]:

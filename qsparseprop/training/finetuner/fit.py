@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from qsparseprop.training.locks import locked
 from qsparseprop.utils.files import remove_leftovers
 
 from ._settings import check_batches, check_fit
-from .batches import are_classes, split_batch
+from .batches import are_classes, number_of, split_batch, ungrouped
 from .checkpoint import (
     check_loader_state,
     loader_state,
@@ -183,8 +183,15 @@ class FitLoop:
     def _train_epoch(self) -> None:
         tuner, self.waited = self.tuner, 0.0
         tell_epoch(self.batches, tuner.epoch)
+        total = number_of(self.batches)
+        # not of steps: the last one may be made of more batches elsewhere
+        everywhere = tuner.together.of_all(number_of(ungrouped(self.batches)))
+        if len(set(everywhere)) > 1:
+            # one of them would wait for the others for ever
+            raise ValueError(f"the processes have {', '.join(map(str, everywhere))} batches an epoch, and train "
+                             "together with equally many only: torch.utils.data.DistributedSampler shares them out "
+                             "evenly")  # fmt: skip
         iterator = self._start_epoch()
-        total = len(self.batches) if isinstance(self.batches, Sized) else None
         self.bar.start(f"epoch {tuner.epoch + 1}/{self.epochs}", total, tuner.batch)
         with contextlib.ExitStack() as timing:
             timer = LayerTimer(tuner.model) if self.time_layers and not self.layer_times else None
