@@ -24,7 +24,7 @@ same images, changed in the same random ways. Every section is one command; `ben
   standard error.
 - *time*: until the mean of the seeds, tested after each epoch, has 99.7 % of what the masked ones end with: so many
   steps, times the median time of a step of this kind. Accuracies were measured by several trainings at a time on a busy
-  machine; steps were timed in turns, nothing else running, in one run with fp32 and the *best dense* one of {fp32,
+  machine; steps were timed in turns, in one run with fp32 and the *best dense* one of {fp32,
   bf16} x {contiguous, channels_last}, which is taken to need the steps of fp32. With sparse layers: in the best dense
   one's precision.
 - *memory*: what training adds to the memory of its process.
@@ -149,7 +149,8 @@ def section(document: dict[str, Any]) -> list[str]:
             difference = "" if kind == "dense" or row["difference"] is None else f"{row['difference']:+.2f}{error}"
             ratio = "" if kind == "dense" else f"{100 * row['ratio']:.1f} %"
             time = _seconds(row["seconds"]) if ms else "-"
-            cells = [f"{LABELS[kind]} ({len(row['final'])} seeds)", _mean(row["final"]), difference, ratio,
+            seeds = f"{len(row['final'])} seed{'s' if len(row['final']) > 1 else ''}"
+            cells = [f"{LABELS[kind]} ({seeds})", _mean(row["final"]), difference, ratio,
                      _number(row["steps"]), _number(ms, 1), time, _number(added)]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
             if kind == "dense" and "best" in part["step_ms"]:
