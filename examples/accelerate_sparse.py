@@ -63,6 +63,7 @@ def train(accelerator: Accelerator, epochs: int, out: str) -> None:
             optimizer.step()
         accelerator.print(f"epoch {epoch + 1}: top-1 {evaluate(accelerator, model, tests):.2f} %")
     accelerator.save_state(out)
+    accelerator.wait_for_everyone()  # the first process writes what all of them read
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -301,6 +301,7 @@ def test_saved(tmp_path):
         assert dense or result["mean_error"] < 0.02
 
 
+@pytest.mark.nightly
 def test_weights_memory(tmp_path):
     document, printed = run(tmp_path, "weights_memory.py", "--sparsity", "0.8")
     (result,) = document["results"]
@@ -313,6 +314,7 @@ def test_weights_memory(tmp_path):
     assert result["rows"]["dense rows"] == ["dense_backward", "dense_forward"]
 
 
+@pytest.mark.nightly
 def test_language_model(tmp_path):
     document, printed = run(tmp_path, "language_model.py", "--threads", "1", "--sparsity", "0", "0.9")
     layers = {"qkv", "proj", "mlp.0", "mlp.2", "head"}
