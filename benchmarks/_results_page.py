@@ -10,7 +10,7 @@ from typing import Any
 
 from qsparseprop.utils.files import replacing
 
-__all__ = ["FAST", "LABELS", "summarise", "write_curves", "write_page"]
+__all__ = ["LABELS", "SAME", "summarise", "write_curves", "write_page"]
 
 HEAD = """\
 # Results
@@ -36,7 +36,7 @@ same images, changed in the same random ways. Every section is one command; `ben
 LABELS = {"dense": "masked dense, fp32", "int8": "qsparseprop", "int8-without-blocks": "qsparseprop without blocks"}
 
 #: Share of the masked dense network's accuracy that counts as the same.
-FAST = 0.997
+SAME = 0.997
 
 _STYLES = {"dense": ("#0072B2", "--"), "int8": ("#D55E00", "-"), "int8-without-blocks": ("#009E73", "-.")}
 
@@ -73,7 +73,7 @@ def summarise(part: dict[str, Any], by_loss: bool) -> dict[str, dict[str, Any]]:
     curves = part["curves"]
     masked = {seed: _final(curve) for seed, curve in curves["dense"].items()}
     level = statistics.fmean(masked.values())
-    goal = level / FAST if by_loss else level * FAST
+    goal = level / SAME if by_loss else level * SAME
     summary: dict[str, dict[str, Any]] = {}
     for kind, of_seeds in curves.items():
         final = {seed: _final(curve) for seed, curve in of_seeds.items()}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from typing import Any
 from _common import say
 from _results_page import summarise, write_curves, write_page
 from _results_runs import SETTINGS, Run, Setting, carry_out, plan, read_result
-from _results_text import TEXT, text_plan, text_times
+from _results_text import TEXT, about, text_plan, text_times
 
 from qsparseprop.benchmarking.compare import CompareConfig, compare
 from qsparseprop.benchmarking.compare_report import write_json
+from qsparseprop.training.reporter import SilentReporter
 from qsparseprop.utils.measurement_utils import environment
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -55,15 +56,11 @@ def planned(args: argparse.Namespace, settings: dict[str, Setting]) -> tuple[Run
     return plan(args.name, settings[args.name], args.data, args.weights, args.work, args.seeds)
 
 
-class _Silent:
+class _Messages(SilentReporter):
+    """Says what comparisons have to say, without bars."""
+
     def message(self, text: str) -> None:
         say(text)
-
-    def stage(self, text: str, until: float) -> None:
-        pass
-
-    def progress(self, name: str, total: int) -> Callable[[str], None]:
-        return lambda note: None
 
 
 def image_times(setting: Setting, weights: Sequence[str], sparsity: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -74,7 +71,7 @@ def image_times(setting: Setting, weights: Sequence[str], sparsity: float, args:
         model=setting.model, width=setting.width, weights=weights[1], data=data, normalize=setting.normalize,
         image_size=setting.image_size, sparsity=sparsity, prune="uniform", augment=setting.augment, workers=0,
         batch_size=setting.batch_size, max_images=steps * setting.batch_size, evaluations=1, threads=args.threads,
-    ), _Silent())  # fmt: skip
+    ), _Messages())  # fmt: skip
     runs = {"fp32": result["runs"]["dense_fp32"], "best": result["runs"]["dense_best"],
             "int8": result["runs"]["qsparseprop"]}  # fmt: skip
     return {
@@ -99,7 +96,7 @@ def times(args: argparse.Namespace, settings: dict[str, Setting], runs: Sequence
         write_json(found, path)
 
 
-def document_of(args: argparse.Namespace, settings: dict[str, Setting], start: Run | None, runs: Sequence[Run]) -> Any:
+def document_of(args: argparse.Namespace, settings: dict[str, Setting], runs: Sequence[Run]) -> dict[str, Any]:
     """Everything that is known of a section, in figures; a training that has not ended is left out."""
     by_loss = args.name == TEXT
     parts: dict[str, Any] = {}
@@ -119,7 +116,7 @@ def document_of(args: argparse.Namespace, settings: dict[str, Setting], start: R
     parts = {name: part for name, part in parts.items() if {"dense", "int8"} <= part["curves"].keys()}
     found = [part.pop("environment") for part in parts.values() if "environment" in part]
     setting = None if by_loss else settings[args.name]
-    about = _about_text(args) if setting is None else (
+    described = about(args.quick) if setting is None else (
         f"{setting.model}, {setting.start}; fine-tuned for {setting.epochs} epochs, batch {setting.batch_size}"
         f"{', changed by ' + setting.augment if setting.augment else ''}.")  # fmt: skip
     command = f"python benchmarks/results.py {args.name} --work DIR"
@@ -127,21 +124,15 @@ def document_of(args: argparse.Namespace, settings: dict[str, Setting], start: R
     command += " --weights DIR" if setting is not None and setting.weights else ""
     return {
         "name": args.name, "command": f"{command} --seeds {args.seeds} --threads {args.threads}", "by_loss": by_loss,
-        "model": "transformer" if setting is None else setting.model.rpartition(":")[2], "about": about,
+        "model": "transformer" if setting is None else setting.model.rpartition(":")[2], "about": described,
         "note": "" if setting is None else setting.note, "start_value": start_value, "parts": parts,
         "environment": found[-1] if found else environment(),
     }  # fmt: skip
 
 
-def _about_text(args: argparse.Namespace) -> str:
-    from _results_text import about
-
-    return about(args.quick)
-
-
-def write(args: argparse.Namespace, settings: dict[str, Setting], start: Run | None, runs: Sequence[Run]) -> None:
+def write(args: argparse.Namespace, settings: dict[str, Setting], runs: Sequence[Run]) -> None:
     """Write the figures and pictures of a section."""
-    document = document_of(args, settings, start, runs)
+    document = document_of(args, settings, runs)
     if not document["parts"]:
         say(f"{args.name}: no pair of trainings has ended")
         return
@@ -190,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "time" in args.parts:
             times(args, settings, runs)
         if "page" in args.parts:
-            write(args, settings, start, runs)
+            write(args, settings, runs)
     if "page" in args.parts:
         write_page(args.docs, SECTIONS)
 

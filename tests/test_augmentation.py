@@ -99,8 +99,9 @@ def test_a_function_of_the_user():
 
 
 @pytest.mark.parametrize(("name", "complaint"), [
-    ("no.such:thing", "no augmentation 'no.such:thing'"),
-    ("math:nothing", "no augmentation 'math:nothing'"),
+    ("no.such:thing", "cannot import the augmentation no.such:thing: No module named 'no'"),
+    ("math:nothing", "cannot import the augmentation math:nothing"),
+    ("math:pi", "math:pi is not a function"),
     ("Flip", "no augmentation|no transform"),
 ])  # fmt: skip
 def test_what_is_no_augmentation_is_refused(name, complaint):

@@ -7,7 +7,6 @@ widespread CIFAR checkpoints carry, so that those load without renaming anything
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
 from qsparseprop.utils.state_files import read_state_dict, strip_prefix
 
 from .library_models import LIBRARIES, find_in_libraries, from_library
+from .named_functions import import_function
 from .vision_transformer import TransformerBlock, VisionTransformer, vit_tiny
 from .weights import load_checkpoint
 
@@ -311,7 +311,7 @@ def find_builder(name: str) -> Callable[..., nn.Module]:
     library, colon, rest = name.partition(":")
     if not colon:
         return find_in_libraries(name, list(MODELS))
-    return from_library(library, rest) if library in LIBRARIES else _import_function(name)
+    return from_library(library, rest) if library in LIBRARIES else import_function(name, "model")
 
 
 def build_model(name: str, **kwargs: int) -> nn.Module:
@@ -357,14 +357,3 @@ def _check_size(name: str, builder: Callable[..., nn.Module], arguments: Mapping
     except (OverflowError, RuntimeError, TypeError) as error:  # more than 2**63 bytes, or units
         raise ConfigurationError(f"{name} cannot be as large as {dict(arguments)}") from error
     refuse_more_than_memory(16 * weights, f"training {name} with {weights:.2g} weights, their gradients and moments,")
-
-
-def _import_function(name: str) -> Callable[..., nn.Module]:
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(f"cannot import the model {name}: {error}") from error
-    if not callable(function):
-        raise ConfigurationError(f"{name} is not a function")
-    return function

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from qsparseprop.utils.errors import ConfigurationError
@@ -59,6 +58,24 @@ class Processes:
         sums = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
+
+    def highest(self, number: int) -> int:
+        """The largest of what all processes have.
+
+        Parameters
+        ----------
+        number : int
+            Of this process.
+
+        Returns
+        -------
+        int
+        """
+        if self.count == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def from_first(self, compute: Callable[[], _Value]) -> _Value:
         """What a function gives in the first process, in all of them; what it raises there is raised in all of them.
@@ -174,6 +191,9 @@ def distribute(model: nn.Module) -> DistributedDataParallel:
     -------
     DistributedDataParallel
     """
+    # not at the top: a torch that was built without processes has none of it
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     itself = weakref.ref(wrapped)
 

@@ -100,7 +100,9 @@ def run_training(
     dict
         What ``result.json`` holds: ``top1`` of the end, ``best_top1``, ``dense_top1`` before and ``pruned_top1`` right
         after pruning, in percent; ``step_ms`` (median), ``train_s``, ``saved_mb``, ``peak_rss_mb``; ``sparsity``,
-        ``layer_sparsity``, ``replaced_layers``, ``config``, ``environment``; with `time_layers` ``layer_times``.
+        ``layer_sparsity``, ``replaced_layers``, ``config``, ``environment``; with `time_layers` ``layer_times``;
+        ``data_wait_share``, from 0 to 1; ``processes``, and where there are several ``sent_mb``, the gradients that
+        each of them sends in a step, MB of 10**6 bytes.
 
     Raises
     ------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsparseprop.training.named_functions import import_function
 from qsparseprop.utils.errors import ConfigurationError
 
 __all__ = ["OPERATIONS", "Augmentation"]
@@ -126,12 +126,8 @@ class Augmentation:
 def _find(name: str) -> _Operation:
     if name in OPERATIONS:
         return OPERATIONS[name]
-    module, colon, function = name.partition(":")
-    if colon:
-        try:
-            return _Operation(1, _one_by_one(name, getattr(importlib.import_module(module), function)))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigurationError(f"there is no augmentation {name!r}: {error}") from error
+    if ":" in name:
+        return _Operation(1, _one_by_one(name, import_function(name, "augmentation")))
     known = f"{', '.join(OPERATIONS)}, a transform of torchvision, or package.module:function"
     try:
         from torchvision.transforms import v2

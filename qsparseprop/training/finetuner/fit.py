@@ -70,9 +70,6 @@ class _StopNow(Exception):
 class FitLoop:
     """One call of `Finetuner.fit`; parameters as there."""
 
-    #: Epochs from one evaluation to the next, set by `Finetuner.fit`.
-    evaluate_every: int = 1
-
     def __init__(
         self,
         tuner: Finetuner,
@@ -82,10 +79,11 @@ class FitLoop:
         folder: str | os.PathLike[str] | None,
         checkpoint_every: int | None,
         time_layers: int,
-        report: Callable[[str], None] | None = None,
+        report: Callable[[str], None] | None,
+        evaluate_every: int,
     ) -> None:
         self.tuner, self.batches, self.epochs = tuner, batches, epochs
-        self.evaluation_batches = evaluation_batches
+        self.evaluation_batches, self.evaluate_every = evaluation_batches, evaluate_every
         self.folder = None if folder is None else Path(folder)
         self.checkpoint_every = checkpoint_every
         self.time_layers = time_layers
@@ -163,7 +161,7 @@ class FitLoop:
         """Whether a signal has reached this process or another one: all stop at the same step."""
         # one that comes while they agree counts the next time: the others do not know of it
         own = 0 if self.request.signal is None else int(self.request.signal)
-        highest = max(self.tuner.together.of_all(own))
+        highest = self.tuner.together.highest(own)
         if highest and not own:
             self.request.signal = signal.Signals(highest)
         return highest > 0

@@ -376,8 +376,7 @@ class Finetuner:
         """
         batches = in_groups(train_batches, self.accumulate)
         loop = FitLoop(self, batches, epochs, evaluation_batches, folder, checkpoint_every, time_layers,
-                       report)  # fmt: skip
-        loop.evaluate_every = evaluate_every
+                       report, evaluate_every)  # fmt: skip
         loop.check(resume)
         return loop.run(resume, progress)
 
