@@ -7,9 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,16 @@ def examples(count: int) -> settings:
     The share is that of the profile (conftest.py), whose ``max_examples`` are those of a test without this decorator.
     """
     return settings(max_examples=-(-count * settings.default.max_examples // 100))
+
+
+def sampled(cases: Iterable[Any], every: int = 3) -> list[Any]:
+    """The cases of ``parametrize``, of which every n-th is tried at a push, and all at night.
+
+    Take an n that has no divisor in common with the number of values of an inner argument, so that each is among them.
+    """
+    night = pytest.mark.nightly
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[night] if index % every else [])
+            for index, case in enumerate(cases)]  # fmt: skip
 
 
 #: How much longer than alone anything takes under sanitizers (tests/sanitize.sh), and what waits for it has to wait.

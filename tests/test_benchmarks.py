@@ -92,6 +92,7 @@ def test_layers(tmp_path):
     assert all(s["minimum"] <= s["geometric_mean"] * (1 + 1e-9) for s in int8)
 
 
+@pytest.mark.nightly
 def test_layers_overhead_and_small_batches(tmp_path):
     document, _ = run(tmp_path, "layers.py", "--threads", "1", "--overhead", "--small-batches")
     (layer,) = document["overhead"]["small_layers"]["1"]
@@ -102,6 +103,7 @@ def test_layers_overhead_and_small_batches(tmp_path):
     assert [r["batch"] for r in document["small_batches"]] == [1, 2, 3]
 
 
+@pytest.mark.nightly
 def test_kept(tmp_path):
     document, _ = run(tmp_path, "kept.py", "--threads", "1", "--sparsity", "0.9")
     assert {r["layers"] for r in document["results"]} == {1, 16}
@@ -123,6 +125,7 @@ def test_network(tmp_path):
         assert result["network"] in printed
 
 
+@pytest.mark.nightly
 def test_network_profile(tmp_path):
     document, _ = run(tmp_path, "network.py", "--threads", "1", "--sparsity", "0.9", "--only", "imagenet", "--profile")
     (profile,) = document["profiles"]
@@ -162,6 +165,7 @@ def test_kernels_need_no_compiler(tmp_path, monkeypatch):
     assert all(result["share"] is None for result in document["results"])
 
 
+@pytest.mark.nightly
 def test_accuracy(tmp_path):
     """On the digits, which need no data from elsewhere; a second start finds everything done."""
     result = tmp_path / "result.json"
@@ -187,6 +191,7 @@ def accuracy(result, arguments, script="accuracy.py"):
     return json.loads(result.read_text()), done.stdout
 
 
+@pytest.mark.nightly
 def test_frozen_accuracy(tmp_path):
     """On the digits; a second start finds everything done."""
     result = tmp_path / "result.json"
@@ -205,6 +210,7 @@ def test_frozen_accuracy(tmp_path):
     assert "->" not in printed
 
 
+@pytest.mark.nightly
 def test_dense_int8(tmp_path):
     """On what needs no data from elsewhere; a second start finds everything done."""
     result = tmp_path / "result.json"
@@ -288,6 +294,7 @@ def test_what_the_page_of_results_says(monkeypatch):
     assert summary["int8"]["steps"] is None  # 2 / 0.997 is 2.006
 
 
+@pytest.mark.nightly
 def test_saved(tmp_path):
     document, printed = run(tmp_path, "saved.py", "--threads", "1")
     assert [r["kind"] for r in document["results"]] == ["dense", "dense cl", "swapped cl", "blocks cl"]
@@ -331,6 +338,7 @@ def test_language_model(tmp_path):
     assert parameters[0][0] == parameters[0][1] == parameters[1][0] > 3 * parameters[1][1]
 
 
+@pytest.mark.nightly
 def test_language_model_profile(tmp_path):
     arguments = ("--threads", "1", "--sparsity", "0.5", "--profile", "int8")
     document, _ = run(tmp_path, "language_model.py", *arguments)
@@ -350,6 +358,7 @@ def test_mlp(tmp_path):
         assert result["saved_mb"]["fused"] < result["saved_mb"]["int8"]
 
 
+@pytest.mark.nightly
 def test_mlp_profile(tmp_path):
     arguments = ("--threads", "1", "--sparsity", "0.9", "--only", "gated", "vit", "--profile", "int8")
     document, _ = run(tmp_path, "mlp.py", *arguments)
@@ -360,6 +369,7 @@ def test_mlp_profile(tmp_path):
             assert rows[name]["backward"], name
 
 
+@pytest.mark.nightly
 def test_gradual(tmp_path):
     document, printed = run(tmp_path, "gradual.py")
     names = [r["name"] for r in document["runs"]]

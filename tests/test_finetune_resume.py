@@ -13,6 +13,7 @@ from qsparseprop.training.finetuner.fit import FitLoop
 from qsparseprop.training.models import build_model
 from qsparseprop.training.run import RunConfig, run_training
 from qsparseprop.utils.pruning_utils import layerwise_magnitude_prune, make_pruning_permanent
+from tests._helpers import sampled
 
 #: Width and image size of each model, as small as it goes.
 SIZES = {"resnet18": (4, 8), "resnet20": (4, 8), "vgg11": (4, 32), "mlp": (16, 8), "vit-tiny": (8, 8)}
@@ -57,7 +58,7 @@ def assert_same(ours, theirs, where=""):
         assert ours == theirs, where
 
 
-@pytest.mark.parametrize(("model", "scheme", "prune"), CASES)
+@pytest.mark.parametrize(("model", "scheme", "prune"), sampled(CASES))
 def test_a_resumed_run_ends_like_a_whole_one(model, scheme, prune, folder, tmp_path, monkeypatch):
     width, size = SIZES[model]
     config = RunConfig(model=model, width=width, data=str(folder / f"{size}.npz"), prune=prune, scheme=scheme,

@@ -1,5 +1,7 @@
 """Scales, weights and biases of frozen models, and what they refuse."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from qsparseprop.inference.steps import Codes, Product, Window
 from qsparseprop.inference.weights import code_weight, real_weight
 
 from ._frozen import assert_as_good_as_8_bits, data, randomised
+from ._helpers import sampled
 
 
 def small():
@@ -277,9 +280,10 @@ def test_few_samples_do_not_tell_the_ranges_of_channels(observer):
         assert scales[0] >= 0.5 * few.abs().amax(1).mean() / 127
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile"])
-@pytest.mark.parametrize("width", [8, 64])
-@pytest.mark.parametrize("samples", [64, 256, 1024])
+@pytest.mark.parametrize(
+    ("observer", "samples", "width"),
+    sampled(product(["minmax", "moving_average", "percentile"], [64, 256, 1024], [8, 64]), every=5),
+)
 def test_scales_of_channels_are_no_worse_than_one_for_all(observer, width, samples):
     """What few elements do not show of a channel is cut off later, which costs more than coarser codes."""
     torch.manual_seed(0)

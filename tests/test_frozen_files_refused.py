@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qsparseprop.utils.errors import ConfigurationError
 from tests._frozen_files import WAYS, join_file, split_file
 from tests._frozen_programs import PROGRAMS, Builder, small_program
 
-from ._helpers import run_fuzzer
+from ._helpers import run_fuzzer, sampled
 
 pytest.importorskip("safetensors", reason="files of frozen models are read by safetensors")
 
@@ -198,8 +199,7 @@ def test_tensors_are_what_the_description_says(change: str, path: Path) -> None:
         load_program(path)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", PROGRAMS)
+@pytest.mark.parametrize(("kind", "way"), sampled(product(PROGRAMS, WAYS)))
 @pytest.mark.parametrize("count", [50])
 def test_damaged_files_are_refused_or_run(way: str, kind: str, count: int, tmp_path: Path) -> None:
     """In a process of its own, since kernels walk what is loaded."""

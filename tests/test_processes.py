@@ -11,6 +11,8 @@ import pytest
 
 import qsparseprop
 
+from ._helpers import sampled
+
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="start methods and limits of Linux")
 
 #: What all processes compute: a layer's output and gradients, a frozen model's output, and packed codes, as bits.
@@ -112,7 +114,10 @@ def run(tmp_path):
     return started
 
 
-@pytest.mark.parametrize(("method", "preload"), [("spawn", ""), ("forkserver", ""), ("forkserver", "qsparseprop.nn")])
+STARTED = [("forkserver", "qsparseprop.nn"), ("forkserver", ""), ("spawn", "")]
+
+
+@pytest.mark.parametrize(("method", "preload"), sampled(STARTED, every=2))
 def test_processes_that_are_started_anew_compute_with_threads(run, method, preload):
     """The server of "forkserver" may have imported the package: it has used no threads, so that its children can."""
     assert run(STARTS, method, preload) == ["same"]

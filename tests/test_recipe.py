@@ -28,6 +28,7 @@ from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 
 from ._finetuning import _loader, assert_same_training
+from ._helpers import sampled
 
 # torch 2.8's SequentialLR warns of what it does itself
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
@@ -189,12 +190,18 @@ class _Raises(Exception):
     pass
 
 
-@pytest.mark.parametrize("recipe", [
+RECIPES = [
     Recipe(optimizer="sgd", schedule="cosine", warmup=0.5, weight_decay=1e-3), Recipe(schedule="step", warmup=1.0),
     Recipe(optimizer="sgd", schedule="onecycle"), Recipe(schedule="constant", weight_decay=0.1),
     Recipe(schedule="constant", warmup=2.0), Recipe(schedule="cosine"),
-], ids=lambda recipe: f"{recipe.optimizer} {recipe.schedule} {recipe.warmup}")  # fmt: skip
-@pytest.mark.parametrize(("stop_at", "swapped"), [(2, True), (5, True), (7, False)])
+]  # fmt: skip
+STOPS = [(2, True), (5, True), (7, False)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stop_at", "swapped"), sampled(((recipe, *stop) for recipe in RECIPES for stop in STOPS), every=2),
+    ids=lambda value: f"{value.optimizer} {value.schedule} {value.warmup}" if isinstance(value, Recipe) else None,
+)  # fmt: skip
 def test_a_resumed_training_is_the_uninterrupted_one(recipe, stop_at, swapped, tmp_path):
     whole = tuner_of(recipe, swapped)
     whole.fit(_loader("own generator"), 3)

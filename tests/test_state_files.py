@@ -374,7 +374,7 @@ print(json.dumps(found))
 
 def test_damaged_files(tmp_path):
     pytest.importorskip("resource")
-    count = 2000
+    count = 600
     process = run_python(DAMAGED, str(tmp_path / "file"), str(count), PYTHONWARNINGS="ignore")
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout.splitlines()[-1])
