@@ -1,4 +1,5 @@
-"""Builds the compiled modules for 64-bit ARM: ``build_arm64.py SYSTEM BUILD TO``, in the folder of ``setup.py``.
+"""Builds the compiled modules for 64-bit ARM, and a wheel of them: ``build_arm64.py SYSTEM BUILD TO``, in the folder of
+``setup.py``. The modules go to TO, the wheel, which nobody has audited yet, to BUILD.
 
 With the sources and the flags of ``setup.py``, warnings being errors, by Debian's cross compiler and the headers of an
 arm64 system that is unpacked in SYSTEM. The modules ask for no OpenMP runtime: they find the one of torch, see
@@ -6,8 +7,10 @@ arm64 system that is unpacked in SYSTEM. The modules ask for no OpenMP runtime: 
 """
 
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,6 +56,34 @@ def main():
         for name, made in objects.items():
             to = TO / (name.rpartition(".")[2] + SUFFIX)
             subprocess.run([COMPILER, "-shared", *(job.result() for job in made), "-o", str(to)], check=True)
+    make_wheel([TO / (name.rpartition(".")[2] + SUFFIX) for name in objects])
+
+
+def make_wheel(modules):
+    """The wheel that ``setup.py`` makes of everything else, with these modules."""
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        ignored = shutil.ignore_patterns(".git", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+        shutil.copytree(".", work / "source", ignore=ignored)
+        script = ("import runpy, setuptools; setup = setuptools.setup\n"
+                  "setuptools.setup = lambda **keywords: setup()\n"
+                  "runpy.run_path('setup.py')")  # fmt: skip
+        subprocess.run([sys.executable, "-c", script, "-q", "bdist_wheel", "-d", str(work)], cwd=work / "source",
+                       check=True, capture_output=True)  # fmt: skip
+        wheel = [sys.executable, "-m", "wheel"]
+        (pure,) = work.glob("*-none-any.whl")
+        subprocess.run([*wheel, "unpack", str(pure), "-d", str(work)], check=True, stdout=subprocess.DEVNULL)
+        (content,) = (path for path in work.glob("qsparseprop-*") if path.is_dir())
+        for module in modules:
+            shutil.copy(module, content / "qsparseprop" / "_kernels")
+        (about,) = content.glob("*.dist-info/WHEEL")
+        about.write_text(about.read_text().replace("Root-Is-Purelib: true", "Root-Is-Purelib: false"))
+        subprocess.run([*wheel, "pack", str(content), "-d", str(work)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*wheel, "tags", "--remove", "--python-tag", "cp311", "--abi-tag", "cp311", "--platform-tag",
+                        "linux_aarch64", str(pure)], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+        for old in BUILD.glob("*.whl"):
+            old.unlink()
+        shutil.move(next(work.glob("*.whl")), BUILD)
 
 
 main()
