@@ -176,7 +176,7 @@ def test_a_folder_of_images_may_have_been_moved(tmp_path, capsys):
     run_training(config(data), run, progress=False)
     (tmp_path / "elsewhere").mkdir()
     moved = shutil.move(data, tmp_path / "elsewhere" / "images")
-    other = folder(tmp_path / "others", ("ant", "bee"))
+    other = folder(tmp_path / "others", images=9)
     before = (run / "run.json").read_text()
     with pytest.raises(SystemExit):
         main(["finetune", "--resume", "--quiet", "--out", str(run), "--data", str(other)])

@@ -73,7 +73,7 @@ class CompareConfig(Recipe):
     weights : str or None
         File of trained weights to start from; they replace the dense training.
     new_head : bool
-        Keep the network's own classifier where that of `weights` has another shape.
+        Keep the network's own, new classifier rather than that of `weights`.
     data : str
         Images, see `qsparseprop.training.data.load_data`.
     normalize : {"data", "imagenet"}

@@ -73,7 +73,7 @@ def add_parser(commands: Any) -> None:
         help="trained weights to start from: a state dict (.pt, .pth, .th) or .safetensors; otherwise the network is "
         "trained first")
     add("--new-head", action="store_true",
-        help="with --weights of a network for other classes: keep the new classifier where shapes differ")
+        help="with --weights of a network for other classes, however many: do not take its classifier, begin a new one")
     add("--data", default="digits", metavar="SOURCE",
         help="digits; FILE.npz with x_train, y_train, x_test, y_test; a folder with one of images for each class; or, "
         "where torchvision is installed, the name of one of its data sets (default: %(default)s)")

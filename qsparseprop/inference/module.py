@@ -41,7 +41,11 @@ class FrozenModule(nn.Module):
         What is computed.
     report : FreezeReport
         What was frozen, and the errors that this makes.
+    classes : tuple of str or None
+        What the classes are called that its outputs stand for, where somebody has said it; kept by `save`.
     """
+
+    classes: tuple[str, ...] | None = None
 
     def __init__(self, program: Program, signature: Signature, report: FreezeReport, rows: bool = False) -> None:
         super().__init__()
@@ -157,7 +161,9 @@ class FrozenModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModule:
         # nothing in it changes
-        return FrozenModule(self.program, self.signature, copy.copy(self.report), self.rows)
+        copied = FrozenModule(self.program, self.signature, copy.copy(self.report), self.rows)
+        copied.classes = self.classes
+        return copied
 
     def extra_repr(self) -> str:
         """What it takes, and what was frozen.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qsparseprop import arguments
 from qsparseprop.contents import check_memory_of
+from qsparseprop.utils._classes import check_classes
 
 __all__ = ["FreezeReport", "LayerReport", "measure_accuracy"]
 
@@ -148,12 +149,16 @@ def measure_accuracy(
     Raises
     ------
     ValueError
-        If there are no batches, or no such metric.
+        If there are no batches, or no such metric; or if model and batches both say by their attribute ``classes`` what
+        the classes are called, as frozen models and image loaders do, and these are others.
     """
     arguments.model(model)
     check_memory_of(model)
     if metric not in ("top1", "top5") if isinstance(metric, str) else not callable(metric):
         raise ValueError(f"metric must be 'top1', 'top5' or a function, got {arguments.shown(metric)}")
+    here, there = (getattr(one, "classes", None) for one in (batches, model))
+    if isinstance(here, tuple) and isinstance(there, tuple):
+        check_classes(here, there, ("the model", "the images"), "measure it on images of its own")
     training = [module for module in model.modules() if module.training]
     model.eval()
     total, samples = 0.0, 0

@@ -49,6 +49,7 @@ def save(frozen: nn.Module, path: str | os.PathLike[str]) -> None:
         "arguments": signature.arguments, "results": signature.results, "others": signature.others,
         "shapes": list(signature.shapes), "dtypes": list(signature.dtypes), "rows": frozen.rows,
         "report": {"layers": report.as_dicts(), **{name: getattr(report, name) for name in _REPORTED}},
+        **({} if frozen.classes is None else {"classes": _checked_classes(frozen.classes)}),
     }  # fmt: skip
     try:
         save_program(frozen.program, path, about)
@@ -102,7 +103,10 @@ def load(path: str | os.PathLike[str]) -> FrozenModule:
         results = list(_leaves(signature.results, or_none=True))
         if not all(0 <= number < len(program.outputs) for number in results):
             raise ConfigurationError(f"the program gives {len(program.outputs)} tensors, the model others")
-        return FrozenModule(program, signature, _report(about), about.take("rows", bool))
+        frozen = FrozenModule(program, signature, _report(about), about.take("rows", bool))
+        if "classes" in about:
+            frozen.classes = _checked_classes(about.take("classes", tuple))
+        return frozen
     except ConfigurationError as error:
         raise ConfigurationError(f"{os.fspath(path)} holds no frozen model: {error}") from error
 
@@ -114,6 +118,9 @@ class _Plain:
         if type(value) is not dict:
             refuse(where, "a dict", value)
         self._value, self._where = value, where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._value
 
     def take(self, name: str, *types: type) -> Any:
         if name not in self._value or (types and type(self._value[name]) not in types):
@@ -132,6 +139,12 @@ def _leaves(tree: Any, or_none: bool = False) -> Iterator[int]:
         yield tree
     elif tree is not None or not or_none:
         refuse("a structure", "of numbers", tree)
+
+
+def _checked_classes(classes: Any) -> tuple[str, ...]:
+    if not isinstance(classes, list | tuple) or not all(type(one) is str for one in classes):
+        refuse("the classes", "names", classes)
+    return tuple(classes)
 
 
 def _signature(about: _Plain) -> Signature:

@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from qsparseprop.inference import freeze, save
+from qsparseprop.inference.module import FrozenModule
 from qsparseprop.inference.report import FreezeReport, measure_accuracy
+from qsparseprop.utils._classes import check_classes, classes_in
 from qsparseprop.utils.errors import ConfigurationError
 
 from .finetuner import read_checkpoint
@@ -71,9 +73,12 @@ def load_run_model(checkpoint: str | os.PathLike[str], data: str | None = None) 
     config = RunConfig(**stored_settings(Path(checkpoint).absolute().parent))
     config = config if data is None else replace(config, data=data)
     model, images = prepare_network(config, load_weights_too=False)
+    classes = classes_in(state)
+    check_classes(images.classes, classes, (f"the weights in {os.fspath(checkpoint)}", f"the images in {config.data}"),
+                  "take images of the same classes, in folders of the same names")  # fmt: skip
     swap_like(model, state["model"], config)
-    load_state(model, state["model"], source=f"the weights in {os.fspath(checkpoint)}")
-    return model.eval(), images, config
+    load_state(model, state["model"], None, f"the weights in {os.fspath(checkpoint)}")
+    return model.eval(), images if images.classes is not None else replace(images, classes=classes), config
 
 
 def freeze_checkpoint(
@@ -119,6 +124,8 @@ def freeze_checkpoint(
                         metric=lambda one: measure_accuracy(one, test))  # fmt: skip
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
+    if isinstance(frozen, FrozenModule):
+        frozen.classes = images.classes
     save(frozen, out)
     report = frozen.freeze_report
     assert isinstance(report, FreezeReport)

@@ -23,6 +23,7 @@ from torch import nn
 
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import held
+from qsparseprop.utils._classes import check_classes, classes_in
 from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.files import replacing
 from qsparseprop.utils.measurement_utils import (
@@ -36,6 +37,7 @@ from qsparseprop.utils.measurement_utils import (
 from qsparseprop.utils.network_utils import sparsity, swap_modules_for_state
 from qsparseprop.utils.pruning_utils import GradualPruner
 
+from .data import ImageData
 from .data.loaders import Share
 from .finetuner import CheckpointError, Finetuner, FitResult, read_checkpoint
 from .finetuner.fit import LAST
@@ -44,7 +46,7 @@ from .processes import processes, sent_bytes
 from .recipe import make_finetuner, steps_of
 from .reporter import Reporter
 from .results import format_result, without_nan
-from .run_config import GRADUAL, MOVABLE, SETTINGS, RunConfig, resumed_settings, stored_settings
+from .run_config import CLASSES, GRADUAL, MOVABLE, SETTINGS, RunConfig, resumed_settings, stored_settings
 from .setup_run import make_loaders, parse_scheme, prepare_network, prune_model, swap_model
 
 __all__ = ["RunConfig", "Stopped", "format_result", "run_training", "stored_settings", "swap_like"]
@@ -166,9 +168,9 @@ def _train_in(
     share = Share(together.rank, together.count)
     loaders = make_loaders(data, config.batch_size, config.seed, config.augment, config.workers, share)
     if not resume and together.first:
-        _write_settings(folder, config)
+        _write_settings(folder, config, data)
 
-    setup = _State(config, folder, resume, progress, say, data.fingerprint())
+    setup = _State(config, folder, resume, progress, say, data)
     if not begun:
         if config.weights is None and config.sparsity:
             setup.train_dense(model, loaders)
@@ -178,13 +180,14 @@ def _train_in(
     tuner = setup.finetuner(model, loaders[0])
     if resume and together.first and asdict(config) != stored_settings(folder):
         # moved, and now the images have been found to be the same
-        _write_settings(folder, config)
+        _write_settings(folder, config, data)
     return setup.finetune(tuner, loaders, time_layers)
 
 
-def _write_settings(folder: Path, config: RunConfig) -> None:
+def _write_settings(folder: Path, config: RunConfig, data: ImageData) -> None:
+    settings = asdict(config) | ({} if data.classes is None else {CLASSES: data.classes})
     with replacing(folder / SETTINGS) as temporary:
-        temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 class _State:
@@ -192,9 +195,10 @@ class _State:
 
     def __init__(
         self, config: RunConfig, folder: Path, resume: bool, progress: bool | None,
-        report: Callable[[str], None] | None, images: str,
+        report: Callable[[str], None] | None, data: ImageData,
     ) -> None:  # fmt: skip
-        self.config, self.folder, self.resume, self.images = config, folder, resume, images
+        self.config, self.folder, self.resume = config, folder, resume
+        self.images, self.classes = data.fingerprint(), None if data.classes is None else list(data.classes)
         self.progress, self.report = progress, report
         self.facts: dict[str, Any] = {}
         self.masks: dict[str, torch.Tensor] = {}
@@ -206,6 +210,13 @@ class _State:
     def state_dict(self) -> dict[str, Any]:
         return {"facts": self.facts, "masks": self.masks, "config": asdict(self.config),
                 "images": self.images}  # fmt: skip
+
+    def begin_from(self, content: Mapping[str, Any], name: str) -> None:
+        """Take over what a checkpoint knows, under some name, of the run; refuse another run's."""
+        check_classes(self.classes, classes_in(content),
+                      (f"the run in {self.folder}", f"the images in {self.config.data}"),
+                      "put the images back, or start another run")  # fmt: skip
+        self.load_state_dict(content["stateful"][name])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state.get("images", self.images) != self.images:
@@ -225,11 +236,13 @@ class _State:
         tuner = make_finetuner(model, config.mode, config.pretraining, config.pretrain_epochs, len(loaders[0]),
                                accumulate=config.accumulate)  # fmt: skip
         folder = self.folder / "dense"
-        begun = tuner.together.from_first(lambda: _stateful_in(folder)) if self.resume else None
-        if begun is None or "dense" in begun:  # those of before do not know their images
+        begun = tuner.together.from_first(lambda: _checkpoint_in(folder)) if self.resume else None
+        known = begun is not None and "dense" in (begun.get("stateful") or {})
+        if begun is None or known:  # those of before do not know their images
             tuner.stateful["dense"] = self
-        if begun is not None and "dense" in begun:
-            self.load_state_dict(begun["dense"])
+        if begun is not None and known:
+            self.begin_from(begun, "dense")
+        tuner.about["classes"] = self.classes
         result = tuner.fit(loaders[0], config.pretrain_epochs, folder=folder, resume=self.resume,
                            progress=self.progress, report=self.report)  # fmt: skip
         if result.stopped_by is not None:
@@ -256,10 +269,10 @@ class _State:
         config = self.config
         together = processes()
         shape = (config.batch_size // together.count, *loader.dataset.images.shape)
-        state = together.from_first(self._checkpoint)
+        state = together.from_first(lambda: _checkpoint_in(self.folder))
         if state is not None:
             try:
-                self.load_state_dict(state["stateful"]["run"])
+                self.begin_from(state, "run")
                 _check_masks(model, self.masks)
                 swap_like(model, state["model"], config)
             except ConfigurationError:
@@ -280,7 +293,7 @@ class _State:
             self.say(table)
         tuner = make_finetuner(model, config.mode, config, config.epochs, len(loader), self.masks,
                                config.compress_saved, config.accumulate)  # fmt: skip
-        tuner.stateful["run"] = self
+        tuner.stateful["run"], tuner.about["classes"] = self, self.classes
         if config.prune == GRADUAL:
             steps = config.epochs * steps_of(len(loader), config.accumulate)
             end = max(1, int(_GRADUAL_END * steps))
@@ -293,9 +306,6 @@ class _State:
             tuner.after_step = prune if hold is None else lambda: (hold(), prune())
             tuner.stateful["pruner"] = pruner
         return tuner
-
-    def _checkpoint(self) -> dict[str, Any] | None:
-        return read_checkpoint(self.folder / LAST) if (self.folder / LAST).exists() else None
 
     def _swap(self, model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], list[str], str]:
         config = self.config
@@ -333,7 +343,7 @@ class _State:
             "peak_rss_mb": peak, "rss_before_training_mb": before,
             "peak_rss_of": "training" if of_training else "process",
             "losses": history.losses, "evaluations": [vars(e) for e in history.evaluations],
-            "layer_times": [vars(t) for t in fitted.layer_times], "config": asdict(config),
+            "layer_times": [vars(t) for t in fitted.layer_times], "config": asdict(config), "classes": self.classes,
             "environment": environment(), "processes": tuner.together.count,
         }  # fmt: skip
         if tuner.parallel is not None:
@@ -344,10 +354,8 @@ class _State:
         return result
 
 
-def _stateful_in(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint in a folder knows beside model and optimizer; None without one."""
-    found = read_checkpoint(folder / LAST).get("stateful") if (folder / LAST).exists() else None
-    return found if isinstance(found, dict) else None
+def _checkpoint_in(folder: Path) -> dict[str, Any] | None:
+    return read_checkpoint(folder / LAST) if (folder / LAST).exists() else None
 
 
 def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:

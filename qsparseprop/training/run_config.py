@@ -13,9 +13,12 @@ from qsparseprop.utils.errors import ConfigurationError
 from .recipe import Recipe
 from .setup_run import PRUNERS, TrainingMode, parse_augment, parse_scheme
 
-__all__ = ["GRADUAL", "MOVABLE", "SETTINGS", "RunConfig", "resumed_settings", "stored_settings"]
+__all__ = ["CLASSES", "GRADUAL", "MOVABLE", "SETTINGS", "RunConfig", "resumed_settings", "stored_settings"]
 
 SETTINGS = "run.json"
+
+#: Under which the file of the settings also says what the images' classes are called, for people; checkpoints decide.
+CLASSES = "classes"
 
 #: Settings by which a resumed run may differ: where its images lie, and which processes read them.
 MOVABLE = ("data", "workers")
@@ -137,8 +140,9 @@ def stored_settings(folder: Path, wanted: str = "run") -> dict[str, Any]:
     except ValueError as error:
         raise ConfigurationError(f"{folder / SETTINGS} cannot be read: {error}") from error
     known = {field.name for field in fields(RunConfig)}
-    if not isinstance(stored, dict) or not stored.keys() <= known:
+    if not isinstance(stored, dict) or not stored.keys() <= known | {CLASSES}:
         raise ConfigurationError(f"{folder / SETTINGS} is not the settings of a run")
+    stored.pop(CLASSES, None)
     # runs of before had their seed for it
     return {"test_split": stored.get("seed", 0), **stored}
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from qsparseprop.nn._dense import held
 from qsparseprop.quantization import QuantConfig
+from qsparseprop.utils._classes import check_classes, classes_in
 from qsparseprop.utils.errors import ConfigurationError, reason_of
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import (
@@ -24,7 +25,7 @@ from qsparseprop.utils.pruning_utils import (
     make_pruning_permanent,
     prunable_modules,
 )
-from qsparseprop.utils.state_files import read_state_dict
+from qsparseprop.utils.state_files import read_state_and_content
 
 from .data import Augmentation, ImageData, ImageKind, ImageLoader, image_kind, image_loader, load_data
 from .data.loaders import Share
@@ -166,19 +167,27 @@ def parse_scheme(text: str) -> tuple[bool, QuantConfig | None]:
         raise ConfigurationError(f"no such scheme: {error}") from error
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str], new_head: bool = False) -> None:
-    """Load trained weights of a dense model, in place; `new_head` as in `load_state`.
+def load_weights(
+    model: nn.Module, path: str | os.PathLike[str], new_head: bool = False, images: ImageKind | None = None
+) -> None:
+    """Load trained weights of a dense model, in place; `new_head` as in `load_state`, `images` are for whom it is.
 
     Raises
     ------
     ConfigurationError
-        If the file holds none, or those of another model; it is unchanged then.
+        If the file holds none, or those of another model or for other classes; it is unchanged then.
     """
     try:
-        state = read_state_dict(path)
+        state, content = read_state_and_content(path)
     except OSError as error:
         raise ConfigurationError(f"cannot read the weights {os.fspath(path)}: {error.strerror or error}") from error
-    load_state(model, state, new_head, f"the weights in {os.fspath(path)}")
+    if images is not None and not new_head:
+        check_classes(images.classes, classes_in(content),
+                      (f"the weights in {os.fspath(path)}", "the images"),
+                      "call the folders of the images as those of the weights were called, or give the network a new "
+                      "classifier, by new_head (--new-head)")  # fmt: skip
+    load_state(model, state, new_head, f"the weights in {os.fspath(path)}",
+               None if images is None else images.num_classes)  # fmt: skip
 
 
 def prepare_network(
@@ -206,7 +215,7 @@ def prepare_network(
     torch.manual_seed(config.seed)
     model = make_network(config.model, config.width, kind)
     if config.weights is not None and load_weights_too:
-        load_weights(model, config.weights, config.new_head)
+        load_weights(model, config.weights, config.new_head, kind)
     data = data or load()
     if config.batch_size > len(data.train_labels):
         raise ConfigurationError(f"the batch size must be at most the number of training images, "

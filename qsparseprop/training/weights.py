@@ -17,8 +17,9 @@ __all__ = ["load_checkpoint", "load_state"]
 
 
 def load_state(
-    model: nn.Module, state: Mapping[str, torch.Tensor], new_head: bool = False, source: str = "the weights"
-) -> None:
+    model: nn.Module, state: Mapping[str, torch.Tensor], new_head: bool | None = False, source: str = "the weights",
+    num_classes: int | None = None,
+) -> None:  # fmt: skip
     """Load what ``model.load_state_dict`` would accept, or nothing.
 
     Parameters
@@ -27,23 +28,31 @@ def load_state(
         Dense; changed in place.
     state : mapping of str to Tensor
         As in old files, ``num_batches_tracked`` may be missing.
-    new_head : bool
-        Leave the last layer (Linear or convolution) of the model as it is where its shapes differ from those in the
-        state, or where the state has none: a classifier for other classes.
+    new_head : bool or None
+        Leave the classifier of the model, its last Linear or convolution, as it is, whatever the state has there: it is
+        for other classes, which may be as many. None: this is not for the user to choose, and no message offers it.
     source : str
         What they are called in messages.
+    num_classes : int, optional
+        Only a layer of so many outputs is a classifier.
 
     Raises
     ------
     ConfigurationError
         (a ValueError) If keys or shapes do not match, naming them; the model is unchanged then.
     """
+    head = _head(model, num_classes)
+    if new_head:
+        if head is None:
+            outputs = "" if num_classes is None else f" of {num_classes} outputs"
+            raise ConfigurationError(f"new_head (--new-head): the model has no Linear or convolution{outputs}, "
+                                     "which would be its classifier")  # fmt: skip
+        state = {key: value for key, value in state.items() if not key.startswith(head)}
     wanted = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     # The values of a sparse layer may be as many as they like; it checks them itself.
     free = tuple(f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, SparseWeight))
     wrong = [key for key, value in wanted.items()
              if key in state and value.shape != state[key].shape and not key.startswith(free)]  # fmt: skip
-    head = _head_keys(model)
     taken = {key: value for key, value in state.items() if key not in wrong}
     try:
         # a trial on a copy: torch itself knows best what it takes, but loads the half of what it does not
@@ -51,15 +60,13 @@ def load_state(
         problems = []
     except RuntimeError as error:
         missing, unexpected, problems = [], [], [" ".join(str(error).split())]
-    missing = [key for key in missing if key not in wrong]
-    only_head = {*wrong, *missing} <= head and not unexpected and not problems
-    if only_head and new_head:
-        # all of it or nothing of it
-        taken = {key: value for key, value in taken.items() if not (wrong or missing) or key not in head}
-    else:
-        problems += [f"{key} is {tuple(state[key].shape)} there and {tuple(wanted[key].shape)} here" for key in wrong]
-        problems += [f"{key} is missing there" for key in missing]
-        problems += [f"{key} is unknown here" for key in unexpected]
+    missing = [key for key in missing if key not in wrong and not (new_head and key.startswith(head or ""))]
+    # what a new one would be the way out of
+    only_head = (new_head is False and head is not None and not unexpected and not problems
+                 and all(key.startswith(head) for key in (*wrong, *missing)))  # fmt: skip
+    problems += [f"{key} is {tuple(state[key].shape)} there and {tuple(wanted[key].shape)} here" for key in wrong]
+    problems += [f"{key} is missing there" for key in missing]
+    problems += [f"{key} is unknown here" for key in unexpected]
     if any(key.endswith(".crow_indices") for key in unexpected):
         problems.insert(0, "they are those of a model with sparse layers")
     if problems:
@@ -70,10 +77,15 @@ def load_state(
     model.load_state_dict(taken, strict=False)
 
 
-def _head_keys(model: nn.Module) -> set[str]:
-    """Keys of the last layer with a weight."""
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    return {f"{names[-1]}.{key}" for key in model.get_submodule(names[-1]).state_dict()} if names else set()
+def _head(model: nn.Module, num_classes: int | None) -> str | None:
+    """What the keys of the classifier begin with: the last layer with a weight, and with so many outputs."""
+    found = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            if num_classes in (None, outputs):
+                found = f"{name}." if name else ""
+    return found
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

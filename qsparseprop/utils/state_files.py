@@ -20,7 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from .errors import ConfigurationError, of_contents
 
-__all__ = ["read_state_dict", "regular_size", "safetensors_refusals", "stored_bytes", "strip_prefix"]
+__all__ = ["read_state_and_content", "read_state_dict", "regular_size", "safetensors_refusals", "stored_bytes",
+           "strip_prefix"]  # fmt: skip
 
 #: Under which keys checkpoints keep a model's state.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -87,10 +88,27 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     OSError
         If it cannot be read.
     """
+    return read_state_and_content(path)[0]
+
+
+def read_state_and_content(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
+    """Read the tensors of a model from a file, and give what else it holds, too.
+
+    Parameters
+    ----------
+    path : path-like
+        As for `read_state_dict`, with the same errors.
+
+    Returns
+    -------
+    state : dict of str to Tensor
+    content : any
+        All that is in the file, in tensors and plain containers, unchecked.
+    """
     name = os.fspath(path)
     try:
         content = _load(name)
-        return _tensors_of_model(content)
+        return _tensors_of_model(content), content
     except ConfigurationError as error:
         raise ConfigurationError(f"{name} holds no weights: {error}") from error
 

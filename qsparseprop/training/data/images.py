@@ -29,12 +29,15 @@ class ImageKind:
     height, width : int
         In pixels.
     num_classes : int
+    classes : tuple of str, optional
+        What the classes are called, where somebody knows it.
     """
 
     channels: int
     height: int
     width: int
     num_classes: int
+    classes: tuple[str, ...] | None = None
 
 
 class ImageSet(Protocol):
@@ -259,6 +262,8 @@ class ImageData:
         What the images are, for reports.
     scale, shift : torch.Tensor
         float32, (channels,).
+    classes : tuple of str, optional
+        What the classes are called, in the order of their labels; None where the data does not say it.
     """
 
     train: ImageSet
@@ -267,11 +272,12 @@ class ImageData:
     name: str
     scale: Tensor
     shift: Tensor
+    classes: tuple[str, ...] | None = None
 
     @classmethod
     def from_tensors(
         cls, train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor, num_classes: int,
-        name: str,
+        name: str, classes: Sequence[str] | None = None,
     ) -> ImageData:  # fmt: skip
         """Images (images, channels, height, width) that are normalised already, and their labels (images,).
 
@@ -285,6 +291,8 @@ class ImageData:
             The same.
         num_classes : int
         name : str
+        classes : sequence of str, optional
+            What the classes are called.
 
         Returns
         -------
@@ -292,12 +300,13 @@ class ImageData:
         """
         channels = train_images.shape[1]
         return cls(StoredImages(train_images, train_labels), StoredImages(test_images, test_labels), num_classes, name,
-                   torch.ones(channels), torch.zeros(channels))  # fmt: skip
+                   torch.ones(channels), torch.zeros(channels),
+                   None if classes is None else tuple(classes))  # fmt: skip
 
     @property
     def kind(self) -> ImageKind:
         """What a network has to know of the images."""
-        return ImageKind(*self.train.shape, self.num_classes)
+        return ImageKind(*self.train.shape, self.num_classes, self.classes)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """What a network gets of pixels.
@@ -332,7 +341,7 @@ class ImageData:
         if images is None:
             return self
         return ImageData(_spread(self.train, images), _spread(self.test, images), self.num_classes, self.name,
-                         self.scale, self.shift)  # fmt: skip
+                         self.scale, self.shift, self.classes)  # fmt: skip
 
     def fingerprint(self) -> str:
         """A number that is another one for other images: 16 hexadecimal digits."""
@@ -377,7 +386,7 @@ class ImageData:
             for part in (self.train, self.test)
         ]
         return {"parts": parts, "num_classes": self.num_classes, "name": self.name, "scale": self.scale,
-                "shift": self.shift}  # fmt: skip
+                "shift": self.shift, "classes": self.classes}  # fmt: skip
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ImageData:
@@ -392,7 +401,8 @@ class ImageData:
         ImageData
         """
         train, test = (ImageFiles(**part) if "files" in part else StoredImages(**part) for part in state["parts"])
-        return cls(train, test, state["num_classes"], state["name"], state["scale"], state["shift"])
+        return cls(train, test, state["num_classes"], state["name"], state["scale"], state["shift"],
+                   state["classes"])  # fmt: skip
 
 
 def _spread(part: ImageSet, images: int) -> ImageSet:

@@ -133,6 +133,11 @@ class ImageLoader(DataLoader[Any]):
     augmentation : Augmentation or None
     workers : int
         Processes that read; 0: this one.
+
+    Attributes
+    ----------
+    classes : tuple of str or None
+        What the classes are called, see `ImageData`.
     """
 
     def __init__(
@@ -141,7 +146,7 @@ class ImageLoader(DataLoader[Any]):
         # a batch is one item, so that images in memory are gathered at once
         super().__init__(_Batches(images, augmentation), sampler=order, batch_size=None, num_workers=workers,
                          collate_fn=_as_it_is, worker_init_fn=_begin)  # fmt: skip
-        self._normalised = data.normalised
+        self._normalised, self.classes = data.normalised, data.classes
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # nobody asks it for more
         for batch in super().__iter__():

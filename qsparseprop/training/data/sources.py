@@ -21,6 +21,9 @@ __all__ = ["image_kind", "load_data", "load_digits_data", "load_folder", "load_n
 #: Mean and standard deviation by channel with which most published colour networks were trained.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+#: What the classes of scikit-learn's digits are called.
+_DIGITS = tuple("0123456789")
+
 _IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 #: Interpolation may leave the range of pixels by that much.
@@ -55,7 +58,7 @@ def image_kind(source: str, image_size: int | None = None) -> ImageKind | None:
     """
     if source == "digits":
         _check_size(1797, 3, image_size or 32, image_size or 32)
-        return ImageKind(3, image_size or 32, image_size or 32, 10)
+        return ImageKind(3, image_size or 32, image_size or 32, len(_DIGITS), _DIGITS)
     if source.endswith(".npz"):
         archive = NpzFile(source)
         height, width = archive.sizes if image_size is None else (image_size, image_size)
@@ -64,7 +67,7 @@ def image_kind(source: str, image_size: int | None = None) -> ImageKind | None:
     if os.path.isdir(source):
         parts = _class_folders(Path(source))
         _check_size(1, 3, image_size or 32, image_size or 32)
-        return ImageKind(3, image_size or 32, image_size or 32, len(parts[0]))
+        return ImageKind(3, image_size or 32, image_size or 32, len(parts[0]), tuple(parts[0]))
     return None
 
 
@@ -108,7 +111,7 @@ def load_digits_data(size: int = 32, channels: int = 3, test_fraction: float = 0
 
     return ImageData.from_tensors(
         to_images(train_pixels), train_labels.long(), to_images(test_pixels), test_labels.long(),
-        int(labels.max()) + 1, "scikit-learn digits",
+        len(_DIGITS), "scikit-learn digits", _DIGITS,
     )  # fmt: skip
 
 
@@ -201,7 +204,10 @@ def _pixels(array: np.ndarray) -> Tensor:
     return x
 
 
-def _data(train: ImageSet, test: ImageSet, num_classes: int, name: str, normalize: str) -> ImageData:
+def _data(
+    train: ImageSet, test: ImageSet, num_classes: int, name: str, normalize: str,
+    classes: Sequence[str] | None = None,
+) -> ImageData:  # fmt: skip
     """Two sets with the scale that their pixels get."""
     channels = train.shape[0]
     highest = 1.0
@@ -221,7 +227,8 @@ def _data(train: ImageSet, test: ImageSet, num_classes: int, name: str, normaliz
         # only the training images: the test set must stay unseen
         mean, std = _mean_and_std(train)
         mean, std = mean / highest, (std / highest).clamp(min=1e-6)
-    return ImageData(train, test, num_classes, name, (1 / (highest * std)).float(), (-mean / std).float())
+    return ImageData(train, test, num_classes, name, (1 / (highest * std)).float(), (-mean / std).float(),
+                     None if classes is None else tuple(classes))  # fmt: skip
 
 
 def _mean_and_std(images: ImageSet) -> tuple[Tensor, Tensor]:
@@ -312,7 +319,7 @@ def load_folder(
         # what is wrong with all of them, or with one of a few, is told before a training begins
         for index in range(0, len(files.files), max(1, len(files.files) // _TRIED)):
             read_image(str(files.files[index]), image_size)
-    return _data(sets[0], sets[1], len(parts[0]), path.name, normalize)
+    return _data(sets[0], sets[1], len(parts[0]), path.name, normalize, tuple(parts[0]))
 
 
 def _class_folders(path: Path) -> list[dict[str, list[Path]]]:
@@ -366,4 +373,6 @@ def _load_torchvision(name: str, image_size: int | None, normalize: str) -> Imag
                                  "CIFAR10: write it to a folder of one folder a class") from error  # fmt: skip
     labels = [torch.as_tensor(part).long() for part in targets]
     train, test = _stored(arrays, labels, image_size)
-    return _data(train, test, count_classes(labels), name, normalize)
+    count, classes = count_classes(labels), getattr(parts[0], "classes", None)
+    known = isinstance(classes, list | tuple) and len(classes) == count and all(isinstance(c, str) for c in classes)
+    return _data(train, test, count, name, normalize, classes if known else None)

@@ -277,7 +277,7 @@ class FitLoop:
             if isinstance(tuner.scheduler, ReduceLROnPlateau):
                 tuner.scheduler.step(evaluation.loss)
             if better and self.folder is not None and tuner.together.first:
-                content = {"model": tuner.model.state_dict(), "evaluation": vars(evaluation)}
+                content = {"model": tuner.model.state_dict(), "evaluation": vars(evaluation), "about": tuner.about}
                 write_checkpoint(content, self.folder / BEST)
         if tuner.scheduler is not None and tuner.scheduler_per_epoch and not tuner.on_plateau:
             tuner.scheduler.step()

@@ -81,6 +81,8 @@ class Finetuner:
         Everything recorded so far.
     epoch, batch : int
         Position of `fit`: epochs completed, and steps of the present epoch.
+    about : dict of str to object
+        Plain data that every checkpoint carries, ``best.pt`` too, such as the names of classes. Loading leaves it.
     """
 
     def __init__(  # noqa: PLR0913 - settings, by keyword
@@ -106,8 +108,7 @@ class Finetuner:
         self.parallel = model if isinstance(model, DistributedDataParallel) else None
         self.model = undistributed(model)
         self.model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types it without
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.loss_function = loss_function
         self.autocast_dtype = autocast_dtype
         self.memory_format = memory_format
@@ -117,7 +118,7 @@ class Finetuner:
         self.forward_context = forward_context or contextlib.nullcontext
         self.stateful = dict(stateful or {})
         self.accumulate = int(accumulate)  # NumPy's numbers cannot be written into a checkpoint
-        self.history = History()
+        self.history, self.about = History(), dict[str, Any]()
         self.epoch = self.batch = 0
         self.learning_rate = float("nan")  # of the first group, in the last step
         # States of random number generators at the start of the present epoch, which decide the order of its batches,
@@ -397,6 +398,7 @@ class Finetuner:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "stateful": {name: item.state_dict() for name, item in self.stateful.items()},
             "accumulate": self.accumulate,
+            "about": self.about,
             "schedule": None if self.scheduler is None else describe_schedule(self.scheduler),
             "epoch": self.epoch,
             "batch": self.batch,
