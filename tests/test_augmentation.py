@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparseprop.training.data import Augmentation
+from qsparseprop.training.data import Augmentation, ImageData, image_loader, load_data
 from qsparseprop.utils.errors import ConfigurationError
 
 from ._helpers import examples
@@ -121,3 +122,44 @@ def test_transforms_of_torchvision():
         Augmentation(["RandomCrop"])
     with pytest.raises(ConfigurationError, match="has no transform 'functional'"):
         Augmentation(["functional"])
+
+
+# ---- what is black ----
+
+
+def stored(kind, tmp_path):
+    """Images whose first pixel is black: as digits, normalised by somebody, or from 0 to 1."""
+    if kind == "digits":
+        pytest.importorskip("sklearn")
+        return load_data("digits", image_size=16)
+    pixels = np.random.default_rng(0).random((16, 16, 16, 3), dtype=np.float32)
+    pixels[0, 0, 0] = 0
+    if kind == "normalised":
+        pixels = (pixels - np.float32([0.5, 0.4, 0.3])) / np.float32([0.2, 0.3, 0.4])
+    np.savez(tmp_path / "x.npz", x_train=pixels, x_test=pixels, y_train=np.arange(16) % 2, y_test=np.arange(16) % 2)
+    return load_data(str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("kind", ["digits", "normalised", "from 0 to 1"])
+def test_what_is_left_empty_is_black_in_images_of_floats(kind, tmp_path):
+    data = stored(kind, tmp_path)
+    black = data.train_images.amin((0, 2, 3))
+    for some in (data, data.first(12), ImageData.from_state(data.state())):
+        plain, moved = (next(iter(image_loader(some, "train", 8, seed=0, augment=augment)))[0]
+                        for augment in (None, Augmentation(["crop"])))  # fmt: skip
+        # of the same images; where a corner differs from what is next to it, it was moved there or is empty
+        assert not torch.equal(plain, moved)
+        values = {float(v) for v in plain[:, 0].unique()}
+        new = [float(v) for v in moved[:, 0].unique() if float(v) not in values]
+        assert new in ([], pytest.approx([float(black[0])], abs=1e-6))
+        edges = torch.cat([moved[:, 0, 0], moved[:, 0, -1], moved[:, 0, :, 0], moved[:, 0, :, -1]])
+        assert float((edges - black[0]).abs().min()) < 1e-6
+
+
+def test_transforms_of_torchvision_fill_with_black(tmp_path):
+    pytest.importorskip("torchvision.transforms.v2", exc_type=ImportError)
+    black = torch.tensor([-2.0, -1.0, 3.0])
+    x = black.view(-1, 1, 1).expand(8, 3, 16, 16)
+    draws = torch.rand(8, 1, dtype=torch.float64)
+    torch.testing.assert_close(Augmentation(["RandomPerspective"])(x, draws, black), x, rtol=0, atol=1e-6)
+    assert not torch.allclose(Augmentation(["RandomPerspective"])(x, draws), x)

@@ -21,11 +21,11 @@ _MARGIN = 8
 _AREA, _RATIO = (0.25, 1.0), (3 / 4, 4 / 3)
 
 
-def _flip(images: Tensor, draws: Tensor) -> Tensor:
+def _flip(images: Tensor, draws: Tensor, black: Tensor | None) -> Tensor:
     return torch.where((draws[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def _crop(images: Tensor, draws: Tensor) -> Tensor:
+def _crop(images: Tensor, draws: Tensor, black: Tensor | None) -> Tensor:
     count, _, height, width = images.shape
     margins = height // _MARGIN, width // _MARGIN
     rows, columns = (
@@ -36,10 +36,11 @@ def _crop(images: Tensor, draws: Tensor) -> Tensor:
     each = torch.arange(count).view(-1, 1, 1)
     # indices on both sides of the channels: these come last
     moved = images[each, :, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]]
-    return (moved * inside[..., None]).permute(0, 3, 1, 2)
+    nothing = moved.new_zeros(()) if black is None else black.to(moved.dtype)
+    return torch.where(inside[..., None], moved, nothing).permute(0, 3, 1, 2)
 
 
-def _resized_crop(images: Tensor, draws: Tensor) -> Tensor:
+def _resized_crop(images: Tensor, draws: Tensor, black: Tensor | None) -> Tensor:
     height, width = images.shape[2:]
     result = torch.empty_like(images)
     for index, (area, ratio, y, x) in enumerate(draws.tolist()):
@@ -57,7 +58,7 @@ class _Operation(NamedTuple):
     """What is done to a batch, with how many random numbers for each image."""
 
     draws: int
-    apply: Callable[[Tensor, Tensor], Tensor]
+    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 OPERATIONS = {
@@ -97,7 +98,7 @@ class Augmentation:
         self._operations = [_find(name) for name in self.names]
         self.draws = sum(operation.draws for operation in self._operations)
 
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, draws: Tensor, black: Tensor | None = None) -> Tensor:
         """Change a batch.
 
         Parameters
@@ -106,6 +107,8 @@ class Augmentation:
             uint8 or float, (images, channels, height, width).
         draws : torch.Tensor
             float64, (images, `draws`), in [0, 1).
+        black : torch.Tensor, optional
+            What is black, (channels,): 0 unless given.
 
         Returns
         -------
@@ -114,7 +117,7 @@ class Augmentation:
         """
         used = 0
         for operation in self._operations:
-            images = operation.apply(images, draws[:, used : used + operation.draws])
+            images = operation.apply(images, draws[:, used : used + operation.draws], black)
             used += operation.draws
         return images
 
@@ -138,16 +141,30 @@ def _find(name: str) -> _Operation:
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
         raise ConfigurationError(f"torchvision has no transform {name!r}; choose from {known}")
     try:
-        return _Operation(1, _one_by_one(name, kind()))
+        return _Operation(1, _from_zero(_one_by_one(name, kind())))
     except TypeError as error:
         raise ConfigurationError(f"torchvision's {name} needs arguments: name a function of your own that calls it, "
                                  "package.module:function") from error  # fmt: skip
 
 
-def _one_by_one(name: str, transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def _from_zero(apply: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
+    """An operation for which black is 0, as torchvision's fill what is empty, made one for other images, too."""
+
+    def shifted(images: Tensor, draws: Tensor, black: Tensor | None) -> Tensor:
+        if black is None:
+            return apply(images, draws, None)
+        black = black.to(images.dtype).view(-1, 1, 1)
+        return apply(images - black, draws, None) + black
+
+    return shifted
+
+
+def _one_by_one(
+    name: str, transform: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """A batch operation made of one on an image, with its random number as torch's seed."""
 
-    def apply(images: Tensor, draws: Tensor) -> Tensor:
+    def apply(images: Tensor, draws: Tensor, black: Tensor | None) -> Tensor:
         results = []
         with torch.random.fork_rng(devices=[]):
             for image, draw in zip(images, draws[:, 0].tolist(), strict=True):

@@ -47,9 +47,12 @@ class ImageSet(Protocol):
     ----------
     labels : torch.Tensor
         int64, (images,).
+    black : torch.Tensor or None
+        float32, (channels,): what a pixel without light is in what `read` gives; None for 0.
     """
 
     labels: Tensor
+    black: Tensor | None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -101,10 +104,14 @@ class StoredImages:
         int64, (images,).
     size : tuple of int, optional
         Height and width that every batch is scaled to.
+    black : torch.Tensor, optional
+        See `ImageSet`.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, size: tuple[int, int] | None = None) -> None:
-        self.pixels, self.labels = pixels, labels
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, size: tuple[int, int] | None = None, black: Tensor | None = None
+    ) -> None:
+        self.pixels, self.labels, self.black = pixels, labels, black
         self.size = None if size == tuple(pixels.shape[2:]) else size
 
     @property
@@ -140,7 +147,7 @@ class StoredImages:
         -------
         StoredImages
         """
-        return StoredImages(self.pixels[indices], self.labels[indices], self.size)
+        return StoredImages(self.pixels[indices], self.labels[indices], self.size, self.black)
 
     def names(self) -> Sequence[str]:
         """The first and the last image's bytes."""
@@ -158,6 +165,8 @@ class ImageFiles:
     size : int
         Height and width that they are scaled to.
     """
+
+    black: Tensor | None = None
 
     def __init__(self, files: Sequence[str], labels: Tensor, size: int) -> None:
         # one array of names: a list of a million would be copied, page by page, into every process that reads it
@@ -209,6 +218,14 @@ class ImageFiles:
     def names(self) -> Sequence[str]:
         """Names of the files and of their folders, wherever these lie."""
         return ["/".join(Path(str(file)).parts[-2:]) for file in self.files]
+
+
+def black_of(pixels: Tensor) -> Tensor | None:
+    """What black is in training images: 0, or where some are below, as normalised ones are, the lowest of a channel."""
+    if pixels.dtype is torch.uint8 or not pixels.numel():
+        return None
+    lowest = pixels.amin((0, 2, 3)).clamp(max=0)
+    return lowest if bool((lowest < 0).any()) else None
 
 
 def scaled(images: Tensor, size: tuple[int, int] | None) -> Tensor:
@@ -298,10 +315,10 @@ class ImageData:
         -------
         ImageData
         """
-        channels = train_images.shape[1]
-        return cls(StoredImages(train_images, train_labels), StoredImages(test_images, test_labels), num_classes, name,
-                   torch.ones(channels), torch.zeros(channels),
-                   None if classes is None else tuple(classes))  # fmt: skip
+        channels, black = train_images.shape[1], black_of(train_images)
+        return cls(StoredImages(train_images, train_labels, black=black),
+                   StoredImages(test_images, test_labels, black=black), num_classes, name, torch.ones(channels),
+                   torch.zeros(channels), None if classes is None else tuple(classes))  # fmt: skip
 
     @property
     def kind(self) -> ImageKind:

@@ -88,7 +88,7 @@ class _Batches(Dataset[Any]):
         try:
             pixels = self.images.read(indices)
             if draws is not None and self.augmentation is not None:
-                pixels = self.augmentation(pixels, torch.from_numpy(draws))
+                pixels = self.augmentation(pixels, torch.from_numpy(draws), self.images.black)
         except ConfigurationError as error:
             return _Unreadable(str(error))
         labels = self.images.labels[indices]

@@ -14,7 +14,7 @@ from torch import Tensor
 from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
 
 from ._npz import PARTS, NpzFile, count_classes
-from .images import ImageData, ImageFiles, ImageKind, ImageSet, StoredImages, read_image, scaled
+from .images import ImageData, ImageFiles, ImageKind, ImageSet, StoredImages, black_of, read_image, scaled
 
 __all__ = ["image_kind", "load_data", "load_digits_data", "load_folder", "load_npz"]
 
@@ -212,8 +212,11 @@ def _data(
     channels = train.shape[0]
     highest = 1.0
     if isinstance(train, StoredImages) and train.pixels.dtype is torch.float32:
-        stored = [part.pixels for part in (train, test) if isinstance(part, StoredImages)]
-        low, high = min(float(x.min()) for x in stored), max(float(x.max()) for x in stored)
+        stored = [part for part in (train, test) if isinstance(part, StoredImages)]
+        black = black_of(train.pixels)
+        for part in stored:
+            part.black = black
+        low, high = min(float(x.pixels.min()) for x in stored), max(float(x.pixels.max()) for x in stored)
         if normalize == "imagenet" and not -_TOLERANCE <= low <= high <= 1 + _TOLERANCE:
             raise ConfigurationError("ImageNet's normalisation is for pixels from 0 to 1 (or integers to 255); the "
                                      f"pixels go from {low:g} to {high:g}")  # fmt: skip
