@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import bench, finetune, freeze, info
-from ._arguments import Parser
+from ._arguments import Parser, warnings_in_a_line
 from ._openmp import prepare_threads
 
 __all__ = ["main"]
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser: Parser = arguments.parser
     try:
-        return arguments.run(arguments)
+        with warnings_in_a_line(parser.prog):
+            return arguments.run(arguments)
     # ImportError: of something optional; what is always needed was imported with the package.
     except (ConfigurationError, ImportError) as error:
         parser.refuse(str(error))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "missing_package", "model_name", "number_between", "prepare_directory", "shape", "whole_number"]
+__all__ = ["Parser", "missing_package", "model_name", "number_between", "prepare_directory", "shape",
+           "warnings_in_a_line", "whole_number"]  # fmt: skip
 
 
 class _Absent(list[Any]):
@@ -41,6 +44,25 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, message: str) -> NoReturn:
         """End the process with code 2 for something that the list of options would not help with."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+@contextlib.contextmanager
+def warnings_in_a_line(program: str) -> Iterator[None]:
+    """Have warnings of this package say what they say, without the place in its code that they come from."""
+    plain, package = warnings.formatwarning, Path(__file__).resolve().parents[1]
+
+    def in_a_line(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if Path(filename).is_relative_to(package):
+            return f"{program}: warning: {' '.join(str(message).split())}\n"
+        return plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = in_a_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
+from qsparseprop.utils.errors import refuse_more_than_memory
+
+from ._reading import read_image
 
 __all__ = ["ImageData", "ImageFiles", "ImageKind", "ImageSet", "StoredImages"]
 
@@ -233,37 +235,6 @@ def scaled(images: Tensor, size: tuple[int, int] | None) -> Tensor:
     if size is None or tuple(images.shape[2:]) == size:
         return images
     return F.interpolate(images, size=size, mode="bilinear", antialias=True)
-
-
-def read_image(file: str, size: int) -> np.ndarray:
-    """Read an image as RGB bytes, (size, size, 3).
-
-    Raises
-    ------
-    ConfigurationError
-        If it is none.
-    ImportError
-        If Pillow is missing.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install pillow") from error
-    try:
-        with Image.open(file) as image:
-            # a JPEG can be decoded at a half, a quarter or an eighth of its size, which is faster; what is left is
-            # still twice as large as wanted, so that scaling does not show it
-            image.draft("RGB", (2 * size, 2 * size))
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-                # Pillow would cut off what is above 255: nearly all
-                eight = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError("its pixels have 32 bits, of which nobody knows what is white: save it with 8 or 16")
-            else:
-                eight = image
-            return np.asarray(eight.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigurationError(f"cannot read the image {file}: {error}") from error
 
 
 @dataclass(frozen=True)

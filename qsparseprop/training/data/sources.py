@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
 
+from ._folders import ImageFolder
 from ._npz import PARTS, NpzFile, count_classes
-from .images import ImageData, ImageFiles, ImageKind, ImageSet, StoredImages, black_of, read_image, scaled
+from ._reading import read_image
+from .images import ImageData, ImageFiles, ImageKind, ImageSet, StoredImages, black_of, scaled
 
 __all__ = ["image_kind", "load_data", "load_digits_data", "load_folder", "load_npz"]
 
@@ -23,8 +26,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 #: What the classes of scikit-learn's digits are called.
 _DIGITS = tuple("0123456789")
-
-_IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 #: Interpolation may leave the range of pixels by that much.
 _TOLERANCE = 0.01
@@ -65,9 +66,9 @@ def image_kind(source: str, image_size: int | None = None) -> ImageKind | None:
         _check_size(1, archive.channels, height, width)
         return ImageKind(archive.channels, height, width, count_classes(archive.labels))
     if os.path.isdir(source):
-        parts = _class_folders(Path(source))
+        classes = tuple(ImageFolder(Path(source)).parts[0])
         _check_size(1, 3, image_size or 32, image_size or 32)
-        return ImageKind(3, image_size or 32, image_size or 32, len(parts[0]), tuple(parts[0]))
+        return ImageKind(3, image_size or 32, image_size or 32, len(classes), classes)
     return None
 
 
@@ -289,7 +290,7 @@ def load_folder(
     ----------
     path : path-like
         ``path/class/image``, of which every fifth image of a class is for the test; or ``path/train/class/image`` and
-        ``path/test/class/image`` (or ``val``).
+        ``path/test/class/image`` (or ``val``). There is a warning of other files, which are passed over.
     image_size, seed, normalize
         See `load_data`; images are scaled to a square.
 
@@ -305,7 +306,10 @@ def load_folder(
         If Pillow is missing.
     """
     path = Path(path)
-    parts = _class_folders(path)
+    folder = ImageFolder(path)
+    if folder.warning is not None:
+        warnings.warn(folder.warning, stacklevel=3)
+    parts = folder.parts
     split = len(parts) == 2
     if not split:
         order = np.random.default_rng(seed)
@@ -323,40 +327,6 @@ def load_folder(
         for index in range(0, len(files.files), max(1, len(files.files) // _TRIED)):
             read_image(str(files.files[index]), image_size)
     return _data(sets[0], sets[1], len(parts[0]), path.name, normalize, tuple(parts[0]))
-
-
-def _class_folders(path: Path) -> list[dict[str, list[Path]]]:
-    """Images by class: of the whole folder, or those for training and those for the test."""
-    train = path / "train"
-    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-    parts = [_image_files(train), _image_files(test)] if train.is_dir() and test is not None else [_image_files(path)]
-    if not parts[0] or any(part.keys() != parts[0].keys() for part in parts):
-        raise ConfigurationError(f"{path} must have one folder of images a class, or train/ and test/ with the same "
-                                 "classes")  # fmt: skip
-    return parts
-
-
-def _image_files(folder: Path) -> dict[str, list[Path]]:
-    classes, without = {}, []
-    for entry in _not_hidden(folder):
-        if entry.is_dir():
-            files = [f for f in _not_hidden(entry) if f.suffix.lower() in _IMAGE_SUFFIXES]
-            if files:
-                classes[entry.name] = files
-            else:
-                without.append(entry.name)
-    if classes and without:
-        # left out, the others would have other numbers, and the network one class less
-        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
-        raise ConfigurationError(f"{folder} has folders without images: {', '.join(without[:3])}{more}; an image is a "
-                                 f"file *{', *'.join(_IMAGE_SUFFIXES)} right in the folder of its class. Put some "
-                                 "there, or take these folders away")  # fmt: skip
-    return classes
-
-
-def _not_hidden(folder: Path) -> list[Path]:
-    # .ipynb_checkpoints is no class, and ._1.jpg, which macOS writes beside 1.jpg, is no image
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def _load_torchvision(name: str, image_size: int | None, normalize: str) -> ImageData:
