@@ -70,8 +70,8 @@ def add_parser(commands: Any) -> None:
     add("--width", type=whole_number(4), metavar="N",
         help="channels of the network's first stage, which scale all others (default: the network's own)")
     add("--weights", metavar="FILE",
-        help="trained weights to start from: a state dict (.pt, .pth, .th) or .safetensors; otherwise the network is "
-        "trained first")
+        help="trained weights to start from: a state dict (.pt, .pth, .th), .safetensors, or best.pt of a run; "
+        "otherwise the network is trained first")
     add("--new-head", action="store_true",
         help="with --weights of a network for other classes, however many: do not take its classifier, begin a new one")
     add("--data", default="digits", metavar="SOURCE",

@@ -9,11 +9,19 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from qsparseprop.contents import unreadable
+from qsparseprop.nn._base import SparseModule
+from qsparseprop.nn._dense import dense_type, held
 from qsparseprop.nn._weight import SparseWeight
+from qsparseprop.utils._candidates import sparse_types
 from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.state_files import read_state_dict
 
 __all__ = ["load_checkpoint", "load_state"]
+
+#: What the state of a sparse layer has beside its bias, and how it is found.
+_SPARSE = ("weight", "crow_indices", "col_indices", "_extra_state")
+_PATTERN = ".crow_indices"
 
 
 def load_state(
@@ -27,7 +35,8 @@ def load_state(
     model : nn.Module
         Dense; changed in place.
     state : mapping of str to Tensor
-        As in old files, ``num_batches_tracked`` may be missing.
+        As in old files, ``num_batches_tracked`` may be missing. Sparse layers of theirs that are dense ones of the
+        model are made dense, with zeros where they have nothing.
     new_head : bool or None
         Leave the classifier of the model, its last Linear or convolution, as it is, whatever the state has there: it is
         for other classes, which may be as many. None: this is not for the user to choose, and no message offers it.
@@ -48,6 +57,7 @@ def load_state(
             raise ConfigurationError(f"new_head (--new-head): the model has no Linear or convolution{outputs}, "
                                      "which would be its classifier")  # fmt: skip
         state = {key: value for key, value in state.items() if not key.startswith(head)}
+    state = _dense_state(model, state, source)
     wanted = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     # The values of a sparse layer may be as many as they like; it checks them itself.
     free = tuple(f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, SparseWeight))
@@ -75,6 +85,40 @@ def load_state(
         raise ConfigurationError(f"{source} do not go with this model and data: {'; '.join(problems[:3])}{more}"
                                  f"{way_out}")  # fmt: skip
     model.load_state_dict(taken, strict=False)
+
+
+def _dense_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """The state without the sparse layers that are dense ones in the model: these have their dense weights."""
+    result, named = dict(state), dict(model.named_modules(remove_duplicate=False))
+    for name in [key.removesuffix(_PATTERN) for key in state if key.endswith(_PATTERN)]:
+        layer = named.get(name)
+        if layer is None or isinstance(layer, SparseModule) or dense_type(layer) not in sparse_types():
+            continue  # unknown there, as will be said
+        own = {key: state[f"{name}.{key}"] for key in _SPARSE if f"{name}.{key}" in state}
+        sparse = sparse_types()[dense_type(layer)][0].like(layer, None)
+        sparse.bias = None  # stays what it is
+        saved = _saved_shape(own.get("_extra_state"), len(sparse.weight_shape))
+        try:
+            if saved in (None, sparse.weight_shape):
+                sparse.load_state_dict(own)
+                weight = held(sparse.to_dense(), "weight").detach()
+            else:
+                # without values, for its shape to be compared with the model's
+                weight = torch.empty(1, device="meta").expand(saved)
+        except RuntimeError as error:
+            raise ConfigurationError(f"{source} are damaged at the sparse layer {name}: "
+                                     f"{' '.join(str(error).split())}") from error  # fmt: skip
+        for key in own:
+            del result[f"{name}.{key}"]
+        result[f"{name}.weight"] = weight
+    return result
+
+
+def _saved_shape(extra: torch.Tensor | None, dimensions: int) -> tuple[int, ...] | None:
+    """The shape of the weight in the state of a sparse layer, where it says one of so many dimensions."""
+    if extra is None or unreadable(extra) or extra.dtype != torch.int64 or tuple(extra.shape) != (1 + dimensions,):
+        return None
+    return tuple(extra[1:].tolist()) if int(extra.min()) >= 0 else None
 
 
 def _head(model: nn.Module, num_classes: int | None) -> str | None:
