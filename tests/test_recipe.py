@@ -26,6 +26,7 @@ from qsparseprop.training.run import RunConfig
 from qsparseprop.training.setup_run import TrainingMode, prune_model
 from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
+from qsparseprop.utils.optimizer_utils import parameter_groups
 
 from ._finetuning import _loader, assert_same_training
 from ._helpers import sampled
@@ -124,6 +125,30 @@ def test_the_same_decays_in_a_swapped_model():
             f"{name}.weight" for name, module in dense.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
         }
     assert "position" in without_decay(dense)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the last layer's, whichever of them comes first; and a shared layer."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: {"embedding": nn.Embedding, "head": nn.Linear}[name](4, 4)
+                                     for name in (first, second)})  # fmt: skip
+        self.layers["head"].weight = self.layers["embedding"].weight
+        self.one = self.other = nn.Linear(4, 4)
+        self.third = nn.Linear(4, 4)
+        self.third.weight = self.one.weight
+
+
+@pytest.mark.parametrize("order", [("embedding", "head"), ("head", "embedding")])
+def test_a_tied_embedding_is_an_embedding(order):
+    assert decayed(Tied(*order), Recipe(weight_decay=0.05)) == {"one.weight"}
+    model = Tied(*order)
+    model.no_weight_decay = lambda: {"third.weight"}  # one of its names
+    assert decayed(model, Recipe(weight_decay=0.05)) == set()
+    for name in ("layers.embedding.weight", "layers.head", "layers.embedding"):
+        decay, _ = parameter_groups(Tied(*order), 0.1, [name])
+        assert len(decay["params"]) == 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -138,7 +138,8 @@ def without_decay(model: nn.Module) -> set[str]:
 
     Those of normalisations and embeddings; what the modules themselves name by ``no_weight_decay()``, as timm's do;
     and, in modules that are no layers of torch, biases, learned tokens and positions, and what is in truth a vector.
-    The values of sparse layers are weights, though they are one-dimensional.
+    The values of sparse layers are weights, though they are one-dimensional. A parameter that several modules share has
+    no decay if it is no weight in one of them: an embedding that is the last layer's weight, too, is an embedding.
 
     Parameters
     ----------
@@ -155,7 +156,8 @@ def without_decay(model: nn.Module) -> set[str]:
             vector = sum(size > 1 for size in parameter.shape) <= 1
             if vector or isinstance(module, _NO_LAYERS) or _NO_WEIGHT.search(name):
                 spared.add(path + name)
-    return spared & {name for name, _ in model.named_parameters()}
+    shared = {id(one) for name, one in model.named_parameters(remove_duplicate=False) if name in spared}
+    return {name for name, one in model.named_parameters() if id(one) in shared}
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

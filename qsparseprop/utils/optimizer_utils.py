@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, no_decay: Collection
         Of the weights; not negative.
     no_decay : collection of str
         Names of further parameters that do not decay, as ``named_parameters`` gives them; a part of the name that ends
-        before a dot stands for all below.
+        before a dot stands for all below. One of the names of a parameter that several modules share is enough.
 
     Returns
     -------
@@ -64,13 +64,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, no_decay: Collection
     no_decay = tuple(arguments.names(no_decay, "no_decay"))
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))
     unused = [entry for entry in no_decay if not any(name == entry or name.startswith(f"{entry}.") for name in named)]
     if unused:
         raise ValueError(f"no_decay names {', '.join(map(repr, unused))}, which the model does not have")
+    spared = {id(parameter) for name, parameter in named.items()
+              if any(name == entry or name.startswith(f"{entry}.") for entry in no_decay)}  # fmt: skip
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in named.items():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            spared = any(name == entry or name.startswith(f"{entry}.") for entry in no_decay)
-            groups[decays(parameter) and not spared].append(parameter)
+            groups[decays(parameter) and id(parameter) not in spared].append(parameter)
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
