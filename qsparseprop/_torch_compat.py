@@ -9,6 +9,7 @@ of C functions in ``_kernels/_tensor.pyx``, which they can do without).
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = [
     "keep_from_compiling",
     "keep_off_fast_path",
     "name_of_node",
+    "options_of_parallel",
     "overrides_functions",
     "profiler_is_on",
     "refuse_data_pointer",
@@ -243,3 +245,17 @@ def refusing_derivatives(overload: Any, message: str) -> Callable[..., Any]:
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return refusing
+
+
+def options_of_parallel(wrapped: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """What a ``DistributedDataParallel`` was made with, for another one to be made alike; its hooks and their states.
+
+    It keeps most of its arguments under their names. ``broadcast_buffers`` became ``forward_sync_buffers``; the size of
+    buckets is kept in bytes; and what of a device mesh is used is its group.
+    """
+    known = inspect.signature(type(wrapped).__init__).parameters.keys() - {"self", "module", "device_mesh"}
+    kept = vars(wrapped)
+    options = {name: value for name, value in kept.items() if name in known}
+    if not kept.get("bucket_bytes_cap_default", True):
+        options["bucket_cap_mb"] = kept["bucket_bytes_cap"] / 2**20
+    return options, [(hook, state) for hook, state in kept.get("_comm_hooks", ())]

@@ -215,6 +215,100 @@ def test_a_finetuner_of_a_distributed_model(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+AGAIN = '''
+import copy
+import weakref
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qsparseprop import layerwise_magnitude_prune, make_pruning_permanent, swap_modules_with_sparse
+from qsparseprop.training import Finetuner
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.unused, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def network(sparsity):
+    torch.manual_seed(0)
+    model = Branches()
+    layerwise_magnitude_prune(model, sparsity)
+    make_pruning_permanent(model)
+    return swap_modules_with_sparse(model, None, include_dense=False, min_sparsity=0.1, verbose=False, quantize=False)
+
+
+def tuner(sparsity, **options):
+    model = network(sparsity)
+    wrapped = DistributedDataParallel(model, **options)
+    return Finetuner(wrapped, torch.optim.SGD(model.parameters(), 0.1))
+
+
+calls = []
+
+
+def hook(state, bucket):
+    calls.append(state)
+    work = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return work.then(lambda done: done.value()[0] / dist.get_world_size())
+
+
+def main():
+    x, y = torch.randn(8, 16, generator=torch.Generator().manual_seed(dist.get_rank())), torch.arange(8) % 3
+    names = ("forward_sync_buffers" if "forward_sync_buffers" in vars(DistributedDataParallel(nn.Linear(2, 2)))
+             else "broadcast_buffers")
+    options = {"find_unused_parameters": True, "gradient_as_bucket_view": True, "bucket_cap_mb": 3, names: False}
+    of_before = tuner(0.7, **options)
+    of_before.train_step(x, y)
+    state = copy.deepcopy(of_before.state_dict())
+    ours = tuner(0.5, **options)
+    ours.parallel.register_comm_hook("told", hook)
+    former = weakref.ref(ours.parallel)
+    ours.load_state_dict(state)
+    assert former() is not ours.parallel, "the pattern has changed, and with it what is sent"
+    for name, value in options.items():
+        if name != "bucket_cap_mb":
+            assert getattr(ours.parallel, name) == value, name
+    assert ours.parallel.bucket_bytes_cap == 3 * 2**20
+    assert ours.parallel.module is ours.model
+    # without find_unused_parameters the second step would be refused; and gradients are means, by the hook
+    for one in (of_before, ours):
+        one.train_step(x, y)
+        one.train_step(x, y)
+    assert set(calls) == {"told"}, calls
+    for a, b in zip(of_before.model.parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    still = tuner(0.5, static_graph=True)
+    still.load_state_dict(state)
+    assert still.parallel.static_graph
+    assert still.parallel.bucket_bytes_cap == DistributedDataParallel(nn.Linear(2, 2)).bucket_bytes_cap
+    for _ in range(2):
+        still.train_step(x, y)
+
+
+main()
+dist.destroy_process_group()
+'''
+
+
+def test_a_model_that_is_wrapped_again_is_wrapped_as_before(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(AGAIN)
+    done = torchrun(tmp_path, script)
+    assert done.returncode == 0, done.stderr
+
+
 def test_processes_stop_at_the_same_step_whenever_a_signal_comes():
     """One that comes while they ask each other is one that the others do not know of yet."""
     model = torch.nn.Linear(2, 2)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qsparseprop._torch_compat import options_of_parallel
 from qsparseprop.utils.errors import ConfigurationError
 
 __all__ = ["Processes", "distribute", "joined", "processes", "sent_bytes", "share_buffers", "undistributed"]
@@ -159,7 +160,7 @@ def joined() -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-#: Bytes of gradients that this process has sent for a model.
+#: Bytes of gradients that this process has sent for a model, for each that `distribute` has made.
 _sent: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
@@ -177,7 +178,7 @@ def sent_bytes(model: nn.Module) -> int:
     return _sent.get(model, 0)
 
 
-def distribute(model: nn.Module) -> DistributedDataParallel:
+def distribute(model: nn.Module, like: DistributedDataParallel | None = None) -> DistributedDataParallel:
     """A model whose gradients are averaged over the processes of the default group.
 
     Only nonzero weights have gradients, so that a tenth of the weights sends a tenth of the bytes: `sent_bytes`.
@@ -186,20 +187,30 @@ def distribute(model: nn.Module) -> DistributedDataParallel:
     ----------
     model : nn.Module
         The same in all processes; what the first one has counts.
+    like : DistributedDataParallel, optional
+        One that was made before, of a model with other parameters: options and hooks are taken over.
 
     Returns
     -------
     DistributedDataParallel
     """
+    options, hooks = ({"gradient_as_bucket_view": True}, []) if like is None else options_of_parallel(like)
+    if like is not None and like not in _sent:
+        # somebody else's
+        wrapped = DistributedDataParallel(model, **options)
+        for hook, state in hooks:
+            wrapped.register_comm_hook(state, hook)
+        return wrapped
     # not at the top: a torch that was built without processes has none of it
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, **options)
+    _sent[wrapped] = 0
     itself = weakref.ref(wrapped)
 
     def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         if (model := itself()) is not None:
-            _sent[model] = _sent.get(model, 0) + bucket.buffer().nbytes
+            _sent[model] += bucket.buffer().nbytes
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None is the default group
 
     count.__annotations__.clear()  # torch compares them with types, and ours are strings

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qsparseprop.training.processes import distribute
+
 from .checkpoint import CheckpointError, random_state, set_random_state
 from .history import History
 from .optimizer_state import laid_out, match_optimizer_state
@@ -74,8 +76,7 @@ def _apply(tuner: Finetuner, state: Mapping[str, Any]) -> None:
     tuner.model.load_state_dict(state["model"])
     if tuner.parallel is not None and _memory_of_parameters(tuner) != before:
         # patterns come with the weights, and what the processes have in common goes by the number of nonzeros
-        tuner.parallel = None
-        tuner.distribute()
+        tuner.parallel = distribute(tuner.model, tuner.parallel)
     tuner.optimizer.load_state_dict(dict(laid_out(tuner.optimizer, state["optimizer"])))
     if tuner.scheduler is not None:
         tuner.scheduler.load_state_dict(state["scheduler"])
