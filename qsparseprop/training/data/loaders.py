@@ -140,6 +140,8 @@ class ImageLoader(DataLoader[Any]):
         What the classes are called, see `ImageData`.
     """
 
+    does_without_shared_memory = True
+
     def __init__(
         self, data: ImageData, images: ImageSet, order: _Order, augmentation: Augmentation | None, workers: int
     ) -> None:

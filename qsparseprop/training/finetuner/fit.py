@@ -34,6 +34,7 @@ from .checkpoint import (
 from .history import Evaluation
 from .layer_times import LayerTime, LayerTimer
 from .session import JsonLines, ProgressBar, StopRequest, stop_on_signals
+from .shared_memory import free_shared_memory, warn_of_shared_memory
 
 if TYPE_CHECKING:
     from .trainer import Finetuner
@@ -189,6 +190,7 @@ class FitLoop:
             raise ValueError(f"the processes have {', '.join(map(str, everywhere))} batches an epoch, and train "
                              "together with equally many only: torch.utils.data.DistributedSampler shares them out "
                              "evenly")  # fmt: skip
+        free = free_shared_memory()
         iterator = self._start_epoch()
         self.bar.start(f"epoch {tuner.epoch + 1}/{self.epochs}", total, tuner.batch)
         with contextlib.ExitStack() as timing:
@@ -198,6 +200,8 @@ class FitLoop:
             for done, batch in enumerate(self._until_stopped(iterator, self._asked_to_stop), start=1):
                 if timer is not None and done <= self.time_layers:
                     tuner.history.warmup_steps.add(len(tuner.history.losses))
+                if done == 1:
+                    warn_of_shared_memory(ungrouped(self.batches), batch, free)
                 inputs, targets = split_batch(batch)
                 tuner.train_step(inputs, targets)
                 tuner.history.waited(self.waited)
