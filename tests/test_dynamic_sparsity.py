@@ -197,6 +197,11 @@ def test_a_schedule_can_be_continued():
     assert all(torch.equal(wanted[key], got[key]) for key in wanted)
     with pytest.raises(ValueError, match="initial_sparsity must have 1 numbers, got 2"):
         second.load_state_dict({"steps": 1, "initial_sparsity": [0.1, 0.2]})
+    known = second.state_dict()
+    for key, value in ("initial_sparsity", ["float"]), ("initial_sparsity", [1.5]), ("steps", 0.5), ("steps", "1"):
+        with pytest.raises((ValueError, TypeError), match=f"{key} must be"):
+            second.load_state_dict({**known, key: value})
+    assert second.state_dict() == known
 
 
 def test_a_quantised_network_is_pruned_on():

@@ -398,11 +398,21 @@ class GradualPruner:
         ----------
         state_dict : mapping
             Of `state_dict`.
+
+        Raises
+        ------
+        ValueError, TypeError, KeyError
+            If it is none, or one of another model; nothing has changed then.
         """
-        initial = list(state_dict["initial_sparsity"])
+        arguments.instance(state_dict, Mapping, "state_dict", "a mapping")
+        steps, initial = state_dict["steps"], state_dict["initial_sparsity"]
+        arguments.whole_number(steps, "steps")
+        arguments.instance(initial, (list, tuple), "initial_sparsity", "a list of numbers")
         if len(initial) != len(self._groups):
             raise ValueError(f"initial_sparsity must have {len(self._groups)} numbers, got {len(initial)}")
-        self.steps, self._initial = int(state_dict["steps"]), initial
+        for value in initial:
+            arguments.number(value, "initial_sparsity", 0, 1)
+        self.steps, self._initial = int(steps), [float(value) for value in initial]
 
     def _check_optimizer(self) -> None:
         sparse = [m for m in self.modules.values() if isinstance(m, SparseWeight)]
