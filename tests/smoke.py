@@ -1,7 +1,8 @@
 """What a wheel must do wherever it is installed, without a compiler and without pytest: ``python smoke.py``.
 
-Cibuildwheel runs it on every wheel, and .ci/wheels and .ci/pairs on those for the combinations of Python and torch that
-pyproject.toml declares. Exits with a traceback where something is wrong, and with a line about the machine otherwise.
+Cibuildwheel runs it on every wheel, .ci/wheels on those for the combinations of Python and torch that pyproject.toml
+declares, and .ci/arm64 on the one that it makes. Exits with a traceback where something is wrong, and with a line about
+the machine otherwise.
 """
 
 from __future__ import annotations
