@@ -98,3 +98,20 @@ def test_a_damaged_note_of_a_camera_leaves_the_image(tmp_path):
     for number, note in enumerate((b"Exif\0\0no TIFF", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"")):
         image.fromarray(pixels).save(tmp_path / f"{number}.png", exif=note)
         assert np.array_equal(read_image(str(tmp_path / f"{number}.png"), 8), pixels)
+
+
+def test_classes_that_no_network_can_learn_are_named(tmp_path):
+    data = folder(tmp_path / "inner", ("ant",))
+    with pytest.raises(ConfigurationError, match="there is one class only, ant: a network learns to tell"):
+        load_data(str(data), image_size=8)
+    folder(tmp_path / "few" / "a", ("ant", "bee"), images=1)
+    with pytest.raises(ConfigurationError, match=r"at least two images a class.*: there is one of ant, bee$"):
+        load_data(str(tmp_path / "few" / "a"), image_size=8)
+    folder(tmp_path / "parts" / "train", ("ant", "bee"))
+    folder(tmp_path / "parts" / "val", ("ant", "cat"))
+    with pytest.raises(ConfigurationError, match=r"same classes; only train/ has bee; only val/ has cat$"):
+        load_data(str(tmp_path / "parts"), image_size=8)
+    x, y = np.zeros((4, 8, 8), np.uint8), np.zeros(4, np.int64)
+    np.savez(tmp_path / "one.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(ConfigurationError, match="all labels are 0"):
+        load_data(str(tmp_path / "one.npz"))

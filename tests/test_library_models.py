@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qsparseprop.training import library_models
-from qsparseprop.training.data import ImageKind
+from qsparseprop.training.data import Augmentation, ImageKind, load_data
 from qsparseprop.training.models import build_model, cifar_resnet, read_state_dict, resnet20, resnet56
 from qsparseprop.training.setup_run import load_weights, make_network
 from qsparseprop.utils.errors import ConfigurationError
@@ -109,7 +109,7 @@ def test_a_missing_package_is_named(library, monkeypatch):
     def absent(name):
         raise missing
 
-    monkeypatch.setattr(library_models.importlib, "import_module", absent)
+    monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(ConfigurationError, match=f"needs {library}, which is not installed: pip install {library}"):
         build_model(f"{library}:resnet50")
 
@@ -119,10 +119,16 @@ def test_a_package_that_does_not_go_with_this_torch_is_named(monkeypatch):
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(library_models.importlib, "import_module", broken)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    reason = "cannot be imported: operator torchvision::nms does not exist"
     for name in ("torchvision:resnet50", "resnet50"):
-        with pytest.raises(ConfigurationError, match=r"cannot be imported: operator torchvision::nms does not exist"):
+        with pytest.raises(ConfigurationError, match=reason):
             build_model(name)
+    # whoever has written a name wrongly gets there, too
+    with pytest.raises(ConfigurationError, match=f"'photo' is neither digits, .* a folder; .*torchvision, .*{reason}"):
+        load_data("photo")
+    with pytest.raises(ConfigurationError, match=f"'flop' is none of flip, .*torchvision, .*{reason}"):
+        Augmentation(["flop"])
 
 
 def _library(build):
@@ -139,7 +145,7 @@ def test_settings_reach_the_network_or_are_refused(library, monkeypatch):
         return nn.Linear(1, num_classes)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == library else None)
-    monkeypatch.setattr(library_models.importlib, "import_module", lambda name: _library(build))
+    monkeypatch.setattr(importlib, "import_module", lambda name: _library(build))
     build_model(f"{library}:net50", **SIZES)
     build_model("net101", num_classes=3)
     assert [call[:3] for call in calls] == [("net50", 5, 3), ("net101", 3, 3)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from qsparseprop.utils.errors import ConfigurationError, reason_of
+
+from ._packages import import_optional
 
 __all__ = ["LIBRARIES", "find_in_libraries", "from_library", "suggest"]
 
@@ -39,7 +40,7 @@ def from_library(library: str, name: str) -> Callable[..., nn.Module]:
     ConfigurationError
         If the package is missing or does not work, or has no such network.
     """
-    module = _imported(library, f"the network {library}:{name}")
+    module = import_optional(LIBRARIES[library], f"the network {library}:{name}")
     known = _names(library, module)
     if name not in known:
         raise ConfigurationError(f"{library} has no network {name!r}{suggest(name, known)}")
@@ -52,19 +53,6 @@ def from_library(library: str, name: str) -> Callable[..., nn.Module]:
         return builder(module, name, arguments)
 
     return build
-
-
-def _imported(library: str, who: str) -> Any:
-    try:
-        return importlib.import_module(LIBRARIES[library])
-    except ModuleNotFoundError as error:
-        if error.name == library:
-            raise ConfigurationError(f"{who} needs {library}, which is not installed: pip install {library}") from error
-        reason = str(error)
-    # a compiled half that does not go with this torch raises whatever it likes
-    except Exception as error:
-        reason = reason_of(error)
-    raise ConfigurationError(f"{who} needs {library}, which is installed but cannot be imported: {reason}")
 
 
 def find_in_libraries(name: str, ours: Sequence[str]) -> Callable[..., nn.Module]:
@@ -91,7 +79,7 @@ def find_in_libraries(name: str, ours: Sequence[str]) -> Callable[..., nn.Module
         if importlib.util.find_spec(library) is None:
             looked_at.append(f"{library} (not installed)")
             continue
-        module = _imported(library, f"looking for the network {name!r}")
+        module = import_optional(LIBRARIES[library], f"looking for the network {name!r}")
         known = _names(library, module)
         if name in known:
             return from_library(library, name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qsparseprop.utils.errors import ConfigurationError
 
-__all__ = ["ImageFolder"]
+__all__ = ["ImageFolder", "listed"]
 
 _IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _WHAT_IS_ONE = f"an image is a file *{', *'.join(_IMAGE_SUFFIXES)} right in the folder of its class"
@@ -35,7 +35,7 @@ class ImageFolder:
     Raises
     ------
     ConfigurationError
-        If there are no images, a class has none, or both parts do not have the same classes.
+        If there are no images, those of one class only, a class has none, or both parts do not have the same classes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,10 +47,23 @@ class ImageFolder:
         self.parts = [self._classes(folder) for folder in split]
         if len(split) == 2:
             self._pass_over(*(entry for entry in _visible(path) if Path(entry.path) not in split))
-        if not self.parts[0] or any(part.keys() != self.parts[0].keys() for part in self.parts):
-            there = f": {self._told()}" if self._passed_over and not self.parts[0] else ""
+        if (wrong := self._wrong(split)) is not None:
             raise ConfigurationError(f"{path} must have one folder of images a class, or train/ and test/ with the same"
-                                     f" classes{there}")  # fmt: skip
+                                     f" classes{wrong}")  # fmt: skip
+
+    def _wrong(self, folders: list[Path]) -> str | None:
+        """The end of a sentence on what the classes are instead, or None where they are right."""
+        here, there = self.parts[0], self.parts[-1]
+        if here.keys() != there.keys():
+            only = [(folder.name, sorted(part.keys() - other.keys()))
+                    for folder, part, other in zip(folders, (here, there), (there, here), strict=True)]  # fmt: skip
+            return "".join(f"; only {name}/ has {listed(classes)}" for name, classes in only if classes)
+        if not here:
+            return f": {self._told()}" if self._passed_over else ""
+        if len(here) == 1:
+            # mostly the folder above the right one: the network would be right in all cases, and have learned nothing
+            return f"; there is one class only, {next(iter(here))}: a network learns to tell classes apart"
+        return None
 
     @property
     def warning(self) -> str | None:
@@ -60,7 +73,7 @@ class ImageFolder:
     def _told(self) -> str:
         count = len(self._passed_over)
         files = "1 file is" if count == 1 else f"{count} files are"
-        return f"{files} passed over, {_listed(self._passed_over)}; {_WHAT_IS_ONE}"
+        return f"{files} passed over, {listed(self._passed_over)}; {_WHAT_IS_ONE}"
 
     def _classes(self, folder: Path) -> dict[str, list[Path]]:
         classes, without, lost = {}, [], list[str]()
@@ -81,8 +94,8 @@ class ImageFolder:
                 lost += self._passed_over[before:]
         if classes and without:
             # left out, the others would have other numbers, and the network one class less
-            there = f" (there are {_listed(lost)})" if lost else ""
-            raise ConfigurationError(f"{folder} has folders without images: {_listed(without)}{there}; {_WHAT_IS_ONE}. "
+            there = f" (there are {listed(lost)})" if lost else ""
+            raise ConfigurationError(f"{folder} has folders without images: {listed(without)}{there}; {_WHAT_IS_ONE}. "
                                      "Put some there, or take these folders away")  # fmt: skip
         return classes
 
@@ -103,6 +116,7 @@ def _visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     return sorted(seen, key=lambda one: Path(one.path))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first ones, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{', '.join(names[:_NAMED])}{more}"

@@ -119,4 +119,6 @@ def count_classes(labels: Sequence[torch.Tensor]) -> int:
     largest = max(int(part.max()) for part in labels)
     if largest >= max(_MANY_CLASSES, sum(len(part) for part in labels)):
         raise ConfigurationError(f"labels must be the numbers of classes, from 0 on; the largest is {largest}")
+    if largest == 0:
+        raise ConfigurationError("all labels are 0: a network learns to tell classes apart, of which there must be two")
     return largest + 1

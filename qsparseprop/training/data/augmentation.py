@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsparseprop.training._packages import import_optional
 from qsparseprop.training.named_functions import import_function
 from qsparseprop.utils.errors import ConfigurationError
 
@@ -131,15 +132,11 @@ def _find(name: str) -> _Operation:
         return OPERATIONS[name]
     if ":" in name:
         return _Operation(1, _one_by_one(name, import_function(name, "augmentation")))
-    known = f"{', '.join(OPERATIONS)}, a transform of torchvision, or package.module:function"
-    try:
-        from torchvision.transforms import v2
-    except ImportError as error:
-        raise ConfigurationError(f"there is no augmentation {name!r} without torchvision ({error}); choose from "
-                                 f"{known}") from error  # fmt: skip
+    known = f"{', '.join(OPERATIONS)} and package.module:function"
+    v2 = import_optional("torchvision.transforms.v2", f"{name!r} is none of {known}; a transform of torchvision")
     kind = getattr(v2, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
-        raise ConfigurationError(f"torchvision has no transform {name!r}; choose from {known}")
+        raise ConfigurationError(f"{name!r} is none of {known}, nor has torchvision a transform of that name")
     try:
         return _Operation(1, _from_zero(_one_by_one(name, kind())))
     except TypeError as error:

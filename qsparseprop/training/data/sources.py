@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsparseprop.training._packages import import_optional
 from qsparseprop.utils.errors import ConfigurationError, refuse_more_than_memory
 
-from ._folders import ImageFolder
+from ._folders import ImageFolder, listed
 from ._npz import PARTS, NpzFile, count_classes
 from ._reading import read_image
 from .images import ImageData, ImageFiles, ImageKind, ImageSet, StoredImages, black_of, scaled
@@ -316,8 +317,9 @@ def load_folder(
         whole = {name: [files[i] for i in order.permutation(len(files))] for name, files in parts[0].items()}
         parts = [{name: [f for i, f in enumerate(files) if (i % 5 == 0) == test_part] for name, files in whole.items()}
                  for test_part in (False, True)]  # fmt: skip
-        if not all(parts[0].values()):
-            raise ConfigurationError(f"{path} needs at least two images a class")
+        if few := [name for name, files in parts[0].items() if not files]:
+            raise ConfigurationError(f"{path} needs at least two images a class, one of them for the test: there is "
+                                     f"one of {listed(few)}")  # fmt: skip
     sets = []
     for part in parts:
         labels = torch.tensor([i for i, files in enumerate(part.values()) for _ in files])
@@ -330,14 +332,11 @@ def load_folder(
 
 
 def _load_torchvision(name: str, image_size: int | None, normalize: str) -> ImageData:
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise ConfigurationError(f"{name!r} is neither digits, an .npz file, nor a folder; a data set of torchvision "
-                                 f"needs torchvision ({error})") from error  # fmt: skip
+    is_none = f"{name!r} is neither digits, an .npz file, nor a folder"
+    datasets = import_optional("torchvision.datasets", f"{is_none}; a data set of torchvision")
     kind = getattr(datasets, name, None)
     if kind is None:
-        raise ConfigurationError(f"torchvision has no data set called {name!r}")
+        raise ConfigurationError(f"{is_none}, nor has torchvision a data set of that name")
     try:
         parts = [kind("data", train=train, download=True) for train in (True, False)]
         arrays, targets = [np.asarray(part.data) for part in parts], [part.targets for part in parts]
