@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ Without a file: show versions, processor, instruction sets (built, supported, ch
 runtimes: what a report of a bug needs.
 
 With a file - a checkpoint of `finetune` or of a Finetuner, a state dict of PyTorch, or .safetensors: show shape,
-sparsity and size of each weight. Any file may be given: nothing in it is run, and what is no file of weights is
-refused.
+sparsity and size of each weight; with a frozen model: what became of each layer. Any file may be given: nothing in it
+is run, and what is no file of weights is refused.
 
 exit codes: 0 done, 2 no such file, or none of weights"""
 
@@ -28,7 +27,8 @@ def add_parser(commands: Any) -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="checkpoint, state dict or .safetensors")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE",
+                        help="checkpoint, state dict, .safetensors or frozen model")  # fmt: skip
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -39,15 +39,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.file is None:
         show_config()
         return 0
+    from qsparseprop.inference.files import holds_program
     from qsparseprop.utils.errors import ConfigurationError
     from qsparseprop.utils.state_files import read_state_dict
     from qsparseprop.utils.state_report import format_weights, weight_infos
 
     try:
+        if holds_program(arguments.file):
+            # its tensors are codes in the order that kernels read them in, and tell nothing of shapes and zeros
+            from qsparseprop.inference import load
+
+            print(load(arguments.file).freeze_report)
+            return 0
         state = read_state_dict(arguments.file)
     except OSError as error:
         raise ConfigurationError(f"cannot read {arguments.file}: {error.strerror or error}") from error
-    encoding = sys.stdout.encoding or "utf-8"
-    # names come from the file, and may have characters that the output has not
-    print(format_weights(weight_infos(state)).encode(encoding, "backslashreplace").decode(encoding))
+    print(format_weights(weight_infos(state)))
     return 0

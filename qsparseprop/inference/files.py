@@ -20,7 +20,8 @@ from qsparseprop.inference.program import Program
 from qsparseprop.inference.reading import Fields, read_text, read_whole
 from qsparseprop.utils.errors import ConfigurationError
 
-__all__ = ["FORMAT", "VERSION", "Loaded", "load_program", "read_description", "read_program", "save_program"]
+__all__ = ["FORMAT", "VERSION", "Loaded", "holds_program", "load_program", "read_description", "read_program",
+           "save_program"]  # fmt: skip
 
 FORMAT = "qsparseprop.frozen"
 #: Files of later versions are refused. Readers of this version know no field that this version does not write.
@@ -83,6 +84,29 @@ def _without_unread(program: Program) -> Program:
     return replace(program, steps=tuple(reversed(steps)),
                    values={name: value for name, value in program.values.items() if name in kept},
                    constants={name: tensor for name, tensor in program.constants.items() if name in read})  # fmt: skip
+
+
+def holds_program(path: str | os.PathLike[str]) -> bool:
+    """Whether a file, which may be any, says that it is one of `save_program`; it may be damaged all the same.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    try:
+        with open_container(path) as (description, _):
+            return isinstance(description, dict) and description.get("format") == FORMAT
+    except (ConfigurationError, ImportError):
+        return False
 
 
 def load_program(path: str | os.PathLike[str]) -> Program:

@@ -69,7 +69,12 @@ def load_run_model(checkpoint: str | os.PathLike[str], data: str | None = None) 
     CheckpointError, ConfigurationError
         If the file is not a checkpoint, does not lie in the folder of a run, or the images do not go with it.
     """
-    state = read_checkpoint(checkpoint)
+    try:
+        state = read_checkpoint(checkpoint)
+    except OSError as error:
+        which = ": name a file in it, best.pt of a run" if os.path.isdir(checkpoint) else ""
+        raise ConfigurationError(f"cannot read the checkpoint {os.fspath(checkpoint)}: {error.strerror or error}"
+                                 f"{which}") from error  # fmt: skip
     config = RunConfig(**stored_settings(Path(checkpoint).absolute().parent))
     config = config if data is None else replace(config, data=data)
     model, images = prepare_network(config, load_weights_too=False)
