@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import sys
 from typing import Any
 
 import torch
@@ -113,4 +112,4 @@ def show_config() -> None:
             value = ", ".join(value) or "unknown"
         elif isinstance(value, bool):
             value = "yes" if value else "no (single-threaded build)"
-        sys.stdout.write(f"{labels.get(key, key):<40} {value}\n")
+        print(f"{labels.get(key, key):<40} {value}")

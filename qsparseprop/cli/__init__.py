@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from . import bench, finetune, freeze, info
 from ._arguments import Parser, warnings_in_a_line
 from ._openmp import prepare_threads
+from ._streams import prepare_streams
 
 __all__ = ["main"]
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SystemExit
         From argparse: with code 0 after ``--help`` and ``--version``, with code 2 for arguments it does not accept.
     """
+    prepare_streams()
     arguments = _build_parser().parse_args(argv)
     prepare_threads()
     from qsparseprop.utils.errors import ConfigurationError

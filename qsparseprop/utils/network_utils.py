@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -170,7 +169,7 @@ def swap_modules_with_sparse(  # noqa: PLR0913 - settings, by keyword
         report.tell_chains({name: chain.joined for name, chain in together.items()})
     model.swap_report = report  # type: ignore[assignment]  # torch types only what modules hold themselves
     if verbose:
-        sys.stdout.write(f"{report}\n")
+        print(report)
     return model
 
 

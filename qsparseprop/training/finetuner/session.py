@@ -100,7 +100,7 @@ class ProgressBar:
     def __init__(self, show: bool | None) -> None:
         self._bar: Any = None
         self._tqdm: Any = None
-        if show is False or (show is None and not sys.stderr.isatty()):
+        if show is False or (show is None and not (sys.stderr and sys.stderr.isatty())):
             return
         try:
             from tqdm import tqdm
