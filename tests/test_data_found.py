@@ -243,3 +243,31 @@ def test_data_that_does_not_say_how_much_it_is(accumulate):
     tuner = Finetuner(model, torch.optim.SGD(model.parameters(), 0.1), accumulate=accumulate)
     tuner.fit(torch.utils.data.DataLoader(Stream(), batch_size=4), epochs=2)
     assert tuner.history.samples == ([4] * 6 if accumulate == 1 else [8, 4] * 2)
+
+
+# ---- networks that cannot be pruned ----
+
+
+def only_a_classifier(num_classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, num_classes))
+
+
+def normalised(num_classes):
+    middle = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 8))
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8), middle, torch.nn.Linear(8, num_classes))
+
+
+@pytest.mark.parametrize(("network", "says"), [
+    (only_a_classifier, "has nothing to prune: the first and the last Conv2d or Linear stay dense"),
+    (normalised, "cannot be pruned: the weight of 2 cannot be pruned: it is no parameter"),
+])  # fmt: skip
+def test_what_cannot_be_pruned_is_not_trained_for_it(network, says, tmp_path, capsys):
+    data = folder(tmp_path / "photos")
+    command = ["finetune", "--no-compare", "--quiet", "--data", str(data), "--model", f"{__name__}:{network.__name__}",
+               "--image-size", "8", "--batch-size", "8", "--threads", "1", "--out", str(tmp_path / "run")]  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--prune", "uniform"])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*command, "--sparsity", "0", "--scheme", "dense"]) == 0

@@ -88,7 +88,7 @@ def add_parser(commands: Any) -> None:
     add("--workers", type=whole_number(0, 256), metavar="N",
         help="processes that read images (default: for images in files as many as threads, at most 4, otherwise none)")
     add("--sparsity", type=number_between(0, 1, with_low=True), default=0.9, metavar="S",
-        help="share of the weights that are pruned to zero, between 0 and 1; the first convolution and the classifier "
+        help="share of the weights that are pruned to zero, between 0 and 1; the first layer and the classifier "
         "stay dense (default: %(default)s); 0 with --scheme dense*: train a dense network, to start others from")
     add("--prune", choices=("global", "uniform", "gradual", "none"), default="global",
         help="global: one magnitude threshold for the whole network, so wide layers become sparser than narrow ones; "

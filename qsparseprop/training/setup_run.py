@@ -15,6 +15,7 @@ from torch import nn
 from qsparseprop.nn._dense import held
 from qsparseprop.quantization import QuantConfig
 from qsparseprop.utils._classes import check_classes, classes_in
+from qsparseprop.utils._prunable import check_prunable
 from qsparseprop.utils.errors import ConfigurationError, reason_of
 from qsparseprop.utils.network_utils import swap_modules_with_sparse
 from qsparseprop.utils.pruning_utils import (
@@ -104,6 +105,19 @@ def _try_out(model: nn.Module, name: str, images: ImageKind) -> None:
         got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ConfigurationError(f"{name} must return [images, classes], {expected} for two images of {sizes}, "
                                  f"got {got}")  # fmt: skip
+
+
+def _check_prunable(model: nn.Module, name: str) -> None:
+    """Tell what pruning is going to refuse before the network is trained for it."""
+    modules = prunable_modules(model)
+    if not modules:
+        raise ConfigurationError(f"{name} has nothing to prune: the first and the last Conv2d or Linear stay dense, "
+                                 "and there is no other")  # fmt: skip
+    try:
+        for layer, module in modules.items():
+            check_prunable(layer, module)
+    except ValueError as error:
+        raise ConfigurationError(f"{name} cannot be pruned: {error}") from error
 
 
 def make_loaders(
@@ -200,7 +214,7 @@ def prepare_network(
     Raises
     ------
     ConfigurationError, ImportError
-        As from `load_data`, `make_network` and `load_weights`.
+        As from `load_data`, `make_network` and `load_weights`, and if zeros are to be made, but no layer can have any.
     """
     def load() -> ImageData:
         # not the seed of the training: weights of one would be tested on images that another has seen
@@ -214,6 +228,8 @@ def prepare_network(
         kind = data.kind
     torch.manual_seed(config.seed)
     model = make_network(config.model, config.width, kind)
+    if config.sparsity and config.prune != "none":
+        _check_prunable(model, config.model)
     if config.weights is not None and load_weights_too:
         load_weights(model, config.weights, config.new_head, kind)
     data = data or load()
