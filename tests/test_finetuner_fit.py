@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from qsparseprop import swap_modules_with_sparse
 from qsparseprop.training.data import evaluation_loader
 from qsparseprop.training.finetuner import (
     CheckpointError,
@@ -303,3 +304,18 @@ def test_progress_without_tqdm_names_it(monkeypatch):
         tuner.fit([problem()], 1, progress=True)
     tuner.fit([problem()], 1, progress=None)
     assert len(tuner.history.losses) == 1
+
+
+def test_an_optimizer_of_the_model_before_its_swap_is_told_of():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    swap_modules_with_sparse(model, None, include_dense=False, min_sparsity=0, verbose=False)
+    batches = [(torch.randn(4, 4), torch.zeros(4, dtype=torch.long))]
+    with pytest.warns(UserWarning, match=r"does not have \d of .* \(0\..*make the optimizer after the swap") as seen:
+        Finetuner(model, optimizer).fit(batches, 1)
+    assert [one.filename for one in seen] == [__file__]
+    # a part of the model, and parameters of the loss, are meant; warnings are errors here
+    Finetuner(model, torch.optim.SGD(model[0].parameters(), lr=0.1)).fit(batches, 1)
+    loss = nn.CrossEntropyLoss()
+    loss.scale = nn.Parameter(torch.ones(()))
+    Finetuner(model, torch.optim.SGD([model[0].weight, loss.scale], lr=0.1), loss_function=loss).fit(batches, 1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from qsparseprop import arguments
 
-__all__ = ["check_batches", "check_fit", "check_settings"]
+__all__ = ["check_batches", "check_fit", "check_settings", "warn_of_other_parameters"]
 
 
 def _has(value: object, *methods: str) -> bool:
@@ -76,3 +78,25 @@ def check_batches(batches: object, name: str) -> None:
     iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
     if isinstance(batches, str | torch.Tensor) or not iterable:
         raise TypeError(f"{name} must be batches, such as a DataLoader or a list, got {arguments.shown(batches)}")
+
+
+def warn_of_other_parameters(model: nn.Module, optimizer: Any, loss_function: object) -> None:
+    """Warn where the optimizer trains what the model no longer has: that of a model which was swapped behind it.
+
+    What trains on purpose with another model's parameters, or a part of its own, has one of both only.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list):
+        return
+    given = {id(parameter) for group in groups for parameter in group["params"]}
+    modules = [part for part in (model, loss_function) if isinstance(part, nn.Module)]
+    strangers = given - {id(parameter) for module in modules for parameter in module.parameters()}
+    left_out = [name for name, parameter in model.named_parameters()
+                if parameter.requires_grad and id(parameter) not in given]  # fmt: skip
+    if strangers and left_out:
+        warnings.warn(
+            f"the optimizer does not have {len(left_out)} of the model's parameters ({left_out[0]}, ...), which stay "
+            f"as they are, but {len(strangers)} that the model does not have: make the optimizer after the swap, whose "
+            "layers have parameters of their own",
+            stacklevel=4,
+        )

@@ -19,7 +19,7 @@ from qsparseprop import arguments
 from qsparseprop.training.locks import locked
 from qsparseprop.utils.files import remove_leftovers
 
-from ._settings import check_batches, check_fit
+from ._settings import check_batches, check_fit, warn_of_other_parameters
 from .batches import are_classes, number_of, split_batch, ungrouped
 from .checkpoint import (
     check_loader_state,
@@ -110,6 +110,8 @@ class FitLoop:
                 raise ValueError("resume and checkpoint_every need a folder")
         elif self.tuner.together.first:
             self._check_folder(self.folder, resume)
+        if self.tuner.together.first:
+            warn_of_other_parameters(self.tuner.model, self.tuner.optimizer, self.tuner.loss_function)
 
     def _check_folder(self, folder: Path, resume: bool) -> None:
         if not resume and (folder / LAST).exists():
