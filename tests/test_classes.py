@@ -180,3 +180,15 @@ def test_a_classifier_has_an_output_for_each_class(tmp_path):
     assert torch.equal(target.body.weight, source.body.weight)
     with pytest.raises(ConfigurationError, match="no Linear or convolution of 5 outputs"):
         load_weights(nn.Sequential(nn.Linear(4, 3)), tmp_path / "weights.pt", new_head=True, images=kind)
+
+
+@pytest.mark.parametrize(("labels", "says"), [
+    (torch.tensor([1]), r"top1 needs the number of a class for each of 4 outputs, got labels of shape \(1,\)"),
+    (torch.eye(3)[[0, 1, 2, 0]], r"for each of 4 outputs, got labels of shape \(4, 3\)"),
+    (torch.tensor([0, 1, 2, 3]), "outputs for 3 classes, from 0 on, and there is a label 3"),
+])  # fmt: skip
+def test_labels_that_are_not_one_class_for_each_output_are_refused(labels, says):
+    model = torch.nn.Linear(5, 3)
+    with pytest.raises(ValueError, match=says):
+        measure_accuracy(model, [(torch.ones(4, 5), labels)])
+    assert model.training

@@ -126,6 +126,16 @@ class FreezeReport(list[LayerReport]):
         return "\n".join(lines)
 
 
+def _check_labels(labels: Tensor, result: Tensor, metric: str) -> None:
+    """Refuse labels that are not one for each output: a single one would be compared with all of them."""
+    rows, classes = result.shape[:2]
+    if labels.numel() != rows:
+        raise ValueError(f"{metric} needs the number of a class for each of {rows} outputs, got labels of shape "
+                         f"{tuple(labels.shape)}")  # fmt: skip
+    if rows and (largest := int(labels.max())) >= classes:
+        raise ValueError(f"the model has outputs for {classes} classes, from 0 on, and there is a label {largest}")
+
+
 @torch.no_grad()
 def measure_accuracy(
     model: nn.Module, batches: Iterable[Sequence[Tensor]], metric: str | Callable[[Any, Tensor], float] = "top1"
@@ -149,8 +159,9 @@ def measure_accuracy(
     Raises
     ------
     ValueError
-        If there are no batches, or no such metric; or if model and batches both say by their attribute ``classes`` what
-        the classes are called, as frozen models and image loaders do, and these are others.
+        If there are no batches, no such metric, or labels that are not one class for each output; or if model and
+        batches both say by their attribute ``classes`` what the classes are called, as frozen models and image loaders
+        do, and these are others.
     """
     arguments.model(model)
     check_memory_of(model)
@@ -168,6 +179,7 @@ def measure_accuracy(
             result = model(*given)
             samples += len(labels)
             if isinstance(metric, str):
+                _check_labels(labels, result, metric)
                 chosen = result.topk(min(int(metric[3:]), result.shape[1]), 1).indices
                 total += 100.0 * float((chosen == labels.view(-1, 1)).any(1).sum())
             else:
