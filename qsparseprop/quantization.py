@@ -270,6 +270,8 @@ def quantize(
     arguments.instance(x, Tensor, "x", "a tensor")
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"x must be of dtype torch.float32 or torch.bfloat16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got the layout {x.layout}: x.to_dense()")
     if not isinstance(scheme, str) or scheme not in _SCHEMES:
         raise ValueError(f"unknown scheme {arguments.shown(scheme)}: {', '.join(_SCHEMES)}")
     arguments.whole_number(bits, "bits", 2, 8)

@@ -86,6 +86,8 @@ def freeze(
         raise ValueError("the model must be on the CPU")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a model that torch.jit has compiled cannot be frozen: freeze the one that it was made of")
+    if metric is not None and (isinstance(metric, nn.Module) or not callable(metric)):
+        raise TypeError(f"metric must be a function of the model, got {arguments.shown(metric)}")
     dense = float_copy(model)
     options = Options(observer, per_channel, correct_bias, _names(model, dense, keep_float), token_scales)
     options.check()

@@ -126,8 +126,13 @@ class FreezeReport(list[LayerReport]):
         return "\n".join(lines)
 
 
-def _check_labels(labels: Tensor, result: Tensor, metric: str) -> None:
+def _check_labels(labels: Any, result: Any, metric: str) -> None:
     """Refuse labels that are not one for each output: a single one would be compared with all of them."""
+    if not isinstance(result, Tensor) or result.dim() < 2:
+        what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise ValueError(f"{metric} needs a model that gives a tensor (samples, classes, ...), this one gave {what}: "
+                         "measure a function of the result and the labels instead")  # fmt: skip
+    arguments.instance(labels, Tensor, "labels", "a tensor")
     rows, classes = result.shape[:2]
     if labels.numel() != rows:
         raise ValueError(f"{metric} needs the number of a class for each of {rows} outputs, got labels of shape "

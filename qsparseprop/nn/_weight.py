@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparseprop._torch_compat import before_averaging
-from qsparseprop.arguments import shown
+from qsparseprop.arguments import instance, shown
 from qsparseprop.layout.pattern import compact_pattern, pattern_stamp, row_indices, tensor_version
 from qsparseprop.nn._interop import (
     check_deletion,
@@ -28,6 +28,7 @@ from qsparseprop.nn.autograd.graph import NoGradient
 from qsparseprop.ops import are_plain, check_storage
 
 _PATTERN = ("crow_indices", "col_indices")
+_VALUES = "a tensor of one value for each column index"
 
 
 class SparseWeight(PatternHolder, nn.Module):
@@ -103,6 +104,7 @@ class SparseWeight(PatternHolder, nn.Module):
 
     def _check_sizes(self) -> None:
         weight, bias = self.weight, self.bias  # every access to a parameter is a call of __getattr__
+        instance(weight, Tensor, "weight", _VALUES)
         with torch._C.DisableTorchFunctionSubclass():
             shape = weight.shape
         self._check_shapes(shape, bias)
@@ -114,6 +116,7 @@ class SparseWeight(PatternHolder, nn.Module):
         bias: Tensor | None = found.get("bias")
         if weight is None or "bias" not in found:  # something else stands in a parameter's place
             weight, bias = self.weight, self.bias
+            instance(weight, Tensor, "weight", _VALUES)
         values = plain(weight)
         self._check_shapes(values.shape, bias)
         return weight, values, bias

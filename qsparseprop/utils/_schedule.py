@@ -1,10 +1,13 @@
-"""How many weights a gradual pruning leaves at a step."""
+"""How many weights a gradual pruning leaves at a step, and which step it has come to."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from qsparseprop import arguments
 
-__all__ = ["cubic_sparsity"]
+__all__ = ["cubic_sparsity", "progress_in"]
 
 
 def cubic_sparsity(step: int, initial: float, final: float, begin: int, end: int) -> float:
@@ -32,3 +35,35 @@ def cubic_sparsity(step: int, initial: float, final: float, begin: int, end: int
         raise ValueError(f"begin must come before end, got {begin} and {end}")
     progress = min(max((step - begin) / (end - begin), 0.0), 1.0)
     return final + (initial - final) * (1 - progress) ** 3
+
+
+def progress_in(state: Mapping[str, Any], groups: int) -> tuple[int, list[float]]:
+    """Where a schedule was, from the state of a `GradualPruner`.
+
+    Parameters
+    ----------
+    state : mapping
+        Trusted in nothing.
+    groups : int
+        Of layers that are pruned together.
+
+    Returns
+    -------
+    steps : int
+    initial : list of float
+        Fractions of zeros.
+
+    Raises
+    ------
+    ValueError, TypeError, KeyError
+        If it is none, or one of another model.
+    """
+    arguments.instance(state, Mapping, "state_dict", "a mapping")
+    steps, initial = state["steps"], state["initial_sparsity"]
+    arguments.whole_number(steps, "steps")
+    arguments.instance(initial, (list, tuple), "initial_sparsity", "a list of numbers")
+    if len(initial) != groups:
+        raise ValueError(f"initial_sparsity must have {groups} numbers, got {len(initial)}")
+    for value in initial:
+        arguments.number(value, "initial_sparsity", 0, 1)
+    return int(steps), [float(value) for value in initial]

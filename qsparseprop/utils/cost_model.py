@@ -296,7 +296,13 @@ def model_costs(
     """
     arguments.model(model)
     check_memory_of(model)
-    x = example if isinstance(example, Tensor) else torch.zeros(tuple(example))
+    if isinstance(example, Tensor):
+        x = example
+    else:
+        arguments.instance(example, (list, tuple), "example", "a tensor or a shape")
+        for size in example:
+            arguments.whole_number(size, "each size of example")
+        x = torch.zeros(tuple(map(int, example)))
     check_memory(x, "example")
     costs: list[LayerCost] = []
     handles = []

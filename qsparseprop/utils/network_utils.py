@@ -270,7 +270,10 @@ def swap_modules_for_state(
             kind = "does not have it" if dense is None else f"has a {type(dense).__name__} there"
             raise ValueError(f"{name} is a sparse layer in the state, the model {kind}")
         if id(dense) not in replacements:
-            replacements[id(dense)] = sparse_types()[dense_type(dense)][quantize].like(dense, qconfig)
+            try:
+                replacements[id(dense)] = sparse_types()[dense_type(dense)][quantize].like(dense, qconfig)
+            except NotImplementedError as error:
+                raise ValueError(f"{name} is a sparse layer in the state, and cannot be one here: {error}") from error
             replaced[name] = dense
     replace_or_refuse(model, replaced, replacements)
     if fuse:

@@ -21,7 +21,7 @@ from qsparseprop.nn._dense import held
 from qsparseprop.nn._interop import check_owners, check_unsplit, element_state, inner_optimizer
 from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.utils._prunable import check_prunable, refuse_unknown
-from qsparseprop.utils._schedule import cubic_sparsity
+from qsparseprop.utils._schedule import cubic_sparsity, progress_in
 
 #: torch's layers that register their weight before everything else.
 _WEIGHT_FIRST = (nn.Linear, nn.modules.conv._ConvNd)
@@ -62,8 +62,7 @@ def prunable_modules(model: nn.Module, skip: Collection[str] | None = None) -> d
     arguments.model(model)
     candidates = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     if skip is None:
-        names = list(candidates)
-        skip = {names[0], names[-1]} if names else set()
+        skip = {*list(candidates)[:1], *list(candidates)[-1:]}
     refuse_unknown(skip, candidates, "skip names no Conv2d or Linear of the model")
     return {name: module for name, module in candidates.items() if name not in skip}
 
@@ -404,15 +403,7 @@ class GradualPruner:
         ValueError, TypeError, KeyError
             If it is none, or one of another model; nothing has changed then.
         """
-        arguments.instance(state_dict, Mapping, "state_dict", "a mapping")
-        steps, initial = state_dict["steps"], state_dict["initial_sparsity"]
-        arguments.whole_number(steps, "steps")
-        arguments.instance(initial, (list, tuple), "initial_sparsity", "a list of numbers")
-        if len(initial) != len(self._groups):
-            raise ValueError(f"initial_sparsity must have {len(self._groups)} numbers, got {len(initial)}")
-        for value in initial:
-            arguments.number(value, "initial_sparsity", 0, 1)
-        self.steps, self._initial = int(steps), [float(value) for value in initial]
+        self.steps, self._initial = progress_in(state_dict, len(self._groups))
 
     def _check_optimizer(self) -> None:
         sparse = [m for m in self.modules.values() if isinstance(m, SparseWeight)]
