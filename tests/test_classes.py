@@ -20,18 +20,10 @@ from qsparseprop.utils._classes import check_classes, classes_in
 from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.files import save_tensors
 
+from ._image_folders import config as tiny_config
+from ._image_folders import folder
+
 CLASSES = ("cat", "dog")
-
-
-def folder(path, classes=CLASSES, images=10):
-    image = pytest.importorskip("PIL.Image")
-    for index, name in enumerate(classes):
-        (path / name).mkdir(parents=True)
-        for number in range(images):
-            pixels = np.full((12, 12, 3), 40 + 100 * index, np.uint8)
-            pixels[number % 12] = number
-            image.fromarray(pixels).save(path / name / f"{number}.png")
-    return path
 
 
 def npz(path, classes=2):
@@ -41,8 +33,7 @@ def npz(path, classes=2):
 
 
 def config(data, **settings):
-    return RunConfig(**{"data": str(data), "model": "mlp", "width": 16, "image_size": 8, "batch_size": 8,
-                        "threads": 1, "scheme": "dense", **settings})  # fmt: skip
+    return tiny_config(data, **{"scheme": "dense", **settings})
 
 
 @pytest.fixture

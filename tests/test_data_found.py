@@ -22,23 +22,9 @@ from qsparseprop.training.setup_run import prepare_network
 from qsparseprop.utils.errors import ConfigurationError
 from qsparseprop.utils.files import save_tensors
 
+from ._image_folders import config, folder
+
 RANDOM = np.random.default_rng(0)
-
-
-def folder(path, classes=("cat", "dog"), images=10):
-    image = pytest.importorskip("PIL.Image")
-    for index, name in enumerate(classes):
-        (path / name).mkdir(parents=True)
-        for number in range(images):
-            pixels = np.full((12, 12, 3), 40 + 100 * index, np.uint8)
-            pixels[number % 12] = number
-            image.fromarray(pixels).save(path / name / f"{number}.png")
-    return path
-
-
-def config(data, **settings):
-    return RunConfig(**{"data": str(data), "model": "mlp", "width": 16, "image_size": 8, "batch_size": 8,
-                        "threads": 1, **settings})  # fmt: skip
 
 
 def npz(path, train, test):
