@@ -53,7 +53,7 @@ address() {
     step "faults"
     reported AddressSanitizer python tests/_faults.py memory
     step "tests"
-    python -m pytest -q -n auto -p no:cacheprovider --durations=10 "$@"
+    python -m pytest -q -n auto -p no:cacheprovider --timeout=1800 --durations=10 "$@"
 }
 
 # gcc's runtime knows no OpenMP; LLVM's says to it what waits for what (archer). Loaded first, it is torch's runtime, too.

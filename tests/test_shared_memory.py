@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
+import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -59,14 +61,21 @@ def test_all_tensors_of_a_batch_count():
 
 
 SCRIPT = """
+import sys, time
 import torch
 from qsparseprop.training import Finetuner
+from qsparseprop.training.finetuner import shared_memory
+
+what, slow = sys.argv[1:]
+shared_memory.PATIENCE = 1.0
 
 class Images(torch.utils.data.Dataset):
     def __len__(self):
         return 256
 
     def __getitem__(self, index):
+        if torch.utils.data.get_worker_info().id == int(slow):
+            time.sleep(0.1)  # the other one fills the memory with later batches
         return torch.zeros(3, 64, 64), index % 2
 
 def together(samples):
@@ -75,21 +84,53 @@ def together(samples):
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 2))
 loader = torch.utils.data.DataLoader(Images(), batch_size=64, num_workers=2, collate_fn=together)
-Finetuner(model, torch.optim.SGD(model.parameters(), 0.01)).fit(loader, epochs=1)
+tuner = Finetuner(model, torch.optim.SGD(model.parameters(), 0.01))
+if what == "fit":
+    tuner.fit(loader, epochs=1)
+elif what == "evaluation":
+    tuner.fit([(torch.zeros(2, 3, 64, 64), torch.tensor([0, 1]))], evaluation_batches=loader, epochs=1)
+else:
+    getattr(tuner, what)(loader)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("unshare"), reason="needs a /dev/shm of its own")
-def test_where_torch_waits_for_ever_it_is_told_before(tmp_path):
-    small = "mount -t tmpfs -o size=8m tmpfs /dev/shm"
+def said_with(megabytes, arguments, sentences, folder: Path):
+    """Run the script until its error stream has one of the sentences; which one."""
+    if sys.platform != "linux" or not shutil.which("unshare"):
+        pytest.skip("needs a /dev/shm of its own")
+    small = f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", small], check=False, capture_output=True).returncode:
         pytest.skip("needs a /dev/shm of its own")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = ["unshare", "-m", "sh", "-c", f"{small} && exec {sys.executable} {tmp_path / 'script.py'}"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    try:
-        # it goes on to wait
-        assert any("by which they come, had 8.4 MB" in line for line in running.stderr)
-    finally:
-        running.kill()
-        running.communicate()
+    (folder / "script.py").write_text(SCRIPT)
+    script = f"{small} && exec {sys.executable} {folder / 'script.py'} {' '.join(arguments)}"
+    # a file: the loader's processes would keep a pipe open when theirs is gone
+    with (folder / "said").open("w") as said:
+        running = subprocess.Popen(["unshare", "-m", "sh", "-c", script], stderr=said, stdout=subprocess.DEVNULL)
+        try:
+            while running.poll() is None:
+                text = (folder / "said").read_text()
+                for sentence in sentences:
+                    if sentence in text:
+                        return sentence
+                time.sleep(0.05)
+        finally:
+            running.kill()
+            running.wait()
+    raise AssertionError(f"it has ended: {(folder / 'said').read_text()[-2000:]}")
+
+
+BEFORE, WAITING = "by which they come, had 8.4 MB", "no batch has come from the loader's 2 processes for 1 s"
+
+
+def test_where_torch_waits_for_ever_it_is_told_before(tmp_path):
+    assert said_with(8, ["fit", "1"], [BEFORE], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "arguments"),
+    [(8, ["fit", "0"]),  # the other process takes the room of the first batch
+     (2, ["fit", "1"]),  # which there never was
+     (8, ["evaluation", "0"]), (8, ["measure", "0"]), (8, ["train", "0"])],
+)  # fmt: skip
+def test_and_where_no_batch_comes_at_all(megabytes, arguments, tmp_path):
+    assert said_with(megabytes, arguments, [BEFORE, WAITING], tmp_path) == WAITING

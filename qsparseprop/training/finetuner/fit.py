@@ -34,7 +34,7 @@ from .checkpoint import (
 from .history import Evaluation
 from .layer_times import LayerTime, LayerTimer
 from .session import JsonLines, ProgressBar, StopRequest, stop_on_signals
-from .shared_memory import free_shared_memory, warn_of_shared_memory
+from .shared_memory import free_shared_memory, warn_of_shared_memory, watched
 
 if TYPE_CHECKING:
     from .trainer import Finetuner
@@ -199,7 +199,8 @@ class FitLoop:
             timer = LayerTimer(tuner.model) if self.time_layers and not self.layer_times else None
             if timer is not None:
                 timing.enter_context(timer)
-            for done, batch in enumerate(self._until_stopped(iterator, self._asked_to_stop), start=1):
+            batches = self._until_stopped(watched(iterator, ungrouped(self.batches)), self._asked_to_stop)
+            for done, batch in enumerate(batches, start=1):
                 if timer is not None and done <= self.time_layers:
                     tuner.history.warmup_steps.add(len(tuner.history.losses))
                 if done == 1:
@@ -276,7 +277,7 @@ class FitLoop:
             # processes need not have equally many of these, and cannot agree to stop between them
             alone = tuner.together.count == 1
             evaluation = tuner.measure(self._until_stopped(
-                self.evaluation_batches, lambda: alone and self.request.signal is not None))  # fmt: skip
+                watched(self.evaluation_batches), lambda: alone and self.request.signal is not None))  # fmt: skip
             better = evaluation.better_than(tuner.history.best)
             tuner.history.evaluations.append(evaluation)
             self.log.write("evaluation", epoch=tuner.epoch, **vars(evaluation))

@@ -12,6 +12,7 @@ from qsparseprop.training.processes import share_buffers
 from .batches import at_least_float32, count_correct, split_batch
 from .checkpoint import random_state, set_random_state
 from .history import Evaluation
+from .shared_memory import watched
 
 if TYPE_CHECKING:
     from .trainer import Finetuner
@@ -35,7 +36,7 @@ def measure(tuner: Finetuner, batches: Iterable[Any]) -> Evaluation:
     try:
         # Not inference_mode: what a module caches during it could not be used for training afterwards.
         with torch.no_grad():
-            for batch in batches:
+            for batch in watched(batches):
                 inputs, targets = split_batch(batch)
                 outputs = at_least_float32(tuner.logits(inputs))
                 loss = len(targets) * tuner.loss_function(outputs, targets).item()

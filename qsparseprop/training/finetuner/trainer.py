@@ -28,6 +28,7 @@ from .history import Evaluation, History
 from .measuring import measure
 from .optimizer_state import describe_parameters
 from .schedules import describe_schedule
+from .shared_memory import watched
 from .state import load_state
 
 __all__ = ["Finetuner"]
@@ -263,7 +264,7 @@ class Finetuner:
         on_step : callable, optional
             Called with the loss after each step, outside the timed part.
         """
-        for index, batch in enumerate(in_groups(batches, self.accumulate)):
+        for index, batch in enumerate(in_groups(watched(batches), self.accumulate)):
             if index < warmup:
                 self.history.warmup_steps.add(len(self.history.losses))
             loss = self.train_step(*split_batch(batch))
