@@ -18,6 +18,7 @@ from torch import nn
 from qsparseprop.benchmarking.bench import parse_layer
 from qsparseprop.benchmarking.compare import ConfigurationError
 from qsparseprop.cli import main
+from qsparseprop.inference import freeze, save
 from qsparseprop.nn.deferred import conditions
 from qsparseprop.training.data import load_data
 from qsparseprop.training.finetuner import read_checkpoint
@@ -175,6 +176,20 @@ def test_weights_are_checked_before_the_images_are_read(npz, tmp_path, monkeypat
         error = capsys.readouterr().err
         assert "linear.weight is (7, 32) there and (4, 32) here" in error
         assert "--new-head" in error
+
+
+def test_what_has_no_weights_to_train_says_where_they_are(npz, tmp_path, capsys):
+    model = resnet20(num_classes=4, width=8, in_channels=1)
+    save(freeze(model, [torch.rand(4, 1, 8, 8)]), tmp_path / "model.qsp")
+    (tmp_path / "run").mkdir()
+    torch.save(model.state_dict(), tmp_path / "run" / "best.pt")
+    for name, sentence in (("model.qsp", "holds a frozen model, whose weights are not trained any more: use the"),
+                           ("run", f"is the folder of a run: its weights are in {tmp_path / 'run' / 'best.pt'}\n")):
+        with pytest.raises(SystemExit):
+            main([*command(npz), "--weights", str(tmp_path / name)])
+        assert f"{tmp_path / name} {sentence}" in capsys.readouterr().err
+        with pytest.raises(ConfigurationError, match=sentence[:20]):
+            load_checkpoint(model, tmp_path / name)
 
 
 def test_weights_for_other_classes_with_a_new_classifier(npz, tmp_path, capsys):

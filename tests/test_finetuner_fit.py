@@ -319,3 +319,13 @@ def test_an_optimizer_of_the_model_before_its_swap_is_told_of():
     loss = nn.CrossEntropyLoss()
     loss.scale = nn.Parameter(torch.ones(()))
     Finetuner(model, torch.optim.SGD([model[0].weight, loss.scale], lr=0.1), loss_function=loss).fit(batches, 1)
+
+
+def test_epochs_that_are_done_count_and_one_is_told_so():
+    tuner, loader = plain_finetuner(), _loader("own generator")
+    tuner.fit(loader, 1)
+    tuner.fit(loader, 2)
+    with pytest.warns(UserWarning, match=r"2 epochs are done, and epochs=1 counts .*; epochs=3 trains 1 more") as told:
+        tuner.fit(loader, 1)
+    assert told[0].filename == __file__
+    assert tuner.epoch == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,12 +24,12 @@ from qsparseprop.utils.pruning_utils import (
     make_pruning_permanent,
     prunable_modules,
 )
-from qsparseprop.utils.state_files import read_state_and_content
+from qsparseprop.utils.swap_report import SwapReport
 
 from .data import Augmentation, ImageData, ImageKind, ImageLoader, image_kind, image_loader, load_data
 from .data.loaders import Share
 from .models import build_model
-from .weights import load_state
+from .weights import load_state, read_weights
 
 __all__ = [
     "PRUNERS",
@@ -192,7 +190,7 @@ def load_weights(
         If the file holds none, or those of another model or for other classes; it is unchanged then.
     """
     try:
-        state, content = read_state_and_content(path)
+        state, content = read_weights(path)
     except OSError as error:
         raise ConfigurationError(f"cannot read the weights {os.fspath(path)}: {error.strerror or error}") from error
     if images is not None and not new_head:
@@ -282,16 +280,16 @@ def swap_model(
     replaced : list of str
         Names of the layers.
     table : str
-        What `swap_modules_with_sparse` prints.
+        The decisions. Without the hint at weight decay: recipes take care of that.
     """
     quantize, qconfig = parse_scheme(scheme)
     before = {name: type(module) for name, module in model.named_modules()}
     if mode.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types it without
-    table = io.StringIO()
-    with contextlib.redirect_stdout(table):
-        swap_modules_with_sparse(model, input_shape, min_sparsity=min_sparsity, quantize=quantize, qconfig=qconfig,
-                                 include_dense=include_dense, fuse=quantize and fuse, verbose=True,
-                                 on_layer=on_layer)  # fmt: skip
+    swap_modules_with_sparse(model, input_shape, min_sparsity=min_sparsity, quantize=quantize, qconfig=qconfig,
+                             include_dense=include_dense, fuse=quantize and fuse, verbose=False,
+                             on_layer=on_layer)  # fmt: skip
+    report = model.swap_report
+    assert isinstance(report, SwapReport)
     after = {name: type(module) for name, module in model.named_modules()}
-    return [name for name, kind in before.items() if after.get(name) is not kind], table.getvalue().rstrip()
+    return [name for name, kind in before.items() if after.get(name) is not kind], report.table()

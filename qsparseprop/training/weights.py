@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from qsparseprop.contents import unreadable
+from qsparseprop.inference.files import holds_program
 from qsparseprop.nn._base import SparseModule
 from qsparseprop.nn._dense import dense_type, held
 from qsparseprop.nn._weight import SparseWeight
 from qsparseprop.utils._candidates import sparse_types
 from qsparseprop.utils.errors import ConfigurationError
-from qsparseprop.utils.state_files import read_state_dict
+from qsparseprop.utils.state_files import read_state_and_content
 
-__all__ = ["load_checkpoint", "load_state"]
+__all__ = ["load_checkpoint", "load_state", "read_weights"]
 
 #: What the state of a sparse layer has beside its bias, and how it is found.
 _SPARSE = ("weight", "crow_indices", "col_indices", "_extra_state")
@@ -132,6 +135,34 @@ def _head(model: nn.Module, num_classes: int | None) -> str | None:
     return found
 
 
+def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], Any]:
+    """What `read_state_and_content` reads, of a file of weights to train.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    state : dict of str to Tensor
+    content : any
+
+    Raises
+    ------
+    ConfigurationError
+        (a ValueError) As there, for frozen models, and for folders, naming the file in them.
+    OSError
+        If it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "best.pt").is_file():
+        raise ConfigurationError(f"{path} is the folder of a run: its weights are in {path / 'best.pt'}")
+    if path.is_file() and holds_program(path):
+        raise ConfigurationError(f"{path} holds a frozen model, whose weights are not trained any more: use the "
+                                 "checkpoint that it was made from (run/best.pt)")  # fmt: skip
+    return read_state_and_content(path)
+
+
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a checkpoint file into `model`, in place.
 
@@ -140,7 +171,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     model : nn.Module
         Network of the matching architecture.
     path : path-like
-        See `read_state_dict`.
+        See `qsparseprop.utils.state_files.read_state_dict`.
 
     Returns
     -------
@@ -152,5 +183,5 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     ConfigurationError
         (a ValueError) If the file holds no weights, or keys or shapes do not match; the model is unchanged then.
     """
-    load_state(model, read_state_dict(path), source=f"the weights in {os.fspath(path)}")
+    load_state(model, read_weights(path)[0], source=f"the weights in {os.fspath(path)}")
     return model

@@ -80,7 +80,8 @@ class SwapReport(list[SwapDecision]):
         """For JSON."""
         return [asdict(d) for d in self]
 
-    def __str__(self) -> str:
+    def table(self) -> str:
+        """One line a layer."""
         head = ("layer", "type", "weight", "input", "sparsity", "dense ms", "sparse ms", "products", "decision")
         rows = [head]
         for d in self:
@@ -95,6 +96,7 @@ class SwapReport(list[SwapDecision]):
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "-" * max(map(len, lines)))
-        if self.swapped:
-            lines.append(_WEIGHT_DECAY)
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n{_WEIGHT_DECAY}" if self.swapped else self.table()

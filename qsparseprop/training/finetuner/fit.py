@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,9 @@ class FitLoop:
         """Train until all epochs are done or a signal asks to stop."""
         tuner = self.tuner
         first = tuner.together.first
+        if tuner.epoch >= self.epochs and first and not resume:
+            warnings.warn(f"nothing is trained: {tuner.epoch} epochs are done, and epochs={self.epochs} counts them, "
+                          f"too; epochs={tuner.epoch + self.epochs} trains {self.epochs} more", stacklevel=3)  # fmt: skip
         self.bar = ProgressBar(progress if first else False)
         with contextlib.ExitStack() as stack:
             if self.folder is not None:

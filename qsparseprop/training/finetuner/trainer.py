@@ -335,7 +335,7 @@ class Finetuner:
             Of batches, an epoch each time it is iterated over; for instance a ``DataLoader``. It and its
             samplers are told the epoch where they have ``set_epoch``.
         epochs : int
-            At least 1.
+            At least 1; those that are done already count.
         evaluation_batches : iterable, optional
             What to evaluate on after every epoch, or every `evaluate_every` of them and the last.
         folder : path-like, optional
