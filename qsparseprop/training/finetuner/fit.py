@@ -123,8 +123,9 @@ class FitLoop:
         tuner = self.tuner
         first = tuner.together.first
         if tuner.epoch >= self.epochs and first and not resume:
-            warnings.warn(f"nothing is trained: {tuner.epoch} epochs are done, and epochs={self.epochs} counts them, "
-                          f"too; epochs={tuner.epoch + self.epochs} trains {self.epochs} more", stacklevel=3)  # fmt: skip
+            warnings.warn(
+                f"nothing is trained: {tuner.epoch} epochs are done, and epochs={self.epochs} counts them, too; "
+                f"epochs={tuner.epoch + self.epochs} trains {self.epochs} more", stacklevel=3)  # fmt: skip
         self.bar = ProgressBar(progress if first else False)
         with contextlib.ExitStack() as stack:
             if self.folder is not None:
