@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -60,6 +61,32 @@ def test_all_tensors_of_a_batch_count():
     assert shared_memory._bytes({"x": x, "more": [x, (x.double(), "text", None)], "labels": x.long()}) == 144
 
 
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        time.sleep(0.3)
+        return torch.zeros(4), index % 2
+
+
+@pytest.mark.parametrize("method", ["train", "evaluate", "measure"])
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_whoever_waits_is_told(method, free, monkeypatch):
+    monkeypatch.setattr(shared_memory, "PATIENCE", 0.1)
+    monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: free)
+    model = nn.Linear(4, 2)
+    tuner = Finetuner(model, torch.optim.SGD(model.parameters(), 0.1))
+    run, loader = getattr(tuner, method), DataLoader(Slow(), batch_size=2, num_workers=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run(loader)
+    told = [str(one.message) for one in told if "shm" in str(one.message)]
+    assert len(told) == (0 if free else 1)
+    assert all("no batch has come from the loader's 1 processes" in text for text in told)
+    assert not [thread for thread in threading.enumerate() if "shared memory" in thread.name]
+
+
 SCRIPT = """
 import sys, time
 import torch
@@ -85,12 +112,8 @@ torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 2))
 loader = torch.utils.data.DataLoader(Images(), batch_size=64, num_workers=2, collate_fn=together)
 tuner = Finetuner(model, torch.optim.SGD(model.parameters(), 0.01))
-if what == "fit":
-    tuner.fit(loader, epochs=1)
-elif what == "evaluation":
-    tuner.fit([(torch.zeros(2, 3, 64, 64), torch.tensor([0, 1]))], evaluation_batches=loader, epochs=1)
-else:
-    getattr(tuner, what)(loader)
+one = [(torch.zeros(2, 3, 64, 64), torch.tensor([0, 1]))]
+tuner.fit(loader if what == "training" else one, 1, evaluation_batches=loader if what == "evaluation" else None)
 """
 
 
@@ -123,14 +146,13 @@ BEFORE, WAITING = "by which they come, had 8.4 MB", "no batch has come from the 
 
 
 def test_where_torch_waits_for_ever_it_is_told_before(tmp_path):
-    assert said_with(8, ["fit", "1"], [BEFORE], tmp_path)
+    assert said_with(8, ["training", "1"], [BEFORE], tmp_path)
 
 
 @pytest.mark.parametrize(
     ("megabytes", "arguments"),
-    [(8, ["fit", "0"]),  # the other process takes the room of the first batch
-     (2, ["fit", "1"]),  # which there never was
-     (8, ["evaluation", "0"]), (8, ["measure", "0"]), (8, ["train", "0"])],
+    [(8, ["training", "0"]),  # the other process takes the room of the first batch
+     (2, ["evaluation", "1"])],  # which there never was
 )  # fmt: skip
 def test_and_where_no_batch_comes_at_all(megabytes, arguments, tmp_path):
     assert said_with(megabytes, arguments, [BEFORE, WAITING], tmp_path) == WAITING
