@@ -70,6 +70,7 @@ def test_the_memory_of_a_result_is_given_to_no_other_tensor(result):
     assert torch.equal(other, result + 0)
 
 
+@pytest.mark.usefixtures("sparse_is_faster")
 def test_a_swap_that_fails_leaves_no_hooks_behind():
     """Those by which dense layers start chains are taken back, too; what was fused before stays so."""
 
