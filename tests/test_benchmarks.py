@@ -295,6 +295,22 @@ def test_what_the_page_of_results_says(monkeypatch):
 
 
 @pytest.mark.nightly
+def test_gradients(tmp_path):
+    document, printed = run(tmp_path, "gradients.py")
+    kinds = ["bf16", "int8", "int8 in blocks", "int8, bf16", "int8 in blocks, bf16"]
+    parts = ("sparse", "others")
+    [measured] = document["results"]
+    assert list(measured["tested"]) == ["fp32", *kinds]
+    assert all(0 < row["top1"] < 100 and row["loss"] > 0 for row in measured["tested"].values())
+    assert [(r["part"], r["kind"]) for r in measured["gradients"]] == [(part, kind) for part in parts for kind in kinds]
+    for result in measured["gradients"]:
+        assert f"{result['part']}, {result['kind']}" in printed
+        assert 0.001 < result["error"] < 1
+        assert result["bias"] < 3 * result["noise"]
+        assert abs(result["slope"]) < 0.3 < result["batches"]
+
+
+@pytest.mark.nightly
 def test_saved(tmp_path):
     document, printed = run(tmp_path, "saved.py", "--threads", "1")
     assert [r["kind"] for r in document["results"]] == ["dense", "dense cl", "swapped cl", "blocks cl"]
