@@ -130,6 +130,14 @@ def test_damaged_files_are_refused(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ConfigurationError, match="is not an npz file"):
             load_data(str(path))
+    packed = path.with_name("packed.npz")
+    np.savez_compressed(packed, x_train=images(64, 64), y_train=LABELS, x_test=images(64, 64)[:6], y_test=LABELS[:6])
+    damaged = bytearray(packed.read_bytes())
+    damaged[30000] ^= 0xFF  # in the pixels
+    packed.write_bytes(damaged)
+    with pytest.raises(ConfigurationError, match="is not an npz file") as refused:
+        load_data(str(packed))
+    assert str(refused.value).count(str(packed)) == 1
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
