@@ -19,6 +19,57 @@ def test_outputs_may_be_closed(closed, tmp_path):
     assert report.read_text() == "0"
 
 
+def _unread():
+    """A pipe whose reader has gone, as ``| head`` has after ten lines."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def _lost_terminal():
+    terminal = pytest.importorskip("pty")
+    try:
+        master, writer = terminal.openpty()
+    except OSError:
+        pytest.skip("needs terminals")
+    return master, writer
+
+
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)])
+def test_an_output_that_nobody_reads_fails_no_command(unbuffered):
+    writer = _unread()
+    done = subprocess.run([sys.executable, *unbuffered, "-m", "qsparseprop", "info"], stdout=writer,
+                          stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("output", ["pipe", "terminal"])
+@pytest.mark.parametrize("compare", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_an_output_that_nobody_reads_ends_no_training(output, compare, tmp_path):
+    data = folder(tmp_path / "images")
+    terminal, writer = (None, _unread()) if output == "pipe" else _lost_terminal()
+    command = [sys.executable, "-m", "qsparseprop", "finetune", "--data", data, "--model", "mlp", "--width", "8",
+               "--image-size", "8", "--batch-size", "8", "--threads", "1", "--out", tmp_path / "run"]  # fmt: skip
+    command.append("--compare" if compare else "--no-compare")
+    with subprocess.Popen(command, stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        if terminal is not None:
+            os.close(terminal)
+        assert process.wait() == 0
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_full_disk_behind_the_output_is_told(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-u", "-m", "qsparseprop", "info"], stdout=full, stderr=subprocess.PIPE,
+                              text=True, check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+
+
 def test_a_swap_tells_nobody_where_there_is_no_output():
     code = ("import sys; sys.stdout = sys.stderr = None\n"
             "import torch\n"

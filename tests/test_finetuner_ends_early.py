@@ -91,6 +91,14 @@ print(len(tuner.history.losses), flush=True)
 """
 
 
+#: These tests may run in the background or behind nohup.
+NOTHING_IGNORED = """import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+
+
 @pytest.fixture
 def start(tmp_path):
     package = str(Path(qsparseprop.__file__).parents[1])
@@ -98,7 +106,7 @@ def start(tmp_path):
 
     def run(folder, *arguments, script=SCRIPT):
         file = tmp_path / f"train{len(script)}.py"
-        file.write_text(textwrap.dedent(script))
+        file.write_text(NOTHING_IGNORED + textwrap.dedent(script))
         return subprocess.Popen([sys.executable, str(file), str(folder), *map(str, arguments)], stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
 
@@ -185,8 +193,11 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing_but_the_last_step(st
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(number, start, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(name, start, tmp_path):
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip(f"no {name} here")
     folder = tmp_path / "stopped"
     process = start(folder, 10_000)
     assert process.stdout.readline() == "ready\n"
@@ -194,10 +205,10 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number, start, tmp_path
     while not (folder / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
-    name, steps = finish(process)
-    assert name == number.name
+    stopped_by, steps = finish(process)
+    assert stopped_by == name
     assert len(read_checkpoint(folder / "last.pt")["history"]["losses"]) == int(steps)
-    assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["stopped_by"] == number.name
+    assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["stopped_by"] == name
 
 
 #: Two processes read and augment; an epoch has twelve steps. A signal to all of them, as Ctrl-C is in a terminal.
@@ -232,7 +243,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
-@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", [
+    "SIGINT", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("SIGTERM", "SIGHUP")),
+])  # fmt: skip
 def test_a_signal_to_a_training_and_its_workers(name, start, tmp_path):
     """In the middle of the second epoch: what is resumed is what was never stopped, bit for bit."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -1,8 +1,10 @@
 """Images in memory and in files, and the batches that are made of them."""
 
+import io
 import json
 import multiprocessing
 import os
+import struct
 import subprocess
 import sys
 
@@ -173,6 +175,19 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, workers):
         batches(image_loader(data, "train", 8, seed=0, workers=workers))
     assert str(refused.value).startswith(f"cannot read the image {broken}")
     assert "Traceback" not in str(refused.value)
+
+
+def test_a_tiff_with_offsets_that_are_no_integers_is_refused(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    data = load_data(folder(tmp_path), image_size=16)
+    pixels = io.BytesIO()
+    image.new("RGB", (16, 16)).save(pixels, "TIFF")
+    content = pixels.getvalue()
+    offsets = content.index(struct.pack("<HHI", 0x111, 4, 1))  # the tag, its type, which is long, and its count
+    with open(data.train.files[7], "wb") as file:
+        file.write(content[: offsets + 2] + struct.pack("<H", 11) + content[offsets + 4 :])
+    with pytest.raises(ConfigurationError, match=r"cannot read the image .*integer"):
+        data.train.read(torch.tensor([7]))
 
 
 def test_photos_are_decoded_at_about_their_size(tmp_path):

@@ -1,5 +1,9 @@
 """Files of images: in which order their dimensions are, and what is no image."""
 
+import contextlib
+import re
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +130,51 @@ def test_damaged_files_are_refused(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ConfigurationError, match="is not an npz file"):
             load_data(str(path))
+    packed = path.with_name("packed.npz")
+    np.savez_compressed(packed, x_train=images(64, 64), y_train=LABELS, x_test=images(64, 64)[:6], y_test=LABELS[:6])
+    damaged = bytearray(packed.read_bytes())
+    damaged[30000] ^= 0xFF  # in the pixels
+    packed.write_bytes(damaged)
+    with pytest.raises(ConfigurationError, match="is not an npz file") as refused:
+        load_data(str(packed))
+    assert str(refused.value).count(str(packed)) == 1
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("key", ["x_train", "y_test"])
+def test_damage_to_compressed_files_is_of_the_file(key, compression, tmp_path):
+    source, path = tmp_path / "plain.npz", tmp_path / "data.npz"
+    write(source, images(8, 8))
+    with zipfile.ZipFile(source) as plain, zipfile.ZipFile(path, "w", compression) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    content, whole = path.read_bytes(), load_data(str(path))
+    with zipfile.ZipFile(path) as archive:
+        record = archive.getinfo(f"{key}.npy")
+    begin = record.header_offset + 30 + len(record.filename)
+    for place in range(begin, begin + record.compress_size, 3):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x55
+        path.write_bytes(damaged)
+        with contextlib.suppress(ConfigurationError):  # it may read no further than to the header
+            image_kind(str(path))
+        try:
+            data = load_data(str(path))
+        except ConfigurationError as refused:
+            assert re.search(r"is not an npz file with .*: \w", str(refused))  # noqa: PT017  # or nothing was lost:
+        else:
+            assert torch.equal(data.train.pixels, whole.train.pixels)
+            assert torch.equal(data.test.labels, whole.test.labels)
+
+
+def test_headers_that_are_not_closed_are_refused(tmp_path):
+    source, path = tmp_path / "plain.npz", tmp_path / "data.npz"
+    write(source, images(8, 8))
+    with zipfile.ZipFile(source) as plain, zipfile.ZipFile(path, "w") as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name).replace(b"(12", b"(((", 1))
+    with pytest.raises(ConfigurationError, match="is not an npz file"):
+        load_data(str(path))
 
 
 @pytest.mark.parametrize("size", [10**5, 10**9])

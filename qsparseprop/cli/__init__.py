@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 done, 1 failed, 2 wrong use or something missing, 130 interrupted (Ctrl-C), 143
-        terminated.
+        Exit code: 0 done, 1 failed, 2 wrong use or something missing, 130 interrupted (Ctrl-C), 129 or
+        143 terminated (SIGHUP, SIGTERM).
 
     Raises
     ------

@@ -40,8 +40,8 @@ examples:
   python -m qsparseprop finetune --resume --out run
   python -m qsparseprop finetune --data photos/ --model vgg11 --prune gradual --sparsity 0.95 --out run2
 
-exit codes: 0 done, 1 failed, 2 wrong arguments or a missing package, 130 interrupted (Ctrl-C), 143 terminated; a
-single training with --out has left a checkpoint then"""
+exit codes: 0 done, 1 failed, 2 wrong arguments or a missing package, 130 interrupted (Ctrl-C), 129 or 143
+terminated (a lost terminal, SIGTERM); a single training with --out has left a checkpoint then"""
 
 #: Where a comparison puts its results unless told otherwise.
 _OUT = Path("qsparseprop-finetune")

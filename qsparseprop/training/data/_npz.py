@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -38,13 +38,8 @@ class NpzFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                headers = {key: _npy_header(archive, key) for part in PARTS for key in (f"x_{part}", f"y_{part}")}
-        except FileNotFoundError as error:
-            raise ConfigurationError(f"there is no file {os.fspath(path)!r}") from error
-        except (KeyError, ValueError, OSError, RuntimeError, zipfile.BadZipFile) as error:
-            raise self._error(error) from error
+        with self._refused(), zipfile.ZipFile(path) as archive:
+            headers = {key: _npy_header(archive, key) for part in PARTS for key in (f"x_{part}", f"y_{part}")}
         for part in PARTS:
             (x, x_type), (y, y_type) = headers[f"x_{part}"], headers[f"y_{part}"]
             if (len(x) not in (3, 4) or len(y) != 1 or x[0] != y[0] or 0 in x or y_type.kind not in "iu"
@@ -67,15 +62,25 @@ class NpzFile:
         return np.moveaxis(images, 1, 3) if self._channels_first[PARTS.index(part)] else images
 
     def _read(self, key: str) -> np.ndarray:
-        try:
-            with np.load(self._path, allow_pickle=False) as content:
-                return content[key]
-        except (KeyError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise self._error(error) from error
+        with self._refused(), np.load(self._path, allow_pickle=False) as content:
+            return content[key]
 
-    def _error(self, error: Exception) -> ConfigurationError:
-        return ConfigurationError(f"{os.fspath(self._path)} is not an npz file with x_train, y_train, x_test and "
-                                  f"y_test: {error}")  # fmt: skip
+    @contextlib.contextmanager
+    def _refused(self) -> Iterator[None]:
+        """Errors of reading as `ConfigurationError`.
+
+        Damaged files lead zipfile, its decompressors and numpy's parser of headers to errors of many types.
+        """
+        try:
+            yield
+        except MemoryError:
+            raise
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"there is no file {os.fspath(self._path)!r}") from error
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise ConfigurationError(f"{os.fspath(self._path)} is not an npz file with x_train, y_train, x_test and "
+                                     f"y_test: {reason}") from error  # fmt: skip
 
     def _has_channels_first(self, part: str, shape: tuple[int, ...]) -> bool:
         if len(shape) == 3:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,9 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damage, too
             number = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
+    except MemoryError:
+        raise
+    except Exception:
         return None  # damaged; the image itself need not be
     turns = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
              Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)  # fmt: skip
@@ -62,5 +63,7 @@ def read_image(file: str, size: int) -> np.ndarray:
                 eight = image
             upright = eight if turned is None else eight.transpose(turned)
             return np.asarray(upright.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files lead Pillow to errors of many types
         raise ConfigurationError(f"cannot read the image {file}: {error}") from error

@@ -275,8 +275,9 @@ def load_npz(
     """
     archive = NpzFile(path)
     classes = count_classes(archive.labels)
+    images = [archive.images(part) for part in PARTS]
     try:
-        train, test = _stored([archive.images(part) for part in PARTS], archive.labels, image_size)
+        train, test = _stored(images, archive.labels, image_size)
         return _data(train, test, classes, Path(path).stem, normalize)
     except ConfigurationError as error:
         raise ConfigurationError(f"{os.fspath(path)}: {error}") from error

@@ -152,7 +152,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note SIGINT (Ctrl-C) and SIGTERM instead of dying of them; a second one acts as it did before.
+    """Note SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost terminal) instead of dying of them.
+
+    A second one acts as it did before.
 
     Handlers belong to the main thread; in others nothing is installed, and nothing noted.
     """
@@ -160,7 +162,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.getsignal(number) for number in numbers}
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -173,7 +178,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     try:
         for number, handler in previous.items():
-            # What is ignored stays so: a shell starts background jobs with SIGINT ignored.
+            # What is ignored stays so: a shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP.
             if handler is not signal.SIG_IGN:
                 signal.signal(number, note)
         yield request

@@ -326,8 +326,8 @@ class Finetuner:
     ) -> FitResult:
         """Train until `epochs` epochs are done, those before a `load` or `resume` included.
 
-        Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint where there is a folder; a second
-        signal acts at once.
+        Ctrl-C, SIGTERM and SIGHUP end it after the step in progress, with a checkpoint where there is a folder; a
+        second signal acts at once.
 
         Parameters
         ----------
