@@ -123,7 +123,7 @@ def measure(args: Any, sparsity: float) -> dict[str, Any]:
     if not masks:
         raise SystemExit("no weight has zeros: give --sparsity, or the checkpoint of a pruned network")
     batch = 16 if args.quick else 128
-    models = make_networks(dense, (batch, kind.channels, kind.height, kind.height))
+    models = make_networks(dense, (batch, kind.channels, kind.height, kind.width))
     dense = dense.to(memory_format=torch.channels_last).train()
     batches, test = make_loaders(images, batch, 1)
     # before the training mode changes running statistics

@@ -54,6 +54,7 @@ KINDS = {
     "states": Kind("_fuzz_states", "checkpoints", 2_000, 250, ways=(("torch",),)),
     "safetensors": Kind("_fuzz_states", "checkpoints", 2_000, 250, ways=(("safetensors",),)),
     "trainings": Kind("_fuzz_trainings", "checkpoints", 2_000, 250),
+    "data": Kind("_fuzz_data", "files", 6_000, 1000),
     "frozen": Kind("_frozen_files", "checkpoints", 4_000, 250, ways=_FROZEN),
     "programs": Kind("_fuzz_programs", "programs", 20_000, 2_500, 3600),
 }  # fmt: skip

@@ -36,5 +36,9 @@ def test_random_checkpoints_of_trainings(tmp_path):
     assert sum(run_fuzzer("_fuzz_trainings", 0, 100, tmp_path).values()) == 100
 
 
+def test_random_files_of_images(tmp_path):
+    assert sum(run_fuzzer("_fuzz_data", 0, 300, tmp_path).values()) == 300
+
+
 def test_random_commands(tmp_path):
     assert sum(run_fuzzer("_fuzz_commands", 0, 60, tmp_path).values()) == 60

@@ -118,12 +118,14 @@ def _npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np
     return shape, dtype
 
 
-def count_classes(labels: Sequence[torch.Tensor]) -> int:
+def count_classes(labels: Sequence[torch.Tensor], source: str) -> int:
     if min(int(part.min()) for part in labels) < 0:
-        raise ConfigurationError("labels must not be negative")
+        raise ConfigurationError(f"{source}: labels must not be negative")
     largest = max(int(part.max()) for part in labels)
     if largest >= max(_MANY_CLASSES, sum(len(part) for part in labels)):
-        raise ConfigurationError(f"labels must be the numbers of classes, from 0 on; the largest is {largest}")
+        raise ConfigurationError(f"{source}: labels must be the numbers of classes, from 0 on; the largest is "
+                                 f"{largest}")  # fmt: skip
     if largest == 0:
-        raise ConfigurationError("all labels are 0: a network learns to tell classes apart, of which there must be two")
+        raise ConfigurationError(f"{source}: all labels are 0: a network learns to tell classes apart, of which there "
+                                 "must be two")  # fmt: skip
     return largest + 1

@@ -65,7 +65,7 @@ def image_kind(source: str, image_size: int | None = None) -> ImageKind | None:
         archive = NpzFile(source)
         height, width = archive.sizes if image_size is None else (image_size, image_size)
         _check_size(1, archive.channels, height, width)
-        return ImageKind(archive.channels, height, width, count_classes(archive.labels))
+        return ImageKind(archive.channels, height, width, count_classes(archive.labels, source))
     if os.path.isdir(source):
         classes = tuple(ImageFolder(Path(source)).parts[0])
         _check_size(1, 3, image_size or 32, image_size or 32)
@@ -274,7 +274,7 @@ def load_npz(
         If it is no such file, or the order of its dimensions cannot be told.
     """
     archive = NpzFile(path)
-    classes = count_classes(archive.labels)
+    classes = count_classes(archive.labels, os.fspath(path))
     images = [archive.images(part) for part in PARTS]
     try:
         train, test = _stored(images, archive.labels, image_size)
@@ -346,6 +346,6 @@ def _load_torchvision(name: str, image_size: int | None, normalize: str) -> Imag
                                  "CIFAR10: write it to a folder of one folder a class") from error  # fmt: skip
     labels = [torch.as_tensor(part).long() for part in targets]
     train, test = _stored(arrays, labels, image_size)
-    count, classes = count_classes(labels), getattr(parts[0], "classes", None)
+    count, classes = count_classes(labels, name), getattr(parts[0], "classes", None)
     known = isinstance(classes, list | tuple) and len(classes) == count and all(isinstance(c, str) for c in classes)
     return _data(train, test, count, name, normalize, classes if known else None)
