@@ -346,7 +346,7 @@ def corrupt(argument):
         new = list(argument)
         for _ in range(random.choice([1, 1, 2, 3])):
             place = random.randrange(len(new))
-            new[place] = corrupt_integer(new[place])
+            new[place] = corrupt(new[place])  # None already, perhaps
         return random.choice([new, new, new, new, new[:-1], new + new[:9]])
     if argument.numel() == 0 or argument.ndim == 0:
         return argument
