@@ -96,6 +96,15 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [pipe]
 
 
+@pytest.mark.parametrize("path", ["", ".", "..", "/", "folder", "folder/"])
+def test_a_folder_is_not_replaced(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError), replacing(path):
+        raise AssertionError("nothing is computed that cannot be written")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
 def test_other_errors_while_saving_stay_what_they_are(tmp_path):
     with pytest.raises((TypeError, AttributeError)), replacing(tmp_path / "file.pt") as temporary:
         save_tensors({"x": threading.Lock()}, temporary)

@@ -176,6 +176,27 @@ def test_rows_of_any_sign_size_and_bias() -> None:
     assert float((found - wanted).abs().max()) <= 1.001 * float(program.values[name].coded.scale[0])
 
 
+@pytest.mark.parametrize("coded", [True, False])
+@pytest.mark.parametrize("builder", [Builder, UniformBuilder])
+def test_rows_without_weights_are_their_bias(builder: type[Builder], coded: bool) -> None:
+    """As pruning leaves them, with a scale of 1: engines round biases to multiples of scales, and all of a layer."""
+    b = builder(random.Random(1))
+    name = b.product(b.add_input(40), 6, density=0.5, floats=not coded)
+    step = b.steps[-1]
+    assert isinstance(step, Product)
+    first, last = step.weight.crow_indices[2:4].tolist()
+    step.weight.codes[:first] = 0
+    step.weight.codes[last:] = 0
+    step.weight.scale[[0, 1, 3, 4, 5]] = 1.0
+    step.bias.copy_(torch.tensor([0.5, -0.3, 0.1, 0.4, -0.2, 0.45]))
+    program = b.program(b.dequantize(name) if coded else name)
+    inputs = b.tensors(5)
+    [found], [wanted] = run_onnx(onnx_model(program), program, inputs), run_reference(program, *inputs)
+    found, wanted = (found, wanted) if coded else (found[:, [0, 1, 3, 4, 5]], wanted[:, [0, 1, 3, 4, 5]])
+    most = program.values[name].coded.scale if coded else 1e-6
+    assert bool(((found - wanted).abs() <= 1.001 * most).all())
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("builder", [Builder, UniformBuilder])
 def test_tokens_with_scales_of_their_own(builder: type[Builder], groups: int) -> None:

@@ -75,6 +75,40 @@ if __name__ == "__main__":
 """
 )
 
+SENT = """
+import sys
+import torch
+from torch import nn
+from qsparseprop import swap_modules_with_sparse
+from qsparseprop.inference import freeze
+from qsparseprop.nn import SparseLinear
+
+def child(model, frozen, single, x, queue):
+    queue.put([t.tolist() for t in (model(x), frozen(x), single(x), single.mask().sum())])
+    with torch.no_grad():
+        model[0].bias.add_(1)  # parameters are shared, as those of dense layers are
+
+if __name__ == "__main__":
+    import multiprocessing
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 8)).requires_grad_(False)
+    model[0].weight.mul_(torch.rand(30, 40) < 0.1)
+    model[2].weight.zero_()  # no nonzeros
+    swap_modules_with_sparse(model, (5, 40), include_dense=False, verbose=False)
+    x = torch.randn(5, 40)
+    frozen, single = freeze(model, [x]), SparseLinear.from_dense(nn.Linear(40, 3)).requires_grad_(False)
+    expected = [t.tolist() for t in (model(x), frozen(x), single(x), single.mask().sum())]
+    bias = model[0].bias.clone()
+    context = multiprocessing.get_context(sys.argv[1])
+    queue = context.Queue()
+    process = context.Process(target=child, args=(model, frozen, single, x, queue))
+    process.start()
+    assert queue.get(timeout=250) == expected
+    process.join()
+    assert process.exitcode == 0, process.exitcode
+    assert torch.equal(model[0].bias, bias + 1)
+    print("same")
+"""
+
 PRINTS = (
     WORK
     + """
@@ -121,6 +155,12 @@ STARTED = [("forkserver", "qsparseprop.nn"), ("forkserver", ""), ("spawn", "")]
 def test_processes_that_are_started_anew_compute_with_threads(run, method, preload):
     """The server of "forkserver" may have imported the package: it has used no threads, so that its children can."""
     assert run(STARTS, method, preload) == ["same"]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_models_are_sent_to_processes_that_are_started_anew(run, method):
+    """As ``torch.multiprocessing.spawn(train, args=(model,))`` does."""
+    assert run(SENT, method) == ["same"]
 
 
 def test_number_of_threads_of_the_environment(run):

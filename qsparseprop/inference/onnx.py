@@ -299,10 +299,13 @@ class _Export:
         weight, window, g = step.weight, step.window, self.graph
         unit = np.ones(weight.rows) if target.codes is None else _unit(target)
         bias, real_scale = given_bias.double().numpy() / unit, weight.scale.double().numpy() / _scale(source) / unit
+        dense = _array(weight.dense())
+        # rows without weights have any scale, and biases, which engines round to theirs, need a fine one
+        real_scale[~dense.any(axis=1)] = 0.0
         # sums of products are added to biases in 32 bits: of a row with a far larger one, codes become smaller
         scale = np.maximum(np.abs(real_scale), np.abs(bias) / _scale(source) / (1 << 30))
         scale = np.where(scale < _SMALLEST, 1.0, scale).astype(np.float32)
-        codes = np.rint(_array(weight.dense()) * (real_scale / scale)[:, None]).astype(np.int8)
+        codes = np.rint(dense * (real_scale / scale)[:, None]).astype(np.int8)
         if len(source.shape) == 3 or step.groups > 1:
             codes = codes.reshape(weight.rows, -1, *window.kernel)
         name = step.output

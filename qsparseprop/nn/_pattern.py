@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,4 +144,13 @@ class PatternHolder:
         """What a pickle has in place of what is held; nothing before there is a pattern."""
         if "_pattern" not in self.__dict__:
             return {}
-        return dict(zip(("crow_indices", "col_indices"), self._indices(), strict=True))
+        indices: tuple[Any, ...] = self._indices()
+        if get_spawning_popen() is not None and all(t.is_cpu for t in indices):
+            # Tensors would go to the new process as shared memory, which ends with these copies before it has begun.
+            indices = tuple(t.numpy() for t in indices)
+        return dict(zip(("crow_indices", "col_indices"), indices, strict=True))
+
+
+def restored(indices: Any) -> Any:
+    """Indices of a pickle as a tensor, if they came as an array."""
+    return torch.from_numpy(indices) if isinstance(indices, np.ndarray) else indices

@@ -21,7 +21,7 @@ from qsparseprop.nn._interop import (
     inner_optimizer,
     outdate_graphs,
 )
-from qsparseprop.nn._pattern import PatternHolder
+from qsparseprop.nn._pattern import PatternHolder, restored
 from qsparseprop.nn._state import FORMAT, check_format, read_state
 from qsparseprop.nn._values import SparseValues, as_values, plain
 from qsparseprop.nn.autograd.graph import NoGradient
@@ -191,7 +191,7 @@ class SparseWeight(PatternHolder, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         as_values(self._parameters.get("weight"))
-        crow, col = (self.__dict__.pop(name, None) for name in _PATTERN)
+        crow, col = (restored(self.__dict__.pop(name, None)) for name in _PATTERN)
         if crow is not None and col is not None:
             self._hold_pattern(crow, col, compact_pattern(crow, col, self._matrix_shape()))
             return

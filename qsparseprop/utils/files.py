@@ -59,7 +59,9 @@ def replacing(path: str | os.PathLike[str], durable: bool = False) -> Iterator[P
         everybody.
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if path.is_dir():  # also "" and "/", which have no name for a temporary one beside
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file, which another one could replace", os.fspath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
