@@ -41,9 +41,14 @@ SAME = 0.997
 _STYLES = {"dense": ("#0072B2", "--"), "int8": ("#D55E00", "-"), "int8-without-blocks": ("#009E73", "-.")}
 
 
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
+def _digits(by_loss: bool) -> int:
+    """Behind the point."""
+    return 4 if by_loss else 2
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def _final(curve: Sequence[Sequence[float]]) -> float:
@@ -116,10 +121,11 @@ def top_table(documents: Sequence[dict[str, Any]]) -> list[str]:
         for sparsity, part in document["parts"].items():
             summary = summarise(part, document["by_loss"])
             masked, ours, added = summary["dense"], summary["int8"], part["added_mb"]
+            digits = _digits(document["by_loss"])
             cells = [
                 f"[{document['name']}](#{document['name']})", document["model"], f"{100 * float(sparsity):g} %",
-                *(f"{value:.2f}" for value in (document["start_value"], statistics.fmean(masked["final"]),
-                                               statistics.fmean(ours["final"]))),
+                *(f"{value:.{digits}f}" for value in (document["start_value"], statistics.fmean(masked["final"]),
+                                                     statistics.fmean(ours["final"]))),
                 f"{100 * ours['ratio']:.1f} %", _seconds(masked["seconds"]), _seconds(masked["best_seconds"]),
                 _seconds(ours["seconds"]), _times(masked["best_seconds"], ours["seconds"]),
                 f"{100 * added['int8'] / added['fp32']:.0f} %" if added.get("fp32") else "-",
@@ -131,7 +137,7 @@ def top_table(documents: Sequence[dict[str, Any]]) -> list[str]:
 def section(document: dict[str, Any]) -> list[str]:
     """Markdown of a section."""
     environment = document["environment"]
-    what = "loss" if document["by_loss"] else "top-1 %"
+    what, digits = "loss" if document["by_loss"] else "top-1 %", _digits(document["by_loss"])
     threads = f"{environment['threads']} thread{'s' if environment['threads'] > 1 else ''}"
     timed = f"{environment['cpu']}, {threads}, PyTorch {environment['torch']}, {environment['date'][:10]}"
     about = f"{document['about']} Steps timed on {timed}."
@@ -145,12 +151,13 @@ def section(document: dict[str, Any]) -> list[str]:
         for kind, row in summarise(part, document["by_loss"]).items():
             way = "fp32" if kind == "dense" else kind
             ms, added = part["step_ms"].get(way), part["added_mb"].get(way)
-            error = "" if row["error"] is None else f" ± {row['error']:.2f}"
-            difference = "" if kind == "dense" or row["difference"] is None else f"{row['difference']:+.2f}{error}"
+            error = "" if row["error"] is None else f" ± {row['error']:.{digits}f}"
+            paired = kind != "dense" and row["difference"] is not None
+            difference = f"{row['difference']:+.{digits}f}{error}" if paired else ""
             ratio = "" if kind == "dense" else f"{100 * row['ratio']:.1f} %"
             time = _seconds(row["seconds"]) if ms else "-"
             seeds = f"{len(row['final'])} seed{'s' if len(row['final']) > 1 else ''}"
-            cells = [f"{LABELS[kind]} ({seeds})", _mean(row["final"]), difference, ratio,
+            cells = [f"{LABELS[kind]} ({seeds})", _mean(row["final"], digits), difference, ratio,
                      _number(row["steps"]), _number(ms, 1), time, _number(added)]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
             if kind == "dense" and "best" in part["step_ms"]:
