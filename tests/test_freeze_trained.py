@@ -12,6 +12,7 @@ from qsparseprop.inference import freeze
 from qsparseprop.utils.network_utils import swap_modules_with_dense
 
 from ._frozen import data
+from ._helpers import sampled
 
 
 def network():
@@ -55,8 +56,9 @@ def check(model, least):
     assert (frozen(x).double() - exact).norm() < 0.01 * exact.norm()
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("settings", [{}, {"fuse": True}, {"quantize": False}], ids=str)
+@pytest.mark.parametrize(("zeros", "settings"), sampled(
+    ((zeros, settings) for zeros in (0.0, 0.5, 0.9) for settings in ({}, {"fuse": True}, {"quantize": False})), every=2,
+), ids=str)  # fmt: skip
 def test_trained_sparse(zeros, settings):
     model = network()
     for layer in (model[0], model[3], model[9], model[11]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from qsparseprop.inference import FrozenModule, export_onnx, freeze
 
 from ._frozen import data, randomised
+from ._helpers import sampled
 
 pytest.importorskip("onnx", reason="ONNX files are written by onnx")
 runtime = pytest.importorskip("onnxruntime", reason="ONNX files are read by ONNX Runtime")
@@ -85,9 +87,8 @@ def test_lines_and_volumes(tmp_path: Path) -> None:
     check(Volumes(), tmp_path, data(4, 4, 16))
 
 
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(("first", "norm_first", "activation"),
+                         sampled(product([False, True], [False, True], ["relu", "gelu"])))  # fmt: skip
 def test_encoders(first: bool, norm_first: bool, activation: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, activation=activation, batch_first=first, norm_first=norm_first)

@@ -9,6 +9,7 @@ from qsparseprop.inference.calls import Name, call_operator, find_operator
 from qsparseprop.inference.steps import Call
 
 from ._frozen import data
+from ._helpers import sampled
 
 
 def call(name, *arguments, **values):
@@ -42,9 +43,9 @@ def test_recurrent_weights_have_the_sizes_that_kernels_take_for_granted(kind, ro
         call(f"aten.{kind}.data", Name("x"), torch.ones(3), [], [], False, 1, 0.0, False, False, x=torch.zeros(6, 4))
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.mark.parametrize("settings", sampled([
     {}, {"bidirectional": True}, {"num_layers": 2, "bias": False}, {"proj_size": 3, "num_layers": 2},
-], ids=str)  # fmt: skip
+]), ids=str)  # fmt: skip
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of projections
 def test_recurrent_layers_of_torch_pass(settings, tmp_path):
     torch.manual_seed(0)

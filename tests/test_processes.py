@@ -151,7 +151,7 @@ def run(tmp_path):
 STARTED = [("forkserver", "qsparseprop.nn"), ("forkserver", ""), ("spawn", "")]
 
 
-@pytest.mark.parametrize(("method", "preload"), sampled(STARTED, every=2))
+@pytest.mark.parametrize(("method", "preload"), sampled(STARTED))
 def test_processes_that_are_started_anew_compute_with_threads(run, method, preload):
     """The server of "forkserver" may have imported the package: it has used no threads, so that its children can."""
     assert run(STARTS, method, preload) == ["same"]
@@ -216,6 +216,7 @@ def group():
             folder.rmdir()
 
 
+@pytest.mark.nightly
 def test_control_group(run, group):
     """Half a processor's worth of time is one thread, which is what the command line then starts."""
     enter = ("sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh")

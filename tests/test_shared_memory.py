@@ -152,7 +152,7 @@ def test_where_torch_waits_for_ever_it_is_told_before(tmp_path):
 @pytest.mark.parametrize(
     ("megabytes", "arguments"),
     [(8, ["training", "0"]),  # the other process takes the room of the first batch
-     (2, ["evaluation", "1"])],  # which there never was
+     pytest.param(2, ["evaluation", "1"], marks=pytest.mark.nightly)],  # which there never was
 )  # fmt: skip
 def test_and_where_no_batch_comes_at_all(megabytes, arguments, tmp_path):
     assert said_with(megabytes, arguments, [BEFORE, WAITING], tmp_path) == WAITING

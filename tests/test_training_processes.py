@@ -90,6 +90,7 @@ def test_two_processes_do_what_one_does_with_the_joint_batch(images, tmp_path):
     assert results[1]["sent_mb"] == pytest.approx(4 * weights / 1e6, rel=0.01)  # gradients of nonzeros
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_two_processes_stop_together_and_go_on_where_they_were(images, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -121,6 +122,7 @@ def test_two_processes_stop_together_and_go_on_where_they_were(images, tmp_path)
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.nightly
 def test_machines_need_not_share_the_folder(images, tmp_path):
     """Two processes in folders of their own, begun without torchrun: the first one's has everything."""
     with socket.socket() as free:
