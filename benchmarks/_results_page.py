@@ -20,7 +20,7 @@ masks that hold the zeros, in float32, and with qsparseprop (int8, blocks). Both
 same images, changed in the same random ways. Every section is one command; `benchmarks/results.py` writes the page.
 
 - *dense*: top-1 of the network before it is pruned; *masked* and *ours*: after the fine-tuning, mean of the seeds;
-  *ratio*: ours to masked, whose goal is 99.7 %; *difference*: in points, mean of the pairs of equal seeds with its
+  *ratio*: ours to masked, whose goal is 99.7 %, of equal seeds; *difference*: in points, mean of these pairs with its
   standard error.
 - *time*: until the mean of the seeds, tested after each epoch, has 99.7 % of what the masked ones end with: so many
   steps, times the median time of a step of this kind. Accuracies were measured by several trainings at a time on a busy
@@ -73,7 +73,8 @@ def summarise(part: dict[str, Any], by_loss: bool) -> dict[str, dict[str, Any]]:
     Returns
     -------
     dict
-        By kind: ``final`` (each seed's), ``difference`` and ``error``, ``ratio``, ``steps`` to the goal, ``seconds``.
+        By kind: ``final`` (each seed's), ``difference``, ``error`` and ``ratio`` (of equal seeds), ``steps`` to the
+        goal, ``seconds``.
     """
     curves = part["curves"]
     masked = {seed: _final(curve) for seed, curve in curves["dense"].items()}
@@ -82,11 +83,14 @@ def summarise(part: dict[str, Any], by_loss: bool) -> dict[str, dict[str, Any]]:
     summary: dict[str, dict[str, Any]] = {}
     for kind, of_seeds in curves.items():
         final = {seed: _final(curve) for seed, curve in of_seeds.items()}
-        pairs = [final[seed] - masked[seed] for seed in final if seed in masked]
-        mean = statistics.fmean(final.values())
+        # of the same seeds: others may have been easier
+        both = [seed for seed in final if seed in masked] or list(final)
+        pairs = [final[seed] - masked[seed] for seed in both if seed in masked]
+        mean = statistics.fmean(final[seed] for seed in both)
+        theirs = statistics.fmean(masked[seed] for seed in both) if pairs else level
         means = [(step, statistics.fmean(values)) for step, values in _together(list(of_seeds.values()))]
         steps = next((step for step, value in means if (value <= goal if by_loss else value >= goal)), None)
-        row = {"final": list(final.values()), "ratio": level / mean if by_loss else mean / level,
+        row = {"final": list(final.values()), "ratio": theirs / mean if by_loss else mean / theirs,
                "difference": statistics.fmean(pairs) if pairs else None, "steps": steps,
                "error": statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else None}  # fmt: skip
         way = "fp32" if kind == "dense" else kind

@@ -288,6 +288,9 @@ def test_what_the_page_of_results_says(monkeypatch):
     assert summary["int8"]["seconds"] == pytest.approx(0.2)
     curves["int8"]["2"][1][1] = 91.0
     assert _results_page.summarise(part, by_loss=False)["int8"]["steps"] == 5
+    # a seed that only one of them has is no part of a comparison
+    more = {**curves, "int8": {**curves["int8"], "3": [[0, 10.0], [5, 99.0], [10, 99.0]]}}
+    assert _results_page.summarise({**part, "curves": more}, by_loss=False)["int8"]["ratio"] == 1.0
     losses = {kind: {"1": [[0, 3.0], [5, loss]]} for kind, loss in (("dense", 2.0), ("int8", 2.01))}
     summary = _results_page.summarise({**part, "curves": losses}, by_loss=True)
     assert summary["int8"]["ratio"] == pytest.approx(2 / 2.01)
