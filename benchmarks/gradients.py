@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from _common import Table, make_parser, precision, say, start, write_json
 from torch import Tensor, nn
 
+from qsparseprop.training import Finetuner
 from qsparseprop.training.data import image_kind, load_data
 from qsparseprop.training.models import load_checkpoint
 from qsparseprop.training.setup_run import make_loaders, make_network
@@ -74,19 +75,13 @@ def gradients(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor, lab
     return {part: torch.cat(some) for part, some in found.items()}
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bf16: bool) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bf16: bool) -> dict[str, float | None]:
     """Top-1 accuracy in percent and mean loss."""
-    model.eval()
-    right, total, count = 0, 0.0, 0
-    for images, labels in batches:
-        with precision(bf16):
-            outputs = model(images.to(memory_format=torch.channels_last)).float()
-        right += int((outputs.argmax(1) == labels).sum())
-        total += F.cross_entropy(outputs, labels, reduction="sum").item()
-        count += len(labels)
+    tuner = Finetuner(model, torch.optim.SGD(model.parameters(), 0.1), memory_format=torch.channels_last,
+                      autocast_dtype=torch.bfloat16 if bf16 else None)  # fmt: skip
+    found = tuner.measure(batches)
     model.train()
-    return {"top1": 100 * right / count, "loss": total / count}
+    return {"top1": found.top1, "loss": found.loss}
 
 
 def compare(exact: Tensor, others: Tensor) -> dict[str, float]:
